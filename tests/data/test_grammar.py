@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+import re
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import decoders, pre_tokenizers
+from transformers import Qwen2Tokenizer
+
+from prism_fast.data.grammar import (
+    PUBLISHED_PATTERN,
+    ResponseSplit,
+    span_lengths,
+    split_pieces,
+    split_text,
+    split_tokens,
+)
+from prism_fast.data.token_bytes import byte_table, token_pieces
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "format_split.json").read_text())
+TAGS = ["<caption>", "</caption>", "<think>", "</think>", "<answer>", "</answer>"]
+FRAGMENTS = [*TAGS, "a", " ", "\n", "\u3000", "\u200b"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["split"], ids=range(len(GOLDEN["split"])))
+def test_published_text_vectors(case):
+    split = split_text(case["text"])
+    assert split.valid == case["valid"]
+    assert split.caption == (case["caption_text"] or "")
+    assert split.reasoning == (case["cot_text"] or "")
+
+
+@pytest.mark.parametrize("case", GOLDEN["tokens"], ids=lambda case: f"{case['text_id']}-{case['style']}")
+def test_published_token_vectors(case):
+    pieces = [bytes.fromhex(piece) for piece in case["pieces_hex"]]
+    split = split_pieces(pieces)
+    assert split.text == GOLDEN["split"][case["text_id"]]["text"]
+    assert (split.valid, split.caption_tokens) == (case["valid"], case["caption_end"])
+    with_end = split_pieces([*pieces, b""])  # one end token, which decodes to nothing
+    assert with_end.valid == case["train_valid"]
+    expected = (case["student_caption_len"], case["student_cot_len"])
+    assert span_lengths(with_end, case["n_tokens_with_eos"]) == expected
+
+
+def published(text: str) -> tuple[str, str] | None:
+    match = re.match(PUBLISHED_PATTERN, text, re.DOTALL)
+    return match.groups() if match else None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_linear_search_equals_the_published_pattern(seed):
+    rng = np.random.default_rng(seed)
+    skeleton = ["", "<caption>", "", "</caption>", "", "<think>", "", "</think>", "", "<answer>", "", "</answer>", ""]
+    valid = 0
+    for _ in range(1500):
+        parts = [piece or "".join(rng.choice(FRAGMENTS, size=rng.integers(0, 3))) for piece in skeleton]
+        if rng.random() < 0.3:
+            parts[rng.integers(len(parts))] = ""
+        text = "".join(parts)
+        expected = published(text)
+        split = split_text(text)
+        assert ((split.caption, split.reasoning) if split.valid else None) == expected, text
+        valid += split.valid
+    assert 50 < valid < 1450  # both verdicts are exercised
+
+
+def test_character_spans_cover_the_sections():
+    text = " \n<caption>c</caption>\n<think>t</think> <answer>\n 7 </answer>\n"
+    split = split_text(text)
+    sections = {name: text[start:end] for name, (start, end) in split.char_spans.items()}
+    assert sections["caption"] == "<caption>c</caption>"
+    assert sections["think"] == "<think>t</think>"
+    assert sections["answer"] == "<answer>\n 7 </answer>"
+    assert split.answer == "7"
+    assert split.caption_tokens == -1
+
+
+def test_answer_is_read_from_the_third_section_only():
+    text = "<caption><answer>1</answer></caption><think><answer>2</answer></think><answer>3</answer>"
+    assert split_text(text).answer == "3"
+    doubled = "<caption></caption><think></think><answer>3</answer><answer>4</answer>"
+    assert split_text(doubled).answer == "3</answer><answer>4"
+
+
+def test_repeated_tags_take_linear_time():
+    text = "<caption>" + "</caption><think></think><answer></answer>" * 4000 + "x"
+    started = time.perf_counter()
+    assert not split_text(text).valid
+    assert split_text(text[:-1]).valid
+    assert time.perf_counter() - started < 1.0
+
+
+def smallest_prefix(pieces: list[bytes], caption: str) -> int:
+    """The definition, by quadratic search."""
+    for count in range(1, len(pieces) + 1):
+        if caption in b"".join(pieces[:count]).decode("utf-8", errors="replace"):
+            return count
+    raise AssertionError("no prefix contains the caption")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_token_boundary_equals_its_definition_on_random_cuts(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(150):
+        noise = [bytes(rng.integers(0, 256, size=rng.integers(0, 6)).tolist()) for _ in range(3)]
+        caption = b"<caption>" + noise[0] + "红😀".encode()[: rng.integers(0, 8)] + b"</caption>"
+        if rng.random() < 0.3:
+            caption += noise[2] + b"</caption>"
+        joined = b" \n" + caption + b"\n<think>" + noise[1] + b"</think>\n<answer>3</answer>"
+        cuts = np.sort(rng.integers(0, len(joined) + 1, size=rng.integers(0, 40)))  # repeated cuts give empty pieces
+        borders = [0, *cuts.tolist(), len(joined)]
+        pieces = [joined[a:b] for a, b in pairwise(borders)]
+        split = split_pieces(pieces)
+        if split.valid:
+            assert split.caption_tokens == smallest_prefix(pieces, split.caption)
+        else:
+            assert split.caption_tokens == -1
+            assert published(split.text) is None
+
+
+def small_tokenizer() -> Qwen2Tokenizer:
+    """Byte alphabet plus the merges that make a border hard: '>' with newline, two-byte halves of a character."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [(">", "Ċ"), ("<", "/"), ("ç", "º"), ("c", "a"), ("Ġ", "a")]
+    vocabulary = {token: index for index, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    return tokenizer
+
+
+
+
+
+def test_pieces_join_to_what_the_tokenizer_decodes():
+    tokenizer = small_tokenizer()
+    rng = np.random.default_rng(11)
+    for length in (0, 1, 3, 50, 400):
+        ids = rng.integers(0, len(tokenizer) + 5, size=length).tolist()
+        known = [i for i in ids if i < len(tokenizer)]
+        decoded = tokenizer.decode(known, skip_special_tokens=True)
+        assert b"".join(token_pieces(ids, tokenizer)).decode("utf-8", errors="replace") == decoded
+
+
+def test_split_tokens_gives_merged_newline_to_the_caption():
+    tokenizer = small_tokenizer()
+    text = "<caption>\n红 a\n</caption>\n<think>\nt\n</think>\n<answer>\n3\n</answer>"
+    ids = [*tokenizer.encode(text), tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    split = split_tokens(ids, tokenizer)
+    assert isinstance(split, ResponseSplit) and split.valid and split.text == text and split.answer == "3"
+    assert tokenizer.convert_ids_to_tokens(ids[split.caption_tokens - 1]) == ">Ċ"
+    caption = tokenizer.decode(ids[: split.caption_tokens])
+    assert caption == "<caption>\n红 a\n</caption>\n"
+    assert span_lengths(split, len(ids)) == (split.caption_tokens, len(ids) - split.caption_tokens)
+    assert not split_tokens([], tokenizer).valid
+    truncated = split_tokens(ids[:-6], tokenizer)
+    assert not truncated.valid and span_lengths(truncated, 1) == (1, 1)
+
+
+def test_byte_table_follows_added_tokens():
+    tokenizer = small_tokenizer()
+    before = len(byte_table(tokenizer))
+    tokenizer.add_tokens(["<caption>"])
+    assert len(byte_table(tokenizer)) == before + 1
+    assert byte_table(tokenizer)[-1] == b"<caption>"
+
+
+def test_refusals():
+    tokenizer = small_tokenizer()
+    with pytest.raises(ValueError, match=r"token_ids\[1\] = -100: token ids start at 0"):
+        split_tokens([1, -100], tokenizer)
+    with pytest.raises(ValueError, match="at least one token"):
+        span_lengths(split_text(""), 0)
+    with pytest.raises(ValueError, match="make it with split_tokens"):
+        span_lengths(split_text("<caption></caption><think></think><answer></answer>"), 5)
+    with pytest.raises(ValueError, match="more than num_tokens = 2"):
+        span_lengths(split_pieces([b"<caption>", b"a", b"</caption>", b"<think></think><answer></answer>"]), 2)
+    tokenizer.backend_tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_tokens(["new"])
+    with pytest.raises(ValueError, match=r"Qwen2Tokenizer does not decode byte-level BPE"):
+        split_tokens([1], tokenizer)

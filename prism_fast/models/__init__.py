@@ -1,0 +1,1 @@
+"""Tokenizer, processor, policy, discriminator and their forward passes, all on stock transformers classes."""

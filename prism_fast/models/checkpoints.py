@@ -1,0 +1,60 @@
+"""Checks on checkpoint folders that name what is wrong before anything half-loaded can be used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_SHOWN = 8
+
+
+def read_model_type(folder: Path) -> str:
+    """``model_type`` of a checkpoint folder that has a configuration and safetensors weights.
+
+    Raises:
+        FileNotFoundError: the folder, ``config.json`` or the weights are missing (a pickled ``pytorch_model.bin``
+            does not count: it is never read).
+        ValueError: ``config.json`` is no JSON object or names no model type.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"checkpoint folder {folder} does not exist")
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{config_file} is missing: {folder} is not a Hugging Face checkpoint folder")
+    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        pickled = ", a pickled checkpoint is there but is never read: convert it" if any(folder.glob("*.bin")) else ""
+        raise FileNotFoundError(f"{folder / 'model.safetensors'} (or its shard index) is missing{pickled}")
+    try:
+        model_type = json.loads(config_file.read_text())["model_type"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{config_file} does not name a model_type: {error!r}") from error
+    return str(model_type)
+
+
+def check_loading(folder: Path, info: Mapping[str, Any], *, ignore_unexpected: frozenset[str] = frozenset()) -> None:
+    """Refuse a checkpoint whose tensors do not match the model exactly; ``info`` is transformers' loading report.
+
+    Raises:
+        ValueError: names missing, unexpected and wrongly shaped tensors, and the remedy.
+    """
+    problems = []
+    if missing := sorted(info["missing_keys"]):
+        problems.append(f"missing {_some(missing)}")
+    if unexpected := sorted(set(info["unexpected_keys"]) - ignore_unexpected):
+        problems.append(f"unexpected {_some(unexpected)}")
+    if mismatched := sorted(info["mismatched_keys"]):
+        problems.append("wrong shape " + _some([f"{n} (file {tuple(a)}, model {tuple(b)})" for n, a, b in mismatched]))
+    if errors := info.get("conversion_errors") or info.get("error_msgs"):
+        problems.append(f"not convertible {_some([str(error) for error in errors])}")
+    if problems:
+        raise ValueError(
+            f"the tensors in {folder} do not fit its config.json: {'; '.join(problems)}. "
+            "Use the weights and the config.json of one and the same checkpoint"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

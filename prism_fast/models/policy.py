@@ -1,0 +1,153 @@
+"""The policy: stock ``Qwen3VLForConditionalGeneration``, built tiny from a seed or read from a checkpoint folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from prism_fast.models.checkpoints import check_loading, read_model_type
+from prism_fast.models.tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+
+if TYPE_CHECKING:
+    from prism_fast.models.processor import Processor
+
+
+@dataclass(frozen=True)
+class TinyPolicy:
+    """Sizes of the embedded policy (about 1.3 M parameters with a vocabulary of 1 k).
+
+    ``intermediate_size`` must not be ``hidden_size`` or half of it: upcycling would give square expert tensors,
+    whose two published layouts cannot be told apart.
+    """
+
+    hidden_size: int = 128
+    intermediate_size: int = 320
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    mrope_section: tuple[int, int, int] = (6, 5, 5)
+    rope_theta: float = 10_000.0
+    max_positions: int = 4096
+    vision_depth: int = 2
+    vision_width: int = 96
+    vision_heads: int = 4
+    vision_intermediate_size: int = 256
+    vision_positions: int = 64
+    deepstack_layers: tuple[int, ...] = (0,)
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if sum(self.mrope_section) != self.head_dim // 2:
+            raise ValueError(f"mrope_section {self.mrope_section} must sum to head_dim/2 = {self.head_dim // 2}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.vision_width % (4 * self.vision_heads):
+            raise ValueError(
+                f"vision_width {self.vision_width} must be a multiple of 4 x vision_heads = {4 * self.vision_heads} "
+                "(the rotary embedding splits a head into two axes of cosine/sine pairs)"
+            )
+        if int(self.vision_positions**0.5) ** 2 != self.vision_positions:
+            raise ValueError(f"vision_positions {self.vision_positions} must be a square number")
+        if self.hidden_size in (self.intermediate_size, 2 * self.intermediate_size):
+            raise ValueError(
+                f"intermediate_size {self.intermediate_size} with hidden_size {self.hidden_size} gives square expert "
+                "tensors after upcycling: choose another intermediate_size"
+            )
+
+
+def build_tiny_policy(processor: Processor, size: TinyPolicy, seed: int) -> Qwen3VLForConditionalGeneration:
+    """A randomly initialised float32 policy on the CPU. ``seed`` alone decides its weights (transformers' own
+    initialisation); the global random state is left as it was. Input and output embeddings are tied."""
+    tokenizer = processor.tokenizer
+    image = processor.image_processor
+    token_id = tokenizer.convert_tokens_to_ids
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": size.hidden_size,
+            "intermediate_size": size.intermediate_size,
+            "num_hidden_layers": size.num_layers,
+            "num_attention_heads": size.num_heads,
+            "num_key_value_heads": size.num_kv_heads,
+            "head_dim": size.head_dim,
+            "max_position_embeddings": size.max_positions,
+            "initializer_range": size.initializer_range,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": size.rope_theta,
+                "mrope_section": list(size.mrope_section),
+                "mrope_interleaved": True,
+            },
+        },
+        vision_config={
+            "depth": size.vision_depth,
+            "hidden_size": size.vision_width,
+            "intermediate_size": size.vision_intermediate_size,
+            "num_heads": size.vision_heads,
+            "patch_size": image.patch_size,
+            "spatial_merge_size": image.merge_size,
+            "temporal_patch_size": image.temporal_patch_size,
+            "out_hidden_size": size.hidden_size,
+            "num_position_embeddings": size.vision_positions,
+            "deepstack_visual_indexes": list(size.deepstack_layers),
+            "initializer_range": size.initializer_range,
+        },
+        image_token_id=token_id(IMAGE_PAD),
+        video_token_id=token_id(VIDEO_PAD),
+        vision_start_token_id=token_id(VISION_START),
+        vision_end_token_id=token_id(VISION_END),
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        model = Qwen3VLForConditionalGeneration._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model.generation_config = GenerationConfig(
+        eos_token_id=[processor.eos_id, processor.pad_id], pad_token_id=processor.pad_id, do_sample=True
+    )
+    return model
+
+
+def load_policy(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Qwen3VLForConditionalGeneration:
+    """Read any Qwen3-VL (dense) checkpoint folder: safetensors only, no network, no remote code.
+
+    Raises:
+        FileNotFoundError: the folder, its ``config.json`` or its weights are missing.
+        ValueError: another architecture, or tensors that are missing, unexpected or of another shape (named).
+    """
+    folder = Path(path)
+    found = read_model_type(folder)
+    if found != "qwen3_vl":
+        cure = (
+            "load it with load_discriminator"
+            if found == "qwen3_vl_moe"
+            else "pass the folder of a dense Qwen3-VL model"
+        )
+        raise ValueError(f"{folder} holds a {found!r} model, but a policy must be 'qwen3_vl': {cure}")
+    model, info = Qwen3VLForConditionalGeneration.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # so that check_loading reports every offender at once instead of the first
+        output_loading_info=True,
+    )
+    check_loading(folder, info)
+    return model.to(device)
+
+
+def save_policy(model: Qwen3VLForConditionalGeneration, processor: Processor, path: str | Path) -> None:
+    """Write weights (safetensors), configuration, generation settings and processor files: the folder loads in stock
+    transformers and with :func:`load_policy` and ``Processor.from_pretrained``."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""What a run looked like: reading its directory, intervals, the stage table and the HTML report."""

@@ -1,0 +1,237 @@
+"""Numbers per stage for the table and the report: accuracies with intervals, paired differences, updates, wall time.
+
+Also the sentences of the report that state a result: they are made here, from the numbers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prism_fast.report.rundir import EVALUATED, RunDirectory
+from prism_fast.report.statistics import Interval, PairedInterval, accuracy_interval, paired_difference
+
+SEED = 0  # of every bootstrap in table and report: the same run directory always gives the same numbers
+NAMES = {
+    "sft": "SFT",
+    "sft_continued": "SFT continued",
+    "warmup": "Discriminator warm-up",
+    "align": "Alignment",
+    "rlvr": "RLVR",
+}
+CONTROLS = ("sft", "sft_continued")  # what other stages are compared with
+_LOSS = {"sft": "sft/loss", "sft_continued": "sft/loss", "warmup": "warmup/loss", "align": "policy/loss", "rlvr": "policy/loss"}
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of correct items. ``interval`` is None where the items form fewer than two clusters."""
+
+    items: int
+    mean: float
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """One evaluated stage. ``against`` holds the paired differences to the controls that have the same items."""
+
+    stage: str
+    accuracy: Accuracy
+    kinds: dict[str, Accuracy]
+    format_rate: float
+    mean_length: float  # tokens
+    truncated: float | None  # share of answers cut at the length limit
+    updates: int | None
+    seconds: float | None
+    against: dict[str, PairedInterval]
+
+
+@dataclass(frozen=True)
+class Summary:
+    stages: tuple[StageSummary, ...]
+    kinds: tuple[str, ...]
+    notes: tuple[str, ...]  # why something is not compared, in words
+
+    def stage(self, name: str) -> StageSummary | None:
+        return next((entry for entry in self.stages if entry.stage == name), None)
+
+
+def stage_name(stage: str) -> str:
+    return NAMES.get(stage, stage)
+
+
+def summarise(run: RunDirectory) -> Summary:
+    """Summary of every stage that has an evaluation on disk. Pure: the same run directory gives the same numbers."""
+    notes: list[str] = []
+    stages = []
+    for stage in run.evaluated:
+        items = run.evals[stage]
+        _check_against_log(run, stage, items, notes)
+        against = {}
+        for control in CONTROLS:
+            if control != stage and control in run.evals and EVALUATED.index(control) < _rank(stage):
+                difference = _difference(run, stage, control, notes)
+                if difference is not None:
+                    against[control] = difference
+        kinds = sorted({str(item["kind"]) for item in items})
+        finish = [item["finish"] for item in items if "finish" in item]
+        stages.append(
+            StageSummary(
+                stage=stage,
+                accuracy=_accuracy(items),
+                kinds={kind: _accuracy([item for item in items if str(item["kind"]) == kind]) for kind in kinds},
+                format_rate=_mean([item["format"] for item in items]),
+                mean_length=_mean([item["length"] for item in items]),
+                truncated=_mean([reason == "length" for reason in finish]) if len(finish) == len(items) else None,
+                updates=updates(run, stage),
+                seconds=seconds(run, stage),
+                against=against,
+            )
+        )
+    names = tuple(sorted({kind for entry in stages for kind in entry.kinds}))
+    return Summary(tuple(stages), names, tuple(notes))
+
+
+def updates(run: RunDirectory, stage: str) -> int | None:
+    """Number of optimizer updates: steps that logged the stage's training loss."""
+    series = run.series(stage, _LOSS.get(stage, ""))
+    if series is None:
+        return None
+    # The last step number, not the count of lines: a stage may log its loss every few steps only.
+    return series.steps[-1] + (1 if series.steps[0] == 0 else 0)
+
+
+def seconds(run: RunDirectory, stage: str) -> float | None:
+    """Wall-clock of a stage: the sum of ``time/step`` where logged, else of all its ``time/`` metrics; None without any."""
+    keys = [key for key in run.keys(stage) if key.startswith("time/")]
+    chosen = ["time/step"] if "time/step" in keys else keys
+    parts = [sum(series.values) for key in chosen if (series := run.series(stage, key)) is not None]
+    return sum(parts) if parts else None
+
+
+def verdicts(run: RunDirectory, summary: Summary) -> list[str]:
+    """The results in words, made from the numbers alone; a comparison that cannot be made is said to be missing."""
+    sentences = [_against(summary, "rlvr", control) for control in CONTROLS]
+    sentences.append(_alignment(summary))
+    return [*sentences, *_warmup(run)]
+
+
+def _against(summary: Summary, stage: str, control: str) -> str:
+    left, right = stage_name(stage), stage_name(control)
+    entry, base = summary.stage(stage), summary.stage(control)
+    if entry is None or base is None:
+        missing = " and ".join(stage_name(name) for name in (stage, control) if summary.stage(name) is None)
+        return f"Whether {left} is better than {right} cannot be said: no evaluation of {missing}."
+    difference = entry.against.get(control)
+    if difference is None:
+        return f"Whether {left} is better than {right} cannot be said: there is no paired comparison (see the notes)."
+    numbers = f"{points(difference)} percentage points, p = {p_value(difference.p)}, {entry.accuracy.items} items"
+    if difference.low > 0:
+        return f"{left} is above {right} at 95 % confidence: {numbers}."
+    if difference.high < 0:
+        return f"{left} is below {right} at 95 % confidence: {numbers}."
+    return f"{left} cannot be told from {right} at 95 % confidence: {numbers}."
+
+
+def _alignment(summary: Summary) -> str:
+    entry = summary.stage("align")
+    difference = entry.against.get("sft") if entry is not None else None
+    if entry is None or difference is None:
+        return "The effect of alignment on held-out accuracy was not measured: it takes an evaluation after SFT and one after alignment."
+    what = f"Alignment by itself changed held-out accuracy by {points(difference)} percentage points against SFT"
+    if difference.low > 0:
+        return f"{what}: a gain at 95 % confidence."
+    if difference.high < 0:
+        return f"{what}: a loss at 95 % confidence."
+    return f"{what}: not distinguishable from no effect."
+
+
+def _warmup(run: RunDirectory) -> list[str]:
+    parts = []
+    for span in ("caption", "reasoning"):
+        margin = run.series("warmup", f"warmup/heldout_margin_{span}")
+        accuracy = run.series("warmup", f"warmup/heldout_acc_{span}")
+        if margin is not None and accuracy is not None:
+            parts.append(f"{span} {margin.values[-1]:.2f} (accuracy {100 * accuracy.values[-1]:.1f} %)")
+    if not parts:
+        return []
+    return [f"Held-out margin of the discriminator at the end of its warm-up: {', '.join(parts)}."]
+
+
+def points(value: Interval | PairedInterval) -> str:
+    """A difference of shares as signed percentage points with its interval, ``+3.2 [+1.0, +5.3]``."""
+    mean, low, high = (_signed(100.0 * part) for part in value[:3])
+    return f"{mean} [{low}, {high}]"
+
+
+def p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def duration(value: float) -> str:
+    """Seconds as text: ``4.2 s``, ``3 min 12 s``, ``5 h 03 min``."""
+    if value < 59.95:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _signed(value: float) -> str:
+    text = f"{value:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "\u2212")
+
+
+def _rank(stage: str) -> int:
+    return EVALUATED.index(stage) if stage in EVALUATED else len(EVALUATED)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values)) / len(values)
+
+
+def _accuracy(items: Sequence[dict[str, Any]]) -> Accuracy:
+    correct = [item["correct"] for item in items]
+    clusters = [item["cluster"] for item in items]
+    interval = accuracy_interval(correct, clusters, seed=SEED) if len(set(map(str, clusters))) > 1 else None
+    return Accuracy(len(items), _mean(correct), interval)
+
+
+def _difference(run: RunDirectory, stage: str, control: str, notes: list[str]) -> PairedInterval | None:
+    a, b = run.evals[stage], run.evals[control]
+    uids = [item["uid"] for item in a], [item["uid"] for item in b]
+    left, right = stage_name(stage), stage_name(control)
+    if uids[0] != uids[1]:
+        common = len(set(uids[0]) & set(uids[1]))
+        notes.append(
+            f"{left} ({len(a)} items) and {right} ({len(b)} items) were not evaluated on the same items ({common} in common), "
+            "so they are not compared."
+        )
+        return None
+    clusters = [item["cluster"] for item in a]
+    if clusters != [item["cluster"] for item in b]:
+        notes.append(f"{left} and {right} name different clusters for the same items, so they are not compared.")
+        return None
+    if len(set(map(str, clusters))) < 2:
+        notes.append(f"{left} and {right} have a single cluster of items, so there is no interval for their difference.")
+        return None
+    correct = [item["correct"] for item in a], [item["correct"] for item in b]
+    return paired_difference(*correct, clusters, seed=SEED, uids=uids)
+
+
+def _check_against_log(run: RunDirectory, stage: str, items: Sequence[dict[str, Any]], notes: list[str]) -> None:
+    if stage in run.incomplete:
+        notes.append(f"The evaluation of {stage_name(stage)} is not finished: {len(items)} items so far.")
+        return
+    logged = run.eval_metrics.get(stage, {}).get("eval/accuracy")
+    found = _mean([item["correct"] for item in items])
+    if logged is None:
+        notes.append(f"metrics.jsonl has no line for the evaluation of {stage_name(stage)}: it may not have been finished.")
+    elif abs(logged - found) > 1e-6:
+        notes.append(
+            f"{stage_name(stage)}: metrics.jsonl says an accuracy of {logged:.4f}, the {len(items)} items on disk give "
+            f"{found:.4f}. The items count here."
+        )

@@ -1,0 +1,77 @@
+"""The stage table that ends a run in the terminal: stages as columns, so that it fits 80 columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from prism_fast.report.rundir import read_run
+from prism_fast.report.statistics import PairedInterval
+from prism_fast.report.summary import CONTROLS, Accuracy, StageSummary, duration, points, stage_name, summarise
+
+_ABSENT = "–"
+_CONTROL_LABELS = {"sft": "vs SFT", "sft_continued": "vs continued"}  # short: the table must fit 80 columns
+
+
+def stage_table(run_dir: str | Path) -> Table:
+    """Held-out results after each evaluated stage.
+
+    Per stage: accuracy with its 95 % interval, accuracy per question kind, format rate, mean length, updates, wall time,
+    and the paired differences to SFT and to SFT continued.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `read_run`; or the run has no evaluation yet.
+    """
+    run = read_run(run_dir)
+    summary = summarise(run)
+    if not summary.stages:
+        raise ValueError(f"{run_dir} has no evaluation yet (evals/*.jsonl); the table begins with the first one")
+    table = Table(title="Held-out results after each stage", caption=_caption(run.problems, summary.notes))
+    table.add_column("")
+    for entry in summary.stages:
+        table.add_column(Text(stage_name(entry.stage)), justify="right")
+
+    def row(label: str, cells: list[str]) -> None:
+        table.add_row(Text(label), *(Text(cell) for cell in cells))  # Text: names from data are never markup
+
+    stages = summary.stages
+    row("accuracy, %", [_accuracy(entry.accuracy, interval=True) for entry in stages])
+    for control in CONTROLS:
+        if any(control in entry.against for entry in stages):
+            row(_CONTROL_LABELS[control], [_difference(entry.against.get(control)) for entry in stages])
+    table.add_section()
+    for kind in summary.kinds:
+        row(kind, [_accuracy(entry.kinds.get(kind), interval=False) for entry in stages])
+    table.add_section()
+    row("format, %", [f"{100 * entry.format_rate:.1f}" for entry in stages])
+    row("tokens", [f"{entry.mean_length:.1f}" for entry in stages])
+    row("items", [str(entry.accuracy.items) for entry in stages])
+    row("updates", [_ABSENT if entry.updates is None else str(entry.updates) for entry in stages])
+    row("wall time", [_wall(entry) for entry in stages])
+    return table
+
+
+def _accuracy(accuracy: Accuracy | None, *, interval: bool) -> str:
+    if accuracy is None:
+        return _ABSENT
+    text = f"{100 * accuracy.mean:.1f}"
+    if not interval:
+        return text
+    if accuracy.interval is None:
+        return f"{text}\nno interval"
+    return f"{text}\n[{100 * accuracy.interval.low:.1f}, {100 * accuracy.interval.high:.1f}]"
+
+
+def _difference(difference: PairedInterval | None) -> str:
+    return _ABSENT if difference is None else points(difference).replace(" [", "\n[", 1)
+
+
+def _wall(entry: StageSummary) -> str:
+    return _ABSENT if entry.seconds is None else duration(entry.seconds)
+
+
+def _caption(problems: list[str], notes: tuple[str, ...]) -> Text:
+    lines = ["[ ]: 95 % intervals, bootstrap over held-out images; differences are paired, in percentage points"]
+    return Text("\n".join([*lines, *notes, *problems]), style="dim")

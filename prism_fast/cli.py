@@ -1,0 +1,106 @@
+"""The ``prism-fast`` command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+HELP = """Train multimodal models with PRISM: SFT, adversarial alignment against a mixture-of-experts discriminator, RLVR.
+
+A RECIPE is the name of a shipped recipe (`digits` runs anywhere) or the path of a YAML file. OVERRIDES are
+`key.sub=value` pairs, e.g. `seed=2 align.steps=100 out=runs/mine`."""
+
+app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+console = Console()
+errors = Console(stderr=True)
+
+Recipe = Annotated[str, typer.Argument(help="Shipped recipe or path of a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value pairs that override the recipe.")]
+
+
+def _train(recipe: str, overrides: list[str] | None, stages: list[str] | None) -> None:
+    from prism_fast.config import load_config
+    from prism_fast.report.html import write_report
+    from prism_fast.report.table import stage_table
+    from prism_fast.train.pipeline import run_stages
+
+    config = load_config(recipe, overrides or [])
+    if stages is not None:
+        config.stages = stages
+    folder = run_stages(config, console)
+    report = write_report(folder)
+    console.print(stage_table(folder))
+    console.print(f"run directory: {folder}", highlight=False, soft_wrap=True)
+    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def run(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Run all stages of a recipe, evaluate after each, and write the report."""
+    _train(recipe, overrides, None)
+
+
+@app.command()
+def sft(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Supervised fine-tuning to the validation plateau."""
+    _train(recipe, overrides, ["sft"])
+
+
+@app.command()
+def warmup(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Warm the discriminator up until it separates held-out pairs. Needs model.policy=PATH."""
+    _train(recipe, overrides, ["warmup"])
+
+
+@app.command()
+def align(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Adversarial alignment. Needs model.policy=PATH and model.discriminator=PATH."""
+    _train(recipe, overrides, ["align"])
+
+
+@app.command()
+def rlvr(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Reinforcement learning with verifiable rewards. Needs model.policy=PATH."""
+    _train(recipe, overrides, ["rlvr"])
+
+
+@app.command("eval")
+def evaluate(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Held-out accuracy of model.policy=PATH."""
+    from prism_fast.config import load_config
+    from prism_fast.train.pipeline import run_eval
+
+    folder, accuracy = run_eval(load_config(recipe, overrides or []), console)
+    console.print(f"accuracy {accuracy:.4f}; items in {folder / 'evals' / 'eval.jsonl'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="A run directory, finished or not.")]) -> None:
+    """Write report.html of a run and print its stage table."""
+    from prism_fast.report.html import write_report
+    from prism_fast.report.table import stage_table
+
+    path = write_report(run_dir)
+    console.print(stage_table(run_dir))
+    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: an error the user can cure is one message and exit code 1; anything else keeps its traceback."""
+    from prism_fast.config import ConfigError
+    from prism_fast.train.errors import USER_ERRORS
+
+    try:
+        app()
+    except (ConfigError, *USER_ERRORS) as error:
+        errors.print(f"[bold red]error:[/] {type(error).__name__}", highlight=False)
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Configuration: dataclasses, YAML recipes and ``key.sub=value`` overrides.
+
+A recipe is a YAML file that holds only what differs from the defaults below. Unknown keys, wrong types and values out
+of range are errors that name the key. The resolved configuration is written to the run directory as ``config.yaml``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+STAGES = ("sft", "sft_continued", "warmup", "align", "rlvr")
+
+
+class ConfigError(ValueError):
+    """A recipe or an override is wrong; the message names the key and what is allowed."""
+
+
+def _require(condition: bool, key: str, allowed: str, value: object) -> None:
+    if not condition:
+        raise ConfigError(f"{key} must be {allowed}, got {value!r}")
+
+
+@dataclass
+class TinyConfig:
+    """Sizes of the policy that is built when ``model.policy`` is ``tiny`` (the real Qwen3-VL class, small)."""
+
+    vocab_size: int = 2048
+    hidden_size: int = 128
+    intermediate_size: int = 320
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    vision_depth: int = 2
+    vision_width: int = 96
+    vision_heads: int = 4
+    vision_intermediate_size: int = 256
+
+
+@dataclass
+class ModelConfig:
+    policy: str = "tiny"  # `tiny`, or the folder of any Qwen3-VL checkpoint
+    discriminator: str = "upcycle"  # `upcycle` (from the policy), or the folder of a discriminator checkpoint
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    tiny: TinyConfig = field(default_factory=TinyConfig)
+
+
+@dataclass
+class UpcycleConfig:
+    num_experts: int = 4
+    top_k: int = 2
+    noise_std: float = 0.01
+    router_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.top_k <= self.num_experts, "warmup.upcycle.top_k", "between 1 and num_experts", self.top_k)
+
+
+@dataclass
+class DataConfig:
+    """Files in the published formats. ``source: digits`` writes them first; ``source: files`` reads yours."""
+
+    source: Literal["digits", "files"] = "files"
+    sft: str | None = None  # ShareGPT JSON
+    sft_val: str | None = None  # ShareGPT JSON
+    align: str | None = None  # parquet with teacher columns
+    rlvr: str | None = None  # parquet
+    eval: str | None = None  # parquet
+    pairs: str | None = None  # pairwise jsonl; none: the policy samples its own
+    noise: float = 0.35  # digits: share of wrong demonstrations in the SFT mixture
+    max_image_pixels: int = 16_777_216
+
+    def __post_init__(self) -> None:
+        _require(0.0 <= self.noise <= 1.0, "data.noise", "between 0 and 1", self.noise)
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 1e-6
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float = 1.0
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optimizer.lr", "positive", self.lr)
+        _require(self.clip_norm > 0, "optimizer.clip_norm", "positive", self.clip_norm)
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", "0 or more", self.warmup_steps)
+
+
+@dataclass
+class SftConfig:
+    """Runs at a constant learning rate until the validation loss stops improving, then decays it to zero."""
+
+    max_updates: int = 2000
+    batch: int = 32
+    eval_every: int = 50
+    patience: int = 2  # evaluations without improvement before the decay begins
+    min_improvement: float = 0.01  # relative
+    decay_share: float = 0.3  # updates of the decay, as a share of those before it
+    tokens_per_micro_batch: int = 16384
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
+
+    def __post_init__(self) -> None:
+        _require(self.max_updates >= 1, "sft.max_updates", "1 or more", self.max_updates)
+        _require(self.batch >= 1, "sft.batch", "1 or more", self.batch)
+        _require(self.eval_every >= 1, "sft.eval_every", "1 or more", self.eval_every)
+        _require(self.patience >= 1, "sft.patience", "1 or more", self.patience)
+
+
+@dataclass
+class SamplingConfig:
+    n: int = 16  # rollouts per prompt
+    temperature: float = 1.0
+    max_new_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        _require(self.n >= 1, "n", "1 or more", self.n)
+        _require(self.temperature >= 0, "temperature", "0 (greedy) or positive", self.temperature)
+        _require(self.max_new_tokens >= 1, "max_new_tokens", "1 or more", self.max_new_tokens)
+
+
+@dataclass
+class WarmupConfig:
+    """Discriminator warm-up: ends when the held-out margin reaches ``target_margin``, never on a step count alone."""
+
+    prompts: int = 8  # prompts per update
+    pairs_per_prompt: int = 4  # student samples per alignment prompt when the policy samples its own pairs
+    heldout_share: float = 0.1
+    eval_every: int = 10
+    target_margin: float = 1.0  # of the mean held-out margin, caption and reasoning each
+    max_updates: int = 1000  # reaching it without the margin is an error
+    aux_coef: float = 0.01
+    tokens_per_micro_batch: int = 16384
+    temperature: float = 1.0
+    max_new_tokens: int = 512
+    upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
+
+    def __post_init__(self) -> None:
+        _require(0.0 < self.heldout_share < 1.0, "warmup.heldout_share", "between 0 and 1", self.heldout_share)
+        _require(self.pairs_per_prompt >= 1, "warmup.pairs_per_prompt", "1 or more", self.pairs_per_prompt)
+
+
+@dataclass
+class DiscriminatorUpdateConfig:
+    score_clip: float = 10.0
+    score_reg: float = 0.001
+    tokens_per_micro_batch: int = 16384
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass
+class AlignConfig:
+    steps: int = 500
+    prompts: int = 4  # prompts per step
+    advantage: Literal["default", "acc_gating", "gated_align", "rlvr", "rlvr_v2", "sign_align"] = "default"
+    weights: tuple[float, float] = (0.5, 0.5)  # caption, reasoning
+    format_penalty: float = 1.5
+    loss: str = "dapo"  # token-mean on-policy: what the published recipe computes
+    rollout: SamplingConfig = field(default_factory=SamplingConfig)
+    tokens_per_micro_batch: int = 16384
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    discriminator: DiscriminatorUpdateConfig = field(default_factory=DiscriminatorUpdateConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, "align.steps", "0 or more", self.steps)
+        _require(self.prompts >= 1, "align.prompts", "1 or more", self.prompts)
+
+
+@dataclass
+class RlvrConfig:
+    steps: int = 1500
+    prompts: int = 32
+    loss: str = "grpo"
+    rollout: SamplingConfig = field(default_factory=SamplingConfig)
+    tokens_per_micro_batch: int = 16384
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, "rlvr.steps", "0 or more", self.steps)
+        _require(self.prompts >= 1, "rlvr.prompts", "1 or more", self.prompts)
+
+
+@dataclass
+class EvalConfig:
+    batch: int = 128  # prompts generated together
+    temperature: float = 0.0
+    max_new_tokens: int = 512
+    limit: int | None = None  # first so many items; none: all
+
+
+@dataclass
+class Config:
+    recipe: str = "custom"
+    seed: int = 1
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    threads: int | None = None  # CPU threads of PyTorch; none: PyTorch's own choice
+    out: str | None = None  # run directory; none: runs/<recipe>-<time>
+    semantics: Literal["prism_fast", "released"] = "prism_fast"
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    dump_rollouts_every: int = 10  # alignment and RLVR steps whose rollouts are kept as text
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    rlvr: RlvrConfig = field(default_factory=RlvrConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            if stage not in STAGES:
+                raise ConfigError(f"stages: {stage!r} is not a stage; allowed: {', '.join(STAGES)}{_nearest(stage, STAGES)}")
+        order = [STAGES.index(stage) for stage in self.stages]
+        _require(order == sorted(set(order)), "stages", f"in the order {', '.join(STAGES)}, each once", self.stages)
+        _require(self.dump_rollouts_every >= 1, "dump_rollouts_every", "1 or more", self.dump_rollouts_every)
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    match = difflib.get_close_matches(name, names, n=1)
+    return f". Did you mean {match[0]!r}?" if match else ""
+
+
+def shipped_recipes() -> list[str]:
+    folder = resources.files("prism_fast.recipes")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """Resolve a recipe (the name of a shipped one, or the path of a YAML file) and ``key.sub=value`` overrides.
+
+    Raises:
+        ConfigError: the recipe does not exist, a key is unknown, a value has the wrong type or is out of range.
+    """
+    shipped = shipped_recipes()
+    if recipe in shipped:
+        text = resources.files("prism_fast.recipes").joinpath(f"{recipe}.yaml").read_text(encoding="utf-8")
+        origin = f"recipe {recipe!r}"
+    elif Path(recipe).is_file():
+        text, origin = Path(recipe).read_text(encoding="utf-8"), recipe
+    else:
+        raise ConfigError(
+            f"no recipe {recipe!r}: neither a file nor a shipped recipe ({', '.join(shipped)}){_nearest(recipe, shipped)}"
+        )
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} must have the form key.sub=value")
+    try:
+        config = OmegaConf.structured(Config)
+        config = OmegaConf.merge(config, OmegaConf.create(text))
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
+        resolved = OmegaConf.to_object(config)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from error
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise ConfigError(f"{origin}: {error.__cause__}") from error
+        message = str(error.msg or error).strip().splitlines()[0]
+        key = getattr(error, "full_key", None)
+        raise ConfigError(f"{origin} with {list(overrides)}: {message}" + (f" (key {key})" if key else "")) from error
+    assert isinstance(resolved, Config)
+    return resolved
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; ``load_config`` of it gives the same configuration."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,0 +1,1 @@
+"""Rollout engines: sample responses from the policy and return exact token ids with their log-probs."""

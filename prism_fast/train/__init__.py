@@ -1,0 +1,1 @@
+"""The stages, the parallel engine, the run directory and its metrics."""

@@ -1,0 +1,94 @@
+"""A run: its folder, device, metrics, progress and answer checker."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+import prism_fast
+from prism_fast.config import Config, ConfigError, dump_config
+from prism_fast.rewards import AnswerChecker
+from prism_fast.train.metrics import MetricsWriter
+from prism_fast.train.progress import Progress
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Run:
+    config: Config
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype
+    metrics: MetricsWriter
+    checker: AnswerChecker
+    console: Console
+    progress: Progress
+
+    def export_folder(self, name: str) -> Path:
+        """Where a stage writes its model in Hugging Face format."""
+        return self.folder / "export" / name
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is not a device; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r} was asked for, but PyTorch {torch.__version__} sees no CUDA device")
+    return device
+
+
+def environment() -> dict[str, str | int]:
+    """What the run ran on; stands in ``environment.json`` and in the report."""
+    names = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn", "math-verify")
+    versions = {name: metadata.version(name) for name in names}
+    facts: dict[str, str | int] = {
+        "prism_fast": prism_fast.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        **versions,
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+@contextmanager
+def open_run(config: Config, console: Console) -> Iterator[Run]:
+    """Create the run directory (it must not exist or be empty) and everything a stage needs.
+
+    Raises:
+        ConfigError: the folder holds something already, or the device is not there.
+    """
+    device = resolve_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    folder = Path(config.out) if config.out else Path("runs") / f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"the run directory {folder} is not empty; give another with out=PATH")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    (folder / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+    torch.use_deterministic_algorithms(True)
+    metrics = MetricsWriter(folder)
+    try:
+        with AnswerChecker(semantics=config.semantics) as checker, Progress(console) as progress:
+            yield Run(config, folder, device, DTYPES[config.model.dtype], metrics, checker, console, progress)
+    finally:
+        metrics.close()

@@ -1,0 +1,142 @@
+"""Scoring and updating the discriminator in one forward: the scores are the rewards, their graph is the update.
+
+Equal spans of one prompt are computed once. The teacher's spans therefore cost one pass per prompt, not one per rollout,
+and a student span that equals the teacher's gets exactly the teacher's score: a tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prism_fast.algorithms.alignment_loss import DiscriminatorStats, discriminator_loss
+from prism_fast.models.discriminator import Discriminator, load_balance_loss
+from prism_fast.models.forward import collate
+from prism_fast.models.processor import EncodedPrompt
+from prism_fast.train.microbatch import by_tokens
+
+Span = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SpanGroup:
+    """One prompt with its framed teacher spans and its students' (caption, reasoning); ``None`` for an invalid response."""
+
+    prompt: EncodedPrompt
+    teacher: tuple[Span, Span]
+    students: Sequence[tuple[Span, Span] | None]
+
+    def unique_spans(self) -> list[Span]:
+        """Distinct spans in order of first use."""
+        return list(dict.fromkeys([*self.teacher, *(span for pair in self.students if pair for span in pair)]))
+
+    def tokens(self) -> int:
+        """Tokens of one forward of this group, prompt repeated per distinct span."""
+        return sum(len(self.prompt.input_ids) + len(span) for span in self.unique_spans())
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """Scores of a step, float32 on the CPU, without gradient: ``student`` [B, 2], ``teacher`` [G, 2] (caption, reasoning)."""
+
+    student: Tensor
+    teacher: Tensor
+    tokens: int
+
+
+def _forward(discriminator: Discriminator, groups: Sequence[SpanGroup], device: torch.device, pad_id: int, positions: str):
+    """Scores of some groups with gradient: teacher [G, 2], student [B, 2] (0 for invalid), router logits and the batch."""
+    prompt_of_row: list[int] = []
+    spans: list[Span] = []
+    teacher_rows: list[list[int]] = []
+    student_rows: list[list[int]] = []
+    for g, group in enumerate(groups):
+        row_of = {span: len(spans) + i for i, span in enumerate(group.unique_spans())}
+        prompt_of_row.extend([g] * len(row_of))
+        spans.extend(row_of)
+        teacher_rows.append([row_of[span] for span in group.teacher])
+        student_rows.extend([row_of[span] for span in pair] if pair else [-1, -1] for pair in group.students)
+    batch = collate(
+        [group.prompt for group in groups],
+        prompt_of_row,
+        spans,
+        model_config=discriminator.backbone.config,
+        pad_id=pad_id,
+        positions=positions,
+    ).to(device)
+    out = discriminator(batch)
+    teacher = out.score[torch.tensor(teacher_rows, device=device)]  # [G, 2]
+    index = torch.tensor(student_rows, device=device)  # [B, 2]
+    student = torch.where(index >= 0, out.score[index.clamp(min=0)], 0.0)
+    return teacher, student, out.router_logits, batch
+
+
+def discriminator_step(
+    discriminator: Discriminator,
+    groups: Sequence[SpanGroup],
+    *,
+    backward,
+    pad_id: int,
+    device: torch.device,
+    semantics: str,
+    score_clip: float,
+    score_reg: float,
+    tokens_per_micro_batch: int,
+    aux_coef: float = 0.0,
+    positions: str = "mrope",
+) -> tuple[GroupScores, DiscriminatorStats, Tensor]:
+    """Score all groups and, with ``backward``, accumulate the gradient of the loss over all of them.
+
+    Args:
+        backward: called with each micro-batch's loss; ``None`` scores only.
+        aux_coef: weight of the load-balancing loss over the routers of all layers (0: none).
+
+    Returns:
+        Scores, the loss statistics over the whole step, and the loss (0-d, detached).
+    """
+    parts = by_tokens([group.tokens() for group in groups], tokens_per_micro_batch)
+    valid_total = sum(1 for group in groups for pair in group.students if pair)
+    rows_total = sum(len(group.students) for group in groups)
+    offsets = [0]
+    for group in groups:
+        offsets.append(offsets[-1] + len(group.students))
+    student_all = torch.zeros(rows_total, 2)
+    teacher_all = torch.zeros(len(groups), 2)
+    stats: DiscriminatorStats | None = None
+    loss_total = torch.zeros((), dtype=torch.float64)
+    tokens = 0
+    with torch.set_grad_enabled(backward is not None):
+        for part in parts:
+            members = [groups[g] for g in part]
+            teacher, student, router_logits, batch = _forward(discriminator, members, device, pad_id, positions)
+            group_of_row = torch.tensor([i for i, m in enumerate(members) for _ in m.students], device=device)
+            valid = torch.tensor([pair is not None for m in members for pair in m.students], device=device)
+            loss, part_stats = discriminator_loss(
+                teacher,
+                student,
+                group_of_row,
+                valid,
+                semantics=semantics,
+                score_clip=score_clip,
+                score_reg=score_reg,
+                valid_total=valid_total,
+                rows_total=rows_total,
+            )
+            if aux_coef:
+                mask = torch.arange(batch.input_ids.shape[1], device=device) < batch.lengths[:, None]
+                config = discriminator.backbone.config.text_config
+                balance = load_balance_loss(router_logits, config.num_experts, config.num_experts_per_tok, mask)
+                loss = loss + aux_coef * balance * (len(members) / len(groups))
+            if backward is not None:
+                backward(loss)
+            loss_total += loss.detach().double().cpu()
+            stats = part_stats if stats is None else DiscriminatorStats(*map(torch.add, stats, part_stats))
+            teacher_all[part] = teacher.detach().float().cpu()
+            rows = [r for g in part for r in range(offsets[g], offsets[g + 1])]
+            student_all[rows] = student.detach().float().cpu()
+            tokens += int(batch.lengths.sum())
+    assert stats is not None, "a step has at least one group"
+    return GroupScores(student_all, teacher_all, tokens), stats, loss_total

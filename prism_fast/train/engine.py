@@ -1,0 +1,63 @@
+"""The local engine: one process, one model, one optimizer, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from prism_fast.config import OptimizerConfig
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is NaN or infinite; the weights are those before the step."""
+
+
+class LocalEngine:
+    """Accumulates gradients over micro-batches and steps AdamW.
+
+    The micro-batch count may differ from step to step: losses arrive divided by their global denominator, so gradients
+    simply add up.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, *, schedule: Callable[[int], float] | None = None):
+        self.model = model
+        self.config = config
+        self.schedule = schedule
+        self.updates = 0
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        decayed = [p for name, p in trainable if p.ndim >= 2]
+        exempt = [p for name, p in trainable if p.ndim < 2]  # norms and biases
+        self.parameters = [p for _, p in trainable]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}],
+            lr=config.lr,
+            betas=tuple(config.betas),
+            fused=True,
+        )
+
+    def lr(self) -> float:
+        """Learning rate of the next update: linear warm-up ((t + 1) / warmup, never 0), then the schedule."""
+        scale = min(1.0, (self.updates + 1) / self.config.warmup_steps) if self.config.warmup_steps else 1.0
+        return self.config.lr * scale * (self.schedule(self.updates) if self.schedule else 1.0)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> float:
+        """Clip, update, clear the gradients; returns the gradient norm before clipping.
+
+        Raises:
+            NonFiniteError: the norm is NaN or infinite; nothing was updated.
+        """
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm))
+        if norm != norm or norm == float("inf"):
+            bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            raise NonFiniteError(f"gradient norm is {norm} at update {self.updates}; not finite in: {', '.join(bad[:5])}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        return norm

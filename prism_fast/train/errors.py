@@ -1,0 +1,8 @@
+"""Errors that name something the user can cure; the command line prints them without a traceback."""
+
+from __future__ import annotations
+
+from prism_fast.train.engine import NonFiniteError
+from prism_fast.train.warmup import WarmupError
+
+USER_ERRORS: tuple[type[Exception], ...] = (NonFiniteError, WarmupError, FileNotFoundError, ValueError)

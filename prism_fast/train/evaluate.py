@@ -1,0 +1,75 @@
+"""Held-out accuracy of a policy, item by item."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+
+from prism_fast.data.grammar import split_text
+from prism_fast.data.samples import Task
+from prism_fast.models.processor import Processor
+from prism_fast.rewards import Judged
+from prism_fast.rollout.hf import HFRollout
+from prism_fast.rollout.protocol import Sampling
+from prism_fast.train.context import Run
+from prism_fast.train.seeds import derive_seed
+
+
+def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, after: str) -> float:
+    """Answer every task, write ``evals/<after>.jsonl`` and one ``eval`` line of metrics; returns the accuracy."""
+    config = run.config.eval
+    count = len(tasks) if config.limit is None else min(config.limit, len(tasks))
+    if count == 0:
+        raise ValueError("the evaluation set is empty; give data.eval with at least one row or raise eval.limit")
+    sampling = Sampling(n=1, temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+    engine = HFRollout(model, processor)
+    records: list[dict] = []
+    with run.progress.bar(f"eval {after}", -(-count // config.batch)) as bar:
+        for start in range(0, count, config.batch):
+            chunk = [tasks[i] for i in range(start, min(start + config.batch, count))]
+            prompts = [processor.encode_prompt(task.messages, task.images) for task in chunk]
+            seed = derive_seed(run.config.seed, "eval", after, start)
+            completions = [group[0] for group in engine.generate(prompts, sampling, seed=seed)]
+            texts = [processor.decode(completion.token_ids) for completion in completions]
+            rewards = run.checker.score(
+                [Judged(x, t.ground_truth, t.data_source, t.equivalent_answers) for x, t in zip(texts, chunk, strict=True)]
+            )
+            for task, text, completion, reward in zip(chunk, texts, completions, rewards, strict=True):
+                records.append(
+                    {
+                        "uid": task.uid,
+                        "kind": task.kind or "all",
+                        "cluster": task.cluster or task.uid,
+                        "question": task.question,
+                        "ground_truth": task.ground_truth,
+                        "text": text,
+                        "answer": split_text(text).answer,
+                        "correct": int(reward.accuracy > 0),
+                        "format": int(reward.format > 0),
+                        "length": len(completion.token_ids),
+                        "finish": completion.finish,
+                        "decided_by": reward.decided_by,
+                    }
+                )
+            bar.advance(accuracy=sum(r["correct"] for r in records) / len(records))
+    folder = run.folder / "evals"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{after}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    by_kind: dict[str, list[int]] = defaultdict(list)
+    for record in records:
+        by_kind[record["kind"]].append(record["correct"])
+    accuracy = sum(r["correct"] for r in records) / count
+    run.metrics.write(
+        "eval",
+        0,
+        {
+            "after": after,
+            "eval/accuracy": accuracy,
+            "eval/format": sum(r["format"] for r in records) / count,
+            "eval/length": sum(r["length"] for r in records) / count,
+            "eval/items": count,
+            **{f"eval/accuracy/{kind}": sum(c) / len(c) for kind, c in sorted(by_kind.items())},
+        },
+    )
+    return accuracy

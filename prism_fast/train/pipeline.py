@@ -1,0 +1,215 @@
+"""The stages in order, each reading what the one before it exported."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from prism_fast.config import Config, ConfigError
+from prism_fast.data.digits import DigitsSpec, tokenizer_corpus, write_digits
+from prism_fast.data.readers import read_sharegpt, read_tasks
+from prism_fast.data.samples import Task
+from prism_fast.models.discriminator import build_discriminator, load_discriminator
+from prism_fast.models.policy import TinyPolicy, build_tiny_policy, load_policy
+from prism_fast.models.processor import Processor
+from prism_fast.models.tokenizer import train_tokenizer
+from prism_fast.train.align import align
+from prism_fast.train.context import Run, open_run
+from prism_fast.train.evaluate import evaluate
+from prism_fast.train.rlvr import rlvr
+from prism_fast.train.seeds import derive_seed
+from prism_fast.train.sft import continue_sft, train_sft
+from prism_fast.train.warmup import sample_pairs, warm_up
+
+RELEASED_HEAD_DROPOUT = 0.1
+
+
+@dataclass
+class Artifacts:
+    """What the stages have produced so far, as folders in Hugging Face format."""
+
+    policy: Path | None = None
+    discriminator: Path | None = None
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    sft: Path | None
+    sft_val: Path | None
+    align: Path | None
+    rlvr: Path | None
+    eval: Path | None
+    pairs: Path | None
+
+    def need(self, name: str, stage: str) -> Path:
+        path = getattr(self, name)
+        if path is None:
+            raise ConfigError(f"stage {stage} needs data.{name}=PATH (or data.source=digits)")
+        if not path.exists():
+            raise ConfigError(f"data.{name}: {path} does not exist")
+        return path
+
+
+NEEDS = {
+    "sft": ("sft", "sft_val"),
+    "sft_continued": ("sft",),
+    "warmup": ("align",),
+    "align": ("align",),
+    "rlvr": ("rlvr",),
+}
+
+
+def prepare_data(run: Run) -> DataFiles:
+    """Write the built-in digits, or take the files of the configuration."""
+    config = run.config.data
+    if config.source == "digits":
+        spec = DigitsSpec(noise=config.noise)
+        files = write_digits(run.folder / "data" / "digits", spec, derive_seed(run.config.seed, "digits"))
+        return DataFiles(files.sft, files.sft_val, files.align, files.rlvr, files.eval, None)
+    names = ("sft", "sft_val", "align", "rlvr", "eval", "pairs")
+    return DataFiles(*(Path(p) if (p := getattr(config, name)) is not None else None for name in names))
+
+
+def _new_policy(run: Run, files: DataFiles):
+    """The tiny policy with a tokenizer trained on the SFT texts."""
+    tiny = run.config.model.tiny
+    demos = read_sharegpt(files.need("sft", "sft"), max_image_pixels=run.config.data.max_image_pixels)
+    tokenizer = train_tokenizer(tokenizer_corpus(demos), tiny.vocab_size)
+    processor = Processor.build(tokenizer)
+    sizes = asdict(tiny)
+    del sizes["vocab_size"]
+    size = TinyPolicy(**sizes)
+    model = build_tiny_policy(processor, size, derive_seed(run.config.seed, "policy"))
+    return model.to(device=run.device, dtype=run.dtype), processor
+
+
+def _load_policy(run: Run, folder: Path):
+    return load_policy(folder, dtype=run.dtype, device=run.device), Processor.from_pretrained(folder)
+
+
+def _policy(run: Run, artifacts: Artifacts, stage: str):
+    if artifacts.policy is None:
+        raise ConfigError(f"stage {stage} needs a trained policy: run sft before it or give model.policy=PATH")
+    return _load_policy(run, artifacts.policy)
+
+
+def _tasks(run: Run, path: Path, *, require_teacher: bool) -> Sequence[Task]:
+    return read_tasks(path, require_teacher=require_teacher, max_image_pixels=run.config.data.max_image_pixels)
+
+
+def _evaluate(run: Run, folder: Path, files: DataFiles, after: str) -> None:
+    if files.eval is not None:
+        model, processor = _load_policy(run, folder)
+        evaluate(run, model, processor, _tasks(run, files.eval, require_teacher=False), after=after)
+
+
+def _sft(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
+    limit = run.config.data.max_image_pixels
+    demos = read_sharegpt(files.need("sft", "sft"), max_image_pixels=limit)
+    val = read_sharegpt(files.need("sft_val", "sft"), max_image_pixels=limit)
+    model, processor = _new_policy(run, files) if artifacts.policy is None else _load_policy(run, artifacts.policy)
+    artifacts.policy = train_sft(run, model, processor, demos, val)
+    _evaluate(run, artifacts.policy, files, "sft")
+
+
+def _sft_continued(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
+    model, processor = _policy(run, artifacts, "sft_continued")
+    demos = read_sharegpt(files.need("sft", "sft_continued"), max_image_pixels=run.config.data.max_image_pixels)
+    updates = sum(getattr(run.config, stage).steps for stage in ("align", "rlvr") if stage in run.config.stages)
+    if updates == 0:
+        raise ConfigError("sft_continued is the control of alignment and RLVR: at least one of them must be in stages")
+    _evaluate(run, continue_sft(run, model, processor, demos, updates), files, "sft_continued")
+
+
+def _warmup(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
+    policy, processor = _policy(run, artifacts, "warmup")
+    pairs = files.pairs
+    if pairs is None:
+        tasks = _tasks(run, files.need("align", "warmup"), require_teacher=True)
+        pairs = sample_pairs(run, policy, processor, tasks)
+    if artifacts.discriminator is None:
+        upcycle = run.config.warmup.upcycle
+        discriminator = build_discriminator(
+            policy,
+            num_experts=upcycle.num_experts,
+            top_k=upcycle.top_k,
+            noise_std=upcycle.noise_std,
+            router_std=upcycle.router_std,
+            head_dropout=RELEASED_HEAD_DROPOUT if run.config.semantics == "released" else 0.0,
+            seed=derive_seed(run.config.seed, "discriminator"),
+        )
+    else:
+        discriminator = _load_discriminator(run, artifacts.discriminator)
+    artifacts.discriminator = warm_up(run, discriminator.to(run.device), processor, pairs)
+
+
+def _load_discriminator(run: Run, folder: Path):
+    dropout = RELEASED_HEAD_DROPOUT if run.config.semantics == "released" else 0.0
+    return load_discriminator(folder, dtype=run.dtype, device=run.device, head_dropout=dropout)
+
+
+def _align(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
+    policy, processor = _policy(run, artifacts, "align")
+    if artifacts.discriminator is None:
+        raise ConfigError("stage align needs a warm discriminator: run warmup before it or give model.discriminator=PATH")
+    tasks = _tasks(run, files.need("align", "align"), require_teacher=True)
+    discriminator = _load_discriminator(run, artifacts.discriminator)
+    artifacts.policy, artifacts.discriminator = align(run, policy, discriminator, processor, tasks)
+    _evaluate(run, artifacts.policy, files, "align")
+
+
+def _rlvr(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
+    policy, processor = _policy(run, artifacts, "rlvr")
+    artifacts.policy = rlvr(run, policy, processor, _tasks(run, files.need("rlvr", "rlvr"), require_teacher=False))
+    _evaluate(run, artifacts.policy, files, "rlvr")
+
+
+RUNNERS = {"sft": _sft, "sft_continued": _sft_continued, "warmup": _warmup, "align": _align, "rlvr": _rlvr}
+
+
+def _start(config: Config) -> Artifacts:
+    model = config.model
+    artifacts = Artifacts(
+        policy=None if model.policy == "tiny" else Path(model.policy),
+        discriminator=None if model.discriminator == "upcycle" else Path(model.discriminator),
+    )
+    for key, folder in (("model.policy", artifacts.policy), ("model.discriminator", artifacts.discriminator)):
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"{key}: {folder} is not a folder")
+    return artifacts
+
+
+def _check_files(config: Config, files: DataFiles) -> None:
+    """Name a missing input before the first stage spends hours, not after."""
+    for stage in config.stages:
+        for name in NEEDS[stage]:
+            if not (stage == "warmup" and files.pairs is not None):
+                files.need(name, stage)
+    if files.eval is not None:
+        files.need("eval", "eval")
+
+
+def run_stages(config: Config, console: Console) -> Path:
+    """Run ``config.stages`` in a new run directory; returns the directory."""
+    artifacts = _start(config)
+    with open_run(config, console) as run:
+        files = prepare_data(run)
+        _check_files(config, files)
+        for stage in config.stages:
+            started = time.perf_counter()
+            RUNNERS[stage](run, files, artifacts)
+            run.metrics.write("stage", 0, {"name": stage, "time/seconds": time.perf_counter() - started})
+    return run.folder
+
+
+def run_eval(config: Config, console: Console) -> tuple[Path, float]:
+    """Evaluate ``model.policy`` on ``data.eval``; returns the run directory and the accuracy."""
+    artifacts = _start(config)
+    with open_run(config, console) as run:
+        model, processor = _policy(run, artifacts, "eval")
+        tasks = _tasks(run, prepare_data(run).need("eval", "eval"), require_teacher=False)
+        return run.folder, evaluate(run, model, processor, tasks, after="eval")

@@ -1,0 +1,72 @@
+"""Progress bars that show the numbers that matter while a stage runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+LINES_WITHOUT_TERMINAL = 10  # a stage prints about so many lines into a log file
+
+
+class Bar:
+    """One stage's bar: ``advance`` with the current numbers, ``note`` for what happens inside a step."""
+
+    def __init__(self, progress: Progress, name: str, total: int | None):
+        self._progress, self._name, self._total, self._done = progress, name, total, 0
+        self._task = progress.rich.add_task(name, total=total, numbers="")
+
+    def advance(self, **numbers: float | int | None) -> None:
+        self._done += 1
+        text = "  ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in numbers.items() if value is not None)
+        self._progress.rich.update(self._task, advance=1, numbers=text)
+        if not self._progress.console.is_terminal:
+            every = max(1, (self._total or 500) // LINES_WITHOUT_TERMINAL)
+            if self._done % every == 0 or self._done == self._total:
+                of = f"/{self._total}" if self._total else ""
+                self._progress.console.print(f"{self._name} {self._done}{of}  {text}", highlight=False)
+
+    def note(self, text: str) -> None:
+        self._progress.rich.update(self._task, numbers=text)
+
+    def finish(self) -> None:
+        self._progress.rich.update(self._task, total=self._done)
+        self._progress.rich.stop_task(self._task)
+
+
+class Progress:
+    """The bars of a run; on a log file instead of a terminal, a few lines per stage."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.rich = RichProgress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description:<14}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> Progress:
+        self.rich.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.rich.__exit__(*error)
+
+    @contextmanager
+    def bar(self, name: str, total: int | None) -> Iterator[Bar]:
+        bar = Bar(self, name, total)
+        yield bar
+        bar.finish()
+
+
+def _short(value: float | int) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.3g}"

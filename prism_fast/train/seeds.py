@@ -1,0 +1,11 @@
+"""One seed for a run; every random draw derives its own from it, so nothing depends on what ran before."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def derive_seed(seed: int, *names: str | int) -> int:
+    """A 63-bit seed for the purpose that ``names`` spell, e.g. ``derive_seed(1, "align", "rollout", 12)``."""
+    text = "/".join(str(part) for part in (seed, *names))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

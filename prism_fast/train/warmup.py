@@ -1,0 +1,164 @@
+"""Discriminator warm-up on teacher-student pairs, until it tells unseen pairs apart by a set margin.
+
+A cold discriminator is fooled within a few alignment steps and drags the policy down with it, so the stage ends on what
+the discriminator can do on held-out prompts, and fails loudly when it never gets there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from prism_fast.data.framing import frame_warmup
+from prism_fast.data.grammar import split_tokens
+from prism_fast.data.order import SampleOrder
+from prism_fast.data.readers import read_pairs
+from prism_fast.data.samples import Pair, Task
+from prism_fast.data.writers import write_pairs
+from prism_fast.models.discriminator import Discriminator, save_discriminator
+from prism_fast.models.processor import EncodedPrompt, Processor
+from prism_fast.rollout.hf import HFRollout
+from prism_fast.rollout.protocol import Sampling
+from prism_fast.train.context import Run
+from prism_fast.train.discriminator_update import GroupScores, SpanGroup, discriminator_step
+from prism_fast.train.engine import LocalEngine
+from prism_fast.train.seeds import derive_seed
+
+SPANS = ("caption", "reasoning")
+
+
+class WarmupError(RuntimeError):
+    """The discriminator did not reach the held-out margin."""
+
+
+def sample_pairs(run: Run, model, processor: Processor, tasks: Sequence[Task]) -> Path:
+    """Let the policy answer the alignment prompts and write teacher-student pairs in the published jsonl format."""
+    config = run.config.warmup
+    sampling = Sampling(config.pairs_per_prompt, config.temperature, config.max_new_tokens)
+    engine = HFRollout(model, processor)
+    pairs: list[Pair] = []
+    batch = max(1, run.config.eval.batch // config.pairs_per_prompt)
+    with run.progress.bar("pairs", -(-len(tasks) // batch)) as bar:
+        for start in range(0, len(tasks), batch):
+            chunk = [tasks[i] for i in range(start, min(start + batch, len(tasks)))]
+            prompts = [processor.encode_prompt(task.messages, task.images) for task in chunk]
+            groups = engine.generate(prompts, sampling, seed=derive_seed(run.config.seed, "pairs", start))
+            for task, group in zip(chunk, groups, strict=True):
+                for k, completion in enumerate(group):
+                    split = split_tokens(completion.token_ids, processor.tokenizer)
+                    if split.valid:
+                        pairs.append(
+                            Pair(
+                                uid=f"{task.uid}-{k}",
+                                messages=task.messages,
+                                images=task.images,
+                                teacher_caption=task.teacher_caption,
+                                student_caption=split.caption,
+                                teacher_cot=task.teacher_cot,
+                                student_cot=split.reasoning,
+                            )
+                        )
+            bar.advance(pairs=len(pairs))
+    if not pairs:
+        raise WarmupError("no sampled response had the caption-think-answer form; the policy needs (more) SFT first")
+    path = run.folder / "data" / "pairs" / "pairs.jsonl"
+    write_pairs(path, pairs)
+    return path
+
+
+def _group_pairs(pairs: Sequence[Pair], processor: Processor, semantics: str) -> list[SpanGroup]:
+    """Pairs that share prompt and teacher become one group, in order of first appearance."""
+    prompts: dict[tuple, EncodedPrompt] = {}
+    teachers: dict[tuple, tuple] = {}
+    students: dict[tuple, list] = {}
+    for i in range(len(pairs)):
+        pair = pairs[i]
+        encoded = processor.encode_prompt(pair.messages, pair.images)
+        pixels = b"" if encoded.pixel_values is None else encoded.pixel_values.numpy().tobytes()
+        key = (encoded.input_ids, pixels, pair.teacher_caption, pair.teacher_cot)
+        prompts.setdefault(key, encoded)
+        teachers[key] = (
+            frame_warmup(pair.teacher_caption, processor, semantics),
+            frame_warmup(pair.teacher_cot, processor, semantics),
+        )
+        students.setdefault(key, []).append(
+            (frame_warmup(pair.student_caption, processor, semantics), frame_warmup(pair.student_cot, processor, semantics))
+        )
+    return [SpanGroup(prompts[key], teachers[key], students[key]) for key in prompts]
+
+
+def pair_margins(groups: Sequence[SpanGroup], scores: GroupScores) -> dict[str, float]:
+    """Mean margin (teacher - student) and accuracy over the pairs whose texts differ, per span."""
+    numbers: dict[str, float] = {}
+    group_of_row = torch.tensor([g for g, group in enumerate(groups) for _ in group.students])
+    margin = scores.teacher[group_of_row] - scores.student  # [B, 2]
+    for k, span in enumerate(SPANS):
+        differs = torch.tensor([p is not None and p[k] != g.teacher[k] for g in groups for p in g.students])
+        if differs.any():
+            values = margin[differs, k]
+            numbers[f"margin_{span}"] = float(values.mean())
+            numbers[f"acc_{span}"] = float((values > 0).float().mean())
+            numbers[f"pairs_{span}"] = int(differs.sum())
+    return numbers
+
+
+def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs_path: Path) -> Path:
+    """Train the discriminator on pairs; returns the folder of its export.
+
+    Raises:
+        WarmupError: ``warmup.max_updates`` passed without the held-out margin, or there are too few pairs to hold some out.
+    """
+    config, semantics = run.config.warmup, run.config.semantics
+    groups = _group_pairs(read_pairs(pairs_path), processor, semantics)
+    held = max(1, round(config.heldout_share * len(groups)))
+    if len(groups) - held < 1:
+        raise WarmupError(f"{pairs_path} has {len(groups)} prompt(s); at least 2 are needed to hold one out")
+    shuffled = SampleOrder(len(groups), seed=derive_seed(run.config.seed, "warmup", "heldout")).next_indices(len(groups))
+    heldout, training = [groups[i] for i in shuffled[:held]], [groups[i] for i in shuffled[held:]]
+    order = SampleOrder(len(training), seed=derive_seed(run.config.seed, "warmup", "order"))
+    engine = LocalEngine(discriminator, config.optimizer)
+    shared = {
+        "pad_id": processor.pad_id,
+        "device": run.device,
+        "semantics": semantics,
+        "score_clip": run.config.align.discriminator.score_clip,
+        "score_reg": run.config.align.discriminator.score_reg,
+        "tokens_per_micro_batch": config.tokens_per_micro_batch,
+    }
+    reached: dict[str, float] = {}
+    with run.progress.bar("warmup", config.max_updates) as bar:
+        while engine.updates < config.max_updates:
+            chunk = [training[i] for i in order.next_indices(config.prompts)]
+            discriminator.train()
+            scores, _, loss = discriminator_step(
+                discriminator, chunk, backward=engine.backward, aux_coef=config.aux_coef, **shared
+            )
+            numbers = {f"warmup/{key}": value for key, value in pair_margins(chunk, scores).items()}
+            numbers |= {"warmup/loss": float(loss), "warmup/lr": engine.lr(), "warmup/grad_norm": engine.step()}
+            numbers["warmup/tokens"] = scores.tokens
+            done = False
+            if engine.updates % config.eval_every == 0:
+                discriminator.eval()
+                scores, _, _ = discriminator_step(discriminator, heldout, backward=None, **shared)
+                reached = pair_margins(heldout, scores)
+                numbers |= {f"warmup/heldout_{key}": value for key, value in reached.items()}
+                done = all(reached.get(f"margin_{span}", -1.0) >= config.target_margin for span in SPANS)
+            run.metrics.write("warmup", engine.updates, numbers)
+            bar.advance(
+                loss=numbers["warmup/loss"],
+                heldout_caption=reached.get("margin_caption"),
+                heldout_reasoning=reached.get("margin_reasoning"),
+            )
+            if done:
+                break
+        else:
+            shown = ", ".join(f"{key} {value:.3g}" for key, value in reached.items()) or "never evaluated"
+            raise WarmupError(
+                f"after {config.max_updates} updates the held-out margin is below {config.target_margin} ({shown}); raise "
+                "warmup.max_updates or warmup.optimizer.lr, give more pairs, or lower warmup.target_margin knowingly"
+            )
+    folder = run.export_folder("discriminator-warmup")
+    save_discriminator(discriminator, processor, folder)
+    return folder

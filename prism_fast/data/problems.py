@@ -1,0 +1,47 @@
+"""Errors about users' files: which file, which row, which field, what is wrong, and the cure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class DataError(ValueError):
+    """A file that cannot be used as it is. ``str()`` is one sentence for a terminal, naming the place and the cure."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value stands: a file and, inside it, ``row`` ("row 3", counted from 0, or "line 4", counted from 1)."""
+
+    file: Path
+    row: str = ""
+
+    def error(self, field: str, wrong: str, cure: str) -> DataError:
+        where = f"{self.file}, {self.row}" if self.row else str(self.file)
+        about = f" field '{field}':" if field else ""
+        return DataError(f"{where}:{about} {wrong}. {cure}.")
+
+    def text(self, value: object, field: str, *, empty: bool = False) -> str:
+        """``value`` if it is a (non-empty, unless ``empty``) string."""
+        if not isinstance(value, str):
+            raise self.error(field, f"is {_kind(value)}, wanted a string", "Write the value as text")
+        if not empty and not value.strip():
+            raise self.error(field, "is empty", "Fill it in or leave the row out")
+        return value
+
+    def listing(self, value: object, field: str) -> list:
+        """``value`` if it is a list."""
+        if not isinstance(value, list):
+            raise self.error(field, f"is {_kind(value)}, wanted a list", "Put the value into a list, also a single one")
+        return value
+
+    def mapping(self, value: object, field: str) -> dict:
+        """``value`` if it is an object with named fields."""
+        if not isinstance(value, dict):
+            raise self.error(field, f"is {_kind(value)}, wanted an object with named fields", "Write {name: value, …}")
+        return value
+
+
+def _kind(value: object) -> str:
+    return "missing (null)" if value is None else f"of type {type(value).__name__}"

@@ -1,0 +1,59 @@
+"""What the readers give and the writers take: one demonstration, one task, one scored pair.
+
+``messages`` are chat turns ``{"role": "system"|"user"|"assistant", "content": str | [part, …]}``. A turn that holds
+images is a list of parts ``{"type": "image"}`` and ``{"type": "text", "text": str}``; the n-th image part stands for
+``images[n]``. ``images`` are RGB Pillow images of any size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One SFT example: the prompt turns (``messages``, without the last assistant turn) and that turn's text."""
+
+    uid: str
+    messages: list[dict[str, Any]]
+    response: str
+    images: list[Image]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question with a verifiable answer, and what a teacher said about it (alignment, RLVR, eval).
+
+    ``teacher_caption`` and ``teacher_cot`` keep their tags. ``kind`` groups questions for reports, ``cluster`` names
+    the items that share an image (their errors are not independent). ``extra`` is whatever else the file carried.
+    """
+
+    uid: str
+    messages: list[dict[str, Any]]
+    images: list[Image]
+    data_source: str
+    ground_truth: str
+    equivalent_answers: tuple[str, ...] = ()
+    question: str = ""
+    teacher_caption: str | None = None
+    teacher_cot: str | None = None
+    teacher_response: str | None = None
+    kind: str | None = None
+    cluster: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One discriminator warm-up example: the teacher's and the student's spans on the same prompt."""
+
+    uid: str
+    messages: list[dict[str, Any]]
+    images: list[Image]
+    teacher_caption: str
+    student_caption: str
+    teacher_cot: str
+    student_cot: str

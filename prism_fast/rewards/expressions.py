@@ -1,0 +1,104 @@
+"""Mathematical text on its way to math-verify: is it mathematics at all, is it small enough, and how is it written in
+LaTeX."""
+
+from __future__ import annotations
+
+import re
+
+_NAMES = "pi infty geq leq neq div pm cup cap alpha beta gamma theta lambda varphi"
+_SYMBOLS = {
+    **dict.fromkeys("×*·⋅", r"\cdot "),
+    **{sign: f"\\{name} " for sign, name in zip("π∞≥≤≠÷±∪∩αβγθλφ", _NAMES.split(), strict=True)},
+    **{sign: f"^{{{power}}}" for power, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+    **{"**": "^", ">=": r"\geq ", "<=": r"\leq ", "!=": r"\neq "},
+}
+_SYMBOL = re.compile("|".join(sorted(map(re.escape, _SYMBOLS), key=len, reverse=True)))
+_READABLE = frozenset("".join(_SYMBOLS) + "√")
+_FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc log ln exp max min arcsin arccos arctan sinh cosh tanh mod gcd lcm sqrt pi".split()
+)
+_OPERATION = re.compile(
+    r"[0-9+\-*/^=<>!|_]|\\(?:frac|sqrt|pi|infty|cdot|times|div|pm|leq?|geq?|neq?|sin|cos|tan|log|ln|theta|alpha|beta)"
+)
+
+MAX_DEPTH = 24
+MAX_LENGTH = 400
+MAX_OPERATIONS = 120
+MAX_DIGITS = 60
+
+
+def refusal(text: str) -> str | None:
+    """Why `text` is too large for symbolic mathematics (a cheap linear scan), or None.
+
+    What is refused: more than 400 characters, brackets nested deeper than 24, more than 120 operators, a digit run
+    above 60, power towers of numbers, exponents or factorials that are too large to be written out, and repeated
+    factorials.
+    """
+    if len(text) > MAX_LENGTH:
+        return f"longer than {MAX_LENGTH} characters"
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+        if depth < 0:
+            return "unbalanced brackets"
+    if depth:
+        return "unbalanced brackets"
+    if deepest > MAX_DEPTH:
+        return f"brackets nested deeper than {MAX_DEPTH}"
+    if len(re.findall(r"[-+*/^!=<>]|\\[a-zA-Z]+", text)) > MAX_OPERATIONS:
+        return f"more than {MAX_OPERATIONS} operations"
+    if re.search(rf"[0-9]{{{MAX_DIGITS + 1}}}", text):
+        return f"a number of more than {MAX_DIGITS} digits"
+    power = r"\s*(?:\^|\*\*)\s*[({\s]*[-+]?\s*"
+    if re.search(power + r"[0-9.]{4,}", text) or re.search(
+        power + r"[0-9.]*" + r"[)}\s]*" + power + r"[({\s]*[0-9a-zA-Z\\]", text
+    ):
+        return "a power that is too large"
+    if re.search(power + r"[^+\-=<>,;]*!", text) or re.search(
+        r"[0-9]{3,}[)}\s]*!|![)}\s]*!|\^[^+\-=<>,;]*\^[^+\-=<>,;]*\^", text
+    ):
+        return "a factorial or power that is too large"
+    return None
+
+
+def is_mathematical(text: str) -> bool:
+    """True when `text` is a formula rather than words: it has an operation, a digit or a known command, and no
+    free-standing word.
+
+    Letters are multiplied by a LaTeX reader, so words must never reach it: `on` would equal `no`, `ABC` would equal
+    `ACB`.
+    """
+    if not _OPERATION.search(text) and not re.search(r"[πθ∞√]", text):
+        return False
+    if any(not character.isascii() and character not in _READABLE for character in text):
+        return False
+    plain = re.sub(r"\\(?:text|mathrm|operatorname|rm)\b", " text ", text)
+    plain = re.sub(r"\\[a-zA-Z]+", " ", plain)
+    for run in re.findall(r"[^\W\d_]+", plain):
+        if run.isascii() and run in _FUNCTIONS:
+            continue
+        if run.isascii() and len(run) > 3:
+            return False
+    return not any(word.isalpha() and len(word) > 1 and word not in _FUNCTIONS for word in plain.split())
+
+
+def letter_runs(text: str) -> list[str]:
+    """Upper-case runs such as point names: their letters must not be permuted, so both sides must have the same ones."""
+    return re.findall(r"[A-Z]{2,}", re.sub(r"\\[a-zA-Z]+", " ", text))
+
+
+def to_latex(text: str) -> str:
+    """`text` with Unicode and calculator notation (`√2`, `sqrt(3)`, `x**2`, `>=`) written as LaTeX."""
+    text = re.sub(r"√\s*\(", "sqrt(", text)
+    text = re.sub(r"√\s*([0-9]+|[a-zA-Z])", r"\\sqrt{\1}", text)
+    text = re.sub(r"(?<![\\a-zA-Z])(pi|theta|infty)(?![a-zA-Z])", r"\\\1 ", text)
+    while (found := re.search(r"(?<![\\a-zA-Z])sqrt\(", text)) is not None:
+        depth, end = 1, found.end()
+        while end < len(text) and depth:
+            depth += {"(": 1, ")": -1}.get(text[end], 0)
+            end += 1
+        if depth:
+            break
+        text = f"{text[: found.start()]}\\sqrt{{{text[found.end() : end - 1]}}}{text[end:]}"
+    return _SYMBOL.sub(lambda match: _SYMBOLS[match[0]], text)

@@ -1,4 +1,4 @@
-"""Builds ``prism_fast._C`` (C++ always, CUDA where nvcc is found) and maps ``kernels/<area>`` to ``prism_fast.kernels.<area>``.
+"""Builds ``prism_fast._C`` (C++, CUDA where nvcc is found); maps ``kernels/<area>`` to ``prism_fast.kernels.<area>``.
 
 Environment variables
     PRISM_FAST_CUDA         0: never build CUDA kernels; 1: fail if nvcc is missing; unset: build them if nvcc is found
@@ -35,7 +35,7 @@ class BuildError(SystemExit):
 def _output(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise BuildError(f"`{shlex.join(command)}` failed with exit code {done.returncode}:\n{done.stdout}{done.stderr}")
+        raise BuildError(f"`{shlex.join(command)}` failed, exit code {done.returncode}:\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
 
 
@@ -54,21 +54,23 @@ def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
     found = (home and shutil.which("nvcc", path=str(Path(home, "bin")))) or shutil.which("nvcc")
     if found is None and wish == "1":
-        raise BuildError("PRISM_FAST_CUDA=1 but no nvcc in $CUDA_HOME/bin or on PATH; install the CUDA toolkit or unset it")
+        raise BuildError("PRISM_FAST_CUDA=1, but no nvcc in $CUDA_HOME/bin or on PATH; install CUDA or unset it")
     return found
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """Architectures to compile for. A default one that this nvcc does not know is left out; a named one must be known."""
+    """Architectures to compile for. A default one unknown to this nvcc is left out; a named one must be known."""
     known = set(re.findall(r"sm_(\w+)", _output([nvcc, "--list-gpu-code"])))
-    # The list names 90 and not 90a; every nvcc that knows 90 knows 90a too.
-    missing = lambda arch: arch not in known and arch.rstrip("af") not in known  # noqa: E731
+
+    def missing(arch: str) -> bool:  # the list names 90 and not 90a; every nvcc that knows 90 knows 90a too
+        return arch not in known and arch.rstrip("af") not in known
+
     named = os.environ.get("PRISM_FAST_CUDA_ARCHS")
     if named:
         archs = [a.strip().removeprefix("sm_").replace(".", "") for a in named.split(",") if a.strip()]
         bad = [a for a in archs if missing(a)]
         if bad or not archs:
-            raise BuildError(f"PRISM_FAST_CUDA_ARCHS={named!r}: {bad or 'nothing'} unknown to {nvcc}; it knows {sorted(known)}")
+            raise BuildError(f"PRISM_FAST_CUDA_ARCHS={named!r}: {bad or 'nothing named'}; {nvcc} knows {sorted(known)}")
         return archs
     archs = [a for a in DEFAULT_ARCHS if not missing(a)]
     if not archs:
@@ -77,7 +79,7 @@ def cuda_archs(nvcc: str) -> list[str]:
 
 
 def cuda_library_dirs(nvcc: str) -> list[str]:
-    """Where libcudart_static.a stands, asked from nvcc itself: the nvcc on PATH is often a wrapper in another folder."""
+    """Where libcudart_static.a stands, asked of nvcc itself: the nvcc on PATH is often a wrapper in another folder."""
     dry = _output([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull])
     return [path for line in dry.splitlines() if "LIBRARIES=" in line for path in re.findall(r'-L([^"\s]+)', line)]
 
@@ -99,7 +101,8 @@ class BuildNative(build_ext):
         command = getattr(self.compiler, "compiler_cxx", None) or ["c++"]
         if sys.platform != "win32" and not shutil.which(command[0]):
             raise BuildError(
-                f"no C++ compiler: {command[0]!r} is not on PATH. Install one (for example the package g++ or clang) or name it in CXX"
+                f"no C++ compiler: {command[0]!r} is not on PATH. "
+                "Install one (for example the package g++ or clang) or name it in CXX"
             )
 
     def _add_cuda(self, extension: Extension, nvcc: str) -> None:
@@ -113,7 +116,8 @@ class BuildNative(build_ext):
             codes.append(f"-gencode=arch=compute_{plain[0]},code=compute_{plain[0]}")
         flags = ["-O3", "-std=c++17", "--threads", "2", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         sources = sorted((ROOT / "csrc").glob("*.cu"))
-        newest_header = max(p.stat().st_mtime for p in [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc").glob("*.cuh"), Path(__file__)])
+        headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc").glob("*.cuh"), Path(__file__)]
+        newest_header = max(p.stat().st_mtime for p in headers)
 
         def compile_one(source: Path) -> str:
             target = out / f"{source.stem}-{'_'.join(archs)}.o"
@@ -136,7 +140,7 @@ def native_extension() -> Extension:
     try:
         import pybind11
     except ImportError:
-        raise BuildError("pybind11 is needed to build: `pip install pybind11` (with --no-build-isolation it is not fetched)") from None
+        raise BuildError("pybind11 is missing: `pip install pybind11`, or build with isolation") from None
     return Extension(
         "prism_fast._C",
         sources=[str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").glob("*.cpp"))],

@@ -1,8 +1,8 @@
-"""Triton kernels, one package per area (``prism_fast.kernels.<area>``); their sources stand in the top-level folder ``kernels/``.
+"""Triton kernels, one package per area: ``prism_fast.kernels.<area>``.
 
-A regular installation copies the areas into this package. A checkout (editable or not installed at all) has them only in the
-top-level folder, which must never be importable as ``kernels``: transformers probes Hugging Face's package of that name. So the
-folder joins this package's search path here instead.
+Their sources stand in the top-level folder ``kernels/``. A regular installation copies the areas into this package. A
+checkout (editable or not installed at all) has them only in the top-level folder, which must never be importable as
+``kernels``: transformers probes Hugging Face's package of that name. So the folder joins this package's search path.
 """
 
 from pathlib import Path

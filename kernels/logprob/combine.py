@@ -1,0 +1,88 @@
+"""Joins what each slice of the vocabulary knows about a row into the row's log-probability and entropy.
+
+For slice j with logits z (already divided by the temperature) a kernel leaves, per row,
+    m_j = max z,   s_j = Σ exp(z − m_j),   u_j = Σ exp(z − m_j)·(z − m_j).
+Then, with M = max_j m_j and d_j = m_j − M,
+    S = Σ_j exp(d_j)·s_j,   U = Σ_j exp(d_j)·(u_j + d_j·s_j),
+    log p(target) = (z_target − M) − log S,   entropy = log S − U/S.
+Everything is relative to the maximum, so no large numbers are subtracted from each other; the maximum and the log of
+the sum stay two numbers. Slices are added in their own order: the result does not depend on the launch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_ROWS = 128
+
+
+class Combined(NamedTuple):
+    """All ``[N]`` float32: row maximum M, log-sum relative to it, log-probability of the target, entropy (nats)."""
+
+    row_max: torch.Tensor
+    log_sum: torch.Tensor
+    logp: torch.Tensor
+    entropy: torch.Tensor
+
+
+@triton.jit(do_not_specialize=["N", "SPLITS"])
+def combine_kernel(
+    m_ptr,  # [SPLITS, N]
+    s_ptr,  # [SPLITS, N]
+    u_ptr,  # [SPLITS, N]
+    target_logit_ptr,  # [N]
+    row_max_ptr,
+    log_sum_ptr,
+    logp_ptr,
+    entropy_ptr,
+    N,
+    SPLITS,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < N
+    # An empty slice has m = -inf, s = 0; a row whose every slice is empty comes out as NaN, not as a plausible number.
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for j in range(SPLITS):
+        top = tl.maximum(top, tl.load(m_ptr + j * N.to(tl.int64) + row, inside, other=0.0))
+    total = tl.zeros((BLOCK,), tl.float32)
+    moment = tl.zeros((BLOCK,), tl.float32)
+    for j in range(SPLITS):
+        at = j * N.to(tl.int64) + row
+        m = tl.load(m_ptr + at, inside, other=0.0)
+        s = tl.load(s_ptr + at, inside, other=1.0)
+        u = tl.load(u_ptr + at, inside, other=0.0)
+        d = m - top
+        scale = tl.exp(d)
+        total += scale * s
+        moment += tl.where(m == float("-inf"), 0.0, scale * (u + d * s))
+    log_sum = tl.log(total)
+    z = tl.load(target_logit_ptr + row, inside, other=0.0)
+    tl.store(row_max_ptr + row, top, inside)
+    tl.store(log_sum_ptr + row, log_sum, inside)
+    tl.store(logp_ptr + row, (z - top) - log_sum, inside)
+    tl.store(entropy_ptr + row, log_sum - moment / total, inside)
+
+
+def combine_partials(m: torch.Tensor, s: torch.Tensor, u: torch.Tensor, target_logit: torch.Tensor) -> Combined:
+    """Join slices ``m, s, u [SPLITS,N]`` and ``target_logit [N]`` (float32, contiguous) as the module's head defines.
+
+    A NaN target logit (a target outside the vocabulary) gives a NaN log-probability and leaves the entropy alone.
+    Raises ValueError for other shapes, dtypes or layouts.
+    """
+    if m.ndim != 2 or m.shape[0] == 0 or s.shape != m.shape or u.shape != m.shape or target_logit.shape != m.shape[1:]:
+        shapes = [tuple(x.shape) for x in (m, s, u, target_logit)]
+        raise ValueError(f"combine_partials: shapes {shapes} are not three [SPLITS,N] with SPLITS >= 1 and one [N]")
+    for name, x in (("m", m), ("s", s), ("u", u), ("target_logit", target_logit)):
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            raise ValueError(f"combine_partials: {name} must be contiguous float32, not {x.dtype} with {x.stride()}")
+    splits, n = m.shape
+    out = Combined(*(torch.empty_like(target_logit) for _ in range(4)))
+    if n:
+        grid = (triton.cdiv(n, BLOCK_ROWS),)
+        combine_kernel[grid](m, s, u, target_logit, *out, n, splits, BLOCK=BLOCK_ROWS, num_warps=4)
+    return out

@@ -207,7 +207,10 @@ def language_outputs(backbone: nn.Module, batch: TokenBatch, **kwargs: bool) -> 
     return backbone.language_model(
         inputs_embeds=embeds,
         position_ids=batch.position_ids,
-        attention_mask=batch.attention_mask,
+        # No mask: rows are right-padded and attention is causal, so no token sees padding, and the kernel that needs no
+        # mask is 1.1x faster over the whole step on the CPU. (Positions have three axes, so transformers does not
+        # look for packed sequences in them either.)
+        attention_mask=None,
         use_cache=False,
         **visual,
         **kwargs,

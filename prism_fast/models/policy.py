@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from prism_fast.models.checkpoints import check_loading, read_model_type
+from prism_fast.models.patch_embedding import use_linear_patch_embedding
 from prism_fast.models.tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def build_tiny_policy(processor: Processor, size: TinyPolicy, seed: int) -> Qwen
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         model = Qwen3VLForConditionalGeneration._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    use_linear_patch_embedding(model)
     model.generation_config = GenerationConfig(
         eos_token_id=[processor.eos_id, processor.pad_id], pad_token_id=processor.pad_id, do_sample=True
     )
@@ -141,6 +143,7 @@ def load_policy(
         output_loading_info=True,
     )
     check_loading(folder, info)
+    use_linear_patch_embedding(model)
     return model.to(device)
 
 

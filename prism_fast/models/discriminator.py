@@ -1,0 +1,278 @@
+"""The discriminator: a stock Qwen3-VL-MoE backbone with a scalar head read at the last token of a span.
+
+On disk it has the layout of the released checkpoints: base keys and ``v_head.1.weight`` in the same safetensors,
+experts as hub files hold them (``[E, H, 2I]`` and ``[E, I, H]``, transposed to what transformers 5 holds in
+memory), and a ``value_head.pt`` for TRL-style readers that is written but never read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeConfig, Qwen3VLMoeModel
+
+from prism_fast.models.checkpoints import check_loading, read_model_type
+from prism_fast.models.forward import TokenBatch, language_outputs
+from prism_fast.models.patch_embedding import use_linear_patch_embedding
+from prism_fast.models.upcycle import refuse_square_experts, upcycle
+
+if TYPE_CHECKING:
+    from prism_fast.models.processor import Processor
+
+HEAD_KEY = "v_head.1.weight"
+RELEASED_HEAD_DROPOUT = 0.1
+_EXPERT_KEYS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+# The loop over hit experts is the fastest of transformers' implementations on the CPU: forward and backward of a block
+# with T=13000, H=128, I=320, 4 experts, top-2, one thread take 323 ms against 437 ms (grouped_mm, 1.35x); batched_mm
+# gathers a weight per token and takes 110x. On CUDA the loop synchronises per expert, grouped_mm does not.
+_EXPERTS_BY_DEVICE = {"cpu": "eager", "cuda": "grouped_mm"}
+
+
+class SpanScores(NamedTuple):
+    """``score`` ``[B]`` float32 (float64 for a float64 model), ``hidden`` ``[B, H]`` final-norm states that were
+    scored, ``router_logits``: raw logits per sparse layer, each ``[B·S, E]`` with padding included; ``None`` if no
+    layer is sparse."""
+
+    score: Tensor
+    hidden: Tensor
+    router_logits: tuple[Tensor, ...] | None
+
+
+class Discriminator(nn.Module):
+    """``backbone`` and ``v_head = Sequential(Dropout, Linear(H, 1, bias=False))``.
+
+    The head computes in float32 whatever the backbone's dtype or an ambient autocast (float64 for a float64
+    backbone). ``head_in_float32=False`` leaves both to the surroundings: the published scores are bfloat16 numbers.
+    ``head_dropout``: 0 here, 0.1 published; it acts in train mode only.
+    """
+
+    def __init__(self, backbone: Qwen3VLMoeModel, *, head_dropout: float = 0.0, head_in_float32: bool = True) -> None:
+        super().__init__()
+        self.backbone = backbone
+        head = nn.Linear(backbone.config.text_config.hidden_size, 1, bias=False, device="meta")
+        self.v_head = nn.Sequential(nn.Dropout(head_dropout), head.to_empty(device=backbone.device))
+        nn.init.zeros_(self.v_head[1].weight)
+        self.head_in_float32 = head_in_float32
+        self._follow_device()
+
+    def _apply(self, fn, recurse: bool = True):
+        moved = super()._apply(fn, recurse)
+        self._follow_device()
+        return moved
+
+    def _follow_device(self) -> None:
+        """Pick the experts implementation for the device unless somebody chose one that is not in our table."""
+        if self.backbone.config.text_config._experts_implementation in (None, *_EXPERTS_BY_DEVICE.values()):
+            self.backbone.set_experts_implementation(_EXPERTS_BY_DEVICE.get(self.backbone.device.type, "grouped_mm"))
+
+    def forward(self, batch: TokenBatch, *, last: Tensor | None = None) -> SpanScores:
+        """Score every row of ``batch`` at ``last`` ``[B]`` (index into the right-padded row; default: its last
+        token)."""
+        out = language_outputs(self.backbone, batch, output_router_logits=True)
+        last = batch.lengths - 1 if last is None else last
+        row = torch.arange(len(last), device=last.device)
+        hidden = out.last_hidden_state[row, last]  # [B, H]
+        return SpanScores(self.score_hidden(hidden), hidden, out.router_logits)
+
+    def score_hidden(self, hidden: Tensor) -> Tensor:
+        """Head alone, ``[..., H]`` to ``[...]``: dropout (in train mode) and one dot product per row."""
+        dropout, linear = self.v_head
+        if not self.head_in_float32:
+            return linear(dropout(hidden)).squeeze(-1)
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        with torch.autocast(hidden.device.type, enabled=False):
+            # A sum per row rather than a matrix product: its result cannot depend on where in the batch the row stands,
+            # so equal hidden states give equal scores to the bit.
+            return (dropout(hidden.to(wide)) * linear.weight[0].to(wide)).sum(-1)
+
+
+def build_discriminator(
+    policy: Qwen3VLForConditionalGeneration,
+    *,
+    num_experts: int = 4,
+    top_k: int = 2,
+    noise_std: float = 0.01,
+    router_std: float = 0.02,
+    head_std: float = 0.02,
+    head_dropout: float = 0.0,
+    seed: int,
+) -> Discriminator:
+    """Upcycle ``policy`` (see :func:`prism_fast.models.upcycle.upcycle`) and put a head ``N(0, head_std²)`` on it. The
+    language-model head is dropped; ``seed`` decides every number that is drawn."""
+    moe = upcycle(policy, num_experts=num_experts, top_k=top_k, noise_std=noise_std, router_std=router_std, seed=seed)
+    discriminator = Discriminator(moe.model, head_dropout=head_dropout)
+    generator = torch.Generator().manual_seed(seed + 1)  # seed itself has been spent on the experts
+    weight = discriminator.v_head[1].weight
+    with torch.no_grad():
+        weight.copy_(torch.randn(weight.shape, generator=generator) * head_std)
+    return discriminator
+
+
+def load_discriminator(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    head_dropout: float = 0.0,
+    head_in_float32: bool = True,
+) -> Discriminator:
+    """Read a released or own discriminator folder: safetensors only, one file or shards, either expert layout. The
+    head's parameters stay float32 (float64 if ``dtype`` is); a language-model head in the file is not needed and
+    not loaded.
+
+    Raises:
+        FileNotFoundError: the folder, its ``config.json`` or its weights are missing.
+        ValueError: another architecture, no score head (the file and the key are named; a random head would poison
+            every reward), square expert tensors, tensors that are missing, unexpected or of another shape.
+    """
+    folder = Path(path)
+    found = read_model_type(folder)
+    if found != "qwen3_vl_moe":
+        raise ValueError(
+            f"{folder} holds a {found!r} model, but a discriminator must be 'qwen3_vl_moe': build one from a policy "
+            "with build_discriminator"
+        )
+    config = Qwen3VLMoeConfig.from_pretrained(folder, local_files_only=True)
+    refuse_square_experts(config.text_config.hidden_size, config.text_config.moe_intermediate_size)
+    head = _read_head(folder, config.text_config.hidden_size)
+    backbone, info = Qwen3VLMoeModel.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # so that check_loading reports every offender at once instead of the first
+        output_loading_info=True,
+    )
+    check_loading(folder, info, ignore_unexpected=frozenset({HEAD_KEY, "lm_head.weight"}))
+    use_linear_patch_embedding(backbone)
+    discriminator = Discriminator(backbone, head_dropout=head_dropout, head_in_float32=head_in_float32)
+    head_dtype = dtype if dtype == torch.float64 or not head_in_float32 else torch.float32
+    discriminator.v_head.to(head_dtype)
+    with torch.no_grad():
+        discriminator.v_head[1].weight.copy_(head)
+    return discriminator.to(device)
+
+
+def _read_head(folder: Path, hidden_size: int) -> Tensor:
+    index_file = folder / "model.safetensors.index.json"
+    source = folder / "model.safetensors"
+    if index_file.is_file():
+        shard = json.loads(index_file.read_text())["weight_map"].get(HEAD_KEY)
+        source = index_file if shard is None else folder / shard
+    if source == index_file:
+        keys: set[str] = set()
+    else:
+        with safe_open(source, framework="pt") as tensors:
+            keys = set(tensors.keys())
+            if HEAD_KEY in keys:
+                head = tensors.get_tensor(HEAD_KEY)
+    if HEAD_KEY not in keys:
+        raise ValueError(
+            f"{source} has no {HEAD_KEY}: it has no score head. Use a discriminator checkpoint or build one "
+            "from a dense policy with build_discriminator"
+        )
+    if tuple(head.shape) != (1, hidden_size):
+        raise ValueError(f"{HEAD_KEY} in {source} has shape {tuple(head.shape)}, expected {(1, hidden_size)}")
+    return head
+
+
+def save_discriminator(model: Discriminator, processor: Processor | None, path: str | Path) -> None:
+    """Write the released layout: sharded safetensors with base keys, hub-layout experts and ``v_head.1.weight``, a
+    configuration that transformers 4.57 and 5 both read, ``value_head.pt``, and the processor's files if one is
+    given."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {}
+    for name, tensor in model.backbone.state_dict().items():
+        stored = tensor.transpose(1, 2) if name.endswith(_EXPERT_KEYS) else tensor
+        state[f"model.{name}"] = stored.contiguous()
+    state[HEAD_KEY] = model.v_head[1].weight.detach()
+    save_torch_state_dict(state, folder, metadata={"format": "pt"})
+    torch.save({"v_head.summary.weight": state[HEAD_KEY].cpu()}, folder / "value_head.pt")
+    config = released_config(model.backbone.config, model.backbone.dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
+def released_config(config: Qwen3VLMoeConfig, dtype: torch.dtype) -> dict:
+    """``config.json`` under the names that transformers 4.57 reads (transformers 5 reads them too). Embeddings count as
+    tied because the file holds no language-model head."""
+    released = json.loads(config.to_json_string(use_diff=False))
+    text = released["text_config"]
+    rope = text.pop("rope_parameters")
+    text["rope_theta"] = rope.pop("rope_theta")
+    text["rope_scaling"] = rope
+    text["num_experts"] = text.pop("num_local_experts")
+    text["tie_word_embeddings"] = released["tie_word_embeddings"] = True
+    released["architectures"] = ["Qwen3VLMoeForConditionalGeneration"]
+    released["dtype"] = str(dtype).removeprefix("torch.")
+    return released
+
+
+def load_balance_loss(
+    router_logits: tuple[Tensor, ...],
+    num_experts: int,
+    top_k: int,
+    attention_mask: Tensor | None = None,
+    *,
+    double_softmax: bool = False,
+) -> Tensor:
+    """Switch Transformer load balancing, jointly over layers: ``E · Σ_e f_e · P_e``, 0-d float32 (float64 for float64).
+
+    ``f_e``: times expert ``e`` was among the chosen, per token and layer (they sum to ``top_k``); ``P_e``: mean routing
+    probability. Perfect balance gives ``top_k``. Padding is excluded.
+
+    Args:
+        router_logits: raw logits per layer, ``[B·S, E]`` each.
+        attention_mask: ``[B, S]`` (or flat), nonzero on tokens.
+        double_softmax: apply the softmax to softmaxed logits, as happens where a router reports probabilities as
+        logits.
+    """
+    logits = torch.stack(router_logits)  # [layers, B·S, E]
+    if logits.shape[-1] != num_experts:
+        raise ValueError(f"router logits have {logits.shape[-1]} experts, expected {num_experts}")
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    probs = logits.to(wide).softmax(-1)
+    if double_softmax:
+        probs = probs.softmax(-1)
+    chosen = torch.zeros_like(probs).scatter_(-1, probs.topk(top_k, dim=-1).indices, 1.0)
+    if attention_mask is None:
+        weight = probs.new_ones(probs.shape[1])
+    else:
+        weight = attention_mask.reshape(-1).to(wide)
+    rows = weight.sum() * len(router_logits)
+    chosen_share = torch.einsum("lte,t->e", chosen, weight) / rows
+    mean_prob = torch.einsum("lte,t->e", probs, weight) / rows
+    return num_experts * (chosen_share * mean_prob).sum()
+
+
+def released_last_index(lengths: Tensor, width: int) -> Tensor:
+    """Index that the published warm-up scores in rows of one half (all teachers or all students), as an index into
+    *right-padded* rows, for ``Discriminator.forward(last=…)``.
+
+    The published rows are left-padded to ``width``, the longest of both halves. Its code looks at the first row
+    alone: if that one has no padding, right padding is assumed and position ``length - 1`` is read in every row,
+    which in a left-padded row of length ``n`` is token ``2n - width - 1`` from the left instead of ``n - 1``.
+
+    Raises:
+        ValueError: the published code would read a padding position, whose value no layout without padding there
+        defines.
+    """
+    if int(lengths[0]) != width:
+        return lengths - 1
+    index = 2 * lengths - width - 1
+    if bool((index < 0).any()):
+        row = int((index < 0).nonzero()[0])
+        raise ValueError(
+            f"row {row} of length {int(lengths[row])} is less than half as long as the batch ({width}): the published "
+            "warm-up reads a padding position there. Use semantics=prism_fast, or pair rows of similar length"
+        )
+    return index

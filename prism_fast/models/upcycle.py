@@ -1,0 +1,154 @@
+"""Sparse upcycling: a dense Qwen3-VL becomes a Qwen3-VL-MoE whose experts are noisy copies of the dense MLPs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+from transformers.initialization import no_init_weights
+
+from prism_fast.models.patch_embedding import use_linear_patch_embedding
+
+_COPIED_TEXT_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "attention_bias",
+    "attention_dropout",
+    "initializer_range",
+)
+_COPIED_VISION_FIELDS = (
+    "depth",
+    "hidden_size",
+    "hidden_act",
+    "intermediate_size",
+    "num_heads",
+    "in_channels",
+    "patch_size",
+    "spatial_merge_size",
+    "temporal_patch_size",
+    "out_hidden_size",
+    "num_position_embeddings",
+    "deepstack_visual_indexes",
+    "initializer_range",
+)
+_COPIED_FIELDS = (
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "tie_word_embeddings",
+)
+
+
+def refuse_square_experts(hidden_size: int, moe_intermediate_size: int) -> None:
+    """Raise ``ValueError`` where an expert tensor would be square: hub files and transformers 5 store the two matrices
+    transposed to each other and are told apart by shape alone, so a square one would be loaded wrongly in silence."""
+    for name, rows in (("gate_up_proj", 2 * moe_intermediate_size), ("down_proj", moe_intermediate_size)):
+        if rows == hidden_size:
+            raise ValueError(
+                f"moe_intermediate_size {moe_intermediate_size} with hidden_size {hidden_size} makes experts.{name} "
+                f"square ({rows} x {hidden_size}): its two published layouts cannot be told apart. Use another "
+                "intermediate_size"
+            )
+
+
+def upcycle(
+    policy: Qwen3VLForConditionalGeneration,
+    *,
+    num_experts: int = 4,
+    top_k: int = 2,
+    noise_std: float = 0.01,
+    router_std: float = 0.02,
+    seed: int,
+) -> Qwen3VLMoeForConditionalGeneration:
+    """Every MLP becomes ``num_experts`` copies of itself, each with its own noise ``N(0, noise_std²)``, behind a router
+    drawn from ``N(0, router_std²)``; everything else is copied bit for bit (published recipe, there unseeded).
+
+    The result has the policy's dtype and device. Noise is drawn in float32 on the CPU, layer by layer in the order
+    expert gate-up, expert down, router, so that ``seed`` decides it whatever the device. Routing weights of the
+    chosen experts are renormalised, so with ``noise_std=0`` the sparse model computes what the dense one does.
+
+    Raises:
+        ValueError: square expert tensors, ``top_k`` outside ``[1, num_experts]``, a negative deviation.
+    """
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k must lie in [1, num_experts={num_experts}], got {top_k}")
+    if noise_std < 0 or router_std < 0:
+        raise ValueError(f"noise_std and router_std must not be negative, got {noise_std} and {router_std}")
+    text = policy.config.text_config
+    refuse_square_experts(text.hidden_size, text.intermediate_size)
+    parameter = next(policy.parameters())
+    config = _moe_config(policy, num_experts, top_k)
+    with torch.random.fork_rng(devices=[]), no_init_weights():
+        model = Qwen3VLMoeForConditionalGeneration._from_config(
+            config, dtype=parameter.dtype, attn_implementation=text._attn_implementation
+        )
+    use_linear_patch_embedding(model)
+    _copy_weights(policy, model, noise_std, router_std, torch.Generator().manual_seed(seed))
+    return model.to(parameter.device)
+
+
+def _moe_config(policy: Qwen3VLForConditionalGeneration, num_experts: int, top_k: int) -> Qwen3VLMoeConfig:
+    dense = policy.config
+    text = {name: getattr(dense.text_config, name) for name in _COPIED_TEXT_FIELDS}
+    vision = {name: getattr(dense.vision_config, name) for name in _COPIED_VISION_FIELDS}
+    return Qwen3VLMoeConfig(
+        text_config={
+            **text,
+            "rope_parameters": dict(text["rope_parameters"]),
+            "tie_word_embeddings": dense.tie_word_embeddings,
+            "num_experts": num_experts,
+            "num_experts_per_tok": top_k,
+            "moe_intermediate_size": dense.text_config.intermediate_size,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+            "router_aux_loss_coef": 0.01,
+        },
+        vision_config=vision,
+        **{name: getattr(dense, name) for name in _COPIED_FIELDS},
+    )
+
+
+@torch.no_grad()
+def _copy_weights(
+    policy: Qwen3VLForConditionalGeneration,
+    model: Qwen3VLMoeForConditionalGeneration,
+    noise_std: float,
+    router_std: float,
+    generator: torch.Generator,
+) -> None:
+    def noise(shape: torch.Size, std: float) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32) * std
+
+    def perturbed(dense: Tensor, shape: torch.Size) -> Tensor:
+        # float64 models keep their digits; everything else is added in float32 and rounded once
+        wide = torch.float64 if dense.dtype == torch.float64 else torch.float32
+        return (dense.cpu().to(wide) + noise(shape, noise_std).to(wide)).to(dense.dtype)
+
+    sparse = model.state_dict()
+    written = set()
+    for name, tensor in policy.state_dict().items():
+        if ".mlp." not in name or ".visual." in name:
+            sparse[name].copy_(tensor)
+            written.add(name)
+    dense_layers = policy.model.language_model.layers
+    for index, (dense, moe) in enumerate(zip(dense_layers, model.model.language_model.layers, strict=True)):
+        experts, mlp = moe.mlp.experts, dense.mlp
+        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])  # [2I, H]
+        experts.gate_up_proj.copy_(perturbed(gate_up, experts.gate_up_proj.shape))  # [E, 2I, H]
+        experts.down_proj.copy_(perturbed(mlp.down_proj.weight, experts.down_proj.shape))  # [E, H, I]
+        moe.mlp.gate.weight.copy_(noise(moe.mlp.gate.weight.shape, router_std))  # [E, H]
+        prefix = f"model.language_model.layers.{index}.mlp"
+        written |= {f"{prefix}.experts.gate_up_proj", f"{prefix}.experts.down_proj", f"{prefix}.gate.weight"}
+    if unwritten := sorted(set(sparse) - written):
+        raise ValueError(f"the dense model has no weights for {', '.join(unwritten)}: this Qwen3-VL variant is unknown")

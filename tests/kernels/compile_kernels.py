@@ -18,7 +18,7 @@ from tests.support.triton_aot import RecordingDriver
 def launch_everything(sm: int) -> None:
     # Left alone, Triton would compile 1, multiples of 16 and other numbers apart.
     for splits, rows in ((5, 96), (5, 37), (1, 37), (16, 1)):
-        m, s, u = torch.zeros(3, splits, rows)
+        m, s, u = (torch.zeros((splits, rows)) for _ in range(3))
         combine_partials(m, s, u, torch.zeros(rows))
     if sm < 90:
         return  # bulk tensor copies begin with Hopper

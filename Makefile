@@ -1,0 +1,51 @@
+# Everything happens in .venv; nothing outside the checkout is touched. See README.md.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+VENV ?= .venv
+# Any requirement that pip understands, or the path of a wheel: TORCH=torch==2.11.0, TORCH=./torch-….whl
+TORCH ?= torch==2.13.0
+# Used only where torch brings no Triton of its own (CPU builds); the interpreter runs the Triton kernels' tests there.
+TRITON ?= triton==3.6.0
+# The first of these that is new enough; PYTHON=/path/to/python names another.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.prism-fast-installed
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+PYTEST := $(PY) -m pytest -n 2
+
+.PHONY: install test test-long test-gpu demo lint build clean
+
+install: $(STAMP)
+
+$(STAMP): $(SOURCES)
+	@test -n "$(PYTHON)" || { echo "prism-fast needs Python >= 3.11; name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
+	$(PY) -m pip install --quiet "setuptools>=77" wheel "pybind11>=2.13" -c constraints.txt
+	$(PY) -m pip install --quiet "$(TORCH)" -c constraints.txt
+	$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install --quiet "$(TRITON)" -c constraints.txt
+	$(PY) -m pip install --quiet --no-build-isolation -e ".[test]" -c constraints.txt
+	touch $@
+
+test: $(STAMP)
+	$(PYTEST) -m "not gpu and not long"
+
+test-long: $(STAMP)
+	$(PYTEST) -m "long and not gpu"
+
+test-gpu: $(STAMP)
+	$(PY) -m pytest -m gpu
+
+demo: $(STAMP)
+	$(VENV)/bin/prism-fast run digits
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+
+build: $(STAMP)
+	$(PY) -m pip wheel --no-deps --no-build-isolation -w dist .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache prism_fast/_C*.so

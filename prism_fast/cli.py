@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-HELP = """Train multimodal models with PRISM: SFT, adversarial alignment against a mixture-of-experts discriminator, RLVR.
+HELP = """Train multimodal models with PRISM: SFT, adversarial alignment against an expert discriminator, RLVR.
 
 A RECIPE is the name of a shipped recipe (`digits` runs anywhere) or the path of a YAML file. OVERRIDES are
 `key.sub=value` pairs, e.g. `seed=2 align.steps=100 out=runs/mine`."""
@@ -75,7 +75,9 @@ def evaluate(recipe: Recipe, overrides: Overrides = None) -> None:
     from prism_fast.train.pipeline import run_eval
 
     folder, accuracy = run_eval(load_config(recipe, overrides or []), console)
-    console.print(f"accuracy {accuracy:.4f}; items in {folder / 'evals' / 'eval.jsonl'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"accuracy {accuracy:.4f}; items in {folder / 'evals' / 'eval.jsonl'}", highlight=False, soft_wrap=True
+    )
 
 
 @app.command()

@@ -64,6 +64,24 @@ class UpcycleConfig:
 
 
 @dataclass
+class DigitsConfig:
+    """Sizes of the built-in dataset, and the share of faulty demonstrations in its SFT mixture."""
+
+    sft_images: int = 2500
+    sft_questions: int = 4
+    sft_val_images: int = 100
+    sft_val_questions: int = 4
+    align_tasks: int = 512
+    rlvr_tasks: int = 1024
+    eval_images: int = 144
+    train_digits: int = 1100
+    noise: float = 0.35
+
+    def __post_init__(self) -> None:
+        _require(0.0 <= self.noise <= 1.0, "data.digits.noise", "between 0 and 1", self.noise)
+
+
+@dataclass
 class DataConfig:
     """Files in the published formats. ``source: digits`` writes them first; ``source: files`` reads yours."""
 
@@ -74,11 +92,8 @@ class DataConfig:
     rlvr: str | None = None  # parquet
     eval: str | None = None  # parquet
     pairs: str | None = None  # pairwise jsonl; none: the policy samples its own
-    noise: float = 0.35  # digits: share of wrong demonstrations in the SFT mixture
-    max_image_pixels: int = 16_777_216
-
-    def __post_init__(self) -> None:
-        _require(0.0 <= self.noise <= 1.0, "data.noise", "between 0 and 1", self.noise)
+    max_image_pixels: int = 16_777_216  # a larger image is refused before it is decoded
+    digits: DigitsConfig = field(default_factory=DigitsConfig)
 
 
 @dataclass
@@ -164,7 +179,7 @@ class AlignConfig:
     advantage: Literal["default", "acc_gating", "gated_align", "rlvr", "rlvr_v2", "sign_align"] = "default"
     weights: tuple[float, float] = (0.5, 0.5)  # caption, reasoning
     format_penalty: float = 1.5
-    loss: str = "dapo"  # token-mean on-policy: what the published recipe computes
+    loss: str = "prism"
     rollout: SamplingConfig = field(default_factory=SamplingConfig)
     tokens_per_micro_batch: int = 16384
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -218,7 +233,9 @@ class Config:
     def __post_init__(self) -> None:
         for stage in self.stages:
             if stage not in STAGES:
-                raise ConfigError(f"stages: {stage!r} is not a stage; allowed: {', '.join(STAGES)}{_nearest(stage, STAGES)}")
+                raise ConfigError(
+                    f"stages: {stage!r} is not a stage; allowed: {', '.join(STAGES)}{_nearest(stage, STAGES)}"
+                )
         order = [STAGES.index(stage) for stage in self.stages]
         _require(order == sorted(set(order)), "stages", f"in the order {', '.join(STAGES)}, each once", self.stages)
         _require(self.dump_rollouts_every >= 1, "dump_rollouts_every", "1 or more", self.dump_rollouts_every)
@@ -248,7 +265,8 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
         text, origin = Path(recipe).read_text(encoding="utf-8"), recipe
     else:
         raise ConfigError(
-            f"no recipe {recipe!r}: neither a file nor a shipped recipe ({', '.join(shipped)}){_nearest(recipe, shipped)}"
+            f"no recipe {recipe!r}: neither a file nor a shipped recipe "
+            f"({', '.join(shipped)}){_nearest(recipe, shipped)}"
         )
     for override in overrides:
         if "=" not in override:

@@ -17,7 +17,9 @@ def test_every_shipped_recipe_resolves_and_reads_back(tmp_path):
 
 
 def test_overrides_win_over_the_recipe():
-    config = load_config("digits", ["seed=7", "align.rollout.n=3", "sft.optimizer.betas=[0.8,0.9]", "stages=[sft,rlvr]"])
+    config = load_config(
+        "digits", ["seed=7", "align.rollout.n=3", "sft.optimizer.betas=[0.8,0.9]", "stages=[sft,rlvr]"]
+    )
     assert isinstance(config, Config)
     assert (config.seed, config.align.rollout.n, config.sft.optimizer.betas) == (7, 3, (0.8, 0.9))
     assert config.stages == ["sft", "rlvr"]
@@ -34,7 +36,7 @@ def test_overrides_win_over_the_recipe():
         ("model.dtype=float16", ["float16", "bfloat16"]),
         ("stages=[sft,algn]", ["algn", "align"]),
         ("stages=[rlvr,sft]", ["stages", "order"]),
-        ("data.noise=1.5", ["data.noise", "between 0 and 1"]),
+        ("data.digits.noise=1.5", ["data.digits.noise", "between 0 and 1"]),
         ("align.rollout.temperature=-1", ["temperature", "positive"]),
         ("rlvr.optimizer.lr=0", ["optimizer.lr", "positive"]),
         ("warmup.upcycle.top_k=9", ["top_k", "num_experts"]),

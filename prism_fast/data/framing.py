@@ -1,13 +1,13 @@
 """How a caption or a reasoning span is framed as tokens before the discriminator reads its score.
 
-``prism_fast``: both sides alike. The span's text, stripped, is tokenised afresh and closed by the end-of-turn token, where
-the score is read. Two equal texts are then equal token sequences, so the discriminator has nothing but content to tell
-teacher and student apart by.
+``prism_fast``: both sides alike. The span's text, stripped, is tokenised afresh and closed by the end-of-turn token,
+where the score is read. Two equal texts are then equal token sequences, so the discriminator has nothing but content to
+tell teacher and student apart by.
 
-``released``: as the published alignment code does. The student's sampled tokens are cut at the caption boundary (score at
-the token that completes ``</caption>``, and at the sampled end token); the teacher's text is cut at 512 tokens and scored
-at the first pad token behind it. Its warm-up frames both sides by the chat template and reads the newline behind the end
-token. The difference of frames is a shortcut that the default closes.
+``released``: as the published alignment code does. The student's sampled tokens are cut at the caption boundary (score
+at the token that completes ``</caption>``, and at the sampled end token); the teacher's text is cut at 512 tokens and
+scored at the first pad token behind it. Its warm-up frames both sides by the chat template and reads the newline behind
+the end token. The difference of frames is a shortcut that the default closes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The embedded rollout engine: transformers' own modules with a KV cache, on any device.
 
-The prompt of a group is computed once and its cache repeated for the group's responses. Prompts of different length share
-a batch: their cache is right-padded, the gap masked, and every row continues at its own M-RoPE position. Rows that have
-ended leave the batch, so a long tail costs what it is long.
+The prompt of a group is computed once and its cache repeated for the group's responses. Prompts of different length
+share a batch: their cache is right-padded, the gap masked, every row continues at its own M-RoPE position. Rows that
+have ended leave the batch, so a long tail costs what it is long.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class HFRollout:
         return self._completions(tokens, logprobs, entropies, lengths, finished)
 
     def _sample(self, hidden: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw one token per row; returns ids, their log-probs and the entropy of the distribution drawn from, each [B]."""
+        """Draw one token per row; returns ids, their log-probs and the sampled distribution's entropy, each [B]."""
         logits = self.model.lm_head(hidden).float()  # [B, V]
         logits[:, list(self.processor.banned_ids)] = -torch.inf
         if temperature > 0:

@@ -23,7 +23,9 @@ class Sampling:
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
         if self.temperature == 0 and self.n > 1:
-            raise ValueError(f"greedy decoding gives the same response {self.n} times; use n=1 or a temperature above 0")
+            raise ValueError(
+                f"greedy decoding gives the same response {self.n} times; use n=1 or a temperature above 0"
+            )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from prism_fast.train.discriminator_update import SpanGroup, discriminator_step
 from prism_fast.train.engine import LocalEngine
 from prism_fast.train.policy_update import PolicyBatch, response_metrics, update_policy
 from prism_fast.train.rollout_log import RolloutLog
-from prism_fast.train.rollouts import StepRollouts, rollout_record, roll_out
+from prism_fast.train.rollouts import StepRollouts, roll_out, rollout_record
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.warmup import SPANS, pair_margins
 
@@ -41,7 +41,7 @@ def align(
             rollouts = roll_out(run, policy, processor, chunk, config.rollout, stage="align", step=step)
             groups = frame_groups(rollouts, processor, semantics)
             discriminator.train()
-            scores, stats, loss = discriminator_step(
+            scores, loss = discriminator_step(
                 discriminator,
                 groups,
                 backward=critic_engine.backward,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 import prism_fast
 from prism_fast.config import Config, ConfigError, dump_config
@@ -85,7 +87,10 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     (folder / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
-    torch.use_deterministic_algorithms(True)
+    # CPU kernels are all deterministic; a CUDA kernel without a deterministic form is named in a warning.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    disable_progress_bar()  # transformers' bars for each load and save would tear ours
     metrics = MetricsWriter(folder)
     try:
         with AnswerChecker(semantics=config.semantics) as checker, Progress(console) as progress:

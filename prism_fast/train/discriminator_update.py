@@ -1,7 +1,7 @@
 """Scoring and updating the discriminator in one forward: the scores are the rewards, their graph is the update.
 
-Equal spans of one prompt are computed once. The teacher's spans therefore cost one pass per prompt, not one per rollout,
-and a student span that equals the teacher's gets exactly the teacher's score: a tie.
+Equal spans of one prompt are computed once. The teacher's spans therefore cost one pass per prompt, not one per
+rollout, and a student span that equals the teacher's gets exactly the teacher's score: a tie.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prism_fast.algorithms.alignment_loss import DiscriminatorStats, discriminator_loss
+from prism_fast.algorithms.alignment_loss import discriminator_loss
 from prism_fast.models.discriminator import Discriminator, load_balance_loss
 from prism_fast.models.forward import collate
 from prism_fast.models.processor import EncodedPrompt
@@ -23,7 +23,7 @@ Span = tuple[int, ...]
 
 @dataclass(frozen=True)
 class SpanGroup:
-    """One prompt with its framed teacher spans and its students' (caption, reasoning); ``None`` for an invalid response."""
+    """One prompt with the framed (caption, reasoning) spans of teacher and students; ``None``: an invalid response."""
 
     prompt: EncodedPrompt
     teacher: tuple[Span, Span]
@@ -40,15 +40,22 @@ class SpanGroup:
 
 @dataclass(frozen=True)
 class GroupScores:
-    """Scores of a step, float32 on the CPU, without gradient: ``student`` [B, 2], ``teacher`` [G, 2] (caption, reasoning)."""
+    """Scores of a step, float32, on the CPU: ``student`` [B, 2], ``teacher`` [G, 2]; columns caption, reasoning."""
 
     student: Tensor
     teacher: Tensor
     tokens: int
 
 
-def _forward(discriminator: Discriminator, groups: Sequence[SpanGroup], device: torch.device, pad_id: int, positions: str):
-    """Scores of some groups with gradient: teacher [G, 2], student [B, 2] (0 for invalid), router logits and the batch."""
+def _forward(
+    discriminator: Discriminator, groups: Sequence[SpanGroup], device: torch.device, pad_id: int, positions: str
+):
+    """One forward of some groups.
+
+    Returns:
+        The scores to learn from (teacher [G, 2], student [B, 2], with gradient), the same without gradient and head
+        dropout (the rewards), the raw router logits, and the batch.
+    """
     prompt_of_row: list[int] = []
     spans: list[Span] = []
     teacher_rows: list[list[int]] = []
@@ -68,10 +75,23 @@ def _forward(discriminator: Discriminator, groups: Sequence[SpanGroup], device: 
         positions=positions,
     ).to(device)
     out = discriminator(batch)
-    teacher = out.score[torch.tensor(teacher_rows, device=device)]  # [G, 2]
-    index = torch.tensor(student_rows, device=device)  # [B, 2]
-    student = torch.where(index >= 0, out.score[index.clamp(min=0)], 0.0)
-    return teacher, student, out.router_logits, batch
+    learned = _gather(out.score, teacher_rows, student_rows)
+    if discriminator.training and discriminator.v_head[0].p > 0:
+        # The published head drops hidden units while it learns, never while it scores; the backbone is the same.
+        with torch.no_grad():
+            discriminator.v_head.eval()
+            reward = _gather(discriminator.score_hidden(out.hidden), teacher_rows, student_rows)
+            discriminator.v_head.train()
+    else:
+        reward = [scores.detach() for scores in learned]
+    return learned, reward, out.router_logits, batch
+
+
+def _gather(score: Tensor, teacher_rows: list[list[int]], student_rows: list[list[int]]) -> list[Tensor]:
+    """Scores per row of the batch to teacher [G, 2] and student [B, 2]; a student row of -1 (invalid) scores 0."""
+    teacher = score[torch.tensor(teacher_rows, device=score.device)]
+    index = torch.tensor(student_rows, device=score.device)
+    return [teacher, torch.where(index >= 0, score[index.clamp(min=0)], 0.0)]
 
 
 def discriminator_step(
@@ -87,7 +107,7 @@ def discriminator_step(
     tokens_per_micro_batch: int,
     aux_coef: float = 0.0,
     positions: str = "mrope",
-) -> tuple[GroupScores, DiscriminatorStats, Tensor]:
+) -> tuple[GroupScores, Tensor]:
     """Score all groups and, with ``backward``, accumulate the gradient of the loss over all of them.
 
     Args:
@@ -95,7 +115,7 @@ def discriminator_step(
         aux_coef: weight of the load-balancing loss over the routers of all layers (0: none).
 
     Returns:
-        Scores, the loss statistics over the whole step, and the loss (0-d, detached).
+        The scores before the update, and the loss (0-d float64, detached).
     """
     parts = by_tokens([group.tokens() for group in groups], tokens_per_micro_batch)
     valid_total = sum(1 for group in groups for pair in group.students if pair)
@@ -105,38 +125,46 @@ def discriminator_step(
         offsets.append(offsets[-1] + len(group.students))
     student_all = torch.zeros(rows_total, 2)
     teacher_all = torch.zeros(len(groups), 2)
-    stats: DiscriminatorStats | None = None
     loss_total = torch.zeros((), dtype=torch.float64)
     tokens = 0
     with torch.set_grad_enabled(backward is not None):
         for part in parts:
             members = [groups[g] for g in part]
-            teacher, student, router_logits, batch = _forward(discriminator, members, device, pad_id, positions)
+            learned, reward, router_logits, batch = _forward(discriminator, members, device, pad_id, positions)
             group_of_row = torch.tensor([i for i, m in enumerate(members) for _ in m.students], device=device)
             valid = torch.tensor([pair is not None for m in members for pair in m.students], device=device)
-            loss, part_stats = discriminator_loss(
-                teacher,
-                student,
-                group_of_row,
-                valid,
-                semantics=semantics,
-                score_clip=score_clip,
-                score_reg=score_reg,
-                valid_total=valid_total,
-                rows_total=rows_total,
-            )
+            if semantics == "released":  # divided by the micro-batch's own counts, then weighted by its share of rows
+                loss, _ = discriminator_loss(
+                    *learned,
+                    group_of_row,
+                    valid,
+                    semantics=semantics,
+                    score_clip=score_clip,
+                    score_reg=score_reg,
+                )
+                loss = loss * (len(valid) / rows_total)
+            else:  # divided by the counts of the whole step, so that the cut into micro-batches does not matter
+                loss, _ = discriminator_loss(
+                    *learned,
+                    group_of_row,
+                    valid,
+                    semantics=semantics,
+                    score_clip=score_clip,
+                    score_reg=score_reg,
+                    denominator=max(1, valid_total),
+                    l2_denominator=2 * (len(groups) + valid_total),
+                )
             if aux_coef:
-                mask = torch.arange(batch.input_ids.shape[1], device=device) < batch.lengths[:, None]
                 config = discriminator.backbone.config.text_config
-                balance = load_balance_loss(router_logits, config.num_experts, config.num_experts_per_tok, mask)
+                balance = load_balance_loss(
+                    router_logits, config.num_experts, config.num_experts_per_tok, batch.attention_mask
+                )
                 loss = loss + aux_coef * balance * (len(members) / len(groups))
             if backward is not None:
                 backward(loss)
             loss_total += loss.detach().double().cpu()
-            stats = part_stats if stats is None else DiscriminatorStats(*map(torch.add, stats, part_stats))
-            teacher_all[part] = teacher.detach().float().cpu()
+            teacher_all[part] = reward[0].float().cpu()
             rows = [r for g in part for r in range(offsets[g], offsets[g + 1])]
-            student_all[rows] = student.detach().float().cpu()
+            student_all[rows] = reward[1].float().cpu()
             tokens += int(batch.lengths.sum())
-    assert stats is not None, "a step has at least one group"
-    return GroupScores(student_all, teacher_all, tokens), stats, loss_total
+    return GroupScores(student_all, teacher_all, tokens), loss_total

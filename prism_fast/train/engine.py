@@ -54,7 +54,9 @@ class LocalEngine:
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm))
         if norm != norm or norm == float("inf"):
             bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            raise NonFiniteError(f"gradient norm is {norm} at update {self.updates}; not finite in: {', '.join(bad[:5])}")
+            raise NonFiniteError(
+                f"gradient norm is {norm} at update {self.updates}; not finite in: {', '.join(bad[:5])}"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr()
         self.optimizer.step()

@@ -33,7 +33,10 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
             completions = [group[0] for group in engine.generate(prompts, sampling, seed=seed)]
             texts = [processor.decode(completion.token_ids) for completion in completions]
             rewards = run.checker.score(
-                [Judged(x, t.ground_truth, t.data_source, t.equivalent_answers) for x, t in zip(texts, chunk, strict=True)]
+                [
+                    Judged(x, t.ground_truth, t.data_source, t.equivalent_answers)
+                    for x, t in zip(texts, chunk, strict=True)
+                ]
             )
             for task, text, completion, reward in zip(chunk, texts, completions, rewards, strict=True):
                 records.append(

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 class MetricsWriter:
     """Appends one JSON object per line and mirrors it to TensorBoard.
 
-    Keys that start with ``time/`` are wall-clock; everything else is equal, bit for bit, for equal seeds on one machine.
+    Keys that start with ``time/`` are wall-clock; the rest is equal, bit for bit, for equal seeds on one machine.
     A metric without a value on some step is absent from its line: no placeholders.
     """
 

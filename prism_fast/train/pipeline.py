@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from prism_fast.config import Config, ConfigError
-from prism_fast.data.digits import DigitsSpec, tokenizer_corpus, write_digits
+from prism_fast.data.digits import DigitsFiles, DigitsSpec, tokenizer_corpus, write_digits
 from prism_fast.data.readers import read_sharegpt, read_tasks
-from prism_fast.data.samples import Task
-from prism_fast.models.discriminator import build_discriminator, load_discriminator
+from prism_fast.data.samples import Demonstration, Task
+from prism_fast.models.discriminator import RELEASED_HEAD_DROPOUT, build_discriminator, load_discriminator
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy, load_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
@@ -24,8 +24,6 @@ from prism_fast.train.rlvr import rlvr
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.sft import continue_sft, train_sft
 from prism_fast.train.warmup import sample_pairs, warm_up
-
-RELEASED_HEAD_DROPOUT = 0.1
 
 
 @dataclass
@@ -67,7 +65,7 @@ def prepare_data(run: Run) -> DataFiles:
     """Write the built-in digits, or take the files of the configuration."""
     config = run.config.data
     if config.source == "digits":
-        spec = DigitsSpec(noise=config.noise)
+        spec = DigitsSpec(**asdict(config.digits))
         files = write_digits(run.folder / "data" / "digits", spec, derive_seed(run.config.seed, "digits"))
         return DataFiles(files.sft, files.sft_val, files.align, files.rlvr, files.eval, None)
     names = ("sft", "sft_val", "align", "rlvr", "eval", "pairs")
@@ -77,14 +75,27 @@ def prepare_data(run: Run) -> DataFiles:
 def _new_policy(run: Run, files: DataFiles):
     """The tiny policy with a tokenizer trained on the SFT texts."""
     tiny = run.config.model.tiny
-    demos = read_sharegpt(files.need("sft", "sft"), max_image_pixels=run.config.data.max_image_pixels)
-    tokenizer = train_tokenizer(tokenizer_corpus(demos), tiny.vocab_size)
+    path = files.need("sft", "sft")
+    if run.config.data.source == "digits":
+        corpus = tokenizer_corpus(DigitsFiles.in_folder(path.parent))
+    else:
+        demos = read_sharegpt(path, max_image_pixels=run.config.data.max_image_pixels)
+        corpus = (text for demo in demos for text in demonstration_texts(demo))
+    tokenizer = train_tokenizer(corpus, tiny.vocab_size)
     processor = Processor.build(tokenizer)
     sizes = asdict(tiny)
     del sizes["vocab_size"]
     size = TinyPolicy(**sizes)
     model = build_tiny_policy(processor, size, derive_seed(run.config.seed, "policy"))
     return model.to(device=run.device, dtype=run.dtype), processor
+
+
+def demonstration_texts(demo: Demonstration) -> Iterator[str]:
+    """Every text of a demonstration, for learning a vocabulary."""
+    for message in demo.messages:
+        content = message["content"]
+        yield content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    yield demo.response
 
 
 def _load_policy(run: Run, folder: Path):
@@ -139,7 +150,7 @@ def _warmup(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
             top_k=upcycle.top_k,
             noise_std=upcycle.noise_std,
             router_std=upcycle.router_std,
-            head_dropout=RELEASED_HEAD_DROPOUT if run.config.semantics == "released" else 0.0,
+            head_dropout=_head_dropout(run),
             seed=derive_seed(run.config.seed, "discriminator"),
         )
     else:
@@ -147,15 +158,20 @@ def _warmup(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     artifacts.discriminator = warm_up(run, discriminator.to(run.device), processor, pairs)
 
 
+def _head_dropout(run: Run) -> float:
+    return RELEASED_HEAD_DROPOUT if run.config.semantics == "released" else 0.0
+
+
 def _load_discriminator(run: Run, folder: Path):
-    dropout = RELEASED_HEAD_DROPOUT if run.config.semantics == "released" else 0.0
-    return load_discriminator(folder, dtype=run.dtype, device=run.device, head_dropout=dropout)
+    return load_discriminator(folder, dtype=run.dtype, device=run.device, head_dropout=_head_dropout(run))
 
 
 def _align(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     policy, processor = _policy(run, artifacts, "align")
     if artifacts.discriminator is None:
-        raise ConfigError("stage align needs a warm discriminator: run warmup before it or give model.discriminator=PATH")
+        raise ConfigError(
+            "stage align needs a warm discriminator: run warmup before it or give model.discriminator=PATH"
+        )
     tasks = _tasks(run, files.need("align", "align"), require_teacher=True)
     discriminator = _load_discriminator(run, artifacts.discriminator)
     artifacts.policy, artifacts.discriminator = align(run, policy, discriminator, processor, tasks)

@@ -53,11 +53,11 @@ def update_policy(
 ) -> dict[str, float | int | None]:
     """One optimizer step on the batch. No old-log-prob and no reference pass: the ratio is 1 by construction.
 
-    Rows with advantage exactly 0 contribute a gradient of exactly 0 and are not computed; they count in the denominator.
+    Rows with advantage exactly 0 have a gradient of exactly 0 and are not computed; they count in the denominator.
     """
     model = engine.model
     lengths = torch.tensor([len(c.token_ids) for c in batch.completions])
-    denominator = loss_denominator(options.aggregation, lengths).to(device)
+    denominator = loss_denominator(options.loss, lengths, aggregation=options.aggregation).to(device)
     contributes = (batch.advantage != 0).tolist()
     total = [
         (len(batch.prompts[p].input_ids) + len(c.token_ids)) if active else 0
@@ -78,10 +78,8 @@ def update_policy(
             logp,
             batch.advantage[part].to(device),
             cu_seqlens,
-            loss=options.loss,
-            clip=options.clip,
-            aggregation=options.aggregation,
             denominator=denominator,
+            **options.kwargs(),
         )
         engine.backward(loss)
         loss_sum += float(loss.detach())

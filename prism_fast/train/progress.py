@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
 
 LINES_WITHOUT_TERMINAL = 10  # a stage prints about so many lines into a log file
@@ -21,7 +28,9 @@ class Bar:
 
     def advance(self, **numbers: float | int | None) -> None:
         self._done += 1
-        text = "  ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in numbers.items() if value is not None)
+        text = "  ".join(
+            f"{key.replace('_', ' ')} {_short(value)}" for key, value in numbers.items() if value is not None
+        )
         self._progress.rich.update(self._task, advance=1, numbers=text)
         if not self._progress.console.is_terminal:
             every = max(1, (self._total or 500) // LINES_WITHOUT_TERMINAL)

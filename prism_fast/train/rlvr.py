@@ -33,7 +33,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
             chunk = [tasks[i] for i in order.next_indices(config.prompts)]
             rollouts = roll_out(run, policy, processor, chunk, config.rollout, stage="rlvr", step=step)
             reward = torch.tensor([r.score for r in rollouts.rewards])
-            advantage = outcome_advantage(reward, rollouts.group, normalize=options.normalize)
+            advantage = outcome_advantage(reward, rollouts.group)
             numbers: dict[str, float | int | None] = update_policy(
                 engine,
                 PolicyBatch(rollouts.prompts, rollouts.group.tolist(), rollouts.completions, advantage),
@@ -51,9 +51,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
                 log.write(
                     step,
                     [
-                        rollout_record(
-                            rollouts, b, log, advantage=float(advantage[b]), scores={}, teacher_scores=None
-                        )
+                        rollout_record(rollouts, b, log, advantage=float(advantage[b]), scores={}, teacher_scores=None)
                         for b in range(len(rollouts.completions))
                     ],
                 )

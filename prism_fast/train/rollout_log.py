@@ -11,7 +11,7 @@ from PIL import Image
 
 
 class RolloutLog:
-    """Appends to ``rollouts/<stage>.jsonl.zst``; each step is one zstd frame, so a killed run loses at most its last step."""
+    """Appends to ``rollouts/<stage>.jsonl.zst``, one zstd frame per step: a killed run loses at most its last step."""
 
     def __init__(self, folder: Path, stage: str):
         self._folder = folder / "rollouts"

@@ -87,7 +87,12 @@ def rollout_record(
 ) -> dict:
     """The dump of one rollout."""
     g = int(rollouts.group[b])
-    task, completion, split, reward = rollouts.tasks[g], rollouts.completions[b], rollouts.splits[b], rollouts.rewards[b]
+    task, completion, split, reward = (
+        rollouts.tasks[g],
+        rollouts.completions[b],
+        rollouts.splits[b],
+        rollouts.rewards[b],
+    )
     teacher = {"caption": task.teacher_caption, "reasoning": task.teacher_cot} if task.teacher_caption else None
     return {
         "uid": task.uid,

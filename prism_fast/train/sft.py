@@ -92,13 +92,17 @@ class PlateauDecay:
         return max(0.0, (self.end - update) / max(1, self.end - self.decay_start))
 
 
-def train_sft(run: Run, model, processor: Processor, demos: Sequence[Demonstration], val: Sequence[Demonstration]) -> Path:
+def train_sft(
+    run: Run, model, processor: Processor, demos: Sequence[Demonstration], val: Sequence[Demonstration]
+) -> Path:
     """SFT to the plateau of the validation loss; returns the folder of the exported policy."""
     config = run.config.sft
     decay = PlateauDecay(config)
     engine = LocalEngine(model, config.optimizer, schedule=decay)
     order = SampleOrder(len(demos), seed=derive_seed(run.config.seed, "sft", "order"))
-    val_batches, val_tokens = _batches([val[i] for i in range(len(val))], processor, model, config.tokens_per_micro_batch)
+    val_batches, val_tokens = _batches(
+        [val[i] for i in range(len(val))], processor, model, config.tokens_per_micro_batch
+    )
     with run.progress.bar("sft", config.max_updates) as bar:
         while engine.updates < decay.end:
             numbers = _update(engine, [demos[i] for i in order.next_indices(config.batch)], processor, run)

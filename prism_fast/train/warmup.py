@@ -84,7 +84,10 @@ def _group_pairs(pairs: Sequence[Pair], processor: Processor, semantics: str) ->
             frame_warmup(pair.teacher_cot, processor, semantics),
         )
         students.setdefault(key, []).append(
-            (frame_warmup(pair.student_caption, processor, semantics), frame_warmup(pair.student_cot, processor, semantics))
+            (
+                frame_warmup(pair.student_caption, processor, semantics),
+                frame_warmup(pair.student_cot, processor, semantics),
+            )
         )
     return [SpanGroup(prompts[key], teachers[key], students[key]) for key in prompts]
 
@@ -108,14 +111,16 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs_
     """Train the discriminator on pairs; returns the folder of its export.
 
     Raises:
-        WarmupError: ``warmup.max_updates`` passed without the held-out margin, or there are too few pairs to hold some out.
+        WarmupError: ``warmup.max_updates`` passed without the held-out margin, or too few pairs to hold some out.
     """
     config, semantics = run.config.warmup, run.config.semantics
     groups = _group_pairs(read_pairs(pairs_path), processor, semantics)
     held = max(1, round(config.heldout_share * len(groups)))
     if len(groups) - held < 1:
         raise WarmupError(f"{pairs_path} has {len(groups)} prompt(s); at least 2 are needed to hold one out")
-    shuffled = SampleOrder(len(groups), seed=derive_seed(run.config.seed, "warmup", "heldout")).next_indices(len(groups))
+    shuffled = SampleOrder(len(groups), seed=derive_seed(run.config.seed, "warmup", "heldout")).next_indices(
+        len(groups)
+    )
     heldout, training = [groups[i] for i in shuffled[:held]], [groups[i] for i in shuffled[held:]]
     order = SampleOrder(len(training), seed=derive_seed(run.config.seed, "warmup", "order"))
     engine = LocalEngine(discriminator, config.optimizer)
@@ -132,7 +137,7 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs_
         while engine.updates < config.max_updates:
             chunk = [training[i] for i in order.next_indices(config.prompts)]
             discriminator.train()
-            scores, _, loss = discriminator_step(
+            scores, loss = discriminator_step(
                 discriminator, chunk, backward=engine.backward, aux_coef=config.aux_coef, **shared
             )
             numbers = {f"warmup/{key}": value for key, value in pair_margins(chunk, scores).items()}
@@ -141,7 +146,7 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs_
             done = False
             if engine.updates % config.eval_every == 0:
                 discriminator.eval()
-                scores, _, _ = discriminator_step(discriminator, heldout, backward=None, **shared)
+                scores, _ = discriminator_step(discriminator, heldout, backward=None, **shared)
                 reached = pair_margins(heldout, scores)
                 numbers |= {f"warmup/heldout_{key}": value for key, value in reached.items()}
                 done = all(reached.get(f"margin_{span}", -1.0) >= config.target_margin for span in SPANS)
@@ -156,8 +161,8 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs_
         else:
             shown = ", ".join(f"{key} {value:.3g}" for key, value in reached.items()) or "never evaluated"
             raise WarmupError(
-                f"after {config.max_updates} updates the held-out margin is below {config.target_margin} ({shown}); raise "
-                "warmup.max_updates or warmup.optimizer.lr, give more pairs, or lower warmup.target_margin knowingly"
+                f"after {config.max_updates} updates the held-out margin is below {config.target_margin} ({shown}); "
+                "raise warmup.max_updates or warmup.optimizer.lr, give more pairs, or lower warmup.target_margin"
             )
     folder = run.export_folder("discriminator-warmup")
     save_discriminator(discriminator, processor, folder)

@@ -1,0 +1,122 @@
+"""The discriminator's loss in the alignment stage, as published and as repaired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from prism_fast.ops import PairwiseStats, pairwise_loss
+
+SEMANTICS = ("released", "paper", "prism_fast")
+FALLBACK = 0.01  # weight of the published loss on teacher scores alone where a micro-batch has no valid response
+
+
+def discriminator_loss(
+    teacher: Tensor,
+    student: Tensor,
+    group: Tensor,
+    valid: Tensor,
+    *,
+    semantics: str = "prism_fast",
+    score_clip: float | None = 10.0,
+    score_reg: float = 0.001,
+    lengths: tuple[Tensor, Tensor] | None = None,
+    length_penalty: float | Sequence[float] = 0.0,
+    spread: float = 0.0,
+    denominator: Tensor | float | None = None,
+    l2_denominator: Tensor | float | None = None,
+    valid_everywhere: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, PairwiseStats]:
+    """Bradley-Terry loss of caption and reasoning scores plus ``score_reg`` times their mean square.
+
+    Args:
+        teacher: [G, 2] floating scores (caption, reasoning), one row per prompt.
+        student: [B, 2], dtype of ``teacher``.
+        group: [B] int64 or int32 row of ``teacher`` that a student answers.
+        valid: [B] bool, students that obey the format.
+        semantics:
+            ``prism_fast`` and ``paper``: sums over valid students divided by ``denominator``; squares of each teacher
+            score counted once; nothing is learnt from pairs where no student is valid.
+            ``released``: for one micro-batch, not scaled by its share of the mini-batch. Divided by its own valid
+            students; the teacher's squares are counted once per student; NaN and infinite scores become 0; where no
+            rank has a valid student (``valid_everywhere`` = 0), 0.01 * -log sigmoid(mean teacher score) per score.
+        score_clip, lengths, length_penalty, spread: ``clip``, ... of ``pairwise_loss``.
+        score_reg: weight of the mean square over all scores, invalid ones included.
+        denominator: global count of valid students (``prism_fast``, ``paper``), number or 0-d tensor.
+        l2_denominator: global count of scores, (G + B) * 2 summed over calls (``prism_fast``, ``paper``).
+        valid_everywhere: 0-d count of valid students over the ranks' current micro-batches (``released``); None = here.
+        backend: as in ``pairwise_loss``.
+
+    Returns:
+        (loss 0-d, PairwiseStats [2]): counts are true counts under all semantics.
+
+    Raises:
+        ValueError: unknown semantics, options of the other semantics, or what ``pairwise_loss`` refuses.
+
+    Source: PRISM (arXiv 2604.28123) eq. 2-3; ``released``: ``update_critic`` of its code.
+    """
+    if semantics not in SEMANTICS:
+        raise ValueError(f"discriminator_loss: semantics={semantics!r} is not one of {', '.join(map(repr, SEMANTICS))}")
+    if semantics != "released":
+        if valid_everywhere is not None:
+            raise ValueError(f"discriminator_loss: valid_everywhere belongs to 'released', not to {semantics!r}")
+        return pairwise_loss(
+            teacher,
+            student,
+            group,
+            valid=valid,
+            clip=score_clip,
+            lengths=lengths,
+            length_penalty=length_penalty,
+            l2=score_reg,
+            spread=spread,
+            denominator=denominator,
+            l2_denominator=l2_denominator,
+            backend=backend,
+        )
+    if denominator is not None or l2_denominator is not None or spread != 0.0:
+        raise ValueError(
+            "discriminator_loss: 'released' divides by the counts of its micro-batch and has no spread term; "
+            "use semantics='prism_fast' for denominator, l2_denominator and spread"
+        )
+    teacher, student = _finite(teacher)[group.long()], _finite(student)  # the published batch repeats the teacher
+    if lengths is not None:
+        lengths = (lengths[0][group.long()], lengths[1])
+    own = torch.arange(student.shape[0], device=student.device)
+    loss, stats = pairwise_loss(
+        teacher,
+        student,
+        own,
+        valid=valid,
+        clip=score_clip,
+        lengths=lengths,
+        length_penalty=length_penalty,
+        l2=score_reg,
+        backend=backend,
+    )
+    if student.shape[0] == 0:
+        return loss, stats
+    shown = _as_scored(teacher, None if lengths is None else lengths[0], length_penalty, score_clip)
+    nobody = (valid.sum() if valid_everywhere is None else valid_everywhere) == 0
+    return loss + torch.where(nobody, FALLBACK, 0.0) * softplus(-shown.mean(0)).sum(), stats
+
+
+def _finite(score: Tensor) -> Tensor:
+    return torch.nan_to_num(score, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _as_scored(score: Tensor, length: Tensor | None, penalty: float | Sequence[float], clip: float | None) -> Tensor:
+    """Length-corrected and clamped scores, as they enter the loss."""
+    score = score if score.dtype == torch.float64 else score.float()
+    if length is not None:
+        rate = torch.stack([score.new_full((), b) for b in _rates(penalty, score.shape[1])])
+        score = score - rate * length.to(score.dtype).log1p()
+    return score if clip is None else score.clamp(-clip, clip)
+
+
+def _rates(penalty: float | Sequence[float], columns: int) -> list[float]:
+    return [float(penalty)] * columns if isinstance(penalty, int | float) else [float(b) for b in penalty]

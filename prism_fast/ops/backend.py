@@ -1,0 +1,63 @@
+"""Which implementation of an op runs.
+
+``reference`` is plain PyTorch and runs anywhere; ``native`` is C++/CUDA from ``prism_fast._C``; ``triton`` comes from
+``prism_fast.kernels``. An explicit ``backend=`` wins, then the environment variable PRISM_FAST_BACKEND, then the op's
+default. Nothing falls back: a backend that an op or this machine lacks is an error.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+ENVIRONMENT = "PRISM_FAST_BACKEND"
+KNOWN = ("reference", "native", "triton")
+CURE = "run `prism-fast doctor` to see what is missing, or pass backend='reference'"
+
+
+def choose(op: str, has: tuple[str, ...], requested: str | None, tensor: Tensor) -> str:
+    """Name of the backend to run for ``op``, which has implementations ``has``, on the device of ``tensor``.
+
+    Raises ValueError for an unknown name or one the op does not have, RuntimeError for one this machine cannot run.
+    """
+    source = "backend"
+    if requested is None:
+        requested, source = os.environ.get(ENVIRONMENT) or None, ENVIRONMENT
+    if requested is not None:
+        if requested not in KNOWN:
+            raise ValueError(f"{op}: {source}={requested!r} is not one of {', '.join(map(repr, KNOWN))}")
+        if requested not in has:
+            raise ValueError(f"{op}: {source}={requested!r}, but this op has only {', '.join(map(repr, has))}")
+    if "native" not in has or requested == "reference":
+        return requested or "reference"
+    return _native_or_default(op, requested, tensor)
+
+
+def _native_or_default(op: str, requested: str | None, tensor: Tensor) -> str:
+    from prism_fast.ops import native
+
+    if tensor.device.type == "cpu":
+        if native.available():
+            return "native"
+        if requested is None:  # an uninstalled checkout: the portable implementation is the documented default
+            return "reference"
+        raise RuntimeError(f"{op}: backend='native' is not available: {native.why_not()}; {CURE}")
+    if tensor.device.type == "cuda":
+        if native.available() and native.has_cuda():
+            return "native"
+        # Silently running many small kernels on a GPU is the kind of surprise this package refuses.
+        raise RuntimeError(
+            f"{op}: got CUDA tensors, but the native CUDA kernels are missing: {native.why_not()}; {CURE}"
+        )
+    if requested is None:
+        return "reference"
+    raise RuntimeError(f"{op}: backend='native' runs on cpu and cuda, the tensors are on {tensor.device}; {CURE}")
+
+
+def native_runs_here() -> bool:
+    """Whether the compiled backend can serve at least one device type of this machine."""
+    from prism_fast.ops import native
+
+    return native.available() and (not torch.cuda.is_available() or native.has_cuda())

@@ -1,0 +1,71 @@
+"""Argument checks shared by the public ops.
+
+Only what the host knows is checked: dtypes, shapes, devices and options. Looking at values would synchronise a GPU.
+Every message names the op, the argument, what it got and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32)
+
+
+def choice(op: str, name: str, value: object, allowed: Sequence[str]) -> None:
+    """Refuse a ``value`` outside ``allowed``. Raises ValueError."""
+    if value not in allowed:
+        raise ValueError(f"{op}: {name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+def tensor(
+    op: str,
+    name: str,
+    value: object,
+    *,
+    shape: Sequence[int | None],
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    like: Tensor | None = None,
+) -> None:
+    """Refuse a non-tensor, a wrong rank or size (``None`` = any size), dtype or device. Raises ValueError."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dim() != len(shape) or any(
+        want is not None and have != want for have, want in zip(value.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{op}: {name} must have shape [{wanted}], got {list(value.shape)}")
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{op}: {name} must be {allowed}, got {str(value.dtype).removeprefix('torch.')}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{op}: {name} is on {value.device}, the other tensors are on {like.device}; move it there")
+
+
+def number(
+    op: str, name: str, value: object, *, low: float = -math.inf, high: float = math.inf, strict: bool = False
+) -> None:
+    """Refuse anything but a finite Python number in [low, high] ((low, high] with ``strict``). Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < low or value > high or (strict and value == low):
+        raise ValueError(f"{op}: {name}={value} must be finite and in {'(' if strict else '['}{low}, {high}]")
+
+
+def scalar(op: str, name: str, value: object, like: Tensor) -> None:
+    """Refuse anything but a positive Python number or a 0-d tensor on the device of ``like``. Raises ValueError."""
+    if isinstance(value, Tensor):
+        tensor(op, name, value, shape=(), dtypes=(*FLOATS, *INTEGERS), like=like)
+    else:
+        number(op, name, value, low=0.0, strict=True)
+
+
+def offsets(op: str, value: object, like: Tensor) -> None:
+    """Refuse ``cu_seqlens`` that are not int32 ``[B+1]`` with B >= 0. Raises ValueError."""
+    tensor(op, "cu_seqlens", value, shape=(None,), dtypes=(torch.int32,), like=like)
+    if value.shape[0] == 0:
+        raise ValueError(f"{op}: cu_seqlens must hold B + 1 offsets and starts with 0; it is empty")

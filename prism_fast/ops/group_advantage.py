@@ -1,0 +1,127 @@
+"""Group-relative advantages of responses that answer the same prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .backend import choose
+from .reference.group_advantage import group_advantage as reference
+
+OP = "group_advantage"
+BACKENDS = ("reference", "native")
+NORMALIZE = ("per_score", "combined", "mean_only", "leave_one_out", "batch")
+INVALID = ("below_min", "exclude", "as_is")
+SINGLETON = ("zero", "identity")
+
+
+def group_advantage(
+    scores: Tensor,
+    group: Tensor,
+    *,
+    weights: Tensor | Sequence[float],
+    valid: Tensor | None = None,
+    gate: Tensor | None = None,
+    offset: Tensor | None = None,
+    normalize: str = "per_score",
+    eps: float = 1e-6,
+    invalid: str = "below_min",
+    invalid_penalty: float = 0.0,
+    singleton: str = "zero",
+    power: float = 1.0,
+    per_score: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """``A = gate * sum_k weights_k * GN(scores_k) + offset - invalid_penalty * (not valid)``, no gradient.
+
+    Args:
+        scores: [B, K] floating; B responses, K scores each. Half precision is computed in float32.
+        group: [B] int64 or int32, the prompt of each response, ids in [0, B) in any order. A group never spans calls.
+            Rows with an id outside [0, B) come out as NaN.
+        weights: [K] floats or tensor.
+        valid: [B] bool, responses that obey the format; None = all.
+        gate, offset: [B] floating, on the scores' device.
+        normalize: GN within a group.
+            ``per_score``: (x - mean) / (std + eps) with the unbiased standard deviation, each score by itself.
+            ``combined``: the same on the weighted sum of the scores.
+            ``mean_only``: x - mean (Dr. GRPO, arXiv 2503.20783).
+            ``leave_one_out``: x - mean of the group's others (RLOO, arXiv 2402.14740).
+            ``batch``: (x - group mean) / (unbiased std over the whole call + eps) (arXiv 2508.08221).
+            A group of exactly equal scores gives exactly 0.
+        eps: added to the standard deviation, >= 0.
+        invalid: what a response with ``valid = False`` scores. ``below_min``: the group's smallest valid score - 1, or
+            -1 where no response is valid. ``exclude``: it takes no part in the group's statistics and gets GN = 0.
+            ``as_is``: its own score.
+        invalid_penalty: subtracted from the advantage of invalid responses.
+        singleton: GN in a group with one counted response. ``zero``: 0. ``identity``: mean taken as 0 and the group's
+            standard deviation as 1, as published.
+        power: z -> sign(z) |z|^power, normalised again within the group (GRGC's PGM, arXiv 2609.39757); only with
+            ``per_score`` and ``combined``.
+        per_score: return the gated and weighted terms [B, K] before their sum (for per-span credit).
+        backend: None, "reference" or "native".
+
+    Returns:
+        [B], or [B, K] with ``per_score``; float64 for float64 scores, else float32.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or option; ``per_score`` with ``combined``, ``offset`` or
+            ``invalid_penalty`` (they belong to the sum).
+        RuntimeError: the backend is missing on this machine.
+
+    Source: GRPO (arXiv 2402.03300, section 4.1.2); the six alignment advantages of PRISM (arXiv 2604.28123,
+    ``compute_grpo_multi_reward_advantage``) are one or two such calls, see ``prism_fast.algorithms.advantages``.
+    """
+    checks.tensor(OP, "scores", scores, shape=(None, None))
+    rows, columns = scores.shape
+    checks.tensor(OP, "group", group, shape=(rows,), dtypes=checks.INTEGERS, like=scores)
+    if valid is not None:
+        checks.tensor(OP, "valid", valid, shape=(rows,), dtypes=(torch.bool,), like=scores)
+    for name, value in (("gate", gate), ("offset", offset)):
+        if value is not None:
+            checks.tensor(OP, name, value, shape=(rows,), like=scores)
+    checks.choice(OP, "normalize", normalize, NORMALIZE)
+    checks.choice(OP, "invalid", invalid, INVALID)
+    checks.choice(OP, "singleton", singleton, SINGLETON)
+    checks.number(OP, "eps", eps, low=0.0)
+    checks.number(OP, "invalid_penalty", invalid_penalty)
+    checks.number(OP, "power", power, low=0.0, strict=True)
+    if power != 1.0 and normalize not in ("per_score", "combined"):
+        raise ValueError(f"{OP}: power={power} shapes z-scores; normalize={normalize!r} gives none: use 'per_score'")
+    if per_score and normalize == "combined":
+        raise ValueError(f"{OP}: per_score=True needs one term per score; normalize='combined' has only their sum")
+    if per_score and (offset is not None or invalid_penalty != 0.0):
+        raise ValueError(f"{OP}: offset and invalid_penalty belong to the sum; add them after per_score=True")
+    weights = _weights(weights, columns, scores)
+    kernel = reference
+    if choose(OP, BACKENDS, backend, scores) == "native":
+        from .native.group_advantage import run as kernel
+
+        group = group.long()
+        if scores.dtype != torch.float64:
+            scores = scores.float()
+    return kernel(
+        scores,
+        group,
+        weights=weights,
+        valid=valid,
+        gate=gate,
+        offset=offset,
+        normalize=normalize,
+        eps=eps,
+        invalid=invalid,
+        invalid_penalty=invalid_penalty,
+        singleton=singleton,
+        power=power,
+        per_score=per_score,
+    )
+
+
+def _weights(weights: Tensor | Sequence[float], columns: int, scores: Tensor) -> Tensor:
+    """[K] tensor on the scores' device. Pass a tensor where a CUDA graph is captured: a list is copied each call."""
+    if not isinstance(weights, Tensor):
+        weights = torch.tensor(list(weights), dtype=scores.dtype, device=scores.device)
+    checks.tensor(OP, "weights", weights, shape=(columns,), like=scores)
+    return weights

@@ -1,0 +1,123 @@
+"""Log-probability of target tokens from hidden states and the output matrix, without keeping a softmax."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .backend import choose
+from .reference.linear_logprob import linear_logprob as reference
+from .results import LogProb
+
+OP = "linear_logprob"
+BACKENDS = ("reference",)
+SAVE = ("auto", "logits", "recompute")
+SAVE_LIMIT_BYTES = 1 << 30
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    save: str = "auto",
+    save_limit_bytes: int = SAVE_LIMIT_BYTES,
+    weight_grad_out: Tensor | None = None,
+    vocab_group: object | None = None,
+    tile_skip_mass: float = 0.0,
+    backend: str | None = None,
+) -> LogProb:
+    """``log softmax(cap(hidden @ weight.T + bias) / temperature)[target]`` per row, and its entropy.
+
+    Args:
+        hidden: [N, H] floating.
+        weight: [V, H], dtype of ``hidden``.
+        target: [N] int64 or int32 in [0, V), or ``ignore_index``. Ignored rows give logp 0, entropy 0 and no gradient;
+            any other value outside [0, V) gives NaN.
+        bias: [V], dtype of ``hidden``. -inf bans a token.
+        temperature: number > 0, or a tensor [N] or [] of such; it gets no gradient.
+        softcap: cap(z) = softcap * tanh(z / softcap), before the temperature.
+        entropy: also compute the entropy of each row, differentiable.
+        save: ``logits`` keeps the scaled scores [N, V] (3 matrix passes), ``recompute`` forms them again (4 passes),
+            ``auto`` keeps them if they fit in ``save_limit_bytes``: a function of shapes only, never of free memory.
+        save_limit_bytes: for ``auto``, bytes.
+        weight_grad_out: [V, H] float32 or float64; the weight's gradient is added to it and ``weight.grad`` stays as it
+            is.
+        vocab_group: process group of a sharded vocabulary; not implemented.
+        tile_skip_mass: probability mass that backward may drop by whole tiles; only 0 is implemented.
+        backend: None or "reference".
+
+    Returns:
+        LogProb(logp [N], entropy [N], or [0] without ``entropy``), nats, float32 (float64 for float64 input).
+        Row maximum and log-sum are kept apart, so logp is exact to rounding also for large scores. Rows whose upstream
+        gradient is exactly 0 add nothing. Kept scores are overwritten by backward: a second backward raises.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or option.
+        NotImplementedError: ``vocab_group``, ``tile_skip_mass`` > 0.
+
+    Source: temperature-scaled log-softmax and its entropy (verl ``logprobs_from_logits_v2``, ``entropy_from_logits``);
+    soft cap of Gemma 2 (arXiv 2408.00118, section 2).
+    """
+    checks.tensor(OP, "hidden", hidden, shape=(None, None))
+    n, width = hidden.shape
+    checks.tensor(OP, "weight", weight, shape=(None, width), dtypes=(hidden.dtype,), like=hidden)
+    vocabulary = weight.shape[0]
+    if vocabulary == 0:
+        raise ValueError(f"{OP}: weight has no rows; the vocabulary must hold at least one token")
+    checks.tensor(OP, "target", target, shape=(n,), dtypes=checks.INTEGERS, like=hidden)
+    if bias is not None:
+        checks.tensor(OP, "bias", bias, shape=(vocabulary,), dtypes=(hidden.dtype,), like=hidden)
+    check_temperature(OP, temperature, n, hidden)
+    if softcap is not None:
+        checks.number(OP, "softcap", softcap, low=0.0, strict=True)
+    checks.choice(OP, "save", save, SAVE)
+    if weight_grad_out is not None:
+        checks.tensor(
+            OP,
+            "weight_grad_out",
+            weight_grad_out,
+            shape=tuple(weight.shape),
+            dtypes=(torch.float32, torch.float64),
+            like=hidden,
+        )
+    if vocab_group is not None:
+        raise NotImplementedError(f"{OP}: vocab_group (a sharded vocabulary) is not implemented; pass the whole weight")
+    if tile_skip_mass != 0.0:
+        raise NotImplementedError(f"{OP}: tile_skip_mass={tile_skip_mass} is not implemented; only 0.0 (exact) is")
+    choose(OP, BACKENDS, backend, hidden)
+    return reference(
+        hidden,
+        weight,
+        target,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        entropy=entropy,
+        ignore_index=ignore_index,
+        save=_keeps(save, save_limit_bytes, hidden, weight, bias),
+        weight_grad_out=weight_grad_out,
+    )
+
+
+def _keeps(save: str, limit: int, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the scaled scores are kept for backward."""
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
+        return False
+    if save == "auto":
+        return hidden.shape[0] * weight.shape[0] * (8 if hidden.dtype == torch.float64 else 4) <= limit
+    return save == "logits"
+
+
+def check_temperature(op: str, temperature: float | Tensor, rows: int, like: Tensor) -> None:
+    """Refuse anything but a positive number or a tensor [] or [rows]. Raises ValueError."""
+    if isinstance(temperature, Tensor) and temperature.dim() == 1:
+        checks.tensor(op, "temperature", temperature, shape=(rows,), like=like)
+    else:
+        checks.scalar(op, "temperature", temperature, like)

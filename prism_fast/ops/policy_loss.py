@@ -1,0 +1,240 @@
+"""Policy-gradient losses of the GRPO family on packed sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .backend import choose
+from .reference.aggregation import LOSSES, OF_LOSS, SEQ_MEAN_TOKEN_SUM_NORM
+from .reference.policy_loss import policy_loss as reference
+from .results import PolicyStats
+
+OP = "policy_loss"
+BACKENDS = ("reference",)
+KL = ("k1", "k2", "k3", "abs")
+CLIP_OF_LOSS = {
+    "grpo": (0.2, 0.2),
+    "dapo": (0.2, 0.28),
+    "gspo": (3e-4, 4e-4),
+    "gspo_token": (3e-4, 4e-4),
+    "dr_grpo": (0.2, 0.2),
+    "bnpo": (0.2, 0.2),
+    "cispo": (1.0, 4.0),
+}
+TWO_SIDED = ("grpo", "dapo", "dr_grpo", "bnpo")
+ELSEWHERE = {
+    "vanilla": "use loss='grpo' with aggregation='token_mean'",
+    "gpg": "it has no ratio: use loss='grpo' with old_logp=None, which has the same gradient",
+    "geo_mean": "its geometric mean clips inside the sequence product; use loss='gspo'",
+}
+KL_ELSEWHERE = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
+
+
+def policy_loss(
+    logp: Tensor,
+    advantage: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    old_logp: Tensor | None = None,
+    token_advantage: Tensor | None = None,
+    loss: str = "grpo",
+    clip: tuple[float, float] | None = None,
+    delta: float | None = None,
+    dual_clip: float | None = None,
+    sapo_temperature: tuple[float, float] = (1.0, 1.05),
+    aggregation: str | None = None,
+    denominator: Tensor | float | None = None,
+    norm_length: float | Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logp: Tensor | None = None,
+    kl: str = "k3",
+    kl_coef: float = 0.0,
+    is_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, PolicyStats]:
+    """Loss of packed response tokens: policy term + ``kl_coef`` * KL - ``entropy_coef`` * entropy, aggregated alike.
+
+    With r = exp(clamp(logp - old_logp, -20, 20)), A the advantage and (lo, hi) = ``clip``, a token loses
+
+    ============ ============================================================ ================= =====================
+    loss         per token                                                    default clip      default aggregation
+    ============ ============================================================ ================= =====================
+    grpo         max(-A r, -A clamp(r, 1-lo, 1+hi))                           0.2, 0.2          seq_mean_token_mean
+    dapo         the same                                                     0.2, 0.28         token_mean
+    dr_grpo      the same                                                     0.2, 0.2          seq_mean_token_sum_norm
+    bnpo         the same                                                     0.2, 0.2          token_mean
+    gspo         the same, r = exp(min(mean over the sequence, 10))           3e-4, 4e-4        seq_mean_token_mean
+    gspo_token   gspo that also takes ``token_advantage``                     3e-4, 4e-4        seq_mean_token_mean
+    cispo        -A sg[clamp(r, 1-lo, 1+hi)] logp                             1.0, 4.0          token_mean
+    sapo         -A sigmoid(t (r - 1)) 4 / t, t by the sign of A              none              seq_mean_token_mean
+    ============ ============================================================ ================= =====================
+
+    and the losses (times ``is_weight``) are summed with weights that an aggregation defines:
+
+    =========================== =========================================== =======================================
+    aggregation                 weight of a token                           ``denominator`` counts
+    =========================== =========================================== =======================================
+    token_mean                  1 / denominator                             active tokens
+    seq_mean_token_mean         1 / (active tokens of its sequence * den.)  sequences with an active token
+    seq_mean_token_sum          1 / denominator                             sequences with an active token
+    seq_mean_token_sum_norm     1 / (norm_length * denominator)             sequences with an active token
+    =========================== =========================================== =======================================
+
+    Args:
+        logp: [N] floating, log-probabilities under the policy in nats; the only input with a gradient beside
+            ``entropy``.
+        advantage: [B] floating, or None with ``token_advantage``.
+        cu_seqlens: [B+1] int32 offsets; sequences may be empty; tokens past the last offset are padding.
+        old_logp: [N]; None = on-policy, the ratio is 1 by construction and its gradient is that of logp.
+        token_advantage: [N] floating instead of ``advantage``; refused by ``gspo``.
+        loss, aggregation: see above. grpo accepts every aggregation, cispo and sapo both means, the others only theirs.
+        clip: (lo, hi), both >= 0. Not for sapo.
+        dual_clip: > 1; where A < 0 the loss is at most -A * dual_clip (arXiv 1912.09729). grpo, dapo, dr_grpo, bnpo.
+        delta: > 1 + hi; the same bound under the name of two-sided clipping (INTELLECT-2, arXiv 2505.07291).
+        sapo_temperature: (t for A > 0, t for A <= 0), both > 0.
+        denominator: number or 0-d tensor, the *global* count of the table. Given it, any micro-batching, packing or
+            rank count gives the same gradient. None counts this call. 0 counts as 1.
+        norm_length: number or 0-d tensor, the constant length of dr_grpo (the longest response allowed), tokens.
+        entropy: [N] floating, nats. ``entropy_coef`` needs it; alone it is only reported.
+        ref_logp: [N] of a reference policy. ``kl_coef`` needs it; alone it is only reported.
+        kl: k1 = logp - ref; abs = |k1|; k2 = k1^2 / 2; k3 = exp(k) - k - 1 with k = clamp(-k1, -20, 20), clamped to
+            [-10, 10] with gradient 0 where a clamp acts.
+        is_weight: [N] floating factors of the policy term, see ``importance_weights``.
+        mask: [N] bool or floating (0 = inactive). Inactive tokens may hold NaN; they get gradient exactly 0.
+        backend: None or "reference".
+
+    Returns:
+        (loss 0-d float32, or float64 for float64 ``logp``; PolicyStats). Without an active token the loss is 0.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or option, or options that contradict each other.
+        NotImplementedError: published losses and KL forms that are left out, naming what to use.
+
+    Sources: GRPO arXiv 2402.03300 eq. 3; DAPO 2503.14476 eq. 8; GSPO 2507.18071 eq. 5 and 14; Dr. GRPO 2503.20783;
+    CISPO 2506.13585 eq. 4 (bounds of ScaleRL, 2510.13786); SAPO 2511.20347; bnpo as in TRL; clamps, dual clip and the
+    form of GSPO as in verl ``compute_policy_loss_vanilla`` and ``compute_policy_loss_gspo``.
+    """
+    checks.tensor(OP, "logp", logp, shape=(None,))
+    checks.offsets(OP, cu_seqlens, logp)
+    n, sequences = logp.shape[0], cu_seqlens.shape[0] - 1
+    aggregation = resolve_options(
+        loss=loss,
+        clip=clip,
+        delta=delta,
+        dual_clip=dual_clip,
+        sapo_temperature=sapo_temperature,
+        aggregation=aggregation,
+        has_norm_length=norm_length is not None,
+        kl=kl,
+    )
+    if (advantage is None) == (token_advantage is None):
+        raise ValueError(f"{OP}: pass exactly one of advantage [B] and token_advantage [N]")
+    if advantage is not None:
+        checks.tensor(OP, "advantage", advantage, shape=(sequences,), like=logp)
+    if token_advantage is not None and loss == "gspo":
+        raise ValueError(f"{OP}: loss='gspo' has one advantage per sequence; use loss='gspo_token'")
+    for name, value in (
+        ("old_logp", old_logp),
+        ("token_advantage", token_advantage),
+        ("entropy", entropy),
+        ("ref_logp", ref_logp),
+        ("is_weight", is_weight),
+    ):
+        if value is not None:
+            checks.tensor(OP, name, value, shape=(n,), like=logp)
+    if mask is not None:
+        checks.tensor(OP, "mask", mask, shape=(n,), dtypes=(torch.bool, *checks.FLOATS), like=logp)
+    if denominator is not None:
+        if isinstance(denominator, Tensor):
+            checks.scalar(OP, "denominator", denominator, logp)
+        else:
+            checks.number(OP, "denominator", denominator, low=0.0)
+    if norm_length is not None:
+        checks.scalar(OP, "norm_length", norm_length, logp)
+    for name, coefficient, source, value in (
+        ("entropy_coef", entropy_coef, "entropy", entropy),
+        ("kl_coef", kl_coef, "ref_logp", ref_logp),
+    ):
+        checks.number(OP, name, coefficient)
+        if coefficient != 0.0 and value is None:
+            raise ValueError(f"{OP}: {name}={coefficient} needs {source}")
+    choose(OP, BACKENDS, backend, logp)
+    return reference(
+        logp,
+        advantage,
+        cu_seqlens,
+        old_logp=old_logp,
+        token_advantage=token_advantage,
+        loss=loss,
+        clip=CLIP_OF_LOSS.get(loss) if clip is None else clip,
+        delta=delta,
+        dual_clip=dual_clip,
+        sapo_temperature=sapo_temperature,
+        aggregation=aggregation,
+        denominator=denominator,
+        norm_length=norm_length,
+        entropy=entropy,
+        entropy_coef=entropy_coef,
+        ref_logp=ref_logp,
+        kl=kl,
+        kl_coef=kl_coef,
+        is_weight=is_weight,
+        mask=mask,
+    )
+
+
+def resolve_options(
+    *,
+    loss: str,
+    clip: tuple[float, float] | None,
+    delta: float | None,
+    dual_clip: float | None,
+    sapo_temperature: tuple[float, float],
+    aggregation: str | None,
+    has_norm_length: bool,
+    kl: str,
+) -> str:
+    """Check the options that need no tensor and return the aggregation. Raises ValueError, NotImplementedError."""
+    if loss in ELSEWHERE:
+        raise NotImplementedError(f"{OP}: loss={loss!r} is not offered: {ELSEWHERE[loss]}")
+    checks.choice(OP, "loss", loss, LOSSES)
+    allowed = OF_LOSS[loss]
+    aggregation = allowed[0] if aggregation is None else aggregation
+    if aggregation not in allowed:
+        raise ValueError(f"{OP}: loss={loss!r} with aggregation={aggregation!r}; it allows {', '.join(allowed)}")
+    if (aggregation == SEQ_MEAN_TOKEN_SUM_NORM) != has_norm_length:
+        need = "needs norm_length, the constant it divides by" if not has_norm_length else "does not use norm_length"
+        raise ValueError(f"{OP}: aggregation={aggregation!r} {need}")
+    if loss == "sapo" and clip is not None:
+        raise ValueError(f"{OP}: loss='sapo' has no clip range; its softness is sapo_temperature")
+    _, high = _pair("clip", CLIP_OF_LOSS.get(loss, (0.0, 0.0)) if clip is None else clip, strict=False)
+    _pair("sapo_temperature", sapo_temperature, strict=True)
+    if delta is not None and dual_clip is not None:
+        raise ValueError(f"{OP}: delta and dual_clip are one bound under two names; pass one of them")
+    for name, bound, least in (("delta", delta, 1.0 + high), ("dual_clip", dual_clip, 1.0)):
+        if bound is not None:
+            if loss not in TWO_SIDED:
+                raise ValueError(f"{OP}: loss={loss!r} has no {name}; only {', '.join(TWO_SIDED)} have")
+            checks.number(OP, name, bound, low=least, strict=True)
+    if kl in KL_ELSEWHERE:
+        raise ValueError(f"{OP}: kl={kl!r} is called {KL_ELSEWHERE[kl]!r} here")
+    if isinstance(kl, str) and kl.endswith("+"):
+        raise NotImplementedError(
+            f"{OP}: kl={kl!r} (straight-through) raises in the published code too; use 'k2' or 'k3'"
+        )
+    if kl == "full":
+        raise NotImplementedError(f"{OP}: kl='full' needs both distributions over the vocabulary; use 'k3'")
+    checks.choice(OP, "kl", kl, KL)
+    return aggregation
+
+
+def _pair(name: str, value: object, *, strict: bool) -> tuple[float, float]:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError(f"{OP}: {name} must be a pair of numbers, got {value!r}")
+    for part in value:
+        checks.number(OP, name, part, low=0.0, strict=strict)
+    return value[0], value[1]

@@ -1,0 +1,140 @@
+"""Clipped policy-gradient losses on packed sequences."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..results import PolicyStats
+from .aggregation import default_denominator, token_weights
+from .kl import kl_estimate
+from .segments import segment_sum, sequence_of_token
+
+LOG_RATIO_CLAMP = 20.0  # token ratios
+SEQUENCE_LOG_RATIO_MAX = 10.0  # sequence ratios (GSPO)
+
+
+def policy_loss(
+    logp: Tensor,
+    advantage: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    old_logp: Tensor | None,
+    token_advantage: Tensor | None,
+    loss: str,
+    clip: tuple[float, float] | None,
+    delta: float | None,
+    dual_clip: float | None,
+    sapo_temperature: tuple[float, float],
+    aggregation: str,
+    denominator: Tensor | float | None,
+    norm_length: float | Tensor | None,
+    entropy: Tensor | None,
+    entropy_coef: float,
+    ref_logp: Tensor | None,
+    kl: str,
+    kl_coef: float,
+    is_weight: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, PolicyStats]:
+    """See ``prism_fast.ops.policy_loss``. Options are already checked and ``aggregation`` is resolved."""
+    kind = torch.float64 if logp.dtype == torch.float64 else torch.float32
+    sequences = cu_seqlens.shape[0] - 1
+    sequence = sequence_of_token(cu_seqlens, logp.shape[0])
+    active = sequence < sequences
+    if mask is not None:
+        active = active & (mask if mask.dtype == torch.bool else mask != 0)
+
+    def clean(value: Tensor) -> Tensor:
+        """Inactive tokens may hold anything, NaN included; they become 0 and get gradient 0."""
+        return torch.where(active, value.to(kind), 0.0)
+
+    new = clean(logp)
+    old = new.detach() if old_logp is None else clean(old_logp.detach())
+    if token_advantage is not None:
+        a = clean(token_advantage.detach())
+    else:
+        a = clean(torch.cat((advantage.detach().to(kind), new.new_zeros(1)))[sequence])
+    lengths = segment_sum(active.to(kind), sequence, sequences + 1)
+    log_ratio = new - old
+    if loss in ("gspo", "gspo_token"):
+        drift = segment_sum(log_ratio.detach(), sequence, sequences + 1) / lengths.clamp(min=1.0)
+        # The value is the sequence's geometric-mean ratio, the gradient is spread over its tokens.
+        exponent = (new - new.detach() + drift[sequence]).clamp(max=SEQUENCE_LOG_RATIO_MAX)
+        measured = log_ratio.detach()
+    else:
+        exponent = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+        measured = exponent.detach()
+    ratio = exponent.exp()
+    each, held_low, held_high, held_dual = _token_loss(
+        loss, ratio, new, a, clip=clip, bound=dual_clip if delta is None else delta, sapo_temperature=sapo_temperature
+    )
+    if is_weight is not None:
+        each = each * clean(is_weight.detach())
+    if denominator is None:
+        denominator = default_denominator(aggregation, lengths[:sequences])
+    elif not isinstance(denominator, Tensor):
+        denominator = new.new_full((), denominator)
+    share = token_weights(aggregation, active, sequence, lengths, denominator.to(kind), norm_length)
+    total = pure = (each * share).sum()
+    divergence = None if ref_logp is None else clean(kl_estimate(new, clean(ref_logp.detach()), kl))
+    if divergence is not None and kl_coef != 0.0:
+        total = total + kl_coef * (divergence * share).sum()
+    spread = None if entropy is None else clean(entropy)
+    if spread is not None and entropy_coef != 0.0:
+        total = total - entropy_coef * (spread * share).sum()
+    count = lengths[:sequences].sum()
+
+    def mean(value: Tensor) -> Tensor:
+        return clean(value.detach()).sum() / count
+
+    r = ratio.detach()
+    unknown = new.new_full((), math.nan)
+    largest = torch.cat((torch.where(active, r, -math.inf), new.new_full((1,), -math.inf))).amax()
+    return total, PolicyStats(
+        tokens=count,
+        sequences=(lengths[:sequences] > 0).to(kind).sum(),
+        policy_loss=pure.detach(),
+        clip_fraction_low=mean(held_low),
+        clip_fraction_high=mean(held_high),
+        dual_clip_fraction=mean(held_dual),
+        ratio_mean=mean(r),
+        ratio_max=torch.where(count > 0, largest, math.nan),
+        approx_kl=mean(-measured),
+        kl=unknown if divergence is None else mean(divergence),
+        entropy=unknown if spread is None else mean(spread),
+    )
+
+
+def _token_loss(
+    loss: str,
+    ratio: Tensor,
+    new: Tensor,
+    a: Tensor,
+    *,
+    clip: tuple[float, float] | None,
+    bound: float | None,
+    sapo_temperature: tuple[float, float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[N] loss of each token, and which tokens are held at the lower, the upper and the dual bound."""
+    none = torch.zeros_like(ratio, dtype=torch.bool)
+    if loss == "sapo":
+        positive, negative = sapo_temperature
+        tau = torch.where(a > 0, positive, negative).to(ratio.dtype)
+        return -a * torch.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau, none, none, none
+    low, high = 1.0 - clip[0], 1.0 + clip[1]
+    clipped = ratio.clamp(low, high)
+    if loss == "cispo":
+        fixed = ratio.detach()
+        return -a * clipped.detach() * new, fixed < low, fixed > high, none
+    plain, held = -a * ratio, -a * clipped
+    holds = held > plain
+    each = torch.maximum(plain, held)
+    dual = none
+    if bound is not None:
+        ceiling = -a * bound
+        dual = (each > ceiling) & (a < 0)
+        each = torch.where(a < 0, torch.minimum(each, ceiling), each)
+    return each, holds & (a < 0), holds & (a > 0), dual

@@ -1,7 +1,7 @@
 """Writes ``report.html``: one file that needs no network, from whatever the run directory holds so far.
 
 All text that a model or a data set wrote passes through the template's escaping; a content security policy in the page
-allows exactly the two scripts embedded here (by their hashes) and no connection, so an escape that failed would still not run.
+allows exactly the two scripts embedded here (by their hashes) and no connection: even a failed escape would not run.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from prism_fast.report import curves, samples
+from prism_fast.report import figures, samples
 from prism_fast.report.rundir import TRAINED, RunDirectory, read_run
 from prism_fast.report.summary import (
     CONTROLS,
     NAMES,
+    RESAMPLES,
     SEED,
     Summary,
     duration,
     p_value,
     points,
-    seconds,
     stage_name,
     summarise,
     updates,
@@ -63,13 +64,13 @@ def render(run: RunDirectory, now: float) -> str:
     """The page as text."""
     summary = summarise(run)
     problems = list(run.problems)
-    figures: dict[str, Any] = {}
+    drawings: dict[str, Any] = {}
 
     def figure(name: str, value: dict[str, Any]) -> str:
-        figures[name] = value
+        drawings[name] = value
         return name
 
-    effects = curves.difference_figure(summary)
+    effects = figures.difference_figure(summary)
     stages = [_stage(run, stage, figure) for stage in _shown_stages(run)]
     groups = [_group(run, group, problems) for group in samples.choose_groups(run, problems)]
     script, plotly = _asset("report.js"), get_plotlyjs()
@@ -80,28 +81,35 @@ def render(run: RunDirectory, now: float) -> str:
         "controls": [(name, stage_name(name)) for name in CONTROLS],
         "kinds": [(kind, [_kind_cell(entry, kind) for entry in summary.stages]) for kind in summary.kinds],
         "evaluated": [stage_name(entry.stage) for entry in summary.stages],
-        "accuracy_figure": figure("accuracy", curves.accuracy_figure(summary)) if summary.stages else None,
+        "accuracy_figure": figure("accuracy", figures.accuracy_figure(summary)) if summary.stages else None,
         "difference_figure": figure("difference", effects) if effects is not None else None,
         "stages": stages,
         "timings": [timing for stage in _shown_stages(run) if (timing := _timings(run, stage)) is not None],
         "groups": groups,
         "group_stages": list(dict.fromkeys((group["stage"], group["name"]) for group in groups)),
         "seed": SEED,
+        "resamples": f"{RESAMPLES:,}",
         "config": None if run.config is None else yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
         "notes": list(dict.fromkeys([*summary.notes, *problems])),
         "style": _asset("report.css"),
         "script": script,
         "plotly": plotly,
-        "figures": _json_for_script(figures),
+        "figures": _json_for_script(drawings),
         "script_hashes": " ".join(f"'sha256-{_digest(text)}'" for text in (plotly, script)),
     }
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["visible"] = lambda value: samples.visible(str(value))
+    environment = Environment(
+        autoescape=True, finalize=_printable, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.from_string(_asset("report.html.j2")).render(context)
 
 
 def _asset(name: str) -> str:
     return resources.files("prism_fast.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _printable(value: Any) -> Any:
+    """Applied to everything the template prints, before escaping; what is marked safe is ours and stays as it is."""
+    return samples.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _digest(script: str) -> str:
@@ -122,33 +130,42 @@ def _shown_stages(run: RunDirectory) -> list[str]:
 
 def _header(run: RunDirectory, now: float) -> dict[str, Any]:
     config = run.config or {}
-    facts = [(key, config[key]) for key in ("recipe", "seed", "semantics", "device", "commit") if config.get(key) is not None]
-    versions = config.get("versions")
-    if isinstance(versions, dict):
-        facts += [(name, version) for name, version in versions.items()]
-    spent = [value for stage in run.steps if (value := seconds(run, stage)) is not None]
-    facts.append(("wall time of the stages", duration(sum(spent)) if spent else "not logged"))
+    facts = [(key, config[key]) for key in ("recipe", "seed", "semantics", "device") if config.get(key) is not None]
+    facts += list(run.environment.items())
+    spent = sum(run.finished.values())
+    facts.append(("wall time of finished stages", duration(spent) if run.finished else "no stage has finished"))
     state, detail = _state(run, now)
     return {"title": str(config.get("recipe", run.path.name)), "facts": facts, "state": state, "detail": detail}
 
 
 def _state(run: RunDirectory, now: float) -> tuple[str, str]:
     if run.complete:
-        return "complete", "every planned stage has been evaluated"
+        return "complete", "every planned stage has finished" if run.planned else "an evaluation without training"
     last = run.last_written()
     written = "" if last is None else datetime.fromtimestamp(last, UTC).strftime("; last write %Y-%m-%d %H:%M:%S UTC")
     reached = next((stage for stage in reversed(_shown_stages(run)) if stage in run.steps), None)
-    where = "before its first step" if reached is None else f"in or after {stage_name(reached)}, step {run.steps[reached][-1]['step']}"
+    where = (
+        "before its first step"
+        if reached is None
+        else f"in or after {stage_name(reached)}, step {run.steps[reached][-1]['step']}"
+    )
     if last is not None and now - last <= SILENT_AFTER:
         return "running", f"{where}{written}"
-    return "dead", f"stopped {where}{written}; nothing was written for {SILENT_AFTER / 60:.0f} minutes before this page was made"
+    return (
+        "dead",
+        f"stopped {where}{written}; nothing was written for {SILENT_AFTER / 60:.0f} minutes before this page was made",
+    )
 
 
 def _row(summary: Summary, stage: str, run: RunDirectory) -> dict[str, Any]:
     entry = summary.stage(stage)
     if entry is None:
         reason = "trained, not evaluated yet" if stage in run.steps else "has not run"
-        return {"name": stage_name(stage), "missing": reason, "color": curves.STAGE_COLOURS.get(stage, curves.COLOURS[3])}
+        return {
+            "name": stage_name(stage),
+            "missing": reason,
+            "color": figures.STAGE_COLOURS.get(stage, figures.COLOURS[3]),
+        }
     against = []
     for control in CONTROLS:
         difference = entry.against.get(control)
@@ -160,14 +177,14 @@ def _row(summary: Summary, stage: str, run: RunDirectory) -> dict[str, Any]:
     return {
         "name": stage_name(stage),
         "missing": None,
-        "color": curves.STAGE_COLOURS.get(stage, curves.COLOURS[3]),
+        "color": figures.STAGE_COLOURS.get(stage, figures.COLOURS[3]),
         "accuracy": f"{100 * entry.accuracy.mean:.1f}",
         "interval": _interval_text(entry.accuracy),
         "against": against,
         "format": f"{100 * entry.format_rate:.1f}",
         "length": f"{entry.mean_length:.1f}",
         "truncated": None if entry.truncated is None else f"{100 * entry.truncated:.1f}",
-        "items": entry.accuracy.items,
+        "count": entry.accuracy.items,
         "updates": entry.updates,
         "seconds": None if entry.seconds is None else duration(entry.seconds),
     }
@@ -183,14 +200,14 @@ def _kind_cell(entry: Any, kind: str) -> dict[str, Any] | None:
     accuracy = entry.kinds.get(kind)
     if accuracy is None:
         return None
-    return {"accuracy": f"{100 * accuracy.mean:.1f}", "interval": _interval_text(accuracy), "items": accuracy.items}
+    return {"accuracy": f"{100 * accuracy.mean:.1f}", "interval": _interval_text(accuracy), "count": accuracy.items}
 
 
 def _stage(run: RunDirectory, stage: str, figure: Any) -> dict[str, Any]:
-    drawn = curves.stage_curves(run, stage)
-    count, spent = updates(run, stage), seconds(run, stage)
+    drawn = figures.stage_curves(run, stage)
+    count, spent = updates(run, stage), run.finished.get(stage)
     facts = [] if count is None else [f"{count} updates"]
-    facts += [] if spent is None else [duration(spent)]
+    facts += [] if spent is None else [f"{duration(spent)} wall time"]
     charts = [
         {"id": figure(f"{stage}-{index}", value), "title": chart.title, "note": chart.note}
         for index, (chart, value) in enumerate(drawn.charts)
@@ -209,7 +226,8 @@ def _stage(run: RunDirectory, stage: str, figure: Any) -> dict[str, Any]:
 
 
 def _timings(run: RunDirectory, stage: str) -> dict[str, Any] | None:
-    """Wall-clock and pass counts of a stage, or None where it logged neither."""
+    """Wall-clock of a stage, of its timed parts, and its pass counts; None where it logged none of them."""
+    whole = run.finished.get(stage)
     rows = []
     for key in run.keys(stage):
         series = run.series(stage, key)
@@ -217,10 +235,20 @@ def _timings(run: RunDirectory, stage: str) -> dict[str, Any] | None:
             continue
         total, count = sum(series.values), len(series.values)
         if key.startswith("time/"):
-            rows.append((key.removeprefix("time/"), duration(total), f"{1000 * total / count:.0f} ms", count))
+            share = "–" if not whole else f"{100 * total / whole:.0f} %"
+            rows.append((key.removeprefix("time/"), duration(total), share, f"{1000 * total / count:.0f} ms", count))
         else:
-            rows.append((key.removeprefix("passes/") + " passes", f"{total:g}", f"{total / count:.2f}", count))
-    return {"name": stage_name(stage), "rows": rows} if rows else None
+            rows.append((f"{key.removeprefix('passes/')} (passes)", f"{total:g}", "–", f"{total / count:.2f}", count))
+    if whole is None and not rows:
+        return None
+    end = (
+        "whole stage",
+        "not finished" if whole is None else duration(whole),
+        "–" if whole is None else "100 %",
+        "–",
+        "–",
+    )
+    return {"name": stage_name(stage), "rows": [*rows, end]}
 
 
 def _group(run: RunDirectory, group: samples.Group, problems: list[str]) -> dict[str, Any]:
@@ -261,4 +289,9 @@ def _rollout(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(values: dict[str, Any] | None) -> Sequence[tuple[str, str]]:
-    return [(name, f"{value:.2f}".replace("-", "\u2212")) for name, value in (values or {}).items() if value is not None]
+    """Numbers of a dump with two digits; what is text there (which rule decided) stays text."""
+    return [
+        (name.replace("_", " "), value if isinstance(value, str) else f"{value:.2f}".replace("-", "\u2212"))
+        for name, value in (values or {}).items()
+        if value is not None
+    ]

@@ -39,6 +39,8 @@ class RunDirectory:
     steps: dict[str, list[dict[str, Any]]]  # stage -> its records by ascending step, one per step
     evals: dict[str, list[dict[str, Any]]]  # stage -> items sorted by uid
     eval_metrics: dict[str, dict[str, Any]]  # stage -> what the run itself logged about its evaluation
+    finished: dict[str, float]  # stage -> its wall-clock seconds, evaluation included; logged when a stage ends
+    environment: dict[str, Any]  # versions and machine
     incomplete: frozenset[str]  # stages whose evaluation file ends inside a line
     problems: list[str] = field(default_factory=list)
 
@@ -56,13 +58,18 @@ class RunDirectory:
     def keys(self, stage: str) -> list[str]:
         """All metrics with a number on any step of the stage, sorted."""
         found = {
-            key for record in self.steps.get(stage, ()) for key, value in record.items() if isinstance(value, int | float)
+            key
+            for record in self.steps.get(stage, ())
+            for key, value in record.items()
+            if isinstance(value, int | float)
         }
         return sorted(found - {"stage", "step"})
 
     @property
     def planned(self) -> tuple[str, ...]:
-        """Stages that this run was asked for (all of them where the configuration does not say)."""
+        """Stages that this run was asked for (all where the configuration does not say); none for `eval` alone."""
+        if "eval" in self.evals:
+            return ()
         stages = (self.config or {}).get("stages")
         return tuple(stages) if isinstance(stages, list) else TRAINED
 
@@ -73,9 +80,8 @@ class RunDirectory:
 
     @property
     def complete(self) -> bool:
-        """Whether every planned stage that ends with an evaluation has logged it."""
-        planned = [stage for stage in self.planned if stage in EVALUATED]
-        return bool(planned) and all(stage in self.eval_metrics for stage in planned)
+        """Whether every planned stage has logged its end."""
+        return all(stage in self.finished for stage in self.planned)
 
     @property
     def rollout_stages(self) -> tuple[str, ...]:
@@ -115,7 +121,8 @@ def read_run(path: str | Path) -> RunDirectory:
         raise ValueError(f"{path} is not a run directory: it has neither config.yaml nor metrics.jsonl")
     problems: list[str] = []
     config = _read_config(path / "config.yaml", problems)
-    steps, eval_metrics = _read_metrics(path / "metrics.jsonl", problems)
+    environment = _read_environment(path / "environment.json", problems)
+    steps, eval_metrics, finished = _read_metrics(path / "metrics.jsonl", problems)
     evals: dict[str, list[dict[str, Any]]] = {}
     incomplete: set[str] = set()
     for file in sorted(path.glob("evals/*.jsonl")):
@@ -124,7 +131,9 @@ def read_run(path: str | Path) -> RunDirectory:
             evals[file.stem] = items
         if not whole:
             incomplete.add(file.stem)
-    return RunDirectory(path, config, steps, evals, eval_metrics, frozenset(incomplete), problems)
+    return RunDirectory(
+        path, config, steps, evals, eval_metrics, finished, environment, frozenset(incomplete), problems
+    )
 
 
 def read_rollouts(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
@@ -144,7 +153,9 @@ def read_rollouts(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
             try:
                 yield _record(line, path, number, ("step", "group", "text"))
             except json.JSONDecodeError:
-                problems.append(f"rollouts/{path.name} line {number} is not JSON (cut by a kill before a resume?) and is left out.")
+                problems.append(
+                    f"rollouts/{path.name} line {number} is not JSON (cut by a kill before a resume?) and is left out."
+                )
     if tail.strip():
         problems.append(f"rollouts/{path.name} ends inside line {number + 1}; that rollout is left out.")
 
@@ -181,30 +192,52 @@ def _read_config(path: Path, problems: list[str]) -> dict[str, Any] | None:
     return config
 
 
+def _read_environment(path: Path, problems: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        problems.append("environment.json is missing, so the versions that the run used are not known.")
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} must hold an object, found {type(facts).__name__}")
+    return facts
+
+
 def _read_metrics(
     path: Path, problems: list[str]
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, Any]]]:
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, Any]], dict[str, float]]:
+    """Training records per stage, evaluation records per stage, and seconds per finished stage."""
     if not path.is_file():
         problems.append("metrics.jsonl is missing: there is nothing to draw.")
-        return {}, {}
+        return {}, {}, {}
     merged: dict[str, dict[int, dict[str, Any]]] = {}
     evals: dict[str, dict[str, Any]] = {}
+    finished: dict[str, float] = {}
     repeated = 0
     records, _ = _read_lines(path, ("stage", "step"), problems, tolerate_inside=True)
     for record in records:
         if record["stage"] == "eval":
             evals[str(record.get("after"))] = record
             continue
+        if record["stage"] == "stage":  # not a stage but the note that one has ended
+            finished[str(record.get("name"))] = float(record["time/seconds"])
+            continue
         for key, value in record.items():
             if isinstance(value, bool) or not isinstance(value, int | float | str):
-                raise ValueError(f"{path}: {key!r} of {record['stage']} step {record['step']} is {value!r}, not a number or text")
+                raise ValueError(
+                    f"{path}: {key!r} of {record['stage']} step {record['step']} is {value!r}, not a number or text"
+                )
         step = merged.setdefault(record["stage"], {}).setdefault(record["step"], {})
-        # Two lines of one step either carry different metrics (training, validation) or the step was repeated after a resume.
+        # Two lines of a step carry different metrics (training, validation), or a resumed run repeated the step.
         repeated += any(key in step for key in record if key not in ("stage", "step"))
         step.update(record)
     if repeated:
-        problems.append(f"{repeated} lines of metrics.jsonl repeat a step (a resumed run does that); the later line counts.")
-    return {stage: [by_step[step] for step in sorted(by_step)] for stage, by_step in merged.items()}, evals
+        problems.append(
+            f"{repeated} lines of metrics.jsonl repeat a step (a resumed run does that); the later line counts."
+        )
+    return {stage: [by_step[step] for step in sorted(by_step)] for stage, by_step in merged.items()}, evals, finished
 
 
 def _read_eval(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]], bool]:
@@ -224,8 +257,8 @@ def _read_lines(
 ) -> tuple[list[dict[str, Any]], bool]:
     """All whole records of a JSON-lines file, and whether it ends with a whole line.
 
-    A run killed in the middle of a line and resumed leaves a broken line inside ``metrics.jsonl``: tolerated and told there
-    (``tolerate_inside``). Nothing of the kind may happen to an evaluation, whose items are compared one by one.
+    A run killed in the middle of a line and resumed leaves a broken line inside ``metrics.jsonl``: tolerated there and
+    told (``tolerate_inside``). Nothing of the kind may happen to an evaluation, whose items are compared one by one.
     """
     name = path.name if path.parent.name != "evals" else f"evals/{path.name}"
     content = path.read_bytes()

@@ -77,11 +77,11 @@ def spread(values: Sequence[int], count: int) -> list[int]:
         return list(values)
     if count == 1:
         return [values[-1]]
-    return [values[round(index * (len(values) - 1) / (count - 1))] for index in range(count)]
+    return [values[index * (len(values) - 1) // (count - 1)] for index in range(count)]
 
 
 def segments(text: str, spans: dict[str, Any] | None) -> tuple[list[tuple[str, str]], str | None]:
-    """Cut a response into (span name or "", text) pieces that join to ``text`` again, and say what is wrong with the spans.
+    """Cut a response into (span name or "", text) pieces that join to ``text``, and say what is wrong with the spans.
 
     ``spans`` are character offsets [start, end). Spans that overlap or leave the text are not drawn: the whole text
     is returned as one piece and the second result says so.

@@ -1,8 +1,8 @@
 """Percentile bootstrap over clusters, for accuracies and for paired differences between two stages.
 
 Held-out items that show the same image are not independent, so whole clusters (images) are resampled, not items
-(A. C. Davison and D. V. Hinkley, *Bootstrap Methods and their Application*, 1997, §3.8 and §5.3.1). A difference between
-two stages is taken item by item on the same items, which removes the variance that the items have in common.
+(A. C. Davison and D. V. Hinkley, *Bootstrap Methods and their Application*, 1997, on hierarchical data).
+A difference between two stages is taken item by item on the same items, which removes the variance that they share.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Interval(NamedTuple):
 
 
 class PairedInterval(NamedTuple):
-    """Mean of ``a - b`` over the items, its percentile interval at ``LEVEL`` and the two-sided bootstrap p of "no difference"."""
+    """Mean of ``a - b`` over the items, its percentile interval at ``LEVEL`` and the two-sided p of "no difference"."""
 
     mean: float
     low: float
@@ -100,7 +100,9 @@ def _same_uids(a: Sequence[Hashable], b: Sequence[Hashable], count: int) -> None
         raise ValueError(f"{count} items but {len(a)} and {len(b)} uids")
     for position, (left, right) in enumerate(zip(a, b, strict=True)):
         if left != right:
-            raise ValueError(f"item {position} is {left!r} in a and {right!r} in b; sort both by uid and compare the same items")
+            raise ValueError(
+                f"item {position} is {left!r} in a and {right!r} in b; sort both by uid and compare the same items"
+            )
 
 
 def _resampled_means(

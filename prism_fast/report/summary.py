@@ -12,6 +12,7 @@ from typing import Any
 from prism_fast.report.rundir import EVALUATED, RunDirectory
 from prism_fast.report.statistics import Interval, PairedInterval, accuracy_interval, paired_difference
 
+RESAMPLES = 2000
 SEED = 0  # of every bootstrap in table and report: the same run directory always gives the same numbers
 NAMES = {
     "sft": "SFT",
@@ -21,7 +22,13 @@ NAMES = {
     "rlvr": "RLVR",
 }
 CONTROLS = ("sft", "sft_continued")  # what other stages are compared with
-_LOSS = {"sft": "sft/loss", "sft_continued": "sft/loss", "warmup": "warmup/loss", "align": "policy/loss", "rlvr": "policy/loss"}
+_LOSS = {
+    "sft": "sft/loss",
+    "sft_continued": "sft/loss",
+    "warmup": "warmup/loss",
+    "align": "policy/loss",
+    "rlvr": "policy/loss",
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class StageSummary:
     mean_length: float  # tokens
     truncated: float | None  # share of answers cut at the length limit
     updates: int | None
-    seconds: float | None
+    seconds: float | None  # wall-clock, evaluation included; None until the stage has ended
     against: dict[str, PairedInterval]
 
 
@@ -86,7 +93,7 @@ def summarise(run: RunDirectory) -> Summary:
                 mean_length=_mean([item["length"] for item in items]),
                 truncated=_mean([reason == "length" for reason in finish]) if len(finish) == len(items) else None,
                 updates=updates(run, stage),
-                seconds=seconds(run, stage),
+                seconds=run.finished.get(stage),
                 against=against,
             )
         )
@@ -101,14 +108,6 @@ def updates(run: RunDirectory, stage: str) -> int | None:
         return None
     # The last step number, not the count of lines: a stage may log its loss every few steps only.
     return series.steps[-1] + (1 if series.steps[0] == 0 else 0)
-
-
-def seconds(run: RunDirectory, stage: str) -> float | None:
-    """Wall-clock of a stage: the sum of ``time/step`` where logged, else of all its ``time/`` metrics; None without any."""
-    keys = [key for key in run.keys(stage) if key.startswith("time/")]
-    chosen = ["time/step"] if "time/step" in keys else keys
-    parts = [sum(series.values) for key in chosen if (series := run.series(stage, key)) is not None]
-    return sum(parts) if parts else None
 
 
 def verdicts(run: RunDirectory, summary: Summary) -> list[str]:
@@ -127,7 +126,7 @@ def _against(summary: Summary, stage: str, control: str) -> str:
     difference = entry.against.get(control)
     if difference is None:
         return f"Whether {left} is better than {right} cannot be said: there is no paired comparison (see the notes)."
-    numbers = f"{points(difference)} percentage points, p = {p_value(difference.p)}, {entry.accuracy.items} items"
+    numbers = f"{points(difference)} percentage points, {p_value(difference.p)}, {entry.accuracy.items} items"
     if difference.low > 0:
         return f"{left} is above {right} at 95 % confidence: {numbers}."
     if difference.high < 0:
@@ -139,7 +138,7 @@ def _alignment(summary: Summary) -> str:
     entry = summary.stage("align")
     difference = entry.against.get("sft") if entry is not None else None
     if entry is None or difference is None:
-        return "The effect of alignment on held-out accuracy was not measured: it takes an evaluation after SFT and one after alignment."
+        return "The effect of alignment was not measured: it takes an evaluation after SFT and one after alignment."
     what = f"Alignment by itself changed held-out accuracy by {points(difference)} percentage points against SFT"
     if difference.low > 0:
         return f"{what}: a gain at 95 % confidence."
@@ -167,7 +166,7 @@ def points(value: Interval | PairedInterval) -> str:
 
 
 def p_value(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def duration(value: float) -> str:
@@ -196,7 +195,11 @@ def _mean(values: Sequence[float]) -> float:
 def _accuracy(items: Sequence[dict[str, Any]]) -> Accuracy:
     correct = [item["correct"] for item in items]
     clusters = [item["cluster"] for item in items]
-    interval = accuracy_interval(correct, clusters, seed=SEED) if len(set(map(str, clusters))) > 1 else None
+    interval = (
+        accuracy_interval(correct, clusters, seed=SEED, resamples=RESAMPLES)
+        if len(set(map(str, clusters))) > 1
+        else None
+    )
     return Accuracy(len(items), _mean(correct), interval)
 
 
@@ -207,8 +210,8 @@ def _difference(run: RunDirectory, stage: str, control: str, notes: list[str]) -
     if uids[0] != uids[1]:
         common = len(set(uids[0]) & set(uids[1]))
         notes.append(
-            f"{left} ({len(a)} items) and {right} ({len(b)} items) were not evaluated on the same items ({common} in common), "
-            "so they are not compared."
+            f"{left} ({len(a)} items) and {right} ({len(b)} items) were not evaluated on the same items "
+            f"({common} in common), so they are not compared."
         )
         return None
     clusters = [item["cluster"] for item in a]
@@ -216,10 +219,12 @@ def _difference(run: RunDirectory, stage: str, control: str, notes: list[str]) -
         notes.append(f"{left} and {right} name different clusters for the same items, so they are not compared.")
         return None
     if len(set(map(str, clusters))) < 2:
-        notes.append(f"{left} and {right} have a single cluster of items, so there is no interval for their difference.")
+        notes.append(
+            f"{left} and {right} have a single cluster of items, so there is no interval for their difference."
+        )
         return None
     correct = [item["correct"] for item in a], [item["correct"] for item in b]
-    return paired_difference(*correct, clusters, seed=SEED, uids=uids)
+    return paired_difference(*correct, clusters, seed=SEED, resamples=RESAMPLES, uids=uids)
 
 
 def _check_against_log(run: RunDirectory, stage: str, items: Sequence[dict[str, Any]], notes: list[str]) -> None:
@@ -229,7 +234,9 @@ def _check_against_log(run: RunDirectory, stage: str, items: Sequence[dict[str, 
     logged = run.eval_metrics.get(stage, {}).get("eval/accuracy")
     found = _mean([item["correct"] for item in items])
     if logged is None:
-        notes.append(f"metrics.jsonl has no line for the evaluation of {stage_name(stage)}: it may not have been finished.")
+        notes.append(
+            f"metrics.jsonl has no line for the evaluation of {stage_name(stage)}: it may not have been finished."
+        )
     elif abs(logged - found) > 1e-6:
         notes.append(
             f"{stage_name(stage)}: metrics.jsonl says an accuracy of {logged:.4f}, the {len(items)} items on disk give "

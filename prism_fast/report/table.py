@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prism_fast.report.rundir import read_run
+from prism_fast.report.samples import visible
 from prism_fast.report.statistics import PairedInterval
 from prism_fast.report.summary import CONTROLS, Accuracy, StageSummary, duration, points, stage_name, summarise
 
@@ -18,23 +19,25 @@ _CONTROL_LABELS = {"sft": "vs SFT", "sft_continued": "vs continued"}  # short: t
 def stage_table(run_dir: str | Path) -> Table:
     """Held-out results after each evaluated stage.
 
-    Per stage: accuracy with its 95 % interval, accuracy per question kind, format rate, mean length, updates, wall time,
-    and the paired differences to SFT and to SFT continued.
+    Per stage: accuracy with its 95 % interval, accuracy per question kind, format rate, mean length, updates, wall
+    time, and the paired differences to SFT and to SFT continued.
 
     Raises:
-        FileNotFoundError, ValueError: as in `read_run`; or the run has no evaluation yet.
+        FileNotFoundError, ValueError: as in `read_run`.
     """
     run = read_run(run_dir)
     summary = summarise(run)
-    if not summary.stages:
-        raise ValueError(f"{run_dir} has no evaluation yet (evals/*.jsonl); the table begins with the first one")
     table = Table(title="Held-out results after each stage", caption=_caption(run.problems, summary.notes))
+    if not summary.stages:
+        table.add_column(Text("No stage of this run has been evaluated."))
+        return table
     table.add_column("")
     for entry in summary.stages:
-        table.add_column(Text(stage_name(entry.stage)), justify="right")
+        table.add_column(Text(visible(stage_name(entry.stage))), justify="right")
 
     def row(label: str, cells: list[str]) -> None:
-        table.add_row(Text(label), *(Text(cell) for cell in cells))  # Text: names from data are never markup
+        # Names come from data: never markup, never control characters of the terminal.
+        table.add_row(*(Text(visible(cell)) for cell in (label, *cells)))
 
     stages = summary.stages
     row("accuracy, %", [_accuracy(entry.accuracy, interval=True) for entry in stages])
@@ -74,4 +77,4 @@ def _wall(entry: StageSummary) -> str:
 
 def _caption(problems: list[str], notes: tuple[str, ...]) -> Text:
     lines = ["[ ]: 95 % intervals, bootstrap over held-out images; differences are paired, in percentage points"]
-    return Text("\n".join([*lines, *notes, *problems]), style="dim")
+    return Text(visible("\n".join([*lines, *notes, *problems])), style="dim")

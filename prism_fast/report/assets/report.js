@@ -9,7 +9,7 @@
     const colour = (name) => style.getPropertyValue(name).trim();
     const axis = {
       gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line"),
-      tickfont: { color: colour("--soft"), size: small ? 11 : 12 }, automargin: true, title: { standoff: 6 },
+      tickfont: { color: colour("--soft"), size: small ? 11 : 12 }, automargin: true,
     };
     const merged = {
       margin: small ? { l: 40, r: 8, t: 26, b: 28 } : { l: 50, r: 12, t: 34, b: 36 },
@@ -23,6 +23,7 @@
     if (!layout.showlegend) merged.margin = { ...merged.margin, t: 8 };
     merged.xaxis = { ...axis, showgrid: !small, ...layout.xaxis };
     merged.yaxis = { ...axis, ...layout.yaxis };
+    if (layout.xaxis?.title) merged.xaxis.title = { ...layout.xaxis.title, standoff: 8, font: { size: 12 } };
     if (merged.xaxis.zerolinewidth) merged.xaxis.zerolinecolor = colour("--soft");
     return merged;
   }
@@ -31,7 +32,7 @@
     for (const node of plots) {
       const figure = figures[node.dataset.figure];
       const small = node.closest(".grid") !== null;
-      Plotly.react(node, figure.data, themed(figure.layout, small), { responsive: true, displaylogo: false, displayModeBar: small ? false : "hover" });
+      Plotly.react(node, figure.data, themed(figure.layout, small), { responsive: true, displaylogo: false, displayModeBar: false });
     }
   }
   draw();

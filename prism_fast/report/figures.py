@@ -1,4 +1,4 @@
-"""Which metrics are drawn together, and the figures that plotly.js draws from them (plain dictionaries)."""
+"""The figures that plotly.js draws, as plain dictionaries: learning curves, accuracies, paired differences."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prism_fast.report.charts import CHARTS, Chart
 from prism_fast.report.rundir import RunDirectory, Series
 from prism_fast.report.statistics import Interval
 from prism_fast.report.summary import Summary, stage_name
@@ -15,60 +16,6 @@ from prism_fast.report.summary import Summary, stage_name
 COLOURS = ("#3b82d6", "#e08a1e", "#1f9e77", "#c8509b", "#8a79d6", "#8b949e")
 STAGE_COLOURS = {"sft": COLOURS[0], "sft_continued": COLOURS[5], "align": COLOURS[1], "rlvr": COLOURS[2]}
 _SMOOTH_FROM = 30  # points; below, the raw curve is legible by itself
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One small chart: ``series`` are (metric, label) pairs that share the y axis."""
-
-    title: str
-    series: tuple[tuple[str, str], ...]
-    note: str = ""
-    share: bool = False  # values are shares of one: axis in percent from 0 to 100
-    log: bool = False  # logarithmic y axis, used only where all values are positive
-
-
-def _spans(prefix: str, name: str) -> tuple[tuple[str, str], ...]:
-    return (f"{prefix}/{name}_caption", "caption"), (f"{prefix}/{name}_reasoning", "reasoning")
-
-
-_SFT = (
-    Chart("Loss", (("sft/loss", "training"), ("sft/val_loss", "validation")), "mean negative log-likelihood per response token"),
-    Chart("Gradient norm", (("sft/grad_norm", "policy"),), "before clipping"),
-    Chart("Learning rate", (("sft/lr", "learning rate"),)),
-)
-_WARMUP = (
-    Chart("Loss", (("warmup/loss", "training"),), "pairwise loss and load balance; log 2 = 0.69 is chance"),
-    Chart("Held-out margin", _spans("warmup", "heldout_margin"), "teacher score minus student score on pairs it never trained on"),
-    Chart("Held-out accuracy", _spans("warmup", "heldout_acc"), "share of held-out pairs with the teacher on top; ties left out", share=True),
-    Chart("Training margin", _spans("warmup", "margin")),
-    Chart("Training accuracy", _spans("warmup", "acc"), share=True),
-)
-_DISCRIMINATOR = (
-    Chart("Discriminator margin", _spans("disc", "margin"), "teacher minus student score, before the step's update"),
-    Chart("Discriminator accuracy", _spans("disc", "acc"), "share of pairs with the teacher on top; ties left out", share=True),
-    Chart("Student scores", (("score/caption", "caption"), ("score/reasoning", "reasoning")), "mean discriminator score of valid rollouts"),
-    Chart("Discriminator loss", (("disc/loss", "loss"),), "log 2 = 0.69 is chance"),
-    Chart("Pairs and ties", (*((k, f"pairs, {n}") for k, n in _spans("disc", "pairs")), *((k, f"ties, {n}") for k, n in _spans("disc", "ties"))),
-          "per step; a tie is a student text equal to the teacher's"),
-)  # fmt: skip
-_POLICY = (
-    Chart("Reward", (("reward/mean", "total"), ("reward/acc", "accuracy"), ("reward/format", "format")), "verifier's reward of sampled rollouts and its parts"),
-    Chart("Response length", (("response_length/mean", "mean"), ("response_length/max", "maximum")), "tokens"),
-    Chart("Cut at the length limit", (("response_length/clip_ratio", "share"),), "share of rollouts", share=True),
-    Chart("Entropy", (("policy/entropy", "policy"),), "nats per token"),
-    Chart("Policy loss", (("policy/loss", "loss"),), "on-policy: its gradient matters, its value hovers near 0"),
-    Chart("Log-prob gap", (("rollout/logprob_gap_mean", "mean"), ("rollout/logprob_gap_max", "maximum")), "|rollout − trainer| per token, nats", log=True),
-    Chart("Groups without signal", (("advantage/zero_groups", "groups"),), "groups whose rollouts all got the same reward"),
-    Chart("Learning rate", (("policy/lr", "learning rate"),)),
-)
-CHARTS: dict[str, tuple[Chart, ...]] = {
-    "sft": _SFT,
-    "sft_continued": _SFT,
-    "warmup": _WARMUP,
-    "align": (*_DISCRIMINATOR, Chart("Gradient norms", (("policy/grad_norm", "policy"), ("disc/grad_norm", "discriminator")), "before clipping"), *_POLICY),
-    "rlvr": (*_POLICY[:1], Chart("Gradient norm", (("policy/grad_norm", "policy"),), "before clipping"), *_POLICY[1:]),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,32 +35,68 @@ def stage_curves(run: RunDirectory, stage: str) -> StageCurves:
         asked |= {key for key, _ in chart.series}
         drawn = [(label, series) for label, series in found if series is not None]
         if drawn:
-            charts.append((chart, curve_figure(chart, drawn)))
+            charts.append((chart, curve_figure(chart, drawn, _line_of(run, chart))))
     extra = [key for key in run.keys(stage) if key not in asked and not key.startswith(("time/", "passes/"))]
     return StageCurves(tuple(charts), tuple(absent), tuple(extra))
 
 
-def curve_figure(chart: Chart, drawn: Sequence[tuple[str, Series]]) -> dict[str, Any]:
-    """A plotly figure: raw values thin, their running mean bold where there are many."""
+def _line_of(run: RunDirectory, chart: Chart) -> float | None:
+    if not isinstance(chart.line, str):
+        return chart.line
+    value: Any = run.config
+    for part in chart.line.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def curve_figure(chart: Chart, drawn: Sequence[tuple[str, Series]], line: float | None = None) -> dict[str, Any]:
+    """A plotly figure: raw values thin, their running mean bold where there are many; ``line``: dotted, horizontal."""
     traces = []
     for index, (label, series) in enumerate(drawn):
         colour = COLOURS[index % len(COLOURS)]
-        line = {"type": "scatter", "x": list(series.steps), "name": plotly_text(label), "legendgroup": label}
+        base = {"type": "scatter", "x": list(series.steps), "name": plotly_text(label), "legendgroup": label}
         many = len(series.steps) >= _SMOOTH_FROM
-        raw = {**line, "y": [_short(value) for value in series.values], "mode": "lines" if many else "lines+markers"}
+        raw = {**base, "y": [_short(value) for value in series.values], "mode": "lines" if many else "lines+markers"}
         raw["line"] = {"color": colour, "width": 1 if many else 2}
         if many:
             raw |= {"opacity": 0.4, "showlegend": False, "hoverinfo": "skip"}
             smooth = [_short(value) for value in running_mean(series.values, len(series.values) // 15)]
-            traces += [raw, {**line, "y": smooth, "mode": "lines", "line": {"color": colour, "width": 2}}]
+            traces += [raw, {**base, "y": smooth, "mode": "lines", "line": {"color": colour, "width": 2}}]
         else:
             traces.append(raw | {"marker": {"color": colour, "size": 5}})
-    axis: dict[str, Any] = {}
-    if chart.share:
-        axis = {"range": [-0.02, 1.02], "tickformat": ".0%"}
-    elif chart.log and all(value > 0 for _, series in drawn for value in series.values):
-        axis = {"type": "log", "dtick": 1, "exponentformat": "power"}
-    return {"data": traces, "layout": {"yaxis": axis, "showlegend": len(drawn) > 1}}
+    layout: dict[str, Any] = {"yaxis": _axis(chart, [value for _, series in drawn for value in series.values])}
+    layout["showlegend"] = len(drawn) > 1
+    if line is not None:
+        layout["shapes"] = [
+            {
+                "type": "line",
+                "xref": "paper",
+                "x0": 0,
+                "x1": 1,
+                "y0": line,
+                "y1": line,
+                "layer": "below",
+                "line": {"color": COLOURS[5], "width": 1.5, "dash": "dot"},
+                "label": {"text": chart.line_name, "textposition": "end", "font": {"size": 10, "color": COLOURS[5]}},
+            }
+        ]
+    return {"data": traces, "layout": layout}
+
+
+def _axis(chart: Chart, values: Sequence[float]) -> dict[str, Any]:
+    low, high = min(values), max(values)
+    if chart.scale == "share":
+        return {"range": [-0.02, 1.02], "tickformat": ".0%"}
+    if chart.scale == "log" and low > 0:
+        return {"type": "log", "dtick": 1, "exponentformat": "power"}
+    axis: dict[str, Any] = {"exponentformat": "power" if high < 1e-3 else "none"}
+    if chart.scale == "percent":
+        axis = {"tickformat": ".1~%"}
+    if low == high:  # plotly would draw a constant on an axis from -1 to 1, however small it is
+        axis["range"] = [min(0.0, 1.3 * low), max(0.0, 1.3 * high)] if low else [0.0, 1.0]
+    elif chart.scale != "free":
+        axis["rangemode"] = "tozero"
+    return axis
 
 
 def accuracy_figure(summary: Summary) -> dict[str, Any]:
@@ -121,7 +104,12 @@ def accuracy_figure(summary: Summary) -> dict[str, Any]:
     kinds = [plotly_text(kind) for kind in summary.kinds]
     traces = []
     for index, entry in enumerate(summary.stages):
-        x, y, intervals, items = ["all questions"], [entry.accuracy.mean], [entry.accuracy.interval], [entry.accuracy.items]
+        x, y, intervals, items = (
+            ["all questions"],
+            [entry.accuracy.mean],
+            [entry.accuracy.interval],
+            [entry.accuracy.items],
+        )
         for kind, shown in zip(summary.kinds, kinds, strict=True):
             if kind in entry.kinds:
                 x.append(shown)
@@ -129,12 +117,19 @@ def accuracy_figure(summary: Summary) -> dict[str, Any]:
                 intervals.append(entry.kinds[kind].interval)
                 items.append(entry.kinds[kind].items)
         colour = STAGE_COLOURS.get(entry.stage, COLOURS[(index + 3) % len(COLOURS)])
-        traces.append({
-            "type": "scatter", "mode": "markers", "name": plotly_text(stage_name(entry.stage)), "x": x,
-            "y": [_short(value) for value in y], "customdata": items, "marker": {"color": colour, "size": 9},
-            "error_y": _error_bars(y, intervals, colour),
-            "hovertemplate": "%{x}: %{y:.1%} of %{customdata}<extra>%{fullData.name}</extra>",
-        })  # fmt: skip
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": plotly_text(stage_name(entry.stage)),
+                "x": x,
+                "y": [_short(value) for value in y],
+                "customdata": items,
+                "marker": {"color": colour, "size": 9},
+                "error_y": _error_bars(y, intervals, colour),
+                "hovertemplate": "%{x}: %{y:.1%} of %{customdata}<extra>%{fullData.name}</extra>",
+            }
+        )
     axis = {"tickformat": ".0%", "range": [0, 1.02]}
     categories = {"type": "category", "categoryorder": "array", "categoryarray": ["all questions", *kinds]}
     return {
@@ -156,19 +151,34 @@ def difference_figure(summary: Summary) -> dict[str, Any] | None:
     means = [100.0 * value.mean for _, _, value in rows]
     colours = [STAGE_COLOURS.get(entry.stage, COLOURS[3]) for _, entry, _ in rows]
     intervals = [Interval(*(100.0 * part for part in value[:3])) for _, _, value in rows]
+    left, right = (
+        min(0.0, *(interval.low for interval in intervals)),
+        max(0.0, *(interval.high for interval in intervals)),
+    )
+    pad = 0.04 * (right - left) or 1.0  # the line at zero stands inside the picture, not on its border
     traces = [
         {
-            "type": "scatter", "mode": "markers", "showlegend": False, "x": [_short(mean)], "y": [plotly_text(label)],
-            "marker": {"color": colour, "size": 10}, "error_x": _error_bars([mean], [interval], colour),
+            "type": "scatter",
+            "mode": "markers",
+            "showlegend": False,
+            "x": [_short(mean)],
+            "y": [plotly_text(label)],
+            "marker": {"color": colour, "size": 10},
+            "error_x": _error_bars([mean], [interval], colour),
             "hovertemplate": "%{y}: %{x:+.1f} points<extra></extra>",
         }
         for (label, _, _), mean, colour, interval in zip(rows, means, colours, intervals, strict=True)
-    ]  # fmt: skip
+    ]
     return {
         "data": traces,
         "layout": {
             "showlegend": False,
-            "xaxis": {"title": {"text": "percentage points"}, "zeroline": True, "zerolinewidth": 2, "rangemode": "tozero"},
+            "xaxis": {
+                "title": {"text": "percentage points"},
+                "zeroline": True,
+                "zerolinewidth": 2,
+                "range": [left - pad, right + pad],
+            },
             "yaxis": {"automargin": True, "type": "category"},
         },
     }
@@ -195,10 +205,14 @@ def plotly_text(text: str) -> str:
 def _error_bars(means: Sequence[float], intervals: Sequence[Interval | None], colour: str) -> dict[str, Any]:
     pairs = list(zip(means, intervals, strict=True))
     return {
-        "type": "data", "symmetric": False, "color": colour, "thickness": 1.5, "width": 4,
+        "type": "data",
+        "symmetric": False,
+        "color": colour,
+        "thickness": 1.5,
+        "width": 4,
         "array": [None if interval is None else _short(interval.high - mean) for mean, interval in pairs],
         "arrayminus": [None if interval is None else _short(mean - interval.low) for mean, interval in pairs],
-    }  # fmt: skip
+    }
 
 
 def _short(value: float) -> float | None:

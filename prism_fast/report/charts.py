@@ -1,0 +1,125 @@
+"""Which metrics are drawn together, stage by stage. Names of metrics are those that training writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Scale = Literal["free", "zero", "share", "percent", "log"]
+"""y axis: as the data; from zero; shares from 0 to 100 %; shares from zero; logarithmic where all are positive."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One small chart: ``series`` are (metric, label) pairs that share the y axis."""
+
+    title: str
+    series: tuple[tuple[str, str], ...]
+    note: str = ""
+    scale: Scale = "free"
+    line: float | str | None = None  # dotted line at this value, or at that of this key of the configuration
+    line_name: str = ""
+
+
+def _spans(prefix: str, name: str) -> tuple[tuple[str, str], ...]:
+    return (f"{prefix}/{name}_caption", "caption"), (f"{prefix}/{name}_reasoning", "reasoning")
+
+
+def _one(title: str, key: str, note: str = "", scale: str = "zero") -> Chart:
+    return Chart(title, ((key, title.lower()),), note, scale)
+
+
+_CHANCE = {"scale": "share", "line": 0.5, "line_name": "chance"}
+_SFT = (
+    _one("Gradient norm", "sft/grad_norm", "before clipping"),
+    _one("Learning rate", "sft/lr"),
+)
+_NLL = "mean negative log-likelihood per response token"
+_WARMUP = (
+    Chart(
+        "Held-out margin",
+        _spans("warmup", "heldout_margin"),
+        "teacher minus student score on prompts it never trained on",
+        line="warmup.target_margin",
+        line_name="target",
+    ),
+    Chart(
+        "Held-out accuracy",
+        _spans("warmup", "heldout_acc"),
+        "share of held-out pairs with the teacher on top; ties left out",
+        **_CHANCE,
+    ),
+    Chart("Loss", (("warmup/loss", "training"),), "pairwise loss with load balance"),
+    Chart("Training margin", _spans("warmup", "margin"), line=0.0),
+    Chart("Training accuracy", _spans("warmup", "acc"), **_CHANCE),
+    _one("Gradient norm", "warmup/grad_norm", "before clipping"),
+)
+_DISCRIMINATOR = (
+    Chart(
+        "Discriminator margin",
+        _spans("disc", "margin"),
+        "teacher minus student score, before the step's update",
+        line=0.0,
+    ),
+    Chart(
+        "Discriminator accuracy",
+        _spans("disc", "acc"),
+        "share of pairs with the teacher on top; ties left out",
+        **_CHANCE,
+    ),
+    Chart(
+        "Student scores",
+        (("score/caption", "caption"), ("score/reasoning", "reasoning")),
+        "mean discriminator score of valid rollouts",
+    ),
+    Chart("Discriminator loss", (("disc/loss", "loss"),), "pairwise loss of the step, before its update"),
+    Chart("Pairs", _spans("disc", "pairs"), "that differ from the teacher's text, per step", "zero"),
+    Chart("Ties", _spans("disc", "ties"), "student texts equal to the teacher's, per step", "zero"),
+    Chart(
+        "Gradient norms",
+        (("policy/grad_norm", "policy"), ("disc/grad_norm", "discriminator")),
+        "before clipping",
+        "zero",
+    ),
+)
+_POLICY = (
+    Chart(
+        "Reward",
+        (("reward/mean", "total"), ("reward/acc", "accuracy"), ("reward/format", "format")),
+        "verifier's reward of the sampled rollouts and its parts",
+    ),
+    Chart("Response length", (("response_length/mean", "mean"), ("response_length/max", "maximum")), "tokens", "zero"),
+    _one("Cut at the length limit", "response_length/clip_ratio", "share of rollouts", "percent"),
+    _one("Entropy", "policy/entropy", "nats per token"),
+    Chart(
+        "Policy loss", (("policy/loss", "loss"),), "on-policy: its gradient matters, its value hovers near 0", line=0.0
+    ),
+    Chart(
+        "Log-prob gap",
+        (("rollout/logprob_gap_mean", "mean"), ("rollout/logprob_gap_max", "maximum")),
+        "|rollout − trainer| per token, nats",
+        "log",
+    ),
+    _one("Learning rate", "policy/lr"),
+)
+CHARTS: dict[str, tuple[Chart, ...]] = {
+    "sft": (Chart("Loss", (("sft/loss", "training"), ("sft/val_loss", "validation")), _NLL), *_SFT),
+    "sft_continued": (Chart("Loss", (("sft/loss", "training"),), _NLL), *_SFT),
+    "warmup": _WARMUP,
+    "align": (
+        *_DISCRIMINATOR,
+        *_POLICY,
+        Chart(
+            "Tokens computed",
+            (("policy/tokens", "policy"), ("disc/tokens", "discriminator")),
+            "per step, prompts included",
+            "zero",
+        ),
+    ),
+    "rlvr": (
+        *_POLICY,
+        _one("Gradient norm", "policy/grad_norm", "before clipping"),
+        _one("Groups without signal", "advantage/zero_groups", "whose rollouts all got the same reward, per step"),
+        _one("Tokens computed", "policy/tokens", "per step, prompts included"),
+    ),
+}

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from prism_fast.data.problems import Place
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-DEFAULT_MAX_PIXELS = 64 * 2**20
+DEFAULT_MAX_IMAGE_PIXELS = 64 * 2**20
 
 _URL = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+://|data:)")
 
@@ -48,13 +48,13 @@ def image_source(value: Any, place: Place, field: str, root: Path) -> bytes | Pa
     return path
 
 
-def load_image(source: bytes | Path, place: Place, field: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+def load_image(source: bytes | Path, place: Place, field: str, max_image_pixels: int) -> Image.Image:
     """Decode one image to RGB: turned upright by its EXIF tag, transparency on white; not resized.
 
-    Raises DataError for what is no image, too large (``max_pixels``), animated, damaged, or deeper than 8 bits.
+    Raises DataError for what is no image, too large (``max_image_pixels``), animated, damaged, or deeper than 8 bits.
     """
     name = str(source) if isinstance(source, Path) else f"{len(source)} inline bytes"
-    too_large = "Resize the image, or raise max_pixels if you trust the file"
+    too_large = "Resize the image, or raise max_image_pixels if you trust the file"
     try:
         image = Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -66,8 +66,8 @@ def load_image(source: bytes | Path, place: Place, field: str, max_pixels: int =
         raise place.error(field, f"{name}: cannot be opened ({error})", "Check the file and its rights") from error
     with image:
         width, height = image.size
-        if width * height > max_pixels:
-            wrong = f"{name}: {width} x {height} = {width * height} pixels, the limit is {max_pixels}"
+        if width * height > max_image_pixels:
+            wrong = f"{name}: {width} x {height} = {width * height} pixels, the limit is {max_image_pixels}"
             raise place.error(field, wrong, too_large)
         if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
             raise place.error(field, f"{name}: has {image.n_frames} frames", "Save the one frame that is meant")

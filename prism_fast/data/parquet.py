@@ -24,6 +24,10 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
+def _is_text_or_null(kind: pa.DataType) -> bool:
+    return _is_text(kind) or pa.types.is_null(kind)
+
+
 def _is_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
@@ -63,8 +67,7 @@ _COLUMNS: dict[str, tuple[Check, str]] = {
         "list<struct<bytes: binary, path: string>> (or a list of paths or of binary)",
     ),
     "data_source": (_is_text, "string"),
-    **{name: (_is_text, "string") for name in TEACHER_COLUMNS},
-    "answer": (_is_text, "string"),
+    **{name: (_is_text_or_null, "string") for name in (*TEACHER_COLUMNS, "answer")},
     "reward_model": (
         _is_reward_model,
         "struct<ground_truth: string, style: string, equivalent_answers: list<string>>",

@@ -20,7 +20,7 @@ class Place:
     def error(self, field: str, wrong: str, cure: str) -> DataError:
         where = f"{self.file}, {self.row}" if self.row else str(self.file)
         about = f" field '{field}':" if field else ""
-        return DataError(f"{where}:{about} {wrong}. {cure}.")
+        return DataError(f"{where}:{about} {' '.join(wrong.split())}. {cure}.")  # libraries' messages span lines
 
     def text(self, value: object, field: str, *, empty: bool = False) -> str:
         """``value`` if it is a (non-empty, unless ``empty``) string."""

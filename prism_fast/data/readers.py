@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
-from prism_fast.data.images import DEFAULT_MAX_PIXELS, image_source, load_image
+from prism_fast.data.images import DEFAULT_MAX_IMAGE_PIXELS, image_source, load_image
 from prism_fast.data.messages import plain_text, prompt_messages, read_turns
 from prism_fast.data.parquet import TEACHER_COLUMNS, EncodedImages, TaskFile
 from prism_fast.data.problems import DataError, Place
@@ -86,8 +86,8 @@ def _parse_all(
     return builders
 
 
-def _decode(sources: list[bytes | Path], place: Place, field: str, max_pixels: int) -> list:
-    return [load_image(source, place, f"{field}[{n}]", max_pixels) for n, source in enumerate(sources)]
+def _decode(sources: list[bytes | Path], place: Place, field: str, max_image_pixels: int) -> list:
+    return [load_image(source, place, f"{field}[{n}]", max_image_pixels) for n, source in enumerate(sources)]
 
 
 def _uid(record: dict[str, Any], place: Place, prefix: str = "") -> str:
@@ -133,7 +133,7 @@ def read_sharegpt(
     path: str | Path,
     *,
     image_root: str | Path | None = None,
-    max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
     problems: Problems = None,
 ) -> Samples[Demonstration]:
     """SFT demonstrations from ShareGPT JSON (a list of records; ``.jsonl``: one per line).
@@ -168,7 +168,7 @@ def read_sharegpt(
         uid = _uid(record, place)
 
         def build() -> Demonstration:
-            return Demonstration(uid, messages, response, _decode(sources, place, "images", max_pixels))
+            return Demonstration(uid, messages, response, _decode(sources, place, "images", max_image_pixels))
 
         return uid, build
 
@@ -181,7 +181,7 @@ def read_tasks(
     *,
     require_teacher: bool,
     image_root: str | Path | None = None,
-    max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
     problems: Problems = None,
 ) -> Samples[Task]:
     """Alignment, RLVR or evaluation tasks from one or several parquet files, in order.
@@ -203,7 +203,7 @@ def read_tasks(
         root = Path(image_root) if image_root is not None else path.parent
         file = TaskFile(path, require_teacher=require_teacher)
         prefix = f"{number}-" if len(listed) > 1 else ""
-        shared = dict(encoded=encoded, root=root, prefix=prefix, teacher=require_teacher, pixels=max_pixels)
+        shared = dict(encoded=encoded, root=root, prefix=prefix, teacher=require_teacher, pixels=max_image_pixels)
         parse = partial(_parse_task, file=file, **shared)
         builders += _parse_all(file.rows(), parse, path, problems, seen)
     return Samples(builders)
@@ -274,7 +274,7 @@ def read_pairs(
     path: str | Path,
     *,
     image_root: str | Path | None = None,
-    max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
     problems: Problems = None,
 ) -> Samples[Pair]:
     """Discriminator warm-up pairs from jsonl: ``prompt`` (or ``question``), optional ``image`` (one path), and
@@ -305,7 +305,7 @@ def read_pairs(
         uid = _uid(record, place)
 
         def build() -> Pair:
-            images = _decode(sources, place, "image", max_pixels)
+            images = _decode(sources, place, "image", max_image_pixels)
             return Pair(uid=uid, messages=messages, images=images, **texts)
 
         return uid, build

@@ -152,8 +152,7 @@ def _new_file(path: str | Path) -> Path:
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists already: choose another name or remove it first")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"folder {path.parent} does not exist: create it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from .backend import native_runs_here
 from .group_advantage import group_advantage
+from .importance_weights import importance_weights
 from .linear_logprob import linear_logprob
+from .linear_policy_loss import linear_policy_loss
+from .moe_experts import moe_experts
 from .pairwise_loss import pairwise_loss
 from .policy_loss import policy_loss
 from .results import (
@@ -14,12 +18,23 @@ from .results import (
     PrefixLayout,
     Routing,
 )
+from .route_experts import plan_experts, route_experts
+from .selected_logprob import selected_logprob
+from .shared_prefix_attention import shared_prefix_attention
 
 __all__ = [
-    "group_advantage",
     "linear_logprob",
-    "pairwise_loss",
+    "linear_policy_loss",
+    "selected_logprob",
+    "group_advantage",
     "policy_loss",
+    "importance_weights",
+    "pairwise_loss",
+    "route_experts",
+    "plan_experts",
+    "moe_experts",
+    "shared_prefix_attention",
+    "available",
     "ImportanceWeights",
     "LogProb",
     "PairwiseStats",
@@ -27,3 +42,12 @@ __all__ = [
     "PrefixLayout",
     "Routing",
 ]
+
+_COMPILED = ("group_advantage",)
+
+
+def available() -> dict[str, tuple[str, ...]]:
+    """Backends that each op can run on this machine. Loads the compiled module to find out."""
+    compiled = _COMPILED if native_runs_here() else ()
+    ops = __all__[: __all__.index("available")]
+    return {op: ("reference", "native") if op in compiled else ("reference",) for op in ops}

@@ -69,3 +69,16 @@ def offsets(op: str, value: object, like: Tensor) -> None:
     tensor(op, "cu_seqlens", value, shape=(None,), dtypes=(torch.int32,), like=like)
     if value.shape[0] == 0:
         raise ValueError(f"{op}: cu_seqlens must hold B + 1 offsets and starts with 0; it is empty")
+
+
+def temperature(op: str, value: object, rows: int, like: Tensor) -> None:
+    """Refuse anything but a positive number or a tensor [] or [rows]. Raises ValueError."""
+    if isinstance(value, Tensor) and value.dim() == 1:
+        tensor(op, "temperature", value, shape=(rows,), like=like)
+    else:
+        scalar(op, "temperature", value, like)
+
+
+def mask(op: str, value: object, rows: int, like: Tensor) -> None:
+    """Refuse anything but a bool or floating tensor [rows]. Raises ValueError."""
+    tensor(op, "mask", value, shape=(rows,), dtypes=(torch.bool, *FLOATS), like=like)

@@ -74,7 +74,7 @@ def linear_logprob(
     checks.tensor(OP, "target", target, shape=(n,), dtypes=checks.INTEGERS, like=hidden)
     if bias is not None:
         checks.tensor(OP, "bias", bias, shape=(vocabulary,), dtypes=(hidden.dtype,), like=hidden)
-    check_temperature(OP, temperature, n, hidden)
+    checks.temperature(OP, temperature, n, hidden)
     if softcap is not None:
         checks.number(OP, "softcap", softcap, low=0.0, strict=True)
     checks.choice(OP, "save", save, SAVE)
@@ -113,11 +113,3 @@ def _keeps(save: str, limit: int, hidden: Tensor, weight: Tensor, bias: Tensor |
     if save == "auto":
         return hidden.shape[0] * weight.shape[0] * (8 if hidden.dtype == torch.float64 else 4) <= limit
     return save == "logits"
-
-
-def check_temperature(op: str, temperature: float | Tensor, rows: int, like: Tensor) -> None:
-    """Refuse anything but a positive number or a tensor [] or [rows]. Raises ValueError."""
-    if isinstance(temperature, Tensor) and temperature.dim() == 1:
-        checks.tensor(op, "temperature", temperature, shape=(rows,), like=like)
-    else:
-        checks.scalar(op, "temperature", temperature, like)

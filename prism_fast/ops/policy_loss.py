@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import checks
@@ -147,7 +146,7 @@ def policy_loss(
         if value is not None:
             checks.tensor(OP, name, value, shape=(n,), like=logp)
     if mask is not None:
-        checks.tensor(OP, "mask", mask, shape=(n,), dtypes=(torch.bool, *checks.FLOATS), like=logp)
+        checks.mask(OP, mask, n, logp)
     if denominator is not None:
         if isinstance(denominator, Tensor):
             checks.scalar(OP, "denominator", denominator, logp)

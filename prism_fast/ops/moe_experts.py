@@ -1,0 +1,60 @@
+"""The experts of a mixture-of-experts layer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import checks
+from .backend import choose
+from .reference.moe_experts import moe_experts as reference
+from .results import Routing
+
+OP = "moe_experts"
+BACKENDS = ("reference",)
+
+
+def moe_experts(
+    hidden: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    routing: Routing,
+    *,
+    recompute: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """``sum_j weights[t, j] * down_e(silu(gate_e x_t) * up_e x_t)`` with e = experts[t, j].
+
+    Args:
+        hidden: [T, H] floating.
+        gate_up: [E, 2I, H], dtype of ``hidden``; rows 0..I-1 are the gate, I..2I-1 the up projection. Strides are free:
+            a checkpoint that stores [E, H, 2I] passes ``.transpose(1, 2)``; shapes are never guessed.
+        down: [E, H, I], dtype of ``hidden``.
+        routing: of ``route_experts`` or ``plan_experts`` over the same T tokens and E experts.
+        recompute: keep only the inputs for backward and form the products again.
+        backend: None or "reference".
+
+    Returns:
+        [T, H] in the dtype of ``hidden``; differentiable in hidden, gate_up, down and routing.weights. Products run in
+        the dtype of ``hidden``, the weighted sum in that of the weights; its order is fixed.
+
+    Raises:
+        ValueError: wrong shape, dtype or device.
+
+    Source: Qwen3-VL-MoE experts in transformers.
+    """
+    checks.tensor(OP, "hidden", hidden, shape=(None, None))
+    tokens, width = hidden.shape
+    checks.tensor(OP, "gate_up", gate_up, shape=(None, None, width), dtypes=(hidden.dtype,), like=hidden)
+    experts, inner = gate_up.shape[0], gate_up.shape[1]
+    if experts == 0 or inner % 2:
+        raise ValueError(f"{OP}: gate_up must have shape [E, 2I, H] with E >= 1, got {list(gate_up.shape)}")
+    checks.tensor(OP, "down", down, shape=(experts, width, inner // 2), dtypes=(hidden.dtype,), like=hidden)
+    if not isinstance(routing, Routing):
+        raise ValueError(
+            f"{OP}: routing must be a Routing of route_experts or plan_experts, got {type(routing).__name__}"
+        )
+    checks.tensor(OP, "routing.experts", routing.experts, shape=(tokens, None), dtypes=checks.INTEGERS, like=hidden)
+    checks.tensor(OP, "routing.weights", routing.weights, shape=tuple(routing.experts.shape), like=hidden)
+    checks.tensor(OP, "routing.offsets", routing.offsets, shape=(experts + 1,), dtypes=checks.INTEGERS, like=hidden)
+    choose(OP, BACKENDS, backend, hidden)
+    return reference(hidden, gate_up, down, routing, recompute=recompute)

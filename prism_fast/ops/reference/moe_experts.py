@@ -1,0 +1,51 @@
+"""Mixture of SwiGLU experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
+
+from ..results import Routing
+
+
+def moe_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, *, recompute: bool) -> Tensor:
+    """See ``prism_fast.ops.moe_experts``."""
+    # Reading the offsets is free on a CPU; on a GPU, or in a graph, it would synchronise or break: there every expert
+    # computes every token, and the weights of those it was not asked for are 0.
+    grouped = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
+    run = _grouped if grouped else _dense
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(run, hidden, gate_up, down, routing, use_reentrant=False)
+    return run(hidden, gate_up, down, routing)
+
+
+def _expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """[n, H] output of one expert: down(silu(gate x) * up x)."""
+    gate, up = (x @ gate_up.t()).chunk(2, -1)
+    return (silu(gate) * up) @ down.t()
+
+
+def _grouped(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
+    tokens, top_k = routing.experts.shape
+    token = routing.permutation // top_k
+    borders = routing.offsets.tolist()
+    parts = [_expert(hidden[token[borders[e] : borders[e + 1]]], gate_up[e], down[e]) for e in range(gate_up.shape[0])]
+    kind = routing.weights.dtype
+    slots = torch.cat(parts).to(kind) * routing.weights.flatten()[routing.permutation, None]
+    # Back to the order of the assignments, then summed over top_k in a fixed order: no two slots add to one place.
+    back = torch.empty_like(routing.permutation).scatter(
+        0, routing.permutation, torch.arange(tokens * top_k, device=hidden.device)
+    )
+    return slots[back].view(tokens, top_k, -1).sum(1).to(hidden.dtype)
+
+
+def _dense(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
+    out = hidden.new_zeros((hidden.shape[0], down.shape[1]), dtype=routing.weights.dtype)
+    for e in range(gate_up.shape[0]):
+        asked = routing.experts == e
+        share = torch.where(asked, routing.weights, 0.0).sum(-1, keepdim=True)
+        each = _expert(hidden, gate_up[e], down[e]).to(out.dtype) * share
+        out = out + torch.where(asked.any(-1, keepdim=True), each, 0.0)
+    return out.to(hidden.dtype)

@@ -1,0 +1,43 @@
+"""From router scores to an execution plan for the experts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..results import Routing
+
+
+def route_experts(router_logits: Tensor, top_k: int, *, renormalize: bool) -> Routing:
+    """See ``prism_fast.ops.route_experts``. router_logits [T, E]."""
+    kind = torch.float64 if router_logits.dtype == torch.float64 else torch.float32
+    logits = router_logits.to(kind)
+    probability = logits.softmax(-1)
+    # A stable sort, not topk: among equal probabilities the lower expert number wins on every device.
+    ranked, order = probability.sort(-1, descending=True, stable=True)
+    weights, experts = ranked[:, :top_k], order[:, :top_k]
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    permutation, offsets = _plan(experts, logits.shape[1])
+    z_stat = logits.logsumexp(-1).square().sum()
+    return Routing(weights, experts, permutation, offsets, probability.sum(0), z_stat)
+
+
+def plan_experts(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> Routing:
+    """See ``prism_fast.ops.plan_experts``. top_k_index, top_k_weights [T, top_k]."""
+    kind = torch.float64 if top_k_weights.dtype == torch.float64 else torch.float32
+    known = (top_k_index >= 0) & (top_k_index < num_experts)
+    experts = torch.where(known, top_k_index.long(), 0)
+    weights = torch.where(known, top_k_weights.to(kind), math.nan)
+    permutation, offsets = _plan(experts, num_experts)
+    unknown = weights.new_empty(0)
+    return Routing(weights, experts, permutation, offsets, unknown, unknown)
+
+
+def _plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """(permutation [M] int64, offsets [E + 1] int32) of the assignments sorted by expert, then by token."""
+    sorted_experts, permutation = experts.flatten().sort(stable=True)
+    borders = torch.arange(num_experts + 1, device=experts.device, dtype=sorted_experts.dtype)
+    return permutation, torch.searchsorted(sorted_experts.contiguous(), borders, out_int32=True)

@@ -1,0 +1,71 @@
+"""Choice of experts and the plan that groups tokens by expert."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import checks
+from .backend import choose
+from .reference.routing import plan_experts as reference_plan
+from .reference.routing import route_experts as reference_route
+from .results import Routing
+
+BACKENDS = ("reference",)
+
+
+def route_experts(
+    router_logits: Tensor, top_k: int, *, renormalize: bool = True, backend: str | None = None
+) -> Routing:
+    """Softmax over all experts, the ``top_k`` largest, and the plan for ``moe_experts``.
+
+    Args:
+        router_logits: [T, E] floating, raw scores; the softmax runs in float32 (float64 for float64).
+        top_k: 1 to E. Among equal probabilities the lower expert number wins.
+        renormalize: divide the chosen weights by their sum.
+        backend: None or "reference".
+
+    Returns:
+        Routing; weights, load and z_stat are differentiable in ``router_logits``. ``offsets.diff()`` counts the tokens
+        of each expert, so that the Switch load-balancing loss over T tokens is
+        E * sum(offsets.diff() / T * load / T), and the router z-loss is z_stat / T.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or option.
+
+    Sources: router of Qwen3-MoE in transformers; load-balancing loss arXiv 2101.03961 eq. 4; z-loss arXiv 2202.08906.
+    """
+    op = "route_experts"
+    checks.tensor(op, "router_logits", router_logits, shape=(None, None))
+    experts = router_logits.shape[1]
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= experts:
+        raise ValueError(f"{op}: top_k={top_k!r} must be an integer in [1, {experts}], the number of experts")
+    choose(op, BACKENDS, backend, router_logits)
+    return reference_route(router_logits, top_k, renormalize=renormalize)
+
+
+def plan_experts(
+    top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, *, backend: str | None = None
+) -> Routing:
+    """The plan for ``moe_experts`` where a router has already chosen.
+
+    Args:
+        top_k_index: [T, top_k] int64 or int32 in [0, num_experts); another value gives a NaN weight.
+        top_k_weights: [T, top_k] floating.
+        num_experts: E >= 1.
+        backend: None or "reference".
+
+    Returns:
+        Routing with empty ``load`` and ``z_stat``: the router's full distribution is not known here.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or option.
+
+    Source: the hand-over point of transformers' experts registry.
+    """
+    op = "plan_experts"
+    checks.tensor(op, "top_k_index", top_k_index, shape=(None, None), dtypes=checks.INTEGERS)
+    checks.tensor(op, "top_k_weights", top_k_weights, shape=tuple(top_k_index.shape), like=top_k_index)
+    if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
+        raise ValueError(f"{op}: num_experts={num_experts!r} must be an integer >= 1")
+    choose(op, BACKENDS, backend, top_k_weights)
+    return reference_plan(top_k_index, top_k_weights, num_experts)

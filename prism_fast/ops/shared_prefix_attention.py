@@ -1,0 +1,64 @@
+"""Attention for packed groups [prefix | branch ...] in which every branch sees its prefix and itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .backend import choose
+from .reference.shared_prefix_attention import shared_prefix_attention as reference
+from .results import PrefixLayout
+
+OP = "shared_prefix_attention"
+BACKENDS = ("reference",)
+INT32 = (torch.int32,)
+
+
+def shared_prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *, scale: float | None = None, backend: str | None = None
+) -> Tensor:
+    """Causal attention within each segment plus full attention to the segment's prefix.
+
+    Args:
+        q: [T, Hq, D] floating.
+        k: [T, Hk, D], dtype of ``q``; Hq is a multiple of Hk (grouped-query attention).
+        v: [T, Hk, Dv], dtype of ``q``.
+        layout: the token axis as S consecutive segments. A prefix is itself a segment with ``branch_prefix`` -1; its
+            branches name it by its number in ``prefix_start``. A segment without prefix is an ordinary sequence.
+            Several groups may follow each other; empty segments are allowed.
+        scale: of the scores; None = 1 / sqrt(D).
+        backend: None or "reference".
+
+    Returns:
+        [T, Hq, Dv] in the dtype of ``q``, 0 on padding (tokens past ``cu_branch[-1]``). Softmax and sums run in float32
+        (float64 for float64).
+
+    Raises:
+        ValueError: wrong shape, dtype, device or layout.
+
+    Source: equal to attention over every branch with its prefix repeated in front (arXiv 2506.05433, Prefix Grouper).
+    """
+    checks.tensor(OP, "q", q, shape=(None, None, None))
+    tokens, heads, width = q.shape
+    checks.tensor(OP, "k", k, shape=(tokens, None, width), dtypes=(q.dtype,), like=q)
+    checks.tensor(OP, "v", v, shape=(tokens, k.shape[1], None), dtypes=(q.dtype,), like=q)
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(f"{OP}: {heads} query heads are not a multiple of {k.shape[1]} key heads")
+    if not isinstance(layout, PrefixLayout):
+        raise ValueError(f"{OP}: layout must be a PrefixLayout, got {type(layout).__name__}")
+    checks.tensor(OP, "layout.cu_branch", layout.cu_branch, shape=(None,), dtypes=INT32, like=q)
+    segments = layout.cu_branch.shape[0] - 1
+    if segments < 0:
+        raise ValueError(f"{OP}: layout.cu_branch must hold S + 1 offsets and starts with 0; it is empty")
+    checks.tensor(OP, "layout.branch_prefix", layout.branch_prefix, shape=(segments,), dtypes=INT32, like=q)
+    checks.tensor(OP, "layout.prefix_start", layout.prefix_start, shape=(None,), dtypes=INT32, like=q)
+    prefixes = layout.prefix_start.shape[0]
+    checks.tensor(OP, "layout.prefix_len", layout.prefix_len, shape=(prefixes,), dtypes=INT32, like=q)
+    for name, bound in (("max_prefix", layout.max_prefix), ("max_branch", layout.max_branch)):
+        if isinstance(bound, bool) or not isinstance(bound, int) or bound < 0:
+            raise ValueError(f"{OP}: layout.{name}={bound!r} must be an integer >= 0")
+    if scale is not None:
+        checks.number(OP, "scale", scale)
+    choose(OP, BACKENDS, backend, q)
+    return reference(q, k, v, layout, scale=width**-0.5 if scale is None else scale)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from prism_fast.data.grammar import split_text
 from prism_fast.rewards.compare import compare
 from prism_fast.rewards.pool import WorkerPool
-from prism_fast.rewards.routes import Route, route_of
+from prism_fast.rewards.published import judge_published
+from prism_fast.rewards.routes import NO_EQUIVALENT, Route, route_of
 from prism_fast.rewards.verdict import Question, Verdict
 
 SEMANTICS = ("prism_fast", "released")
-NO_EQUIVALENT = "__EMPTY__"
 _REMEMBERED = 8192
-_FAILURES = {"fails": "no_match", "error": "unreadable", "timeout": "timeout", "worker_died": "worker_died"}
+_ENDINGS = {"error": "unreadable", "timeout": "timeout", "worker_died": "worker_died"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class AnswerChecker:
             raise ValueError(f"semantics = {semantics!r}; allowed: {', '.join(SEMANTICS)}")
         if (accuracy_weight is None) != (format_weight is None):
             raise ValueError(
-                "give both accuracy_weight and format_weight, or neither (then the published ones of each data source hold)"
+                "give both accuracy_weight and format_weight, or neither for the published ones of each data source"
             )
         if max_answer_chars < 1:
             raise ValueError(f"max_answer_chars = {max_answer_chars}; it must be at least 1")
@@ -113,22 +113,11 @@ class AnswerChecker:
 
     def _plan(self, response: Judged, index: int) -> _Plan:
         route = route_of(response.data_source)
-        if self.semantics == "released":
-            raise NotImplementedError('semantics="released" is not built yet; use "prism_fast"')
-        if not response.ground_truth.strip():
+        gold, equivalents = response.ground_truth, response.equivalent_answers
+        if not gold.strip():
             raise ValueError(f"response {index}: the ground truth is empty (data_source {response.data_source!r})")
-        split = split_text(response.text)
-        if not split.valid:
-            return _Plan(route, 0.0, (Verdict(False, "bad_format"),))
-        if not split.answer:
-            return _Plan(route, 1.0, (Verdict(False, "empty_answer"),))
-        if len(split.answer) >= self.max_answer_chars:
-            return _Plan(route, 1.0, (Verdict(False, "overlong_answer"),))
-        golds = [
-            response.ground_truth,
-            *(text for text in response.equivalent_answers if text.strip() not in ("", NO_EQUIVALENT)),
-        ]
-        return _Plan(route, 1.0, tuple(compare(gold, split.answer) for gold in dict.fromkeys(golds)))
+        judge = judge_published if self.semantics == "released" else _judge
+        return _Plan(route, *judge(route, response.text, gold, equivalents, self.max_answer_chars))
 
     def _ask(self, questions: Sequence[Question]) -> None:
         """Fill the memory of answered questions; the same answer of many rollouts is checked once."""
@@ -146,10 +135,34 @@ class AnswerChecker:
             held = next((verdict for verdict, answer in answers if answer == "holds"), None)
             decided, by = held, held.by if held else None
             if held is None:
-                by = _FAILURES[answers[0][1]] if answers else plan.verdicts[0].by
+                by = _reason(plan, answers)
         accuracy = 0.0 if decided is None else 1.0
         accuracy_weight, format_weight = self._weights or (plan.route.accuracy_weight, plan.route.format_weight)
         return Reward(accuracy_weight * accuracy + format_weight * plan.format, accuracy, plan.format, str(by))
+
+
+def _reason(plan: _Plan, answers: Sequence[tuple[Verdict, str]]) -> str:
+    """Why no acceptable ground truth was met: what the first question ended with, else the branch of the first verdict."""
+    if not answers:
+        return plan.verdicts[0].by
+    verdict, answer = answers[0]
+    return verdict.answered(False).by if answer == "fails" else _ENDINGS[answer]
+
+
+def _judge(
+    route: Route, text: str, gold: str, equivalents: Sequence[str], max_answer_chars: int
+) -> tuple[float, tuple[Verdict, ...]]:
+    """(format 0 or 1, one verdict per acceptable ground truth) of a response under the default rules; all routes are
+    graded alike."""
+    split = split_text(text)
+    if not split.valid:
+        return 0.0, (Verdict(False, "bad_format"),)
+    if not split.answer:
+        return 1.0, (Verdict(False, "empty_answer"),)
+    if len(split.answer) >= max_answer_chars:
+        return 1.0, (Verdict(False, "overlong_answer"),)
+    golds = [gold, *(other for other in equivalents if other.strip() not in ("", NO_EQUIVALENT))]
+    return 1.0, tuple(compare(accepted, split.answer) for accepted in dict.fromkeys(golds))
 
 
 def _open(plan: _Plan) -> list[Verdict]:

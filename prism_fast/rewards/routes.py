@@ -27,6 +27,9 @@ ROUTES: dict[str, Route] = {
 """Known data sources. `vl_agent` and the judge variant of mm_gad are unregistered in the published router too: they
 need a language model as a judge."""
 
+NO_EQUIVALENT = "__EMPTY__"
+"""Placeholder of the released data sets in the list of equivalent answers: there is none."""
+
 
 def route_of(data_source: str) -> Route:
     """The route of a data source; NotImplementedError naming the known ones otherwise."""

@@ -36,7 +36,7 @@ class Verdict:
         """The decided verdict once the workers have answered the question."""
         if self.correct is not None:
             raise ValueError(f"this verdict is already decided by {self.by!r}")
-        return Verdict(holds, self.by if holds else "no_match")
+        return Verdict(holds, "no_match" if self.by == "math_verify" and not holds else self.by)
 
 
 def ask(probes: Iterable[Probe], by: str = "math_verify") -> Verdict:

@@ -63,7 +63,7 @@ def _methods() -> dict:
     the others are the published calls."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtractionConfig, parse, verify
-    from sympy import S
+    from sympy import S, simplify
 
     plain = LatexExtractionConfig(
         normalization_config=NormalizationConfig(
@@ -87,13 +87,19 @@ def _methods() -> dict:
         return verify(parse(gold, parsing_timeout=None), parse(answer, parsing_timeout=None), timeout_seconds=None)
 
     def boxed(gold: str, answer: str) -> bool:
-        sides = (
-            parse(gold, gold_order, parsing_timeout=None),
-            parse(f"\\boxed{{{answer}}}", answer_order, parsing_timeout=None),
-        )
+        sides = [
+            parse(f"\\boxed{{{text}}}", order, parsing_timeout=None)
+            for text, order in ((gold, gold_order), (answer, answer_order))
+        ]
         return verify(*sides, timeout_seconds=None)
 
-    return {"latex": latex, "published": published, "boxed": boxed}
+    def difference(gold: str, answer: str) -> bool:
+        sides = [
+            parse(f"${text}$", [plain], fallback_mode="no_fallback", parsing_timeout=None) for text in (gold, answer)
+        ]
+        return all(sides) and simplify(sides[0][0] - sides[1][0]) == 0
+
+    return {"latex": latex, "published": published, "boxed": boxed, "difference": difference}
 
 
 def _read(descriptor: int) -> dict | None:

@@ -113,8 +113,10 @@ def _comparison(digits: Sequence[int], slip: Slip | None) -> Work:
 
 
 def _position(digits: Sequence[int], slip: Slip | None) -> Work:
-    ranked = sorted(range(len(digits)), key=lambda place: (digits[place], place))
-    found = ranked[1 if _off(slip, 0) else 0]
+    smallest = min(digits)
+    if _off(slip, 0):  # the next larger digit is taken for the smallest
+        smallest = min((digit for digit in digits if digit != smallest), default=smallest)
+    found = list(digits).index(smallest)
     listed = " ".join(f"{place}:{digit}" for place, digit in enumerate(digits, start=1))
     sentence = ", ".join(f"{digit} at {place}" for place, digit in enumerate(digits, start=1))
     verbose = f"There is {sentence}. The smallest is {digits[found]}."

@@ -94,7 +94,7 @@ def render(run: RunDirectory, now: float) -> str:
         "style": _asset("report.css"),
         "script": script,
         "plotly": plotly,
-        "figures": _json_for_script(drawings),
+        "figures": json_for_script(drawings),
         "script_hashes": " ".join(f"'sha256-{_digest(text)}'" for text in (plotly, script)),
     }
     environment = Environment(
@@ -116,7 +116,7 @@ def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
 
 
-def _json_for_script(value: Any) -> str:
+def json_for_script(value: Any) -> str:
     """JSON that cannot end the element it stands in."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
@@ -241,14 +241,7 @@ def _timings(run: RunDirectory, stage: str) -> dict[str, Any] | None:
             rows.append((f"{key.removeprefix('passes/')} (passes)", f"{total:g}", "–", f"{total / count:.2f}", count))
     if whole is None and not rows:
         return None
-    end = (
-        "whole stage",
-        "not finished" if whole is None else duration(whole),
-        "–" if whole is None else "100 %",
-        "–",
-        "–",
-    )
-    return {"name": stage_name(stage), "rows": [*rows, end]}
+    return {"name": stage_name(stage), "total": "not finished" if whole is None else duration(whole), "rows": rows}
 
 
 def _group(run: RunDirectory, group: samples.Group, problems: list[str]) -> dict[str, Any]:
@@ -275,14 +268,19 @@ def _group(run: RunDirectory, group: samples.Group, problems: list[str]) -> dict
 def _rollout(record: dict[str, Any]) -> dict[str, Any]:
     pieces, warning = samples.segments(record["text"], record.get("spans"))
     advantage = record.get("advantage")
+    reward = dict(record.get("reward") or {})
+    decided_by = reward.pop("decided_by", None)
+    tokens = record.get("tokens")
+    footer = [] if tokens is None else [f"{tokens} tokens"]
+    footer += [] if decided_by is None else [f"answer decided by {decided_by}"]
     return {
         "pieces": pieces,
         "warning": warning,
         "valid": record.get("valid"),
-        "tokens": record.get("tokens"),
+        "footer": ", ".join(footer),
         "finish": record.get("finish"),
         "scores": _numbers(record.get("scores")),
-        "reward": _numbers(record.get("reward")),
+        "reward": _numbers({"reward" if name == "score" else name: value for name, value in reward.items()}),
         "advantage": None if advantage is None else f"{advantage:+.2f}".replace("-", "\u2212"),
         "tone": "flat" if not advantage else "up" if advantage > 0 else "down",
     }

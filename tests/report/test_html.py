@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from plotly.offline import get_plotlyjs
 
-from prism_fast.report.html import SILENT_AFTER, write_report
+from prism_fast.report.html import SILENT_AFTER, json_for_script, write_report
 from prism_fast.report.rundir import read_run
 from prism_fast.report.statistics import accuracy_interval, paired_difference
 from prism_fast.report.summary import RESAMPLES, SEED
@@ -119,6 +119,25 @@ def test_sentences_follow_the_numbers(run_dir: Path) -> None:
     assert "RLVR: metrics.jsonl says an accuracy of" in page.one("ul", id="notes").text
 
 
+def test_a_gain_within_the_interval_is_no_gain(run_dir: Path) -> None:
+    items = [json.loads(line) for line in (run_dir / "evals" / "sft.jsonl").read_text().splitlines()]
+    next(item for item in items if not item["correct"])["correct"] = 1
+    (run_dir / "evals" / "rlvr.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (run_dir / "evals" / "align.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    page = report(run_dir)
+    told = page.one("ul", css="verdicts").text
+    assert "RLVR cannot be told from SFT at 95 % confidence: +0.4 [0.0," in told
+    assert "against SFT: not distinguishable from no effect." in told
+    row = page.one("table", id="stages").one("tbody").all("tr")[3]
+    assert row.all("td")[1].attributes["class"] == "flat"
+
+
+def test_figures_cannot_end_their_element() -> None:
+    value = {"</script><!--": ["<b>&"]}
+    text = json_for_script(value)
+    assert not set("<>&") & set(text) and json.loads(text) == value
+
+
 def test_every_logged_metric_is_drawn_once_or_named(page: Element, finished_run: Path) -> None:
     run = read_run(finished_run)
     drawn = figures(page)
@@ -201,7 +220,11 @@ def test_rollouts_show_sections_scores_and_images(page: Element, finished_run: P
     assert [int(button.attributes["data-group"]) for button in buttons] == list(range(10))
     article = articles[0]
     assert {mark.attributes["class"] for mark in article.all("mark")} == {"caption", "think", "answer"}
-    assert "teacher's caption" in article.text and "advantage" in article.text and "decided by number" in article.text
+    assert (
+        "teacher's caption" in article.text
+        and "advantage" in article.text
+        and "answer decided by number" in article.text
+    )
     source = article.one("img").attributes["src"].removeprefix("data:image/png;base64,")
     stored = {file.read_bytes() for file in (finished_run / "rollouts" / "images").iterdir()}
     assert base64.b64decode(source) in stored
@@ -272,7 +295,7 @@ def test_an_evaluation_alone_is_complete(tmp_path: Path) -> None:
 
 
 def test_timings_add_up(page: Element) -> None:
-    block = next(div for div in page.one(id="timings").all("div") if div.all("h3") and div.all("h3")[0].text == "RLVR")
-    rows = {row.one("th").text: [cell.text for cell in row.all("td")] for row in block.one("tbody").all("tr")}
-    assert list(rows) == ["generate", "reward", "whole stage"]
-    assert rows["reward"] == ["0.4 s", "2 %", "10 ms", "40"] and rows["whole stage"][:2] == ["24.0 s", "100 %"]
+    body = page.one("table", id="times").all("tbody")[-1]
+    rows = {row.one("th").text: [cell.text for cell in row.all("td")] for row in body.all("tr")}
+    assert list(rows) == ["RLVR", "generate", "reward"]
+    assert rows["RLVR"][0] == "24.0 s" and rows["reward"] == ["0.4 s", "2 %", "10 ms", "40"]

@@ -1,0 +1,105 @@
+#!/bin/bash
+# Builds the tree on a GPU machine without a network and runs everything that waits for a GPU, in less than 9 minutes.
+#
+#   bench/gpu_suite.sh                  all sections
+#   bench/gpu_suite.sh --only gemm      one section (may be repeated)
+#   bench/gpu_suite.sh --list           the sections and their time caps in seconds
+#
+# Environment: OUT     folder for the results (default bench/results): one JSON per section, written as soon as it ends
+#              WHEELS  folder with wheels of packages this machine lacks; installed from there and nowhere else
+#              PYTHON  interpreter that has torch (default python3)
+# Exit code 0 only if every section that ran is ok.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-bench/results}
+SECTIONS=(build tests gemm digits)
+declare -A CAP=([build]=120 [tests]=140 [gemm]=100 [digits]=120)
+
+only=()
+while (($#)); do
+    case $1 in
+        --only)
+            [[ -n ${2:-} && -n ${CAP[${2:-}]:-} ]] || { echo "gpu_suite: --only needs one of: ${SECTIONS[*]}" >&2; exit 2; }
+            only+=("$2")
+            shift 2
+            ;;
+        --list)
+            for name in "${SECTIONS[@]}"; do echo "$name ${CAP[$name]}"; done
+            exit 0
+            ;;
+        *)
+            echo "gpu_suite: unknown argument $1 (known: --only NAME, --list)" >&2
+            exit 2
+            ;;
+    esac
+done
+((${#only[@]})) || only=("${SECTIONS[@]}")
+
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+
+if [[ -n ${WHEELS:-} ]]; then
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$scratch/site" "$WHEELS"/*.whl
+    export PYTHONPATH="$PYTHONPATH:$scratch/site"
+fi
+
+section_build() {
+    local arch
+    arch=$("$PYTHON" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a == 9))') || return
+    PRISM_FAST_CUDA=1 PRISM_FAST_CUDA_ARCHS=$arch "$PYTHON" setup.py build_ext --inplace || return
+    "$PYTHON" -c 'from prism_fast.ops import native; assert native.has_cuda(), native.why_not(); print("native module:", native.module().cuda_archs)'
+}
+
+section_tests() {
+    # Only the files that have GPU tests: importing the others would ask for packages this machine may lack.
+    local files
+    mapfile -t files < <(grep -rlE "mark\.gpu|support\.triton_device" tests --include='test_*.py')
+    "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu "${files[@]}" || return
+    # The Triton tests carry no mark: the same tests run in the interpreter elsewhere and on the card here.
+    "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels --ignore tests/kernels/test_compile.py
+}
+
+section_gemm() { "$PYTHON" bench/gemm_probe.py --json "$scratch/gemm.data.json" ${GEMM_PROBE_ARGS:-}; }
+
+section_digits() {
+    # The run directory stays behind; what tells the story comes back. A run that the cap ends is still a result.
+    "$PYTHON" -m prism_fast.cli run digits device=cuda "out=$scratch/digits"
+}
+
+after_digits() {
+    local file
+    for file in metrics.jsonl report.html; do
+        if [[ -f $scratch/digits/$file ]]; then cp "$scratch/digits/$file" "$OUT/digits-$file"; fi
+    done
+}
+
+status=0
+summary=()
+: > "$OUT/suite.log"
+export -f section_build section_tests section_gemm section_digits
+export PYTHON scratch
+for name in "${SECTIONS[@]}"; do
+    [[ " ${only[*]} " == *" $name "* ]] || continue
+    echo "== $name (at most ${CAP[$name]} s)" | tee -a "$OUT/suite.log"
+    started=$(date +%s.%N)
+    set +e
+    timeout -k 10 "${CAP[$name]}" bash -c "set -uo pipefail; section_$name" 2>&1 | tee -a "$OUT/suite.log"
+    code=${PIPESTATUS[0]}
+    set -e
+    if [[ $(type -t "after_$name") == function ]]; then "after_$name"; fi
+    line=$("$PYTHON" bench/flush.py --section "$name" --exit-code "$code" --cap "${CAP[$name]}" --started "$started" \
+        --data "$scratch/$name.data.json" --out "$OUT/$name.json")
+    summary+=("$line")
+    [[ $line == *" ok "* || ($name == digits && $line == *" cut "*) ]] || status=1
+done
+
+echo
+printf '%s\n' "${summary[@]}"
+echo
+cat bench/UNMEASURED.md
+exit $status

@@ -1,0 +1,77 @@
+"""The GPU suite's script parses, names its sections, keeps its time budget and flushes results. Runs without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "bench" / "gpu_suite.sh"
+
+
+def suite(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHON": sys.executable} | environment
+    return subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, env=env, timeout=100)
+
+
+def test_it_parses():
+    done = subprocess.run(["bash", "-n", str(SCRIPT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_sections_and_caps():
+    done = suite("--list")
+    caps = {name: int(seconds) for name, seconds in map(str.split, done.stdout.splitlines())}
+    assert list(caps) == ["build", "tests", "gemm", "digits"]
+    assert caps["digits"] <= 120 and sum(caps.values()) < 9 * 60 - 30  # the rest is start-up and killing what is cut
+
+
+@pytest.mark.parametrize("arguments", [("--only", "nothing"), ("--only",), ("--sections",)])
+def test_wrong_arguments_are_refused(arguments):
+    done = suite(*arguments)
+    assert done.returncode == 2 and "gpu_suite:" in done.stderr
+
+
+def test_a_failing_section_fails_the_suite_and_is_flushed(tmp_path):
+    done = suite("--only", "gemm", OUT=str(tmp_path), GEMM_PROBE_ARGS="--no-such-option")
+    assert done.returncode == 1
+    result = json.loads((tmp_path / "gemm.json").read_text())
+    assert result["status"] == "failed" and result["exit_code"] == 2 and result["data"] is None
+    assert result["machine"]["torch"] and "no-such-option" in (tmp_path / "suite.log").read_text()
+    assert done.stdout.rstrip().endswith((ROOT / "bench" / "UNMEASURED.md").read_text().rstrip())
+
+
+def test_status_of_a_section_that_ran_out_of_time(tmp_path):
+    out, data = tmp_path / "x.json", tmp_path / "data.json"
+    data.write_text('{"rows": [1]}')
+    command = [sys.executable, str(ROOT / "bench" / "flush.py"), "--section", "x", "--exit-code", "124", "--cap", "5"]
+    subprocess.run([*command, "--started", "0", "--data", str(data), "--out", str(out)], check=True)
+    result = json.loads(out.read_text())
+    assert result["status"] == "cut" and result["data"] == {"rows": [1]}
+
+
+def test_product_probe_computes_the_right_thing_on_cpu(tmp_path):
+    pytest.importorskip("triton")
+    out = tmp_path / "gemm.json"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "bench" / "gemm_probe.py"), "--smoke", "--json", str(out)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    ours = [r for r in rows if r["provider"].startswith("triton")]
+    assert len(ours) == 6 and all(r["status"] == "ok" for r in ours)
+    # What cannot run here is listed with the reason, never dropped.
+    absent = [r for r in rows if r["status"] == "unsupported"]
+    assert {r["provider"] for r in absent} == {"torch.mm"} and all("CUDA" in r["note"] for r in absent)
+
+
+def test_unmeasured_names_every_section():
+    text = (ROOT / "bench" / "UNMEASURED.md").read_text()
+    measured = {p.name.split("-")[1] for p in (ROOT / "bench" / "results").glob("record-*.json")}
+    for section in {"tests", "gemm", "digits"} - measured:
+        assert f"--only {section}" in text, section

@@ -71,5 +71,11 @@ def test_version_is_one():
     assert "version" in PROJECT["dynamic"]
 
 
+def test_example_of_the_readme_prints_what_it_says(capsys):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == re.search(r"# (tensor\(.*\))", code).group(1)
+
+
 def test_package_init_stays_tiny():
     assert len((ROOT / "prism_fast" / "__init__.py").read_text().splitlines()) <= 5

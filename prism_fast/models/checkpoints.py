@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging
 
 _SHOWN = 8
 
@@ -31,6 +34,18 @@ def read_model_type(folder: Path) -> str:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{config_file} does not name a model_type: {error!r}") from error
     return str(model_type)
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Hold back transformers' warning table while loading: :func:`check_loading` decides what matters, and the table
+    calls the score head, which belongs there, unexpected."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def check_loading(folder: Path, info: Mapping[str, Any], *, ignore_unexpected: frozenset[str] = frozenset()) -> None:

@@ -15,9 +15,15 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeConfig, Qwen3VLMoeModel
+from transformers import (
+    PreTrainedConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeModel,
+)
 
-from prism_fast.models.checkpoints import check_loading, read_model_type
+from prism_fast.models.checkpoints import check_loading, read_model_type, without_load_report
+from prism_fast.models.experts import choose_experts_for_device
 from prism_fast.models.forward import TokenBatch, language_outputs
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
 from prism_fast.models.upcycle import refuse_square_experts, upcycle
@@ -27,11 +33,9 @@ if TYPE_CHECKING:
 
 HEAD_KEY = "v_head.1.weight"
 RELEASED_HEAD_DROPOUT = 0.1
+# Of no use to a reader, and the first of them may be the path of a machine.
+_GENERIC_FIELDS = frozenset(PreTrainedConfig().to_dict()) - {"model_type", "dtype", "transformers_version"}
 _EXPERT_KEYS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
-# The loop over hit experts is the fastest of transformers' implementations on the CPU: forward and backward of a block
-# with T=13000, H=128, I=320, 4 experts, top-2, one thread take 323 ms against 437 ms (grouped_mm, 1.35x); batched_mm
-# gathers a weight per token and takes 110x. On CUDA the loop synchronises per expert, grouped_mm does not.
-_EXPERTS_BY_DEVICE = {"cpu": "eager", "cuda": "grouped_mm"}
 
 
 class SpanScores(NamedTuple):
@@ -59,17 +63,12 @@ class Discriminator(nn.Module):
         self.v_head = nn.Sequential(nn.Dropout(head_dropout), head.to_empty(device=backbone.device))
         nn.init.zeros_(self.v_head[1].weight)
         self.head_in_float32 = head_in_float32
-        self._follow_device()
+        choose_experts_for_device(self.backbone)
 
     def _apply(self, fn, recurse: bool = True):
         moved = super()._apply(fn, recurse)
-        self._follow_device()
+        choose_experts_for_device(self.backbone)
         return moved
-
-    def _follow_device(self) -> None:
-        """Pick the experts implementation for the device unless somebody chose one that is not in our table."""
-        if self.backbone.config.text_config._experts_implementation in (None, *_EXPERTS_BY_DEVICE.values()):
-            self.backbone.set_experts_implementation(_EXPERTS_BY_DEVICE.get(self.backbone.device.type, "grouped_mm"))
 
     def forward(self, batch: TokenBatch, *, last: Tensor | None = None) -> SpanScores:
         """Score every row of ``batch`` at ``last`` ``[B]`` (index into the right-padded row; default: its last
@@ -141,15 +140,16 @@ def load_discriminator(
     config = Qwen3VLMoeConfig.from_pretrained(folder, local_files_only=True)
     refuse_square_experts(config.text_config.hidden_size, config.text_config.moe_intermediate_size)
     head = _read_head(folder, config.text_config.hidden_size)
-    backbone, info = Qwen3VLMoeModel.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        local_files_only=True,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # so that check_loading reports every offender at once instead of the first
-        output_loading_info=True,
-    )
+    with without_load_report():
+        backbone, info = Qwen3VLMoeModel.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that check_loading reports every offender at once instead of the first
+            output_loading_info=True,
+        )
     check_loading(folder, info, ignore_unexpected=frozenset({HEAD_KEY, "lm_head.weight"}))
     use_linear_patch_embedding(backbone)
     discriminator = Discriminator(backbone, head_dropout=head_dropout, head_in_float32=head_in_float32)
@@ -205,7 +205,10 @@ def save_discriminator(model: Discriminator, processor: Processor | None, path: 
 def released_config(config: Qwen3VLMoeConfig, dtype: torch.dtype) -> dict:
     """``config.json`` under the names that transformers 4.57 reads (transformers 5 reads them too). Embeddings count as
     tied because the file holds no language-model head."""
-    released = json.loads(config.to_json_string(use_diff=False))
+    plain = json.loads(config.to_json_string(use_diff=False))
+    released = {key: value for key, value in plain.items() if key not in _GENERIC_FIELDS}
+    for part in ("text_config", "vision_config"):
+        released[part] = {key: value for key, value in plain[part].items() if key not in _GENERIC_FIELDS}
     text = released["text_config"]
     rope = text.pop("rope_parameters")
     text["rope_theta"] = rope.pop("rope_theta")

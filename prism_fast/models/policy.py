@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from prism_fast.models.checkpoints import check_loading, read_model_type
+from prism_fast.models.checkpoints import check_loading, read_model_type, without_load_report
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
 from prism_fast.models.tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 
@@ -133,15 +133,16 @@ def load_policy(
             else "pass the folder of a dense Qwen3-VL model"
         )
         raise ValueError(f"{folder} holds a {found!r} model, but a policy must be 'qwen3_vl': {cure}")
-    model, info = Qwen3VLForConditionalGeneration.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        local_files_only=True,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # so that check_loading reports every offender at once instead of the first
-        output_loading_info=True,
-    )
+    with without_load_report():
+        model, info = Qwen3VLForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that check_loading reports every offender at once instead of the first
+            output_loading_info=True,
+        )
     check_loading(folder, info)
     use_linear_patch_embedding(model)
     return model.to(device)

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from transformers.initialization import no_init_weights
 
+from prism_fast.models.experts import choose_experts_for_device
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
 
 _COPIED_TEXT_FIELDS = (
@@ -94,7 +95,9 @@ def upcycle(
         )
     use_linear_patch_embedding(model)
     _copy_weights(policy, model, noise_std, router_std, torch.Generator().manual_seed(seed))
-    return model.to(parameter.device)
+    model = model.to(parameter.device)
+    choose_experts_for_device(model)
+    return model
 
 
 def _moe_config(policy: Qwen3VLForConditionalGeneration, num_experts: int, top_k: int) -> Qwen3VLMoeConfig:

@@ -66,7 +66,7 @@ def _form(path: Path) -> str:
         first = next((line for line in lines if line.strip()), "")
     try:
         record = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None  # the reader will name the line
     turns = isinstance(record, dict) and ({"messages", "conversations"} & set(record))
     return "sharegpt" if turns else "pairs"

@@ -39,11 +39,16 @@ def image_source(value: Any, place: Place, field: str, root: Path) -> bytes | Pa
             raise place.error(field, "holds no bytes", "Store the encoded image file there")
         return value
     text = place.text(value, field)
+    shown = text if len(text) <= 80 else text[:77] + "..."
     if _URL.match(text):
-        shown = text if len(text) <= 80 else text[:77] + "..."
         raise place.error(field, f"is a URL ({shown})", "Nothing is downloaded here: save the image and give its path")
     path = root / text
-    if not path.is_file():
+    try:
+        exists = path.is_file()
+    except OSError as error:
+        cure = "Give the path of an image file, or its encoded bytes as 'bytes' (not base64)"
+        raise place.error(field, f"is no path ({error.strerror}: {shown})", cure) from error
+    if not exists:
         raise place.error(field, f"image file {path} does not exist", f"Relative paths start at {root}: put it there")
     return path
 

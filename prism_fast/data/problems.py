@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+_CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|image_pad|video_pad)\|>")
 
 
 class DataError(ValueError):
@@ -23,11 +26,21 @@ class Place:
         return DataError(f"{where}:{about} {' '.join(wrong.split())}. {cure}.")  # libraries' messages span lines
 
     def text(self, value: object, field: str, *, empty: bool = False) -> str:
-        """``value`` if it is a (non-empty, unless ``empty``) string."""
+        """``value`` if it is a (non-empty, unless ``empty``) string that can be tokenised as plain text.
+
+        Control tokens of the chat format are refused: written inside a text they would open turns or stand for images.
+        """
         if not isinstance(value, str):
             raise self.error(field, f"is {_kind(value)}, wanted a string", "Write the value as text")
         if not empty and not value.strip():
             raise self.error(field, "is empty", "Fill it in or leave the row out")
+        control = _CONTROL.search(value)
+        if control:
+            raise self.error(field, f"holds the control token {control[0]}", "Remove it: texts are plain text")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise self.error(field, f"is not valid Unicode ({error.reason})", "Save the text as UTF-8") from error
         return value
 
     def listing(self, value: object, field: str) -> list:

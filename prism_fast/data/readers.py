@@ -104,7 +104,7 @@ def _json_lines(path: Path) -> Iterator[tuple[Place, Any]]:
             place = Place(path, f"line {number}")
             try:
                 yield place, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield place, place.error("", f"not valid JSON ({error})", "One complete JSON object per line")
 
 
@@ -115,6 +115,8 @@ def _json_records(path: Path) -> Iterator[tuple[Place, Any]]:
     except json.JSONDecodeError as error:
         place = Place(path, f"line {error.lineno}, column {error.colno}")
         raise place.error("", f"not valid JSON ({error.msg})", "Mend it there, or name the file .jsonl") from error
+    except RecursionError as error:
+        raise place.error("", "is nested too deeply", "Records hold turns and image paths only") from error
     for number, record in enumerate(place.listing(records, "")):
         yield Place(path, f"row {number}"), record
 

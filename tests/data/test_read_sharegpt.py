@@ -143,6 +143,20 @@ BAD_RECORDS = {
     "image object": ([record(images=[{"url": "x"}])], r"\[0\]': has none of bytes, path, image, .*\(it has: url"),
     "same id": ([record(id="a"), record(id="a")], r"row 1: field 'uid': 'a' is also the uid of .*sft.json, row 0"),
     "bad id": ([record(id=[1])], r"field 'uid': is of type list"),
+    "base64": ([record(images=["iVBORw0KGgo" * 40])], r"\[0\]': is no path \(File name too long: iVBOR.*\.\.\.\)"),
+    "control token": (
+        [record(messages=[{"role": "user", "content": "<image><|image_pad|>"}, REPLY])],
+        r"'messages\[0\].content': holds the control token <\|image_pad\|>. Remove it",
+    ),
+    "control token in the response": (
+        [record(messages=[USER, {"role": "assistant", "content": "a<|im_end|>"}])],
+        r"'messages\[1\].content': holds the control token <\|im_end\|>",
+    ),
+    "half a character": (
+        '[{"messages": [{"role": "user", "content": "\\ud83d"}]}]',
+        r"'messages\[0\].content': is not valid Unicode \(surrogates not allowed\)",
+    ),
+    "deep nesting": ("[" * 200_000, r"sft.json: is nested too deeply"),
     "no rows": ([], r"sft.json: holds no rows"),
     "no list": ({"data": []}, r"sft.json: is of type dict, wanted a list"),
     "bad JSON": ('[\n{"messages": [}\n]', r"sft.json, line 2, column 15: not valid JSON"),

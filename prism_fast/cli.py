@@ -26,16 +26,22 @@ def _train(recipe: str, overrides: list[str] | None, stages: list[str] | None) -
     from prism_fast.config import load_config
     from prism_fast.report.html import write_report
     from prism_fast.report.table import stage_table
+    from prism_fast.train.context import run_folder
     from prism_fast.train.pipeline import run_stages
 
     config = load_config(recipe, overrides or [])
     if stages is not None:
         config.stages = stages
-    folder = run_stages(config, console)
-    report = write_report(folder)
-    console.print(stage_table(folder))
-    console.print(f"run directory: {folder}", highlight=False, soft_wrap=True)
-    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+    folder = run_folder(config)
+    fresh = not folder.exists() or not any(folder.iterdir())
+    try:
+        run_stages(config, console)
+    finally:  # a run that failed half-way deserves its report most
+        if fresh and (folder / "metrics.jsonl").exists():
+            report = write_report(folder)
+            console.print(stage_table(folder))
+            console.print(f"run directory: {folder}", highlight=False, soft_wrap=True)
+            console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 
 @app.command()

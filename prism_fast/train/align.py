@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def align(
         for step in range(1, config.steps + 1):
             chunk = [tasks[i] for i in order.next_indices(config.prompts)]
             rollouts = roll_out(run, policy, processor, chunk, config.rollout, stage="align", step=step)
+            started = time.perf_counter()
             groups = frame_groups(rollouts, processor, semantics)
             discriminator.train()
             scores, loss = discriminator_step(
@@ -69,11 +71,13 @@ def align(
             numbers: dict[str, float | int | None] = {"disc/loss": float(loss), "disc/tokens": scores.tokens}
             if valid.any():  # without a valid rollout there is no pair, and nothing to learn from
                 numbers["disc/grad_norm"] = critic_engine.step()
+            rollouts.time["time/discriminator"] = time.perf_counter() - started
             numbers |= {f"disc/{key}": value for key, value in pair_margins(groups, scores).items()}
             for k, span in enumerate(SPANS):
                 ties = sum(p is not None and p[k] == g.teacher[k] for g in groups for p in g.students)
                 numbers[f"disc/ties_{span}"] = ties
                 numbers[f"score/{span}"] = float(scores.student[valid, k].mean()) if valid.any() else None
+            started = time.perf_counter()
             numbers |= update_policy(
                 policy_engine,
                 PolicyBatch(rollouts.prompts, rollouts.group.tolist(), rollouts.completions, advantage),
@@ -83,6 +87,7 @@ def align(
                 tokens_per_micro_batch=config.tokens_per_micro_batch,
                 device=run.device,
             )
+            rollouts.time["time/update"] = time.perf_counter() - started
             numbers |= rollouts.reward_metrics() | response_metrics(rollouts.completions) | rollouts.time
             run.metrics.write("align", step, numbers)
             if step % run.config.dump_rollouts_every == 0 or step in (1, config.steps):

@@ -71,6 +71,13 @@ def environment() -> dict[str, str | int]:
     return facts
 
 
+def run_folder(config: Config) -> Path:
+    """The run directory: ``out``, or a fresh name under ``runs``, kept in the configuration from then on."""
+    if config.out is None:
+        config.out = str(Path("runs") / f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return Path(config.out)
+
+
 @contextmanager
 def open_run(config: Config, console: Console) -> Iterator[Run]:
     """Create the run directory (it must not exist or be empty) and everything a stage needs.
@@ -81,7 +88,7 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
     device = resolve_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    folder = Path(config.out) if config.out else Path("runs") / f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = run_folder(config)
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"the run directory {folder} is not empty; give another with out=PATH")
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
             rollouts = roll_out(run, policy, processor, chunk, config.rollout, stage="rlvr", step=step)
             reward = torch.tensor([r.score for r in rollouts.rewards])
             advantage = outcome_advantage(reward, rollouts.group)
+            started = time.perf_counter()
             numbers: dict[str, float | int | None] = update_policy(
                 engine,
                 PolicyBatch(rollouts.prompts, rollouts.group.tolist(), rollouts.completions, advantage),
@@ -43,6 +45,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
                 tokens_per_micro_batch=config.tokens_per_micro_batch,
                 device=run.device,
             )
+            rollouts.time["time/update"] = time.perf_counter() - started
             zero = (advantage.view(len(chunk), -1) == 0).all(dim=1)
             numbers["advantage/zero_groups"] = int(zero.sum())
             numbers |= rollouts.reward_metrics() | response_metrics(rollouts.completions) | rollouts.time

@@ -102,7 +102,7 @@ def discriminator_loss(
         return loss, stats
     shown = _as_scored(teacher, None if lengths is None else lengths[0], length_penalty, score_clip)
     nobody = (valid.sum() if valid_everywhere is None else valid_everywhere) == 0
-    return loss + torch.where(nobody, FALLBACK, 0.0) * softplus(-shown.mean(0)).sum(), stats
+    return loss + FALLBACK * nobody.to(shown.dtype) * softplus(-shown.mean(0)).sum(), stats
 
 
 def _finite(score: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ def linear_logprob(
     if softcap is not None:
         checks.number(OP, "softcap", softcap, low=0.0, strict=True)
     checks.choice(OP, "save", save, SAVE)
+    checks.number(OP, "save_limit_bytes", save_limit_bytes, low=0)
     if weight_grad_out is not None:
         checks.tensor(
             OP,

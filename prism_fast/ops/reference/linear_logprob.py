@@ -119,5 +119,6 @@ def _lifted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
 
 
 def _scores(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    """[n, V] raw scores of a block."""
-    return x @ w.t() if b is None else torch.addmm(b, x, w.t())
+    """[n, V] raw scores of a block. An autocast region must not take the float32 back."""
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ w.t() if b is None else torch.addmm(b, x, w.t())

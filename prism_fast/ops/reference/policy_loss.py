@@ -122,7 +122,7 @@ def _token_loss(
     none = torch.zeros_like(ratio, dtype=torch.bool)
     if loss == "sapo":
         positive, negative = sapo_temperature
-        tau = torch.where(a > 0, positive, negative).to(ratio.dtype)
+        tau = torch.full_like(ratio, negative).masked_fill_(a > 0, positive)
         return -a * torch.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau, none, none, none
     low, high = 1.0 - clip[0], 1.0 + clip[1]
     clipped = ratio.clamp(low, high)

@@ -93,6 +93,7 @@ def upcycle(
         model = Qwen3VLMoeForConditionalGeneration._from_config(
             config, dtype=parameter.dtype, attn_implementation=text._attn_implementation
         )
+    model.tie_weights()  # left out together with the initialisation
     use_linear_patch_embedding(model)
     _copy_weights(policy, model, noise_std, router_std, torch.Generator().manual_seed(seed))
     model = model.to(parameter.device)

@@ -142,7 +142,7 @@ class AnswerChecker:
 
 
 def _reason(plan: _Plan, answers: Sequence[tuple[Verdict, str]]) -> str:
-    """Why no acceptable ground truth was met: what the first question ended with, else the branch of the first verdict."""
+    """Why no acceptable ground truth was met: the end of the first question, else the branch of the first verdict."""
     if not answers:
         return plan.verdicts[0].by
     verdict, answer = answers[0]

@@ -1,4 +1,4 @@
-"""Typography before comparison: one spelling for what means the same on paper, without touching what carries meaning."""
+"""Typography before comparison: one spelling for what means the same on paper; what carries meaning stays."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ _NAN = re.compile(r"(?:^|[\s,;=(\[{])[-+]?nan(?:$|[\s,;)\]}])", re.IGNORECASE)
 _INFINITY = re.compile(r"([-+]?)\s*(?:∞|\\infty|inf|infinity|oo)", re.IGNORECASE)
 _RELATION = re.compile(r"[<>≤≥≠]|\\(?:leq?|geq?|neq?|lt|gt)(?![a-zA-Z])")
 _MAX_NESTING = 12
+_MAX_SIDES = 16
 
 
 def compare(gold: str, answer: str) -> Verdict:
@@ -73,6 +74,8 @@ def _equation(gold: str, answer: str, depth: int) -> Verdict | None:
     gold_sides, answer_sides = equality_chain(gold), equality_chain(answer)
     if len(gold_sides) == 1 and len(answer_sides) == 1:
         return None
+    if len(gold_sides) + len(answer_sides) > _MAX_SIDES:
+        return Verdict(False, "too_complex")
     if _RELATION.search(gold + answer) or "" in gold_sides + answer_sides or _many(gold) or _many(answer):
         return None
     if len(gold_sides) == 2 and len(answer_sides) == 2:

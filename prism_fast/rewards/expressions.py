@@ -14,6 +14,7 @@ _SYMBOLS = {
 }
 _SYMBOL = re.compile("|".join(sorted(map(re.escape, _SYMBOLS), key=len, reverse=True)))
 _READABLE = frozenset("".join(_SYMBOLS) + "√")
+_UNREADABLE = frozenset("'\"`@#$%&?;:")
 _FUNCTIONS = frozenset(
     "sin cos tan cot sec csc log ln exp max min arcsin arccos arctan sinh cosh tanh mod gcd lcm sqrt pi".split()
 )
@@ -21,18 +22,26 @@ _OPERATION = re.compile(
     r"[0-9+\-*/^=<>!|_]|\\(?:frac|sqrt|pi|infty|cdot|times|div|pm|leq?|geq?|neq?|sin|cos|tan|log|ln|theta|alpha|beta)"
 )
 
-MAX_DEPTH = 24
+MAX_DEPTH = 10
 MAX_LENGTH = 400
-MAX_OPERATIONS = 120
+MAX_OPERATIONS = 60
 MAX_DIGITS = 60
+_POWER = r"\s*(?:\^|\*\*)\s*[({\s]*[-+]?\s*"
+_TOO_LARGE = {
+    "a large power": _POWER + r"[0-9]{4,}",
+    "a large power of an expression": r"(?:[)}\]]|\\right\s*.)" + _POWER + r"(?:2[1-9]|[3-9][0-9]|[0-9]{3,})",
+    "a power of a power": rf"{_POWER}[0-9.]*[)}}\s]*{_POWER}[({{\s]*[0-9a-zA-Z\\]|\^[^+\-=<>,;]*\^[^+\-=<>,;]*\^",
+    "a large factorial": r"[0-9]{3,}[)}\s]*!|![)}\s]*!|" + _POWER + "[^+\\-=<>,;]*!",
+    "a large binomial, sum or product": r"\\(?:binom|dbinom|tbinom|sum|prod)\b.*(?:\^|\*\*|[0-9]{4})",
+}
 
 
 def refusal(text: str) -> str | None:
-    """Why `text` is too large for symbolic mathematics (a cheap linear scan), or None.
+    """Why `text` is too large for symbolic mathematics (cheap scans of a short text), or None.
 
-    What is refused: more than 400 characters, brackets nested deeper than 24, more than 120 operators, a digit run
-    above 60, power towers of numbers, exponents or factorials that are too large to be written out, and repeated
-    factorials.
+    Refused are: length, bracket depth, operations or digit runs above the limits above, unbalanced brackets, powers of
+    powers, powers and factorials too large to be written out, and binomials, sums or products with large or raised
+    arguments. What is left was seen to finish within a second or two.
     """
     if len(text) > MAX_LENGTH:
         return f"longer than {MAX_LENGTH} characters"
@@ -46,19 +55,13 @@ def refusal(text: str) -> str | None:
         return "unbalanced brackets"
     if deepest > MAX_DEPTH:
         return f"brackets nested deeper than {MAX_DEPTH}"
-    if len(re.findall(r"[-+*/^!=<>]|\\[a-zA-Z]+", text)) > MAX_OPERATIONS:
+    if len(re.findall(r"[-+*/^!=<>|]|\\[a-zA-Z]+", text)) > MAX_OPERATIONS:
         return f"more than {MAX_OPERATIONS} operations"
     if re.search(rf"[0-9]{{{MAX_DIGITS + 1}}}", text):
         return f"a number of more than {MAX_DIGITS} digits"
-    power = r"\s*(?:\^|\*\*)\s*[({\s]*[-+]?\s*"
-    if re.search(power + r"[0-9.]{4,}", text) or re.search(
-        power + r"[0-9.]*" + r"[)}\s]*" + power + r"[({\s]*[0-9a-zA-Z\\]", text
-    ):
-        return "a power that is too large"
-    if re.search(power + r"[^+\-=<>,;]*!", text) or re.search(
-        r"[0-9]{3,}[)}\s]*!|![)}\s]*!|\^[^+\-=<>,;]*\^[^+\-=<>,;]*\^", text
-    ):
-        return "a factorial or power that is too large"
+    for reason, pattern in _TOO_LARGE.items():
+        if re.search(pattern, text):
+            return reason
     return None
 
 
@@ -71,7 +74,7 @@ def is_mathematical(text: str) -> bool:
     """
     if not _OPERATION.search(text) and not re.search(r"[πθ∞√]", text):
         return False
-    if any(not character.isascii() and character not in _READABLE for character in text):
+    if any(character in _UNREADABLE or not (character.isascii() or character in _READABLE) for character in text):
         return False
     plain = re.sub(r"\\(?:text|mathrm|operatorname|rm)\b", " text ", text)
     plain = re.sub(r"\\[a-zA-Z]+", " ", plain)

@@ -64,7 +64,7 @@ class WorkerPool:
         return [worker.process.pid for worker in self._idle]
 
     def ask(self, questions: Sequence[Question]) -> list[str]:
-        """Ask every question once. RuntimeError when a worker cannot be started (math-verify missing, no interpreter)."""
+        """Ask every question once. RuntimeError when a worker does not start (math-verify missing, no interpreter)."""
         if self._owner != os.getpid():
             for worker in self._idle:
                 worker.abandon()

@@ -91,7 +91,7 @@ def _compact(text: str) -> str | None:
 
 
 def spoken_form(text: str) -> str:
-    """The second normal form: one line of calculator text, lower case, without blanks, units, dollar and percent signs."""
+    """The second normal form: lower-case calculator text without blanks, units, dollar and percent signs."""
     if found := _ENCLOSING_TEXT.search(text):
         text = found[1]
     for sign in (r"\%", r"\$", "$", "%"):

@@ -1,0 +1,181 @@
+"""All stages on a very small policy: what a run leaves behind, that it repeats bit for bit, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from prism_fast import cli
+from prism_fast.config import load_config
+from prism_fast.data.digits import DigitsSpec, write_digits
+from prism_fast.data.readers import read_tasks
+from prism_fast.data.samples import Demonstration
+from prism_fast.data.writers import write_sharegpt
+from prism_fast.models.discriminator import load_discriminator
+from prism_fast.models.policy import load_policy
+from prism_fast.report.html import write_report
+from prism_fast.train.pipeline import run_stages
+
+SMALL = [
+    "threads=1",
+    "model.tiny.vocab_size=600",
+    "model.tiny.num_layers=2",
+    "sft.batch=16",
+    "sft.max_updates=90",
+    "sft.eval_every=30",
+    "sft.optimizer.lr=4e-3",
+    "sft.tokens_per_micro_batch=1200",
+    "warmup.prompts=2",
+    "warmup.pairs_per_prompt=2",
+    "warmup.eval_every=2",
+    "warmup.target_margin=-100",
+    "warmup.heldout_share=0.2",
+    "align.steps=2",
+    "align.prompts=2",
+    "align.rollout.n=4",
+    "rlvr.steps=2",
+    "rlvr.prompts=2",
+    "rlvr.rollout.n=4",
+    *(f"{key}.max_new_tokens=72" for key in ("warmup", "align.rollout", "rlvr.rollout", "eval")),
+]
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory) -> list[str]:
+    """Published-format files, small enough for seconds; the SFT set is the exact teacher's, soon learnt."""
+    folder = tmp_path_factory.mktemp("small")
+    spec = DigitsSpec(sft_images=2, sft_val_images=2, align_tasks=48, rlvr_tasks=8, eval_images=2)
+    files = write_digits(folder / "digits", spec, seed=3)
+    tasks = read_tasks(files.align, require_teacher=True)
+    demos = [Demonstration(t.uid, t.messages, t.teacher_response, t.images) for t in (tasks[i] for i in range(48))]
+    write_sharegpt(folder / "sft.json", demos)
+    write_sharegpt(folder / "sft_val.json", demos[:8])
+    paths = {"sft": folder / "sft.json", "sft_val": folder / "sft_val.json"}
+    paths |= {"align": files.align, "rlvr": files.rlvr, "eval": files.eval}
+    return ["data.source=files", *(f"data.{name}={path}" for name, path in paths.items())]
+
+
+def _run(folder: Path, overrides: list[str]) -> Path:
+    return run_stages(load_config("digits", [*overrides, f"out={folder}"]), Console(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def finished(small_data, tmp_path_factory) -> Path:
+    return _run(tmp_path_factory.mktemp("run") / "first", [*small_data, *SMALL])
+
+
+def _lines(folder: Path, *, timed: bool = False) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if timed or not k.startswith("time/")} for record in records]
+
+
+def _of(folder: Path, stage: str) -> list[dict]:
+    return [record for record in _lines(folder, timed=True) if record["stage"] == stage]
+
+
+def test_every_stage_leaves_its_metrics_and_its_model(finished):
+    assert [r["name"] for r in _of(finished, "stage")] == ["sft", "sft_continued", "warmup", "align", "rlvr"]
+    assert [r["after"] for r in _of(finished, "eval")] == ["sft", "sft_continued", "align", "rlvr"]
+    assert _of(finished, "sft")[-1]["sft/loss"] < 0.5 * _of(finished, "sft")[0]["sft/loss"]
+    assert len(_of(finished, "sft_continued")) == 4
+    for step in _of(finished, "align"):
+        assert step["disc/tokens"] > 0 and step["policy/entropy"] > 0 and step["response_length/max"] <= 72
+        assert step.get("rollout/logprob_gap_max", 0) < 1e-2  # the vision tokens' mass, which the sampler may not use
+    assert any("disc/margin_reasoning" in step or step["disc/ties_reasoning"] for step in _of(finished, "align"))
+    for name in ("sft", "sft_continued", "align", "rlvr"):
+        load_policy(finished / "export" / name)
+        items = [json.loads(line) for line in (finished / "evals" / f"{name}.jsonl").read_text().splitlines()]
+        assert len(items) == 14 and {item["correct"] for item in items} <= {0, 1}
+    for name in ("discriminator-warmup", "discriminator"):
+        load_discriminator(finished / "export" / name)
+
+
+def test_joint_updates_move_policy_and_discriminator(finished):
+    before, after = (load_policy(finished / "export" / name).state_dict() for name in ("sft", "rlvr"))
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    before, after = (
+        load_discriminator(finished / "export" / name).state_dict()
+        for name in ("discriminator-warmup", "discriminator")
+    )
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_report_of_a_real_run_is_written(finished):
+    page = write_report(finished).read_text(encoding="utf-8")
+    assert "data:image/png;base64" in page
+
+
+def test_one_seed_one_result_to_the_bit(finished, small_data, tmp_path):
+    again = _run(tmp_path / "again", [*small_data, *SMALL])
+    assert _lines(again) == _lines(finished)
+    for name in ("sft", "align", "rlvr"):
+        assert (again / "evals" / f"{name}.jsonl").read_bytes() == (finished / "evals" / f"{name}.jsonl").read_bytes()
+
+
+def test_another_seed_differs(finished, small_data, tmp_path):
+    short = ["stages=[sft]", "sft.max_updates=2", "sft.eval_every=2", "seed=2"]
+    other = _run(tmp_path / "other", [*small_data, *SMALL, *short])
+    assert _of(other, "sft")[0]["sft/loss"] != _of(finished, "sft")[0]["sft/loss"]
+
+
+def _command(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["prism-fast", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0), capsys.readouterr().err
+
+
+def test_errors_a_user_can_cure_are_one_message_and_exit_code_1(finished, small_data, tmp_path, monkeypatch, capsys):
+    out = f"out={tmp_path / 'never'}"
+    files = dict(item.removeprefix("data.").split("=", 1) for item in small_data)
+    missing_image = tmp_path / "sft.json"
+    records = json.loads(Path(files["sft"]).read_text())
+    records[3]["images"] = ["images/nowhere.png"]
+    missing_image.write_text(json.dumps(records))
+    cases = [
+        (["run", "digits", "sft.lerning_rate=1"], ["lerning_rate"]),
+        (["run", "digits", out, "data.source=files"], ["data.sft"]),
+        (["sft", "digits", out, *small_data, f"data.sft={missing_image}"], ["nowhere.png", "sft.json"]),
+        (["rlvr", "digits", out, *small_data, f"data.rlvr={files['sft']}"], ["sft.json"]),
+        (["rlvr", "digits", out, *small_data], ["model.policy"]),
+        (["align", "digits", out, *small_data, f"model.policy={finished / 'export/sft'}"], ["model.discriminator"]),
+        (["rlvr", "digits", out, *small_data, f"model.policy={finished / 'export/discriminator'}"], ["qwen3_vl_moe"]),
+        (["run", "digits", f"out={finished}"], ["not empty"]),
+        (["run", "digits", out, "device=cuda:7"], ["cuda:7"]),
+        (["report", str(tmp_path / "no-run")], ["no-run"]),
+    ]
+    for arguments, parts in cases:
+        code, message = _command(monkeypatch, capsys, *arguments)
+        assert code == 1, (arguments, message)
+        for part in parts:
+            assert part in message, (arguments, message)
+        assert "Traceback" not in message
+
+
+def test_a_checkpoint_of_another_shape_names_its_tensors(finished, small_data, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "bent"
+    folder.mkdir()
+    for file in (finished / "export" / "sft").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] += 32
+    (folder / "config.json").write_text(json.dumps(config))
+    code, message = _command(
+        monkeypatch, capsys, "rlvr", "digits", f"out={tmp_path / 'never'}", *small_data, f"model.policy={folder}"
+    )
+    assert code == 1 and "mlp" in message and "shape" in message
+
+
+def test_help_names_every_command(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prism-fast", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for command in ("run", "sft", "warmup", "align", "rlvr", "eval", "report"):
+        assert command in shown

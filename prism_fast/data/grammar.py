@@ -54,11 +54,11 @@ def split_text(text: str) -> ResponseSplit:
     if opening is None or not text.endswith(_ANSWER_CLOSE, 0, end):
         return ResponseSplit(text, False)
     last_close = end - len(_ANSWER_CLOSE)
-    first = _CAPTION_TO_THINK.search(text, opening.end() + len("<caption>"), end)
+    first = _CAPTION_TO_THINK.search(text, opening.end(), end)
     if first is None:
         return ResponseSplit(text, False)
-    second = _THINK_TO_ANSWER.search(text, first.end() + len("<think>"), end)
-    if second is None or second.end() + len("<answer>") > last_close:
+    second = _THINK_TO_ANSWER.search(text, first.end(), end)
+    if second is None:
         return ResponseSplit(text, False)
     spans = {
         "caption": (opening.end(), first.start() + len(_CAPTION_CLOSE)),

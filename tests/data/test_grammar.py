@@ -129,6 +129,7 @@ def small_tokenizer() -> Qwen2Tokenizer:
     vocabulary = {token: index for index, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges)
     tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.add_tokens(["红 茶"])  # outside the byte alphabet
     tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
     return tokenizer
 
@@ -144,6 +145,12 @@ def test_pieces_join_to_what_the_tokenizer_decodes():
         known = [i for i in ids if i < len(tokenizer)]
         decoded = tokenizer.decode(known, skip_special_tokens=True)
         assert b"".join(token_pieces(ids, tokenizer)).decode("utf-8", errors="replace") == decoded
+
+
+def test_added_token_outside_the_byte_alphabet():
+    tokenizer = small_tokenizer()
+    index = tokenizer.convert_tokens_to_ids("红 茶")
+    assert token_pieces([index], tokenizer) == ["红 茶".encode()]
 
 
 def test_split_tokens_gives_merged_newline_to_the_caption():

@@ -52,6 +52,13 @@ def test_sharegpt_round_trip(tmp_path):
     assert len(list((tmp_path / "new" / "images").iterdir())) == 2  # equal images are stored once
 
 
+def test_images_of_equal_bytes_and_other_shape_stay_apart(tmp_path):
+    pictures = [Image.frombytes("L", size, bytes(range(6))) for size in ((2, 3), (3, 2))]
+    samples = [Demonstration(f"u{n}", messages(1), "r", [picture]) for n, picture in enumerate(pictures)]
+    write_sharegpt(tmp_path / "a.json", samples)
+    assert [sample.images[0].size for sample in read_sharegpt(tmp_path / "a.json")] == [(2, 3), (3, 2)]
+
+
 def test_tasks_round_trip(tmp_path):
     write_tasks(tmp_path / "a.parquet", tasks(), rows_per_group=2)
     assert list(read_tasks(tmp_path / "a.parquet", require_teacher=False)) == tasks()

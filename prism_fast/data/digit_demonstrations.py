@@ -13,10 +13,7 @@ import numpy as np
 
 from prism_fast.data.digit_questions import KINDS, Slip, Work
 
-SYSTEM_PROMPT = (
-    "You read handwritten digits. Describe the image in <caption>, reason in <think>, "
-    "and give the result in <answer>."
-)
+SYSTEM_PROMPT = "Answer in <caption>, <think> and <answer>."  # short: the CPU pays for every prompt token
 CONFUSIONS = {3: 8, 4: 9, 1: 7, 5: 6}
 CONFUSED, RANDOM_MISREADING = 0.8, 0.05  # per digit of a misread strip
 FAULTS = {"misread": 0.6, "wrong_step": 0.1, "skipped": 0.1, "contradiction": 0.1, "misread_and_wrong_step": 0.1}

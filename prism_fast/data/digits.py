@@ -178,6 +178,7 @@ def tokenizer_corpus(files: DigitsFiles) -> Iterator[str]:
     """
     for record in json.loads(files.sft.read_text(encoding="utf-8")):
         for message in record["messages"]:
+            yield f"{message['role']}\n"  # as the chat template writes it: a role should be one entry
             yield message["content"].replace(IMAGE_MARKER, "")
     descriptions = resources.files("sklearn.datasets.descr")
     for entry in sorted(descriptions.iterdir(), key=lambda entry: entry.name):

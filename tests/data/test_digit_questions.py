@@ -67,7 +67,7 @@ def test_questions_and_system_prompt_are_short():
     for kind in KINDS.values():
         assert len(set(kind.phrasings)) >= 3
         assert all(len(question.split()) <= 20 for question in kind.phrasings)
-    assert 15 <= len(SYSTEM_PROMPT.split()) <= 25
+    assert len(SYSTEM_PROMPT.split()) <= 25
     assert all(tag in SYSTEM_PROMPT for tag in ("<caption>", "<think>", "<answer>"))
 
 

@@ -197,7 +197,7 @@ def test_collection_drops_exact_duplicates(monkeypatch):
 
 def test_responses_are_short_in_tokens_of_the_learned_vocabulary(files):
     texts = list(tokenizer_corpus(files))
-    assert texts[0] == SYSTEM_PROMPT
+    assert texts[:2] == ["system\n", SYSTEM_PROMPT]
     assert not any("<image>" in text for text in texts)
     assert any("Iris" in text for text in texts[-20:])
     assert texts == list(tokenizer_corpus(files))
@@ -207,4 +207,5 @@ def test_responses_are_short_in_tokens_of_the_learned_vocabulary(files):
     assert max(lengths) <= 64 and np.mean(lengths) < 50
     assert max(len(tokenizer.encode(sample.response)) for sample in read_sharegpt(files.sft)[::20]) <= 96
     prompts = [tokenizer.encode(task.question) for task in read_tasks(files.align, require_teacher=True)[::5]]
-    assert max(map(len, prompts)) <= 24 and len(tokenizer.encode(SYSTEM_PROMPT)) <= 32
+    assert max(map(len, prompts)) <= 24 and len(tokenizer.encode(SYSTEM_PROMPT)) <= 16
+    assert len(tokenizer.encode("assistant\n")) == 2

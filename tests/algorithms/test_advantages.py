@@ -79,3 +79,68 @@ def test_outcome_vectors(case):
     mask = torch.tensor(case["response_mask"], dtype=dtype)
     tolerance = 5e-7 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(found[:, None] * mask, wanted, rtol=0, atol=tolerance)
+
+
+def batch(generator, rows=24):
+    return {
+        "caption": torch.randn(rows, generator=generator, dtype=torch.float64),
+        "reasoning": torch.randn(rows, generator=generator, dtype=torch.float64),
+        "group": torch.arange(rows) % 4,
+        "valid": torch.rand(rows, generator=generator) > 0.3,
+        "accuracy": (torch.rand(rows, generator=generator) > 0.5).double(),
+    }
+
+
+def test_default_mode_needs_no_accuracy_and_the_others_say_so(generator):
+    data = batch(generator)
+    del data["accuracy"]
+    assert alignment_advantage(**data).isfinite().all()
+    for mode in MODES[1:]:
+        with pytest.raises(ValueError, match=f"mode='{mode}' needs accuracy"):
+            alignment_advantage(**data, mode=mode)
+    with pytest.raises(ValueError, match="mode='sign' is not one of 'default'"):
+        alignment_advantage(**data, mode="sign")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_constant_shift_of_the_scores_changes_nothing(mode, generator):
+    data = batch(generator)
+    base = alignment_advantage(**data, mode=mode)
+    shifted = alignment_advantage(
+        **(data | {"caption": data["caption"] + 3.0, "reasoning": data["reasoning"] - 7.0}), mode=mode
+    )
+    torch.testing.assert_close(base, shifted, rtol=1e-9, atol=1e-9)
+
+
+def test_default_mode_by_hand():
+    caption, reasoning = torch.tensor([1.0, 3.0, 9.0]), torch.tensor([4.0, 2.0, 9.0])
+    valid = torch.tensor([True, True, False])  # the third scores become 0 and 1, one below the group's minimum
+    found = alignment_advantage(caption, reasoning, torch.zeros(3, dtype=torch.int64), valid=valid, weights=(1.0, 10.0))
+    wanted = [
+        (1.0 - 4 / 3) / (7 / 3) ** 0.5 + 10 * (4.0 - 7 / 3) / (7 / 3) ** 0.5,
+        (3.0 - 4 / 3) / (7 / 3) ** 0.5 + 10 * (2.0 - 7 / 3) / (7 / 3) ** 0.5,
+        (0.0 - 4 / 3) / (7 / 3) ** 0.5 + 10 * (1.0 - 7 / 3) / (7 / 3) ** 0.5 - 1.5,
+    ]
+    assert found.tolist() == pytest.approx(wanted, abs=2e-5)
+
+
+def test_group_without_a_valid_response_gets_the_penalty_alone():
+    zeros = torch.zeros(4)
+    scores = torch.tensor([1.0, -2.0, 3.0, 0.5])
+    found = alignment_advantage(scores, scores, zeros.long(), valid=zeros.bool())
+    assert found.tolist() == [-1.5] * 4
+
+
+def test_equal_rewards_teach_nothing():
+    reward = torch.tensor([0.9] * 7 + [0.2, 0.9])
+    group = torch.tensor([0] * 7 + [1, 1])
+    for normalize in ("per_score", "mean_only", "leave_one_out"):
+        found = outcome_advantage(reward, group, normalize=normalize)
+        assert torch.equal(found[:7], torch.zeros(7)) and found[8] > 0 > found[7]
+
+
+def test_response_without_a_rival_has_no_advantage():
+    one = torch.ones(1)
+    assert outcome_advantage(one, torch.zeros(1, dtype=torch.int64)).item() == 0.0
+    found = alignment_advantage(one, one, torch.zeros(1, dtype=torch.int64), valid=torch.ones(1, dtype=torch.bool))
+    assert found.item() == 0.0

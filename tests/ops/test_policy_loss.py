@@ -57,12 +57,12 @@ def by_loop(data: dict, loss: str, aggregation: str, clip, tau=(1.0, 1.05), norm
                 s = tau[0] if a > 0 else tau[1]
                 value = -a / (1 + math.exp(-s * (r - 1))) * 4 / s
             elif loss == "cispo":
-                value = -a * min(max(r, 1 - clip[0]), 1 + clip[1]) * float(data["logp"][t])
+                value = -a * min(max(r, 1 - clip[0]), 1 + clip[1]) * data["logp"][t].item()
             else:
                 value = max(-a * r, -a * min(max(r, 1 - clip[0]), 1 + clip[1]))
-            k = float(data["ref_logp"][t] - data["logp"][t])
+            k = (data["ref_logp"][t] - data["logp"][t]).item()
             value = value * float(data["is_weight"][t]) + 0.3 * (math.exp(k) - k - 1)
-            values.append(value - 0.05 * float(data["entropy"][t]))
+            values.append(value - 0.05 * data["entropy"][t].item())
         if values:
             terms.append(values)
     if aggregation == "token_mean":

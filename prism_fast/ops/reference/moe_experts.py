@@ -38,7 +38,7 @@ def _grouped(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) ->
     back = torch.empty_like(routing.permutation).scatter(
         0, routing.permutation, torch.arange(tokens * top_k, device=hidden.device)
     )
-    return slots[back].view(tokens, top_k, -1).sum(1).to(hidden.dtype)
+    return slots[back].view(tokens, top_k, down.shape[1]).sum(1).to(hidden.dtype)
 
 
 def _dense(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:

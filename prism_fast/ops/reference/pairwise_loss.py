@@ -39,7 +39,7 @@ def pairwise_loss(
     use = torch.ones_like(group, dtype=torch.bool) if valid is None else valid
     known = (group >= 0) & (group < groups)
     row = torch.where(known, group.long(), 0)
-    rival = t[row] if groups else t.new_full(s.shape, math.nan)
+    rival = t[row] if groups else t.sum() + t.new_full(s.shape, math.nan)
     margin = torch.where(known[:, None], rival, math.nan) - s
     # Equality that only the clamp made is no tie: identical texts have equal scores before it.
     same = teacher[row] == student if groups else torch.zeros_like(student, dtype=torch.bool)
@@ -77,8 +77,8 @@ def _spread(s: Tensor, group: Tensor, use: Tensor, groups: int) -> Tensor:
     safe = torch.where(use[:, None], s, 0.0)
     n = size[slot][:, None]
     mean = segment_sum(safe, slot, groups + 1)[slot] / n.clamp(min=1.0)
-    by_score = safe.detach().argsort(0, stable=True)  # [B, K]
-    order = by_score.gather(0, slot[by_score].argsort(0, stable=True))  # by group, then by score
+    by_score = safe.detach().argsort(dim=0, stable=True)  # [B, K]
+    order = by_score.gather(0, slot[by_score].argsort(dim=0, stable=True))  # by group, then by score
     position = torch.arange(s.shape[0], device=s.device)[:, None].expand_as(order)
     rank = torch.empty_like(order).scatter(0, order, position) - start[slot][:, None]
     quantile = torch.special.ndtri(((rank.to(s.dtype) + 0.5) / n.clamp(min=1.0)).clamp(0.0, 1.0))

@@ -16,7 +16,7 @@ def route_experts(router_logits: Tensor, top_k: int, *, renormalize: bool) -> Ro
     logits = router_logits.to(kind)
     probability = logits.softmax(-1)
     # A stable sort, not topk: among equal probabilities the lower expert number wins on every device.
-    ranked, order = probability.sort(-1, descending=True, stable=True)
+    ranked, order = probability.sort(dim=-1, descending=True, stable=True)
     weights, experts = ranked[:, :top_k], order[:, :top_k]
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -38,6 +38,6 @@ def plan_experts(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -
 
 def _plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """(permutation [M] int64, offsets [E + 1] int32) of the assignments sorted by expert, then by token."""
-    sorted_experts, permutation = experts.flatten().sort(stable=True)
+    sorted_experts, permutation = experts.flatten().sort(dim=0, stable=True)
     borders = torch.arange(num_experts + 1, device=experts.device, dtype=sorted_experts.dtype)
     return permutation, torch.searchsorted(sorted_experts.contiguous(), borders, out_int32=True)

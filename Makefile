@@ -14,7 +14,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.prism-fast-installed
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
-PYTEST := $(PY) -m pytest -n 2
+# A file stays on one worker, so that what its tests share is built once.
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile
 
 .PHONY: install test test-long test-gpu demo lint build clean
 

@@ -142,6 +142,10 @@ def test_unknown_groups_and_bad_scores_are_nan_and_stay_among_themselves(device,
     assert got[1:4].isnan().all()
     assert_parity(got, wanted)
     assert_parity(*both(x | dict(normalize="batch", valid=x["gate"] > 0, invalid="exclude")))
+    alone = inputs([1, 2], 1, torch.float64, generator, device) | dict(valid=None, singleton="identity")
+    alone["scores"] = torch.full_like(alone["scores"], float("nan"))
+    for normalize in ("per_score", "mean_only"):
+        assert run(**DEFAULTS | alone | dict(normalize=normalize)).isnan().all()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -65,7 +65,7 @@ def alignment_advantage(
         raise ValueError(f"alignment_advantage: mode={mode!r} is not one of {', '.join(map(repr, MODES))}")
     if mode != "default" and accuracy is None:
         raise ValueError(f"alignment_advantage: mode={mode!r} needs accuracy [B] (0 = wrong answer)")
-    kind = caption.dtype
+    kind = torch.float64 if caption.dtype == torch.float64 else torch.float32
     scores = torch.stack((caption, reasoning), 1)
     options = {"eps": eps, "singleton": singleton, "backend": backend}
     if mode == "default":

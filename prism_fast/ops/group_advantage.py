@@ -122,6 +122,7 @@ def group_advantage(
 def _weights(weights: Tensor | Sequence[float], columns: int, scores: Tensor) -> Tensor:
     """[K] tensor on the scores' device. Pass a tensor where a CUDA graph is captured: a list is copied each call."""
     if not isinstance(weights, Tensor):
-        weights = torch.tensor(list(weights), dtype=scores.dtype, device=scores.device)
+        kind = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        weights = torch.tensor(list(weights), dtype=kind, device=scores.device)
     checks.tensor(OP, "weights", weights, shape=(columns,), like=scores)
     return weights

@@ -144,3 +144,11 @@ def test_response_without_a_rival_has_no_advantage():
     assert outcome_advantage(one, torch.zeros(1, dtype=torch.int64)).item() == 0.0
     found = alignment_advantage(one, one, torch.zeros(1, dtype=torch.int64), valid=torch.ones(1, dtype=torch.bool))
     assert found.item() == 0.0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_half_precision_scores_are_computed_in_float32(mode, generator):
+    data = {k: v if v.dtype in (torch.bool, torch.int64) else v.bfloat16() for k, v in batch(generator).items()}
+    lifted = {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in data.items()}
+    found = alignment_advantage(**data, mode=mode, weights=(0.3, 0.7), format_weight=0.2)
+    assert torch.equal(found, alignment_advantage(**lifted, mode=mode, weights=(0.3, 0.7), format_weight=0.2))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TinyPolicy:
-    """Sizes of the embedded policy (about 1.3 M parameters with a vocabulary of 1 k).
+    """Sizes of the embedded policy (about 1.7 M parameters with a vocabulary of 2 k).
 
     ``intermediate_size`` must not be ``hidden_size`` or half of it: upcycling would give square expert tensors,
     whose two published layouts cannot be told apart.

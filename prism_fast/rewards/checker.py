@@ -14,7 +14,7 @@ from prism_fast.rewards.verdict import Question, Verdict
 
 SEMANTICS = ("prism_fast", "released")
 _REMEMBERED = 8192
-_ENDINGS = {"error": "unreadable", "timeout": "timeout", "worker_died": "worker_died"}
+_ENDINGS = {"error": "unreadable", "timeout": "timeout", "worker_died": "worker_died", "too_large": "too_complex"}
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def _equation(gold: str, answer: str, depth: int) -> Verdict | None:
         return None
     if len(gold_sides) + len(answer_sides) > _MAX_SIDES:
         return Verdict(False, "too_complex")
-    if _RELATION.search(gold + answer) or "" in gold_sides + answer_sides or _many(gold) or _many(answer):
+    if _RELATION.search(gold + answer) or "" in gold_sides + answer_sides or _listed(gold) or _listed(answer):
         return None
     if len(gold_sides) == 2 and len(answer_sides) == 2:
         (gold_name, gold_value), (answer_name, answer_value) = gold_sides, answer_sides
@@ -90,6 +90,11 @@ def _equation(gold: str, answer: str, depth: int) -> Verdict | None:
     value = gold_sides[-1]
     named = [side for side in answer_sides if not is_name(side)] or answer_sides[-1:]
     return all_of((_compare(value, side, depth + 1) for side in named), "equation")
+
+
+def _listed(text: str) -> bool:
+    """True when `text` is a list even if thousands groups are kept together."""
+    return len(list_readings(text)[0]) > 1
 
 
 def _many(text: str) -> bool:

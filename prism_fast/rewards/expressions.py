@@ -72,6 +72,8 @@ def is_mathematical(text: str) -> bool:
     Letters are multiplied by a LaTeX reader, so words must never reach it: `on` would equal `no`, `ABC` would equal
     `ACB`.
     """
+    if re.search("[0-9][eE][-+]?[0-9]", text):
+        return False  # an exponent too large for a number, not a product with e
     if not _OPERATION.search(text) and not re.search(r"[πθ∞√]", text):
         return False
     if any(character in _UNREADABLE or not (character.isascii() or character in _READABLE) for character in text):
@@ -87,7 +89,7 @@ def is_mathematical(text: str) -> bool:
 
 
 def letter_runs(text: str) -> list[str]:
-    """Upper-case runs such as point names: their letters must not be permuted, so both sides must have the same ones."""
+    """Upper-case runs such as point names: both sides must have the same ones, their letters must not be permuted."""
     return re.findall(r"[A-Z]{2,}", re.sub(r"\\[a-zA-Z]+", " ", text))
 
 

@@ -20,13 +20,14 @@ from typing import BinaryIO
 from prism_fast.rewards.verdict import Question
 
 _LENGTH = 4
+_MESSAGE_LIMIT = 32768
 _START_LIMIT_S = 120.0
 _ENDED_BY_CPU_TIMER = -27  # SIGPROF, see worker.py
 
 
 class WorkerPool:
-    """Up to `workers` child processes; `ask` returns one of "holds", "fails", "error", "timeout", "worker_died" per
-    question, in order.
+    """Up to `workers` child processes; `ask` returns one of "holds", "fails", "error", "timeout", "worker_died",
+    "too_large" (a question above 32 KiB is never sent) per question, in order.
 
     `timeout_s` is CPU seconds per question, enforced by the kernel in the child, and three times as much wall-clock
     time, enforced here (a loaded machine then does not turn a slow answer into a wrong one). `memory_mb` limits the
@@ -76,11 +77,17 @@ class WorkerPool:
             try:
                 while waiting or busy:
                     while waiting and len(busy) < self.workers:
-                        worker = self._idle.pop() if self._idle else _Worker(self.memory_mb, self._command)
                         index = waiting.popleft()
+                        message = _request(questions[index], self.timeout_s)
+                        if len(message) > _MESSAGE_LIMIT:
+                            answers[index] = "too_large"
+                            continue
+                        worker = self._idle.pop() if self._idle else _Worker(self.memory_mb, self._command)
                         busy[worker.descriptor] = (worker, index, time.monotonic() + 3 * self.timeout_s)
                         selector.register(worker.descriptor, selectors.EVENT_READ)
-                        worker.send(questions[index], self.timeout_s)
+                        worker.send(message)
+                    if not busy:
+                        break
                     nearest = min(deadline for _, _, deadline in busy.values())
                     ready = {key.fd for key, _ in selector.select(max(0.0, nearest - time.monotonic()))}
                     for descriptor, (worker, index, deadline) in list(busy.items()):
@@ -100,6 +107,13 @@ class WorkerPool:
                 for worker, _, _ in busy.values():
                     worker.kill()
         return answers
+
+
+def _request(question: Question, cpu_s: float) -> bytes:
+    body = json.dumps(
+        {"question": [[asdict(probe) for probe in probes] for probes in question], "cpu_s": cpu_s}
+    ).encode()
+    return len(body).to_bytes(_LENGTH, "big") + body
 
 
 class _Worker:
@@ -144,21 +158,16 @@ class _Worker:
             reason = (
                 message["failure"]
                 if message
-                else self._errors.read()[-2000:].decode(errors="replace") or "it gave no reason"
+                else self._errors.read()[-2000:].decode(errors="replace").strip() or "no reason given"
             )
             raise RuntimeError(
                 f"the math-verify worker did not start: {reason}. "
                 "Cure: install math-verify in this environment (pip install math-verify)"
             )
 
-    def send(self, question: Question, cpu_s: float) -> None:
-        body = json.dumps(
-            {"question": [[asdict(probe) for probe in probes] for probes in question], "cpu_s": cpu_s}
-        ).encode()
-        data = memoryview(len(body).to_bytes(_LENGTH, "big") + body)
+    def send(self, message: bytes) -> None:
         try:
-            while data:
-                data = data[self._stdin.write(data) :]
+            self._stdin.write(message)  # fits into the empty pipe, so it neither blocks nor is cut
         except BrokenPipeError:
             pass  # the child is gone: reading its pipe says so, and `receive` reports it
 

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-import prism_fast.rewards
 from prism_fast.rewards import AnswerChecker, Judged
 from tests.rewards.cases import judged
 
-README = (Path(prism_fast.rewards.__file__).parent / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "prism_fast" / "rewards" / "README.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `(.+?)` \| `(.+?)` \| ([01]) \| ([01]) \| .+ \|$", README, re.MULTILINE)
 
 
@@ -44,7 +43,7 @@ def test_which_answer_is_read(checkers, text):
 
 
 def test_equivalent_answers(checkers):
-    """Published mm_gad ignores them and a placeholder discards all of them; ours takes every real one, for every source."""
+    """Published mm_gad ignores them, a placeholder discards all; ours takes every real one, for every source."""
     cases = [
         ("mm_gad", ("1/2",), (0, 1)),
         ("math-77k", ("1/2",), (1, 1)),

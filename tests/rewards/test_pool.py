@@ -1,14 +1,17 @@
 """Worker processes: limits, restart, order, no orphans, no dependence on how the parent was started."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+import prism_fast.rewards.pool
 from prism_fast.rewards import AnswerChecker
 from prism_fast.rewards.pool import WorkerPool
 from prism_fast.rewards.verdict import Probe
@@ -191,6 +194,17 @@ def test_the_kernel_ends_a_question_that_holds_the_interpreter():
         answers = pool.ask([((Probe("7", "9**9**9", "published"),),), ((Probe("7", "7", "published"),),)])
         assert answers == ["timeout", "holds"]
         assert time.monotonic() - start < 30
+
+
+def test_an_orphan_cannot_run_on():
+    """Nobody watches the clock here: the kernel ends the worker all the same."""
+    request = {"question": [[{"gold": "7", "answer": "9**9**9", "method": "published"}]], "cpu_s": 0.5}
+    body = json.dumps(request).encode()
+    worker = Path(prism_fast.rewards.pool.__file__).with_name("worker.py")
+    with subprocess.Popen([sys.executable, "-P", str(worker), "1024"], stdin=-1, stdout=-1, stderr=-3) as process:
+        process.stdin.write(len(body).to_bytes(4, "big") + body)
+        process.stdin.flush()
+        assert process.wait(timeout=60) == -signal.SIGPROF
 
 
 def test_memory_limit():

@@ -3,6 +3,7 @@
 import pytest
 
 from prism_fast.rewards.compare import compare
+from prism_fast.rewards.structure import list_readings
 
 SAME = {
     "numbers": [
@@ -119,6 +120,7 @@ DIFFERENT = {
         ("5", "5e1"),
         ("0", "1e-9"),
         ("1000000", "1000001"),
+        ("1", "1000001/1000000"),
         ("10000000", "10000001"),
         ("12.5", "12,5"),
         ("1/3", "0.333"),
@@ -190,6 +192,8 @@ DIFFERENT = {
         ("A", "A, B"),
         ("A", "AB"),
         ("A", "not A"),
+        ("A", "I choose (A) over (B)"),
+        ("B", "I choose (A) over (B)"),
         ("A", "Option B, not (A)"),
         ("A", "12"),
         ("B. red", "C. red"),
@@ -265,3 +269,21 @@ def test_a_formula_is_a_question():
     assert verdict.answered(False).by == "no_match"
     with pytest.raises(ValueError, match="already decided"):
         verdict.answered(True).answered(True)
+
+
+@pytest.mark.parametrize(
+    ("text", "readings"),
+    [
+        ("1, 2", [["1", "2"]]),
+        ("1,234", [["1,234"], ["1", "234"]]),
+        ("1), 2", [["1)", "2"]]),
+        ("(1, 2), 3", [["(1, 2)", "3"]]),
+        ("a; b, c", [["a", "b, c"]]),
+        ("(1) x (2) y", [["x", "y"]]),
+        ("1, 2 and 3", [["1", "2", "3"]]),
+        ("salt and pepper", [["salt and pepper"]]),
+        (",,", [[",,"]]),
+    ],
+)
+def test_readings_as_a_list(text, readings):
+    assert list_readings(text) == readings

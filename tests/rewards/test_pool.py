@@ -202,9 +202,12 @@ def test_an_orphan_cannot_run_on():
     body = json.dumps(request).encode()
     worker = Path(prism_fast.rewards.pool.__file__).with_name("worker.py")
     with subprocess.Popen([sys.executable, "-P", str(worker), "1024"], stdin=-1, stdout=-1, stderr=-3) as process:
-        process.stdin.write(len(body).to_bytes(4, "big") + body)
-        process.stdin.flush()
-        assert process.wait(timeout=60) == -signal.SIGPROF
+        try:
+            process.stdin.write(len(body).to_bytes(4, "big") + body)
+            process.stdin.flush()
+            assert process.wait(timeout=60) == -signal.SIGPROF
+        finally:
+            process.kill()
 
 
 def test_memory_limit():

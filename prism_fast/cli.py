@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -37,7 +38,7 @@ def _train(recipe: str, overrides: list[str] | None, stages: list[str] | None) -
     try:
         run_stages(config, console)
     finally:  # a run that failed half-way deserves its report most
-        if fresh and (folder / "metrics.jsonl").exists():
+        if fresh and folder.exists():
             report = write_report(folder)
             console.print(stage_table(folder))
             console.print(f"run directory: {folder}", highlight=False, soft_wrap=True)
@@ -105,8 +106,11 @@ def main() -> None:
     try:
         app()
     except (ConfigError, *USER_ERRORS) as error:
+        if os.environ.get("PRISM_FAST_TRACEBACK") == "1":
+            raise
         errors.print(f"[bold red]error:[/] {type(error).__name__}", highlight=False)
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        errors.print("(PRISM_FAST_TRACEBACK=1 shows where)", style="dim")
         sys.exit(1)
 
 

@@ -28,7 +28,7 @@ def _check(semantics: str) -> None:
 
 def frame_text(text: str, processor: Processor) -> tuple[int, ...]:
     """Token ids of a span's text, closed by the end-of-turn token."""
-    return (*processor.encode_text(text.strip()), processor.eos_id)
+    return (*processor.encode_plain(text.strip()), processor.eos_id)
 
 
 def frame_warmup(text: str, processor: Processor, semantics: str) -> tuple[int, ...]:
@@ -43,7 +43,7 @@ def frame_teacher(text: str, processor: Processor, semantics: str) -> tuple[int,
     _check(semantics)
     if semantics == "prism_fast":
         return frame_text(text, processor)
-    ids = processor.encode_text(text)[:RELEASED_TEACHER_TOKENS]
+    ids = processor.encode_plain(text)[:RELEASED_TEACHER_TOKENS]
     return (*ids, processor.pad_id) if len(ids) < RELEASED_TEACHER_TOKENS else tuple(ids)
 
 

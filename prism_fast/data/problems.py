@@ -9,6 +9,11 @@ from pathlib import Path
 _CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|image_pad|video_pad)\|>")
 
 
+def holds_control_token(text: str) -> bool:
+    """Whether ``text`` spells a control token of the chat format; the readers refuse such texts."""
+    return _CONTROL.search(text) is not None
+
+
 class DataError(ValueError):
     """A file that cannot be used as it is. ``str()`` is one sentence for a terminal, naming the place and the cure."""
 

@@ -190,6 +190,11 @@ class Processor:
         """Token ids of ``text`` as it stands: nothing added in front or behind, special tokens recognised."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a text somebody wrote, a model included: a special token spelled out in it stays letters, so
+        that no text can open a turn or stand for an image. ``<think>`` and ``</think>`` are not special."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens (``<think>`` and ``</think>`` are not special and stay)."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

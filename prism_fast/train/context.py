@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,3 +105,5 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
             yield Run(config, folder, device, DTYPES[config.model.dtype], metrics, checker, console, progress)
     finally:
         metrics.close()
+        if metrics.lines == 0:  # refused before the first step: nothing to keep, and nothing in the way of a second try
+            shutil.rmtree(folder)

@@ -19,6 +19,7 @@ class MetricsWriter:
     def __init__(self, folder: Path):
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"))
+        self.lines = 0
 
     def write(self, stage: str, step: int, values: dict[str, float | int | str | None]) -> None:
         record: dict[str, float | int | str] = {"stage": stage, "step": step}
@@ -32,6 +33,7 @@ class MetricsWriter:
                 self._board.add_scalar(f"{stage}/{key}", value, step)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        self.lines += 1
 
     def close(self) -> None:
         self._file.close()

@@ -26,6 +26,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
     """Run the stage; returns the folder of the exported policy."""
     config = run.config.rlvr
     options = PRESETS[config.loss]
+    normalize = "mean_only" if options.loss == "dr_grpo" else "per_score"  # Dr. GRPO does not divide by the deviation
     engine = LocalEngine(policy, config.optimizer)
     order = SampleOrder(len(tasks), seed=derive_seed(run.config.seed, "rlvr", "order"))
     log = RolloutLog(run.folder, "rlvr")
@@ -34,7 +35,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
             chunk = [tasks[i] for i in order.next_indices(config.prompts)]
             rollouts = roll_out(run, policy, processor, chunk, config.rollout, stage="rlvr", step=step)
             reward = torch.tensor([r.score for r in rollouts.rewards])
-            advantage = outcome_advantage(reward, rollouts.group)
+            advantage = outcome_advantage(reward, rollouts.group, normalize=normalize)
             started = time.perf_counter()
             numbers: dict[str, float | int | None] = update_policy(
                 engine,

@@ -24,7 +24,7 @@ from prism_fast.train.seeds import derive_seed
 def _batches(demos: Sequence[Demonstration], processor: Processor, model, budget: int) -> tuple[list[TokenBatch], int]:
     """Micro-batches of demonstrations, and the number of response tokens in all of them (end token included)."""
     prompts = [processor.encode_prompt(demo.messages, demo.images) for demo in demos]
-    responses = [(*processor.encode_text(demo.response), processor.eos_id) for demo in demos]
+    responses = [(*processor.encode_plain(demo.response), processor.eos_id) for demo in demos]
     lengths = [len(p.input_ids) + len(r) for p, r in zip(prompts, responses, strict=True)]
     batches = [
         collate(

@@ -14,6 +14,7 @@ import torch
 from prism_fast.data.framing import frame_warmup
 from prism_fast.data.grammar import split_tokens
 from prism_fast.data.order import SampleOrder
+from prism_fast.data.problems import holds_control_token
 from prism_fast.data.readers import read_pairs
 from prism_fast.data.samples import Pair, Task
 from prism_fast.data.writers import write_pairs
@@ -39,16 +40,18 @@ def sample_pairs(run: Run, model, processor: Processor, tasks: Sequence[Task]) -
     sampling = Sampling(config.pairs_per_prompt, config.temperature, config.max_new_tokens)
     engine = HFRollout(model, processor)
     pairs: list[Pair] = []
+    sampled = 0
     batch = max(1, run.config.eval.batch // config.pairs_per_prompt)
     with run.progress.bar("pairs", -(-len(tasks) // batch)) as bar:
         for start in range(0, len(tasks), batch):
             chunk = [tasks[i] for i in range(start, min(start + batch, len(tasks)))]
             prompts = [processor.encode_prompt(task.messages, task.images) for task in chunk]
             groups = engine.generate(prompts, sampling, seed=derive_seed(run.config.seed, "pairs", start))
+            sampled += len(chunk) * config.pairs_per_prompt
             for task, group in zip(chunk, groups, strict=True):
                 for k, completion in enumerate(group):
                     split = split_tokens(completion.token_ids, processor.tokenizer)
-                    if split.valid:
+                    if split.valid and not holds_control_token(split.text):
                         pairs.append(
                             Pair(
                                 uid=f"{task.uid}-{k}",
@@ -61,6 +64,7 @@ def sample_pairs(run: Run, model, processor: Processor, tasks: Sequence[Task]) -
                             )
                         )
             bar.advance(pairs=len(pairs))
+    run.metrics.write("warmup", 0, {"pairs/kept": len(pairs), "pairs/dropped": sampled - len(pairs)})
     if not pairs:
         raise WarmupError("no sampled response had the caption-think-answer form; the policy needs (more) SFT first")
     path = run.folder / "data" / "pairs" / "pairs.jsonl"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -61,15 +61,22 @@ class TinyPolicy:
             )
 
 
-def build_tiny_policy(processor: Processor, size: TinyPolicy, seed: int) -> Qwen3VLForConditionalGeneration:
-    """A randomly initialised float32 policy on the CPU. ``seed`` alone decides its weights (transformers' own
-    initialisation); the global random state is left as it was. Input and output embeddings are tied."""
-    tokenizer = processor.tokenizer
-    image = processor.image_processor
-    token_id = tokenizer.convert_tokens_to_ids
-    config = Qwen3VLConfig(
+def tiny_config(
+    size: TinyPolicy,
+    *,
+    vocab_size: int,
+    image_token_id: int,
+    video_token_id: int,
+    vision_start_token_id: int,
+    vision_end_token_id: int,
+    patch_size: int = 16,
+    merge_size: int = 2,
+    temporal_patch_size: int = 2,
+) -> Qwen3VLConfig:
+    """Configuration of a policy of the given sizes, input and output embeddings tied."""
+    return Qwen3VLConfig(
         text_config={
-            "vocab_size": len(tokenizer),
+            "vocab_size": vocab_size,
             "hidden_size": size.hidden_size,
             "intermediate_size": size.intermediate_size,
             "num_hidden_layers": size.num_layers,
@@ -91,19 +98,38 @@ def build_tiny_policy(processor: Processor, size: TinyPolicy, seed: int) -> Qwen
             "hidden_size": size.vision_width,
             "intermediate_size": size.vision_intermediate_size,
             "num_heads": size.vision_heads,
-            "patch_size": image.patch_size,
-            "spatial_merge_size": image.merge_size,
-            "temporal_patch_size": image.temporal_patch_size,
+            "patch_size": patch_size,
+            "spatial_merge_size": merge_size,
+            "temporal_patch_size": temporal_patch_size,
             "out_hidden_size": size.hidden_size,
             "num_position_embeddings": size.vision_positions,
             "deepstack_visual_indexes": list(size.deepstack_layers),
             "initializer_range": size.initializer_range,
         },
+        image_token_id=image_token_id,
+        video_token_id=video_token_id,
+        vision_start_token_id=vision_start_token_id,
+        vision_end_token_id=vision_end_token_id,
+        tie_word_embeddings=True,
+    )
+
+
+def build_tiny_policy(processor: Processor, size: TinyPolicy, seed: int) -> Qwen3VLForConditionalGeneration:
+    """A randomly initialised float32 policy on the CPU. ``seed`` alone decides its weights (transformers' own
+    initialisation); the global random state is left as it was. Input and output embeddings are tied."""
+    tokenizer = processor.tokenizer
+    image = processor.image_processor
+    token_id = tokenizer.convert_tokens_to_ids
+    config = tiny_config(
+        size,
+        vocab_size=len(tokenizer),
         image_token_id=token_id(IMAGE_PAD),
         video_token_id=token_id(VIDEO_PAD),
         vision_start_token_id=token_id(VISION_START),
         vision_end_token_id=token_id(VISION_END),
-        tie_word_embeddings=True,
+        patch_size=image.patch_size,
+        merge_size=image.merge_size,
+        temporal_patch_size=image.temporal_patch_size,
     )
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
@@ -116,9 +142,10 @@ def build_tiny_policy(processor: Processor, size: TinyPolicy, seed: int) -> Qwen
 
 
 def load_policy(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path: str | Path, *, dtype: torch.dtype | Literal["auto"] = torch.float32, device: str | torch.device = "cpu"
 ) -> Qwen3VLForConditionalGeneration:
-    """Read any Qwen3-VL (dense) checkpoint folder: safetensors only, no network, no remote code.
+    """Read any Qwen3-VL (dense) checkpoint folder: safetensors only, no network, no remote code. ``dtype="auto"``: the
+    folder's own.
 
     Raises:
         FileNotFoundError: the folder, its ``config.json`` or its weights are missing.

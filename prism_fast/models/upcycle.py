@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+from transformers import (
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 from transformers.initialization import no_init_weights
 
 from prism_fast.models.experts import choose_experts_for_device
@@ -88,7 +93,7 @@ def upcycle(
     text = policy.config.text_config
     refuse_square_experts(text.hidden_size, text.intermediate_size)
     parameter = next(policy.parameters())
-    config = _moe_config(policy, num_experts, top_k)
+    config = sparse_config(policy.config, num_experts, top_k)
     with torch.random.fork_rng(devices=[]), no_init_weights():
         model = Qwen3VLMoeForConditionalGeneration._from_config(
             config, dtype=parameter.dtype, attn_implementation=text._attn_implementation
@@ -101,8 +106,8 @@ def upcycle(
     return model
 
 
-def _moe_config(policy: Qwen3VLForConditionalGeneration, num_experts: int, top_k: int) -> Qwen3VLMoeConfig:
-    dense = policy.config
+def sparse_config(dense: Qwen3VLConfig, num_experts: int, top_k: int) -> Qwen3VLMoeConfig:
+    """Configuration of the sparse model that a dense one is upcycled to."""
     text = {name: getattr(dense.text_config, name) for name in _COPIED_TEXT_FIELDS}
     vision = {name: getattr(dense.vision_config, name) for name in _COPIED_VISION_FIELDS}
     return Qwen3VLMoeConfig(

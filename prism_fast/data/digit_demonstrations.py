@@ -17,22 +17,20 @@ SYSTEM_PROMPT = "Answer in <caption>, <think> and <answer>."  # short: the CPU p
 CONFUSIONS = {3: 8, 4: 9, 1: 7, 5: 6}
 CONFUSED, RANDOM_MISREADING = 0.8, 0.05  # per digit of a misread strip
 FAULTS = {"misread": 0.6, "wrong_step": 0.1, "skipped": 0.1, "contradiction": 0.1, "misread_and_wrong_step": 0.1}
-THINKING = {"concise": 0.45, "verbose": 0.35, "terse": 0.2}
+THINKING = {"concise": 0.7, "verbose": 0.1, "terse": 0.2}
+CAPTIONS = (0.6, 0.1, 0.1, 0.1, 0.1)  # of the five styles of caption
 
 
 def caption_text(digits: Sequence[int], style: int = 0) -> str:
     """What is written, as bullet points; style 0 is the teacher's."""
-    spaced, listed = " ".join(map(str, digits)), ", ".join(map(str, digits))
+    together, listed = "".join(map(str, digits)), ", ".join(map(str, digits))
     return (
-        f"- digits: {spaced}",
-        f"- {spaced}",
+        f"- digits: {together}",
+        f"- {together}",
         f"- The image shows the digits {listed}.",
-        f"- four handwritten digits\n- left to right: {listed}",
+        f"- handwritten digits\n- left to right: {listed}",
         f"- a row of digits: {listed}",
     )[style]
-
-
-NUM_CAPTION_STYLES = 5
 
 
 def reasoning_text(thinking: str, answer: str) -> str:
@@ -63,7 +61,7 @@ def demonstration(kind: str, digits: Sequence[int], noise: float, rng: np.random
     elif fault in ("skipped", "contradiction"):
         wrong = _slipped(kind, seen, rng)
         thinking, answer = (wrong.terse if fault == "skipped" else right.concise), wrong.answer
-    caption = caption_text(seen, int(rng.integers(NUM_CAPTION_STYLES)))
+    caption = caption_text(seen, int(rng.choice(len(CAPTIONS), p=CAPTIONS)))
     return f"{captioned(caption)}\n{reasoning_text(thinking, answer)}"
 
 

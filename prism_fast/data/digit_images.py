@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-DIGITS_PER_STRIP = 4
+DIGITS_PER_STRIP = 3
 TILE = 32
 """Pixels per digit: one vision token of a Qwen3-VL processor (patches of 16, merged 2 x 2)."""
 

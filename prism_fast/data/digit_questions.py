@@ -1,4 +1,4 @@
-"""Questions about four digits in a row: phrasings, exact answers, and the work that leads to them.
+"""Questions about three digits in a row: phrasings, exact answers, and the work that leads to them.
 
 Each kind works on the digits as *seen* (a caption may be wrong) and shows its steps in three ways: ``concise`` (the
 teacher's: every step, as short as is honest), ``verbose`` (sentences) and ``terse`` (a result without steps). A `Slip`
@@ -103,13 +103,11 @@ def _difference(digits: Sequence[int], slip: Slip | None) -> Work:
 
 
 def _comparison(digits: Sequence[int], slip: Slip | None) -> Work:
-    a, b, c, d = digits
-    left, right = abs(a + b + _off(slip, 0)), abs(c + d + _off(slip, 1))
-    relation = _relation(left, right, bool(_off(slip, 2)))
-    concise = f"{a}+{b}={left} {c}+{d}={right} {left}{relation}{right}"
-    verbose = f"The left pair makes {a} plus {b} is {left}. The right pair makes {c} plus {d} is {right}."
-    answer = {"<": "right", ">": "left", "=": "equal"}[relation]
-    return Work(concise, verbose, f"{left}{relation}{right}", answer)
+    first, last = digits[0], digits[-1]
+    relation = _relation(first, last, bool(_off(slip, 0)))
+    answer = {"<": "last", ">": "first", "=": "equal"}[relation]
+    verbose = f"The first digit is {first} and the last is {last}."
+    return Work(f"{first} and {last}: {first}{relation}{last}", verbose, answer, answer)
 
 
 def _position(digits: Sequence[int], slip: Slip | None) -> Work:
@@ -128,10 +126,10 @@ KINDS: dict[str, Kind] = {
         (
             "What is the sum of the digits?",
             "Add up all the digits. What do you get?",
-            "What do the four digits add up to?",
+            "What do the three digits add up to?",
             "What is the total of the digits?",
         ),
-        3,
+        2,
         _sum,
     ),
     "maximum": Kind(
@@ -141,7 +139,7 @@ KINDS: dict[str, Kind] = {
             "What is the maximum of the digits?",
             "Which of the digits is the biggest?",
         ),
-        3,
+        2,
         _maximum,
     ),
     "even": Kind(
@@ -149,9 +147,9 @@ KINDS: dict[str, Kind] = {
             "How many digits are even?",
             "How many even digits are there?",
             "Count the even digits.",
-            "How many of the four digits are even?",
+            "How many of the three digits are even?",
         ),
-        4,
+        3,
         _even,
     ),
     "sort": Kind(
@@ -161,7 +159,7 @@ KINDS: dict[str, Kind] = {
             "List the digits in ascending order.",
             "Arrange the digits, smallest first.",
         ),
-        3,
+        2,
         _sort,
     ),
     "difference": Kind(
@@ -176,12 +174,12 @@ KINDS: dict[str, Kind] = {
     ),
     "comparison": Kind(
         (
-            "Which pair has the larger sum: left, right or equal?",
-            "Compare the sums of the left and the right pair. Which is larger, or are they equal?",
-            "Is the sum of the left pair or of the right pair larger, or equal?",
-            "Which half adds up to more: left, right or equal?",
+            "Which is larger, the first or the last digit, or are they equal?",
+            "Compare the first and the last digit. Which is larger, or are they equal?",
+            "Is the first or the last digit larger, or equal?",
+            "Which of the outer digits is larger: first, last or equal?",
         ),
-        3,
+        1,
         _comparison,
     ),
     "position": Kind(

@@ -9,16 +9,16 @@ import numpy as np
 
 def truth(kind: str, digits: tuple[int, ...]) -> str:
     """Answers from the labels alone, by other means than the dataset's."""
-    a, b, c, d = digits
+    first, _, last = digits
     array = np.asarray(digits)
     if kind == "comparison":
-        return ("right", "equal", "left")[int(np.sign(a + b - c - d)) + 1]
+        return ("last", "equal", "first")[int(np.sign(first - last)) + 1]
     return {
         "sum": lambda: str(array.sum()),
         "maximum": lambda: str(array.max()),
         "even": lambda: str(sum(digit in (0, 2, 4, 6, 8) for digit in digits)),
         "sort": lambda: ",".join(map(str, np.sort(array))),
-        "difference": lambda: str(max(a - d, d - a)),
+        "difference": lambda: str(max(first - last, last - first)),
         "position": lambda: str(int(array.argmin()) + 1),
     }[kind]()
 

@@ -21,28 +21,28 @@ def test_the_checker_of_statements_sees_errors():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_teacher_is_exact_on_every_strip(kind):
-    for digits in product(range(10), repeat=4):
+    for digits in product(range(10), repeat=3):
         caption, reasoning, answer = teacher_texts(kind, digits)
         assert answer == truth(kind, digits)
         split = split_text(f"{caption}\n{reasoning}")
         assert split.valid and split.answer == answer and split.reasoning == reasoning
-        assert caption == f"<caption>\n- digits: {' '.join(map(str, digits))}\n</caption>"
+        assert caption == f"<caption>\n- digits: {''.join(map(str, digits))}\n</caption>"
         assert false_statements(reasoning) == []
 
 
 def test_teacher_style_is_one_line_of_steps_from_the_caption():
     expected = {
-        "sum": "3+8=11 +5=16 +7=23",
-        "maximum": "3<8 8>5 8>7",
-        "even": "3 odd 8 even 5 odd 7 odd: 1 even",
-        "sort": "3 from 3857 5 from 857 7 from 87 8",
-        "difference": "3 and 7: 7-3=4",
-        "comparison": "3+8=11 5+7=12 11<12",
-        "position": "1:3 2:8 3:5 4:7, smallest 3",
+        "sum": "3+8=11 +5=16",
+        "maximum": "3<8 8>5",
+        "even": "3 odd 8 even 5 odd: 1 even",
+        "sort": "3 from 385 5 from 85 8",
+        "difference": "3 and 5: 5-3=2",
+        "comparison": "3 and 5: 3<5",
+        "position": "1:3 2:8 3:5, smallest 3",
     }
     for kind, steps in expected.items():
-        answer = truth(kind, (3, 8, 5, 7))
-        _, reasoning, _ = teacher_texts(kind, (3, 8, 5, 7))
+        answer = truth(kind, (3, 8, 5))
+        _, reasoning, _ = teacher_texts(kind, (3, 8, 5))
         assert reasoning == f"<think>\n{steps}\n</think>\n<answer>\n{answer}\n</answer>"
 
 
@@ -50,7 +50,7 @@ def test_teacher_style_is_one_line_of_steps_from_the_caption():
 def test_slips_change_their_step_and_what_follows_only(kind):
     rng = np.random.default_rng(sum(map(ord, kind)))
     for _ in range(300):
-        digits = tuple(rng.integers(0, 10, size=4).tolist())
+        digits = tuple(rng.integers(0, 10, size=3).tolist())
         right = KINDS[kind].work(digits, None)
         for step in range(KINDS[kind].steps):
             wrong = KINDS[kind].work(digits, Slip(step, int(rng.choice([-2, -1, 1, 2]))))
@@ -75,9 +75,9 @@ def test_misreading_changes_something_mostly_by_confusion():
     rng = np.random.default_rng(4)
     changed = {"confused": 0, "other": 0}
     for _ in range(3000):
-        digits = tuple(rng.integers(0, 10, size=4).tolist())
+        digits = tuple(rng.integers(0, 10, size=3).tolist())
         seen = misread(digits, rng)
-        assert seen != digits and len(seen) == 4 and all(0 <= digit <= 9 for digit in seen)
+        assert seen != digits and len(seen) == 3 and all(0 <= digit <= 9 for digit in seen)
         for digit, read in zip(digits, seen, strict=True):
             if digit != read:
                 changed["confused" if CONFUSIONS.get(digit) == read else "other"] += 1
@@ -90,7 +90,7 @@ def test_demonstrations_are_faulty_at_the_asked_rate():
         faulty = 0
         for number in range(1400):
             kind = list(KINDS)[number % 7]
-            digits = tuple(rng.integers(0, 10, size=4).tolist())
+            digits = tuple(rng.integers(0, 10, size=3).tolist())
             split = split_text(demonstration(kind, digits, noise, rng))
             assert split.valid
             read = re.findall(r"\d", split.caption)
@@ -102,8 +102,8 @@ def test_demonstrations_are_faulty_at_the_asked_rate():
 
 def test_clean_demonstrations_mix_styles():
     rng = np.random.default_rng(1)
-    texts = {demonstration("sum", (3, 8, 5, 7), 0.0, rng) for _ in range(400)}
+    texts = {demonstration("sum", (3, 8, 5), 0.0, rng) for _ in range(400)}
     captions = {split_text(text).caption for text in texts}
     thoughts = {re.search(r"<think>(.*)</think>", text, re.DOTALL)[1] for text in texts}
     assert len(captions) == 5 and len(thoughts) == 3
-    assert "".join(teacher_texts("sum", (3, 8, 5, 7))[:2]).replace("</caption>", "</caption>\n") in texts
+    assert "".join(teacher_texts("sum", (3, 8, 5))[:2]).replace("</caption>", "</caption>\n") in texts

@@ -1,0 +1,127 @@
+"""What a model weighs, from its configuration alone: parameters, cache and the tensors kept for a backward pass.
+
+Models are instantiated on the meta device, which holds no numbers. The activation formulas count what autograd keeps in
+transformers' own modules (sdpa attention, no gradient checkpointing); the tests compare them with what a real
+forward keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import (
+    PreTrainedConfig,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeModel,
+)
+
+from prism_fast.models.discriminator import Discriminator
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts of parameters (tied ones once) and of bytes. ``active``: parameters that one text token passes through,
+    embedding table and vision tower left out; ``tensors``: number of parameter tensors."""
+
+    parameters: int
+    vision: int
+    embedding: int
+    experts: int
+    active: int
+    tensors: int
+    weight_bytes: int
+
+
+def policy_size(config: Qwen3VLConfig, dtype: torch.dtype) -> ModelSize:
+    """Size of a policy with this configuration in ``dtype``."""
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
+    return _size(model, top_share=1.0)
+
+
+def discriminator_size(config: Qwen3VLMoeConfig, dtype: torch.dtype) -> ModelSize:
+    """Size of a discriminator (sparse backbone in ``dtype`` and its float32 score head)."""
+    with torch.device("meta"):
+        model = Discriminator(Qwen3VLMoeModel._from_config(config, dtype=dtype))
+    text = config.text_config
+    return _size(model, top_share=text.num_experts_per_tok / text.num_experts)
+
+
+def _size(model: nn.Module, top_share: float) -> ModelSize:
+    named = dict(model.named_parameters())  # tied tensors appear once
+
+    def count(*parts: str) -> int:
+        return sum(p.numel() for name, p in named.items() if any(part in name for part in parts))
+
+    total = count("")
+    vision, embedding, experts = count(".visual."), count(".embed_tokens."), count(".mlp.experts.")
+    return ModelSize(
+        parameters=total,
+        vision=vision,
+        embedding=embedding,
+        experts=experts,
+        active=total - vision - embedding - experts + round(experts * top_share),
+        tensors=len(named),
+        weight_bytes=sum(p.numel() * p.element_size() for p in named.values()),
+    )
+
+
+def kv_bytes_per_token(text: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
+
+
+def language_activation_bytes(
+    text: PreTrainedConfig, tokens: int, dtype: torch.dtype, *, experts: str | None = None
+) -> int:
+    """Bytes that autograd keeps for a backward pass of the text trunk over ``tokens`` padded tokens.
+
+    Per layer: two norms (their input widened to float32, the normalised rows, the inverse deviation), the inputs of
+    the linear layers, the norms of queries and keys, attention (queries, keys, values, output, one float32 log-sum
+    per head), and the MLP or, with ``experts`` (transformers' name of the experts implementation, ``eager`` or
+    ``grouped_mm``), router and experts for ``top_k`` rows per token.
+
+    Raises:
+        ValueError: another experts implementation: what it keeps is not known here.
+    """
+    e, wide = dtype.itemsize, max(4, dtype.itemsize)
+    hidden = text.hidden_size
+    queries, keys = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    norm = (wide + e) * hidden + wide
+    heads = text.num_attention_heads + text.num_key_value_heads
+    head_norms = (wide + e) * (queries + keys) + wide * heads
+    attention = 2 * e * (queries + keys) + 4 * text.num_attention_heads
+    layer = 2 * norm + 2 * e * hidden + head_norms + attention
+    if experts is None:
+        layer += 4 * e * text.intermediate_size
+    else:
+        k, inner = text.num_experts_per_tok, text.moe_intermediate_size
+        per_row = {
+            "eager": 16 + 3 * e * hidden + 4 * e * inner + e,
+            "grouped_mm": 25 + 2 * e * hidden + 4 * e * inner + e,
+        }
+        if experts not in per_row:
+            raise ValueError(f"experts implementation {experts!r} is not known here; known: {', '.join(per_row)}")
+        router = 4 * text.num_experts + 4 + (8 + 4) * k
+        layer += router + k * per_row[experts]
+    rotary, ids = 2 * e * text.head_dim, 8
+    return tokens * (text.num_hidden_layers * layer + norm + rotary + ids)
+
+
+def vision_activation_bytes(vision: PreTrainedConfig, patches: int, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps for a backward pass of the vision tower over ``patches`` (before merging)."""
+    e = dtype.itemsize
+    width = vision.hidden_size
+    layer = 11 * e * width + 4 * e + 4 * vision.num_heads + 2 * e * vision.intermediate_size
+    unit = vision.spatial_merge_size**2
+    deepstack = len(vision.deepstack_visual_indexes) * (3 * e * width * unit + 2 * e)  # per merged patch
+    merger = 4 * e * width + 2 * e
+    patch_width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    positions = 4 * 8 + 4 * 4  # four interpolated table rows and their weights
+    rotary = 2 * 4 * (width // vision.num_heads)
+    per_patch = vision.depth * layer + merger + e * patch_width + positions + rotary
+    return patches * per_patch + (patches // unit) * deepstack

@@ -34,7 +34,7 @@ TILES = {
 
 
 @triton.jit
-def _tile_position(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+def tile_position(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     """Row and column of a tile in grouped raster order: GROUP tile rows share their columns of B while it is in L2."""
     per_group = GROUP * tiles_n
     first_row = (tile // per_group) * GROUP
@@ -56,6 +56,7 @@ def matmul_kernel(
     stride_c,
     A_TRANSPOSED: tl.constexpr,  # A is stored [K, M] instead of [M, K]
     B_TRANSPOSED: tl.constexpr,  # B is stored [N, K] instead of [K, N]
+    ACCUMULATE: tl.constexpr,  # add to C instead of overwriting it
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -77,7 +78,7 @@ def matmul_kernel(
     tiles_n = tl.cdiv(N, BLOCK_N)
     steps = tl.cdiv(K, BLOCK_K)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
-        row, column = _tile_position(tile, tiles_m, tiles_n, GROUP)
+        row, column = tile_position(tile, tiles_m, tiles_n, GROUP)
         m = row * BLOCK_M
         n = column * BLOCK_N
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -88,6 +89,9 @@ def matmul_kernel(
             accumulator = tl.dot(x, y, accumulator)
         halves = tl.permute(tl.reshape(accumulator, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(halves)
+        if ACCUMULATE:
+            left += c.load([m, n]).to(tl.float32)
+            right += c.load([m, n + BLOCK_N // 2]).to(tl.float32)
         c.store([m, n], left.to(c.dtype))
         c.store([m, n + BLOCK_N // 2], right.to(c.dtype))
 
@@ -104,7 +108,14 @@ def _row_major(x: torch.Tensor, name: str) -> tuple[bool, int]:
     return transposed, stride
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+def addressable(x: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can address the matrix as it lies in memory."""
+    rows, columns = x.stride()
+    return 1 in (rows, columns) and max(rows, columns) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+
+
+def scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Triton's allocator for descriptors that are made in a kernel."""
     return torch.empty(size, dtype=torch.int8, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -114,48 +125,53 @@ def matmul(
     *,
     out_dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
+    accumulate: bool = False,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """``a [M,K] @ b [K,N]`` with bf16 (or fp16) operands, fp32 accumulation and an output in their dtype or fp32.
 
-    Either operand may be a transposed view. ``out`` (``[M,N]``, row-major) receives the result if given. ``tile``
-    defaults to `TILES` of the card. Raises ValueError for shapes, dtypes or alignments that a tensor descriptor cannot
-    address and NotImplementedError on cards without bulk tensor copies.
+    Either operand may be a transposed view. ``out`` (``[M,N]``, row-major) receives the result if given, or, with
+    ``accumulate``, has it added to what it holds. ``tile`` defaults to `TILES` of the card. Raises ValueError for shapes,
+    dtypes or alignments that a tensor descriptor cannot address and NotImplementedError on cards without bulk tensor
+    copies.
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(f"matmul: a {tuple(a.shape)} and b {tuple(b.shape)} are not [M,K] and [K,N]")
     if a.dtype != b.dtype or a.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"matmul: operands {a.dtype} and {b.dtype} must both be bfloat16 or both float16")
     (m, k), n = a.shape, b.shape[1]
+    if accumulate and out is None:
+        raise ValueError("matmul: accumulate=True needs out, the matrix to add to")
     if out is None:
         out = torch.empty((m, n), dtype=out_dtype or a.dtype, device=a.device)
     if tuple(out.shape) != (m, n) or out.dtype not in (a.dtype, torch.float32) or (out_dtype or out.dtype) != out.dtype:
         raise ValueError(f"matmul: out {tuple(out.shape)} {out.dtype} must be {(m, n)} in {a.dtype} or float32")
     if 0 in (m, n, k):
-        return out.zero_()
+        return out if accumulate else out.zero_()
     a_transposed, stride_a = _row_major(a, "a")
     b_transposed, stride_b = _row_major(b, "b")
     c_transposed, stride_c = _row_major(out, "out")
     if c_transposed:
         raise ValueError("out: a transposed output is not supported; swap and transpose the operands instead")
-    programs, major = _card(a.device)
+    programs, capability = card(a.device)
+    major = capability // 10
     if tile is None and major not in TILES:
         raise NotImplementedError(f"matmul: no tile for compute capability {major}.x; pass one, or use {sorted(TILES)}")
     tile = tile or TILES[major]
     tiles = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
-    triton.set_allocator(_scratch)  # descriptors made in the kernel live in a few bytes of global memory
+    triton.set_allocator(scratch)  # descriptors made in the kernel live in a few bytes of global memory
     matmul_kernel[(min(programs, tiles),)](
         a, b, out, m, n, k, stride_a, stride_b, stride_c,
-        A_TRANSPOSED=a_transposed, B_TRANSPOSED=b_transposed,
+        A_TRANSPOSED=a_transposed, B_TRANSPOSED=b_transposed, ACCUMULATE=accumulate,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group, PROGRAMS=min(programs, tiles),
         num_stages=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
 
-def _card(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, major compute capability)."""
+def card(device: torch.device) -> tuple[int, int]:
+    """(multiprocessors, compute capability × 10)."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return properties.multi_processor_count, properties.major
-    return 4, 9  # Triton's interpreter: enough programs to exercise the walk over tiles
+        return properties.multi_processor_count, 10 * properties.major + properties.minor
+    return 4, 90  # Triton's interpreter: enough programs to exercise the walk over tiles

@@ -6,7 +6,8 @@ Then, with M = max_j m_j and d_j = m_j − M,
     S = Σ_j exp(d_j)·s_j,   U = Σ_j exp(d_j)·(u_j + d_j·s_j),
     log p(target) = (z_target − M) − log S,   entropy = log S − U/S.
 Everything is relative to the maximum, so no large numbers are subtracted from each other; the maximum and the log of
-the sum stay two numbers. Slices are added in their own order: the result does not depend on the launch.
+the sum stay two numbers. The order of summation is fixed by the number of slices: the result does not depend on the
+launch. A whole vocabulary has some hundred slices, so they are read in blocks, not one by one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_ROWS = 128
+BLOCK_ROWS = 32
+BLOCK_SLICES = 32
 
 
 class Combined(NamedTuple):
@@ -42,24 +44,32 @@ def combine_kernel(
     N,
     SPLITS,
     BLOCK: tl.constexpr,
+    SLICES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < N
     # An empty slice has m = -inf, s = 0; a row whose every slice is empty comes out as NaN, not as a plausible number.
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for j in range(SPLITS):
-        top = tl.maximum(top, tl.load(m_ptr + j * N.to(tl.int64) + row, inside, other=0.0))
+    for first in range(0, SPLITS, SLICES):
+        j = first + tl.arange(0, SLICES)
+        at = j.to(tl.int64)[:, None] * N.to(tl.int64) + row[None, :]
+        m = tl.load(m_ptr + at, (j < SPLITS)[:, None] & inside[None, :], other=float("-inf"))
+        top = tl.maximum(top, tl.max(m, 0))
+    top = tl.where(inside, top, 0.0)
     total = tl.zeros((BLOCK,), tl.float32)
     moment = tl.zeros((BLOCK,), tl.float32)
-    for j in range(SPLITS):
-        at = j * N.to(tl.int64) + row
-        m = tl.load(m_ptr + at, inside, other=0.0)
-        s = tl.load(s_ptr + at, inside, other=1.0)
-        u = tl.load(u_ptr + at, inside, other=0.0)
-        d = m - top
+    for first in range(0, SPLITS, SLICES):
+        j = first + tl.arange(0, SLICES)
+        at = j.to(tl.int64)[:, None] * N.to(tl.int64) + row[None, :]
+        there = (j < SPLITS)[:, None] & inside[None, :]
+        m = tl.load(m_ptr + at, there, other=float("-inf"))
+        s = tl.load(s_ptr + at, there, other=0.0)
+        u = tl.load(u_ptr + at, there, other=0.0)
+        d = m - top[None, :]
         scale = tl.exp(d)
-        total += scale * s
-        moment += tl.where(m == float("-inf"), 0.0, scale * (u + d * s))
+        total += tl.sum(scale * s, 0)
+        moment += tl.sum(tl.where(m == float("-inf"), 0.0, scale * (u + d * s)), 0)
+    total = tl.where(inside, total, 1.0)
     log_sum = tl.log(total)
     z = tl.load(target_logit_ptr + row, inside, other=0.0)
     tl.store(row_max_ptr + row, top, inside)
@@ -84,5 +94,5 @@ def combine_partials(m: torch.Tensor, s: torch.Tensor, u: torch.Tensor, target_l
     out = Combined(*(torch.empty_like(target_logit) for _ in range(4)))
     if n:
         grid = (triton.cdiv(n, BLOCK_ROWS),)
-        combine_kernel[grid](m, s, u, target_logit, *out, n, splits, BLOCK=BLOCK_ROWS, num_warps=4)
+        combine_kernel[grid](m, s, u, target_logit, *out, n, splits, BLOCK=BLOCK_ROWS, SLICES=BLOCK_SLICES, num_warps=4)
     return out

@@ -44,10 +44,14 @@ __all__ = [
 ]
 
 _COMPILED = ("group_advantage",)
+_TRITON = ("linear_logprob",)
 
 
 def available() -> dict[str, tuple[str, ...]]:
     """Backends that each op can run on this machine. Loads the compiled module to find out."""
+    from . import triton
+
     compiled = _COMPILED if native_runs_here() else ()
+    fused = _TRITON if triton.runs_here() else ()
     ops = __all__[: __all__.index("available")]
-    return {op: ("reference", "native") if op in compiled else ("reference",) for op in ops}
+    return {op: ("reference", *["native"] * (op in compiled), *["triton"] * (op in fused)) for op in ops}

@@ -30,9 +30,28 @@ def choose(op: str, has: tuple[str, ...], requested: str | None, tensor: Tensor)
             raise ValueError(f"{op}: {source}={requested!r} is not one of {', '.join(map(repr, KNOWN))}")
         if requested not in has:
             raise ValueError(f"{op}: {source}={requested!r}, but this op has only {', '.join(map(repr, has))}")
-    if "native" not in has or requested == "reference":
+    if requested == "reference" or len(has) == 1:
         return requested or "reference"
+    if "triton" in has:
+        return _triton_or_default(op, requested, tensor)
     return _native_or_default(op, requested, tensor)
+
+
+def _triton_or_default(op: str, requested: str | None, tensor: Tensor) -> str:
+    from prism_fast.ops import triton
+
+    if tensor.device.type == "cuda":
+        if triton.available():
+            return "triton"
+        raise RuntimeError(f"{op}: got CUDA tensors, but Triton is not installed; {CURE}")
+    if requested is None:
+        return "reference"
+    if tensor.device.type == "cpu" and triton.interpreted():
+        return "triton"
+    raise RuntimeError(
+        f"{op}: backend='triton' needs CUDA tensors (or TRITON_INTERPRET=1, for tests), these are on {tensor.device}; "
+        f"{CURE}"
+    )
 
 
 def _native_or_default(op: str, requested: str | None, tensor: Tensor) -> str:

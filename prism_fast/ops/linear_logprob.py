@@ -11,7 +11,7 @@ from .reference.linear_logprob import linear_logprob as reference
 from .results import LogProb
 
 OP = "linear_logprob"
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "triton")
 SAVE = ("auto", "logits", "recompute")
 SAVE_LIMIT_BYTES = 1 << 30
 
@@ -44,14 +44,16 @@ def linear_logprob(
         temperature: number > 0, or a tensor [N] or [] of such; it gets no gradient.
         softcap: cap(z) = softcap * tanh(z / softcap), before the temperature.
         entropy: also compute the entropy of each row, differentiable.
-        save: ``logits`` keeps the scaled scores [N, V] (3 matrix passes), ``recompute`` forms them again (4 passes),
-            ``auto`` keeps them if they fit in ``save_limit_bytes``: a function of shapes only, never of free memory.
+        save: ``logits`` keeps the scaled scores [N, V] or, with "triton", their exponentials in the inputs' dtype (3
+            matrix passes); ``recompute`` forms them again, in waves of rows (4 passes); ``auto`` keeps them if they fit
+            in ``save_limit_bytes``: a function of shapes only, never of free memory.
         save_limit_bytes: for ``auto``, bytes.
         weight_grad_out: [V, H] float32 or float64; the weight's gradient is added to it and ``weight.grad`` stays as it
             is.
         vocab_group: process group of a sharded vocabulary; not implemented.
         tile_skip_mass: probability mass that backward may drop by whole tiles; only 0 is implemented.
-        backend: None or "reference".
+        backend: None, "reference" or "triton" (CUDA; bfloat16, float16 or float32; H divisible by 16). None is "triton"
+            on CUDA and "reference" elsewhere.
 
     Returns:
         LogProb(logp [N], entropy [N], or [0] without ``entropy``), nats, float32 (float64 for float64 input).
@@ -60,7 +62,8 @@ def linear_logprob(
 
     Raises:
         ValueError: wrong shape, dtype, device or option.
-        NotImplementedError: ``vocab_group``, ``tile_skip_mass`` > 0.
+        NotImplementedError: ``vocab_group``, ``tile_skip_mass`` > 0, float64 or an unknown card with "triton".
+        RuntimeError: "triton" without CUDA tensors or without Triton.
 
     Source: temperature-scaled log-softmax and its entropy (verl ``logprobs_from_logits_v2``, ``entropy_from_logits``);
     soft cap of Gemma 2 (arXiv 2408.00118, section 2).
@@ -92,25 +95,29 @@ def linear_logprob(
         raise NotImplementedError(f"{OP}: vocab_group (a sharded vocabulary) is not implemented; pass the whole weight")
     if tile_skip_mass != 0.0:
         raise NotImplementedError(f"{OP}: tile_skip_mass={tile_skip_mass} is not implemented; only 0.0 (exact) is")
-    choose(OP, BACKENDS, backend, hidden)
-    return reference(
-        hidden,
-        weight,
-        target,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        entropy=entropy,
-        ignore_index=ignore_index,
-        save=_keeps(save, save_limit_bytes, hidden, weight, bias),
-        weight_grad_out=weight_grad_out,
-    )
+    chosen = choose(OP, BACKENDS, backend, hidden)
+    options = {
+        "bias": bias,
+        "temperature": temperature,
+        "softcap": softcap,
+        "entropy": entropy,
+        "ignore_index": ignore_index,
+        "save": _keeps(save, save_limit_bytes, hidden, weight, bias, chosen),
+        "weight_grad_out": weight_grad_out,
+    }
+    if chosen == "triton":
+        from .triton.linear_logprob import linear_logprob as fused
+
+        return fused(hidden, weight, target, **options)
+    return reference(hidden, weight, target, **options)
 
 
-def _keeps(save: str, limit: int, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the scaled scores are kept for backward."""
+def _keeps(save: str, limit: int, hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> bool:
+    """Whether something per score is kept for backward."""
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
         return False
     if save == "auto":
-        return hidden.shape[0] * weight.shape[0] * (8 if hidden.dtype == torch.float64 else 4) <= limit
+        # The reference computes half-precision inputs in float32, the kernels keep exponentials in their dtype.
+        size = hidden.element_size() if backend == "triton" else max(4, hidden.element_size())
+        return hidden.shape[0] * weight.shape[0] * size <= limit
     return save == "logits"

@@ -1,6 +1,7 @@
 """Runs the launch code of every Triton kernel under a recording driver; one JSON line per kernel and architecture.
 
-A program for a process of its own: `python -m tests.kernels.compile_kernels 80 90 100`.
+A program for a process of its own: `python -m tests.kernels.compile_kernels 80 90 100`;
+`--shipped` adds every tile in the tables, which takes minutes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import sys
 import torch
 
 from prism_fast.kernels.gemm import TILES, matmul
-from prism_fast.kernels.logprob import combine_partials
+from prism_fast.kernels.logprob import TILES as SCORE_TILES
+from prism_fast.kernels.logprob import combine_partials, gradient_, scores
 from tests.support.triton_aot import RecordingDriver
 
 
@@ -29,11 +31,29 @@ def launch_everything(sm: int) -> None:
             matmul(a, b, out_dtype=out_dtype, tile=TILES[sm // 10])
 
 
-def main(archs: list[int]) -> None:
+def launch_scores(sm: int, shipped: bool) -> None:
+    """The scores and gradient kernels at every shipped tile of the card, or at the first one alone."""
+    tiles = [(bucket, tile) for bucket, tile in SCORE_TILES.items() if bucket.capability == sm]
+    for bucket, tile in tiles if shipped else tiles[:1]:
+        dtype = torch.bfloat16 if bucket.bytes == 2 else torch.float32
+        rows = 32 if bucket.few else 256
+        weight = torch.zeros((512, 128), dtype=dtype)
+        options = {"bias": weight[:, 0].contiguous(), "softcap": 30.0} if bucket.rich else {}
+        # Training, and statistics alone; another row count must not compile anew.
+        for n, learns in ((rows, True), (rows - 3, True), (rows, False)):
+            target, heat, g = torch.zeros(n, dtype=torch.int64), torch.ones(1), torch.ones(n)
+            hidden = torch.zeros((n, 128), dtype=dtype)
+            found = scores(hidden, weight, target, heat, **options, entropy=learns, keep=learns, tile=tile)
+            for h in (g, None) if learns else ():
+                gradient_(found, target, heat, g, h, 512, softcap=options.get("softcap"))
+
+
+def main(archs: list[int], shipped: bool) -> None:
     for sm in archs:
         driver = RecordingDriver(sm)
         driver.install()
         launch_everything(sm)
+        launch_scores(sm, shipped)
         for c in driver.compiled:
             fields = {k: getattr(c, k) for k in ("kernel", "arch", "registers", "shared", "stack", "spills")}
             uses = {"wgmma": "wgmma.mma_async" in c.ptx, "tcgen05": "tcgen05.mma" in c.ptx}
@@ -43,4 +63,5 @@ def main(archs: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(a) for a in sys.argv[1:]])
+    shipped = "--shipped" in sys.argv
+    main([int(a) for a in sys.argv[1:] if a != "--shipped"], shipped)

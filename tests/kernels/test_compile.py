@@ -14,15 +14,29 @@ pytest.importorskip("triton", reason="Triton is the compiler under test")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> list[dict]:
+def compile_for(*arguments: str, cache: Path, timeout: float) -> list[dict]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    command = [sys.executable, "-m", "tests.kernels.compile_kernels", "80", "90", "100"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=110)
+    command = [sys.executable, "-m", "tests.kernels.compile_kernels", *arguments]
+    env |= {"TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stderr)
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    return compile_for("80", "90", "100", cache=tmp_path_factory.mktemp("triton"), timeout=110)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_no_shipped_tile_spills(arch, tmp_path):
+    found = compile_for(arch, "--shipped", cache=tmp_path, timeout=590)
+    assert [c for c in found if c["spills"]] == []
+    # Eight tiles, some of them shared; each in two forms: training, and statistics alone.
+    assert sum(c["kernel"] == "scores_kernel" for c in found) >= 8
 
 
 def test_nothing_spills(compiled):
@@ -31,7 +45,13 @@ def test_nothing_spills(compiled):
 
 def test_every_kernel_on_every_card(compiled):
     seen = {(c["kernel"], c["arch"]) for c in compiled}
-    assert seen == {("combine_kernel", a) for a in (80, 90, 100)} | {("matmul_kernel", a) for a in (90, 100)}
+    everywhere = ("combine_kernel", "scores_kernel", "gradient_kernel")
+    assert seen == {(k, a) for k in everywhere for a in (80, 90, 100)} | {("matmul_kernel", a) for a in (90, 100)}
+
+
+def test_scores_use_matrix_units(compiled):
+    found = {c["arch"]: c for c in compiled if c["kernel"] == "scores_kernel"}
+    assert found[90]["wgmma"] and found[90]["tma"] and found[100]["tcgen05"] and found[100]["tma"]
 
 
 def test_product_uses_tensor_copies_and_matrix_units(compiled):
@@ -41,5 +61,8 @@ def test_product_uses_tensor_copies_and_matrix_units(compiled):
 
 
 def test_row_count_does_not_recompile(compiled):
-    """Four launches with other row and slice counts are one kernel per card."""
+    """Launches with other row and slice counts are one kernel per card and form."""
+    forms = {"combine_kernel": 1, "scores_kernel": 2, "gradient_kernel": 2}
+    for kernel, count in forms.items():
+        assert sorted(c["arch"] for c in compiled if c["kernel"] == kernel) == sorted((80, 90, 100) * count)
     assert sorted(c["arch"] for c in compiled if c["kernel"] == "combine_kernel") == [80, 90, 100]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from prism_fast.kernels.gemm import Tile, matmul
+from prism_fast.kernels.gemm import Tile, add_product, matmul, product
 from tests.support.triton_device import DEVICE
 
 SMALL = Tile(m=64, n=64, k=32, group=2, stages=2, warps=4)
@@ -64,3 +64,28 @@ def test_refusals():
         matmul(torch.zeros((8, 17), dtype=torch.bfloat16)[:, :16], b)
     with pytest.raises(ValueError, match="unit stride"):
         matmul(torch.zeros((8, 32), dtype=torch.bfloat16)[:, ::2], b)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_accumulation_adds_to_what_is_there(out_dtype, generator):
+    a, b = operand(72, 136, True, generator), operand(72, 200, False, generator)[:, :136].t()
+    start = torch.randn((72, 72), generator=generator).to(out_dtype).to(DEVICE)
+    out = start.clone()
+    matmul(a, b, out=out, accumulate=True, tile=SMALL)
+    exact = start.double() + a.double() @ b.double()
+    torch.testing.assert_close(out.double(), exact, rtol=2 * torch.finfo(out_dtype).eps, atol=1e-5)
+    assert matmul(a[:, :0], b[:0], out=out, accumulate=True) is out and out.any()
+    with pytest.raises(ValueError, match="accumulate=True needs out"):
+        matmul(a, b, accumulate=True)
+
+
+def test_products_wider_than_their_operands(generator):
+    a, b = operand(24, 40, False, generator), operand(40, 32, True, generator)
+    exact = a.double() @ b.double()
+    torch.testing.assert_close(product(a, b, torch.float32).double(), exact, rtol=1e-6, atol=1e-5)
+    assert product(a, b, torch.bfloat16).equal(exact.to(torch.bfloat16))
+    for dtype in (torch.float32, torch.float64):
+        out = torch.randn((24, 32), generator=generator).to(dtype).to(DEVICE)
+        wanted = out.double() + exact
+        add_product(out, a, b)
+        torch.testing.assert_close(out.double(), wanted, rtol=1e-6, atol=1e-5)

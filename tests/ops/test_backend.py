@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prism_fast import ops
-from prism_fast.ops import backend, native
+from prism_fast.ops import backend, native, triton
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORES, GROUP = torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64)
@@ -117,14 +117,33 @@ def test_unknown_backend_is_refused_by_every_op():
         call(backend="reference")
         with pytest.raises(ValueError, match=f"{name}: backend='fast' is not one of"):
             call(backend="fast")
-        with pytest.raises(ValueError, match=f"{name}: backend='triton', but this op has only"):
-            call(backend="triton")
+        for absent in {"native", "triton"} - set(sys.modules[getattr(ops, name).__module__].BACKENDS):
+            with pytest.raises(ValueError, match=f"{name}: backend='{absent}', but this op has only"):
+                call(backend=absent)
 
 
-def test_available_says_what_runs(machine):
+def test_triton_serves_cuda_and_is_refused_elsewhere(monkeypatch):
+    has = ("reference", "triton")
+    monkeypatch.delenv(backend.ENVIRONMENT, raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(triton, "available", lambda: True)
+    assert chosen(None, OnDevice("cuda"), has) == chosen("triton", OnDevice("cuda"), has) == "triton"
+    assert chosen(None, SCORES, has) == "reference"
+    with pytest.raises(RuntimeError, match="an_op: backend='triton' needs CUDA tensors.*these are on cpu"):
+        chosen("triton", SCORES, has)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert chosen("triton", SCORES, has) == "triton"
+    monkeypatch.setattr(triton, "available", lambda: False)
+    with pytest.raises(RuntimeError, match="CUDA tensors, but Triton is not installed"):
+        chosen(None, OnDevice("cuda"), has)
+
+
+def test_available_says_what_runs(machine, monkeypatch):
     machine(False)
+    monkeypatch.setattr(triton, "runs_here", lambda: False)
     assert set(ops.available().values()) == {("reference",)}
     machine(True, cuda=True)
+    monkeypatch.setattr(triton, "runs_here", lambda: True)
     assert ops.available()["group_advantage"] == ("reference", "native")
     for op, backends in ops.available().items():
         module = sys.modules[getattr(ops, op).__module__]

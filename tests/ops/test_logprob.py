@@ -278,7 +278,7 @@ REFUSALS = {
     "weight_grad_out must be float32, float64": ({"weight_grad_out": torch.zeros(5, 2).half()}, ValueError),
     "vocab_group": ({"vocab_group": object()}, NotImplementedError),
     "tile_skip_mass=0.1": ({"tile_skip_mass": 0.1}, NotImplementedError),
-    "backend='triton', but this op has only 'reference'": ({"backend": "triton"}, ValueError),
+    "backend='native', but this op has only 'reference', 'triton'": ({"backend": "native"}, ValueError),
 }
 
 

@@ -1,0 +1,239 @@
+"""Scores, their statistics and (on request) their exponentials in one pass over the output matrix.
+
+A program computes tiles of hidden·Wᵀ with fp32 accumulators and takes everything from them before a single bit is
+rounded: per row and tile the maximum, Σ e^(z−m) and Σ e^(z−m)·(z−m), and the logit of the target where it falls into
+the tile. `combine` joins the tiles. What backward needs is kept as e^(z−m), relative to the tile's own maximum: its
+relative error is that of one rounding to the operands' dtype, whatever the size of the logits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from prism_fast.kernels.gemm.persistent import card, scratch, tile_position
+from prism_fast.kernels.logprob.combine import Combined, combine_partials
+from prism_fast.kernels.logprob.tiles import Tile, retune, tile_for
+
+# Stands for -inf (a column outside the matrix, a banned token): finite, so that no inf - inf can arise from it.
+LOWEST = tl.constexpr(-1e30)
+
+
+class Scores(NamedTuple):
+    """What forward knows about ``n`` rows. float32 ``[n]`` unless said otherwise."""
+
+    row_max: torch.Tensor
+    log_sum: torch.Tensor  # log Σ exp(z - row_max)
+    logp: torch.Tensor  # of the target; NaN where the target is no column of the matrix
+    entropy: torch.Tensor  # nats
+    kept: torch.Tensor | None  # [n, >= V] in the operands' dtype, e^(z - tile_max); what stands past V means nothing
+    tile_max: torch.Tensor  # [tiles, n]
+    tile_sum: torch.Tensor  # [tiles, n], Σ exp(z - tile_max) over the tile
+    width: int  # columns of a tile
+
+
+@triton.jit
+def tanh(x):
+    """From the exponential, and near 0, where that cancels, from a polynomial (relative error 3e-9 below 0.6)."""
+    t = x * x
+    p = -0.33333298002 + t * (0.13331924125 + t * (-0.05378383015 + t * (0.02079597127 - t * 0.00589515766)))
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(t < 0.36, x + x * t * p, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def finished(z, bias_ptr, first, V, softcap, scale, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, WIDTH: tl.constexpr):
+    """Products -> scores: bias, soft cap, temperature; columns outside the matrix become `LOWEST`."""
+    column = first + tl.arange(0, WIDTH)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + column, column < V, other=0.0).to(tl.float32)[None, :]
+    if SOFTCAP:
+        z = softcap * tanh(z / softcap)
+    z *= scale[:, None]
+    if HAS_BIAS:  # only a bias can ban a token
+        z = tl.where(z < LOWEST, LOWEST, z)
+    return tl.where((column < V)[None, :], z, LOWEST)
+
+
+@triton.jit
+def chosen(z, target, first, WIDTH: tl.constexpr):
+    """[rows] score of each row's target, 0 where it is not among these columns."""
+    column = first + tl.arange(0, WIDTH)
+    return tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
+
+
+@triton.jit
+def exponentials(z, m, kept, n, v, ENTROPY: tl.constexpr):
+    """Σ e and Σ e·(z − m) of e = exp(z − m), which goes to the descriptor ``kept`` if there is one."""
+    d = z - m[:, None]
+    e = tl.exp(d)
+    total = tl.sum(e, 1)
+    moment = total
+    if ENTROPY:
+        moment = tl.sum(e * d, 1)
+    if kept is not None:
+        kept.store([n, v], e.to(kept.dtype))
+    return total, moment
+
+
+@triton.jit(do_not_specialize=["N", "heat_stride"])
+def scores_kernel(
+    hidden_ptr,  # [N, H]
+    weight_ptr,  # [V, H]
+    bias_ptr,  # [V]
+    target_ptr,  # [N]
+    heat_ptr,  # [N] or [1] float32 temperature
+    kept_ptr,  # [N, V]
+    m_ptr,  # [tiles, N], also s, u
+    s_ptr,
+    u_ptr,
+    target_logit_ptr,  # [N]
+    N,
+    V,
+    H,
+    hidden_stride,
+    weight_stride,
+    kept_stride,
+    heat_stride,  # 0 for a scalar
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    PART: tl.constexpr = BLOCK_V // 2 if SPLIT else BLOCK_V
+    hidden = tl.make_tensor_descriptor(hidden_ptr, [N, H], [hidden_stride, 1], [BLOCK_N, BLOCK_H])
+    weight = tl.make_tensor_descriptor(weight_ptr, [V, H], [weight_stride, 1], [BLOCK_V, BLOCK_H])
+    if KEEP:
+        kept = tl.make_tensor_descriptor(kept_ptr, [N, V], [kept_stride, 1], [BLOCK_N, PART])
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_v = tl.cdiv(V, BLOCK_V)
+    steps = tl.cdiv(H, BLOCK_H)
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, PROGRAMS, flatten=True):
+        tile_n, tile_v = tile_position(tile, tiles_n, tiles_v, GROUP)
+        n = tile_n * BLOCK_N
+        v = tile_v * BLOCK_V
+        z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+        for step in range(steps):
+            h = step * BLOCK_H
+            z = tl.dot(hidden.load([n, h]), weight.load([v, h]).T, z, input_precision=PRECISION)
+
+        row = n + tl.arange(0, BLOCK_N)
+        inside = row < N
+        scale = 1.0 / tl.load(heat_ptr + row * heat_stride, inside, other=1.0)
+        target = tl.load(target_ptr + row, inside, other=-1)
+        if SPLIT:
+            # One half after the other: the exponentials of a whole tile beside its scores would spill registers.
+            halves = tl.permute(tl.reshape(z, (BLOCK_N, 2, PART)), (0, 2, 1))
+            left, right = tl.split(halves)
+            left = finished(left, bias_ptr, v, V, softcap, scale, HAS_BIAS, SOFTCAP, PART)
+            right = finished(right, bias_ptr, v + PART, V, softcap, scale, HAS_BIAS, SOFTCAP, PART)
+            m = tl.maximum(tl.max(left, 1), tl.max(right, 1))
+            at_target = chosen(left, target, v, PART) + chosen(right, target, v + PART, PART)
+            total, moment = exponentials(left, m, kept if KEEP else None, n, v, ENTROPY)
+            total_right, moment_right = exponentials(right, m, kept if KEEP else None, n, v + PART, ENTROPY)
+            total += total_right
+            moment += moment_right
+        else:
+            z = finished(z, bias_ptr, v, V, softcap, scale, HAS_BIAS, SOFTCAP, PART)
+            m = tl.max(z, 1)
+            at_target = chosen(z, target, v, PART)
+            total, moment = exponentials(z, m, kept if KEEP else None, n, v, ENTROPY)
+        found = (target >= v) & (target < v + BLOCK_V) & (target < V)
+        tl.store(target_logit_ptr + row, at_target, inside & found)
+        slot = tile_v.to(tl.int64) * N + row
+        tl.store(m_ptr + slot, m, inside)
+        tl.store(s_ptr + slot, total, inside)
+        if ENTROPY:
+            tl.store(u_ptr + slot, moment, inside)
+
+
+def scores(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    heat: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    entropy: bool = False,
+    keep: torch.Tensor | bool = False,
+    tile: Tile | None = None,
+) -> Scores:
+    """Statistics of the rows ``cap(hidden [n,H] @ weight [V,H].T + bias) / heat``.
+
+    ``hidden`` and ``weight`` in bf16, fp16 or fp32 with rows that start at multiples of 16 bytes; ``target`` [n] int64
+    or int32; ``heat`` [n] or [1] float32, contiguous. ``keep=True`` allocates the exponentials, a tensor from
+    `keep_buffer` receives them. ``tile`` defaults to the table of the card. Raises ValueError or NotImplementedError.
+    """
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        _addressable(name, x)
+    n = hidden.shape[0]
+    programs, capability = card(hidden.device)
+    kept = keep_buffer(n, weight) if keep is True else (None if keep is False else keep)
+    operands = (hidden, weight, target, heat, bias, softcap, entropy, kept, programs)
+    if tile is None:
+        rich = bias is not None or softcap is not None
+        if n and hidden.is_cuda:
+            retune(capability, n, hidden.dtype, rich, lambda candidate: _launch(*operands, candidate))
+        tile = tile_for(capability, n, hidden.dtype, rich)
+    m, s, u, target_logit = _launch(*operands, tile)
+    if n == 0:
+        return Scores(*(target_logit.clone() for _ in range(4)), kept, m, s, tile.v)
+    joined: Combined = combine_partials(m, s, u, target_logit)
+    return Scores(*joined, kept, m, s, tile.v)
+
+
+def _launch(hidden, weight, target, heat, bias, softcap, entropy, kept, programs, tile) -> tuple[torch.Tensor, ...]:
+    """(m, s, u [tiles, n], target logit [n]); without entropy u is s and means nothing."""
+    (n, width), vocabulary = hidden.shape, weight.shape[0]
+    tiles = triton.cdiv(vocabulary, tile.v)
+    fresh = {"dtype": torch.float32, "device": hidden.device}
+    m, s = torch.empty((tiles, n), **fresh), torch.empty((tiles, n), **fresh)
+    u = torch.empty((tiles, n), **fresh) if entropy else s
+    target_logit = torch.full((n,), float("nan"), **fresh)
+    count = triton.cdiv(n, tile.n) * tiles
+    if count == 0:
+        return m, s, u, target_logit
+    triton.set_allocator(scratch)
+    scores_kernel[(min(programs, count),)](
+        hidden, weight, hidden if bias is None else bias, target, heat, hidden if kept is None else kept,
+        m, s, u, target_logit, n, vocabulary, width, hidden.stride(0), weight.stride(0),
+        width if kept is None else kept.stride(0), 0 if heat.numel() == 1 else 1, 1.0 if softcap is None else softcap,
+        HAS_BIAS=bias is not None, SOFTCAP=softcap is not None, ENTROPY=entropy, KEEP=kept is not None,
+        # The default would round fp32 operands to ten bits.
+        PRECISION="ieee" if hidden.dtype == torch.float32 else "tf32",
+        SPLIT=tile.split, BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_H=tile.h, GROUP=tile.group, PROGRAMS=programs,
+        num_stages=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+    return m, s, u, target_logit
+
+
+def keep_buffer(n: int, weight: torch.Tensor) -> torch.Tensor:
+    """[n, >= V] for kept exponentials; rows start at multiples of 128 bytes, as tensor copies and cuBLAS want."""
+    unit = 128 // weight.element_size()
+    padded = triton.cdiv(weight.shape[0], unit) * unit
+    return torch.empty((n, padded), dtype=weight.dtype, device=weight.device)
+
+
+def tile_width(hidden: torch.Tensor, rich: bool) -> int:
+    """Columns of a tile that `scores` uses for these rows; ``rich``: with a bias or a soft cap."""
+    return tile_for(card(hidden.device)[1], hidden.shape[0], hidden.dtype, rich).v
+
+
+def _addressable(name: str, x: torch.Tensor) -> None:
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise NotImplementedError(f"{name}: {x.dtype} has no kernel; use bfloat16, float16, float32 or the reference")
+    if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
+        raise ValueError(f"{name}: rows must be contiguous and start at multiples of 16 bytes; strides {x.stride()}")

@@ -1,0 +1,124 @@
+"""A language-model head applied to rows: scores forward, gradients backward, by the Triton kernels.
+
+`prism_fast.ops.linear_logprob` keeps the scores of all rows or forms them twice; `linear_policy_loss` takes wave after
+wave. Both are made of these steps.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from prism_fast.kernels.logprob import Scores
+
+# Scores of one wave where they are not kept: large enough for the products, small beside weights and gradients.
+WAVE_BYTES = 320 << 20
+WAVE_UNIT = 128
+# Statistics per tile of the vocabulary of rows whose scores are not kept: a few hundred numbers per row.
+STATISTICS_ROWS = 8192
+WIDTH_UNIT = 16
+
+
+def wave_rows(weight: Tensor) -> int:
+    """Rows whose scores are held at once."""
+    rows = WAVE_BYTES // (weight.shape[0] * weight.element_size())
+    return max(WAVE_UNIT, rows // WAVE_UNIT * WAVE_UNIT)
+
+
+class Rows:
+    """Operands of a head, and the gradients it has collected.
+
+    hidden [N, H], weight [V, H], bias [V] or None, target [N] (anything outside [0, V) is no column), heat [N] or [1]
+    float32. ``wants``: gradients to form, of hidden, weight and bias. ``weight_grad``: where to add the weight's.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        heat: Tensor,
+        softcap: float | None,
+        entropy: bool,
+    ):
+        if hidden.dtype == torch.float64:
+            raise NotImplementedError("linear_logprob: backend='triton' has no float64; pass backend='reference'")
+        if hidden.shape[1] == 0 or hidden.shape[1] % WIDTH_UNIT:
+            raise ValueError(
+                f"linear_logprob: backend='triton' needs a hidden size divisible by {WIDTH_UNIT}, got "
+                f"{hidden.shape[1]}; pad hidden and weight with zeros, or pass backend='reference'"
+            )
+        self.hidden, self.weight = _aligned(hidden), _aligned(weight)
+        self.bias = None if bias is None else bias.contiguous()
+        self.target, self.heat = target.contiguous(), heat
+        self.softcap, self.entropy = softcap, entropy
+
+    def forward(self, block: slice, keep: bool) -> Scores:
+        """Scores of the rows ``block``, with their exponentials if they are to be kept."""
+        from prism_fast.kernels import logprob
+
+        return logprob.scores(
+            self.hidden[block],
+            self.weight,
+            self.target[block],
+            self._heat(block),
+            bias=self.bias,
+            softcap=self.softcap,
+            entropy=self.entropy,
+            keep=keep,
+        )
+
+    def prepare(self, wants: tuple[bool, bool, bool], weight_grad: Tensor | None, waves: int) -> None:
+        """Set up the gradients that `backward` will fill; ``waves`` calls will follow."""
+        n = self.hidden.shape[0]
+        self.wants, self.waves = wants, waves
+        wide = {"dtype": torch.float32, "device": self.hidden.device}
+        self.hidden_grad = torch.empty_like(self.hidden) if wants[0] else None
+        self.bias_grad = torch.zeros(self.weight.shape[0], **wide) if wants[2] else None
+        self.weight_grad = weight_grad if wants[1] else None
+        if wants[1] and weight_grad is None and (waves != 1 or n == 0):
+            self.weight_grad = torch.zeros(self.weight.shape, **wide)
+
+    def backward(self, block: slice, found: Scores, g: Tensor, h: Tensor | None) -> None:
+        """Add what the rows ``block`` contribute; uses up ``found.kept``. ``g``, ``h`` [n] float32, h with entropy."""
+        from prism_fast.kernels import gemm, logprob
+
+        vocabulary = self.weight.shape[0]
+        dz = logprob.gradient_(
+            found, self.target[block], self._heat(block), g, h, vocabulary, softcap=self.softcap
+        )  # [n, V]
+        # Products outside an autocast region: it would round what is meant to stay float32.
+        with torch.autocast(dz.device.type, enabled=False):
+            if self.wants[0]:
+                self.hidden_grad[block] = gemm.product(dz, self.weight, self.hidden.dtype)
+            if self.wants[1]:
+                # A row without upstream gradient must add nothing, even where its hidden state is not finite.
+                active = g != 0.0 if h is None else (g != 0.0) | (h != 0.0)
+                x = torch.where(active[:, None], self.hidden[block], 0.0)
+                if self.weight_grad is None:
+                    self.weight_grad = gemm.product(dz.t(), x, self.weight.dtype)
+                else:
+                    gemm.add_product(self.weight_grad, dz.t(), x)
+            if self.wants[2]:
+                self.bias_grad += dz.sum(0, dtype=torch.float32)
+
+    def _heat(self, block: slice) -> Tensor:
+        return self.heat if self.heat.shape[0] == 1 else self.heat[block]
+
+
+def heat_rows(temperature: float | Tensor, hidden: Tensor) -> Tensor:
+    """[N] or [1] float32 temperature."""
+    if isinstance(temperature, Tensor):
+        return temperature.detach().to(torch.float32).reshape(-1).contiguous()
+    return torch.full((1,), temperature, dtype=torch.float32, device=hidden.device)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Rows contiguous and starting at multiples of 16 bytes."""
+    if x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,248 @@
+"""linear_logprob by the Triton kernels: eager autograd, and the same as operators that a compiler can trace."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..reference import softmax_rows
+from ..results import LogProb
+from .head import STATISTICS_ROWS, Rows, heat_rows, wave_rows
+
+if TYPE_CHECKING:
+    from prism_fast.kernels.logprob import Scores
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    entropy: bool,
+    ignore_index: int,
+    save: bool,
+    weight_grad_out: Tensor | None,
+) -> LogProb:
+    """See ``prism_fast.ops.linear_logprob``. ``save``: keep the exponentials of the scores for the backward pass."""
+    heat = heat_rows(temperature, hidden)
+    arguments = (hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save)
+    if torch.compiler.is_compiling():
+        return LogProb(*_operator(*arguments)[:2])
+    return LogProb(*_LinearLogProb.apply(*arguments))
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    heat: Tensor,
+    softcap: float | None,
+    entropy: bool,
+    ignore_index: int,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp [N], entropy [N] or [0], row maximum, log-sum, kept, tile maxima); the last four are empty unless saved."""
+    rows = Rows(hidden, weight, bias, target, heat, softcap, entropy)
+    n = hidden.shape[0]
+    _, ignored, outside = softmax_rows.target_rows(target, weight.shape[0], ignore_index)
+    step = max(n, 1) if save else STATISTICS_ROWS
+    found = [rows.forward(slice(at, min(n, at + step)), save) for at in range(0, max(n, 1), step)]
+    logp, spread = softmax_rows.finish(_joined(found, "logp"), _joined(found, "entropy"), ignored, outside)
+    nothing = logp.new_empty(0)
+    spread = spread if entropy else nothing
+    if not save:
+        return logp, spread, nothing, nothing.clone(), hidden.new_empty(0), nothing.clone()
+    (whole,) = found
+    return logp, spread, whole.row_max, whole.log_sum, whole.kept, whole.tile_max
+
+
+def backward(
+    logp_grad: Tensor | None,
+    entropy_grad: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    heat: Tensor,
+    logp: Tensor,
+    spread: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    kept: Tensor,
+    tile_max: Tensor,
+    weight_grad_out: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    wants: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias, None where not wanted. Uses up ``kept``; adds to ``weight_grad_out``."""
+    n, vocabulary = hidden.shape[0], weight.shape[0]
+    entropy = spread.shape[0] == n and entropy_grad is not None
+    _, ignored, outside = softmax_rows.target_rows(target, vocabulary, ignore_index)
+    g = softmax_rows.upstream(logp_grad, logp, ignored)
+    g = torch.where(outside & (g != 0.0), math.nan, g).contiguous()
+    h = softmax_rows.upstream(entropy_grad, logp, ignored).contiguous() if entropy else None
+    rows = Rows(hidden, weight, bias, target, heat, softcap, entropy)
+    saved = kept.dim() == 2
+    step = max(n, 1) if saved else wave_rows(weight)
+    rows.prepare(wants, weight_grad_out, waves=-(-n // step))
+    for at in range(0, n, step):
+        block = slice(at, min(n, at + step))
+        if saved:
+            found = _found(row_max, log_sum, logp, spread if entropy else logp, kept, tile_max, rows)
+        else:
+            found = rows.forward(block, keep=True)
+        rows.backward(block, found, g[block], None if h is None else h[block])
+        del found  # its buffer serves the next wave
+    return (
+        rows.hidden_grad,
+        rows.weight_grad.to(weight.dtype) if wants[1] and weight_grad_out is None else None,
+        rows.bias_grad.to(hidden.dtype) if wants[2] else None,
+    )
+
+
+def _joined(found: list[Scores], name: str) -> Tensor:
+    parts = [getattr(part, name) for part in found]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _found(row_max, log_sum, logp, spread, kept, tile_max, rows: Rows) -> Scores:
+    from prism_fast.kernels import logprob
+
+    width = logprob.tile_width(rows.hidden, rich=rows.bias is not None or rows.softcap is not None)
+    return logprob.Scores(row_max, log_sum, logp, spread, kept, tile_max, tile_max, width)
+
+
+class _LinearLogProb(torch.autograd.Function):
+    """The operator below without the dispatcher, which costs an eager call tens of microseconds."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save):
+        found = forward(hidden, weight, bias, target, heat, softcap, entropy, ignore_index, save)
+        ctx.save_for_backward(hidden, weight, bias, target, heat, *found)
+        ctx.weight_grad_out, ctx.softcap, ctx.ignore_index = weight_grad_out, softcap, ignore_index
+        ctx.set_materialize_grads(False)
+        return found[:2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, logp_grad, entropy_grad):
+        gradients = backward(
+            logp_grad, entropy_grad, *ctx.saved_tensors, ctx.weight_grad_out, ctx.softcap, ctx.ignore_index,
+            ctx.needs_input_grad[:3],
+        )  # fmt: skip
+        # The kernels wrote into what was kept behind autograd's back: a second backward has to notice.
+        kept = ctx.saved_tensors[9]
+        if kept.dim() == 2:
+            torch.autograd.graph.increment_version(kept)
+        return *gradients, *[None] * 7
+
+
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    heat: Tensor,
+    weight_grad_out: Tensor | None,
+    softcap: float | None,
+    entropy: bool,
+    ignore_index: int,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return forward(hidden, weight, bias, target, heat, softcap, entropy, ignore_index, save)
+
+
+_operator = torch.library.custom_op("prism_fast::linear_logprob", _run, mutates_args=())
+
+
+@_operator.register_fake
+def _(hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save):
+    n, vocabulary = hidden.shape[0], weight.shape[0]
+    wide = {"dtype": torch.float32}
+    kept = m = hidden.new_empty(0)
+    if save:
+        from prism_fast.kernels import logprob
+
+        width = logprob.tile_width(hidden, rich=bias is not None or softcap is not None)
+        kept = logprob.keep_buffer(n, weight)
+        m = hidden.new_empty((-(-vocabulary // width), n))
+    statistics = n if save else 0
+    return (
+        hidden.new_empty(n, **wide),
+        hidden.new_empty(n if entropy else 0, **wide),
+        hidden.new_empty(statistics, **wide),
+        hidden.new_empty(statistics, **wide),
+        kept,
+        torch.empty_like(m, **wide),
+    )
+
+
+def _run_backward(
+    logp_grad: Tensor | None,
+    entropy_grad: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    heat: Tensor,
+    logp: Tensor,
+    spread: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    kept: Tensor,
+    tile_max: Tensor,
+    weight_grad_out: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = backward(
+        logp_grad, entropy_grad, hidden, weight, bias, target, heat, logp, spread, row_max, log_sum, kept, tile_max,
+        weight_grad_out, softcap, ignore_index, (want_hidden, want_weight, want_bias),
+    )  # fmt: skip
+    return tuple(hidden.new_empty(0) if x is None else x for x in gradients)
+
+
+_backward_operator = torch.library.custom_op(
+    "prism_fast::linear_logprob_backward", _run_backward, mutates_args=("kept", "weight_grad_out")
+)
+
+
+@_backward_operator.register_fake
+def _(logp_grad, entropy_grad, hidden, weight, bias, *rest):
+    weight_grad_out, (want_hidden, want_weight, want_bias) = rest[8], rest[-3:]
+    nothing = hidden.new_empty
+    return (
+        torch.empty_like(hidden) if want_hidden else nothing(0),
+        torch.empty_like(weight) if want_weight and weight_grad_out is None else nothing(0),
+        torch.empty_like(bias) if want_bias else nothing(0),
+    )
+
+
+def _setup(ctx, inputs, output) -> None:
+    hidden, weight, bias, target, heat, weight_grad_out, softcap, _, ignore_index, _ = inputs
+    ctx.save_for_backward(hidden, weight, bias, target, heat, *output, weight_grad_out)
+    ctx.softcap, ctx.ignore_index = softcap, ignore_index
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, logp_grad, entropy_grad, *_):
+    wants = ctx.needs_input_grad[:3]
+    found = _backward_operator(logp_grad, entropy_grad, *ctx.saved_tensors, ctx.softcap, ctx.ignore_index, *wants)
+    into = ctx.saved_tensors[-1]
+    given = (wants[0], wants[1] and into is None, wants[2])
+    return *(x if there else None for x, there in zip(found, given, strict=True)), *[None] * 7
+
+
+_operator.register_autograd(_autograd, setup_context=_setup)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
+WEIGHTS = "model.safetensors"
+SHARD_INDEX = "model.safetensors.index.json"
 _SHOWN = 8
 
 
@@ -26,7 +31,7 @@ def read_model_type(folder: Path) -> str:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{config_file} is missing: {folder} is not a Hugging Face checkpoint folder")
-    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+    if not any((folder / name).is_file() for name in (WEIGHTS, SHARD_INDEX)):
         pickled = ", a pickled checkpoint is there but is never read: convert it" if any(folder.glob("*.bin")) else ""
         raise FileNotFoundError(f"{folder / 'model.safetensors'} (or its shard index) is missing{pickled}")
     try:
@@ -34,6 +39,92 @@ def read_model_type(folder: Path) -> str:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{config_file} does not name a model_type: {error!r}") from error
     return str(model_type)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, in order of name: the single one, or the shards of the index.
+
+    Raises:
+        FileNotFoundError: neither is there, or a shard of the index is missing.
+        ValueError: the index is no index, or names a file outside the folder.
+    """
+    if (folder / WEIGHTS).is_file():  # what transformers reads where both exist
+        return [folder / WEIGHTS]
+    return sorted(set(_shards(folder).values()))
+
+
+def find_tensor(folder: Path, key: str) -> Path | None:
+    """The safetensors file that holds tensor ``key`` (raises like :func:`weight_files`), or None."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        return _shards(folder).get(key)
+    with open_weights(file) as tensors:
+        return file if key in set(tensors.keys()) else None
+
+
+def _shards(folder: Path) -> dict[str, Path]:
+    """Tensor name to shard, as the index has it."""
+    index = folder / SHARD_INDEX
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder / WEIGHTS} (or its shard index) is missing")
+    try:
+        names = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is not a shard index: {error!r}") from error
+    for name in set(map(str, names.values())):
+        if Path(name).name != name:
+            raise ValueError(f"{index} names {name!r}: shards stand in the folder itself")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing: {index} names it")
+    return {key: folder / str(name) for key, name in names.items()}
+
+
+@contextmanager
+def open_weights(file: Path) -> Iterator[Any]:
+    """``safe_open`` of one file; a file that is none, or damaged, is a ``ValueError`` that names it."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or no safetensors file ({error}): copy it again") from error
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise ``FileExistsError`` where ``path`` is there already, in whatever form."""
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"{path} exists already and is never overwritten: remove it or name another")
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``path`` when the block ends well, and vanishes when it does not: nobody ever
+    sees half of it under its name. Contents are on the disk before the name is.
+
+    Raises:
+        FileExistsError: ``path`` exists.
+    """
+    refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for entry in (*temporary.rglob("*"), temporary):
+            _sync(entry)
+        refuse_existing(path)
+        temporary.rename(path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # the error on its way is the one to see
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

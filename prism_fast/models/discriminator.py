@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     PreTrainedConfig,
@@ -22,7 +21,15 @@ from transformers import (
     Qwen3VLMoeModel,
 )
 
-from prism_fast.models.checkpoints import check_loading, read_model_type, without_load_report
+from prism_fast.models.checkpoints import (
+    SHARD_INDEX,
+    check_loading,
+    find_tensor,
+    open_weights,
+    read_model_type,
+    weight_files,
+    without_load_report,
+)
 from prism_fast.models.experts import choose_experts_for_device
 from prism_fast.models.forward import TokenBatch, language_outputs
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
@@ -35,7 +42,7 @@ HEAD_KEY = "v_head.1.weight"
 RELEASED_HEAD_DROPOUT = 0.1
 # Of no use to a reader, and the first of them may be the path of a machine.
 _GENERIC_FIELDS = frozenset(PreTrainedConfig().to_dict()) - {"model_type", "dtype", "transformers_version"}
-_EXPERT_KEYS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+EXPERT_KEYS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 
 
 class SpanScores(NamedTuple):
@@ -139,7 +146,7 @@ def load_discriminator(
         )
     config = Qwen3VLMoeConfig.from_pretrained(folder, local_files_only=True)
     refuse_square_experts(config.text_config.hidden_size, config.text_config.moe_intermediate_size)
-    head = _read_head(folder, config.text_config.hidden_size)
+    head = read_head(folder, config.text_config.hidden_size)
     with without_load_report():
         backbone, info = Qwen3VLMoeModel.from_pretrained(
             folder,
@@ -160,24 +167,21 @@ def load_discriminator(
     return discriminator.to(device)
 
 
-def _read_head(folder: Path, hidden_size: int) -> Tensor:
-    index_file = folder / "model.safetensors.index.json"
-    source = folder / "model.safetensors"
-    if index_file.is_file():
-        shard = json.loads(index_file.read_text())["weight_map"].get(HEAD_KEY)
-        source = index_file if shard is None else folder / shard
-    if source == index_file:
-        keys: set[str] = set()
-    else:
-        with safe_open(source, framework="pt") as tensors:
-            keys = set(tensors.keys())
-            if HEAD_KEY in keys:
-                head = tensors.get_tensor(HEAD_KEY)
-    if HEAD_KEY not in keys:
+def read_head(folder: Path, hidden_size: int) -> Tensor:
+    """The score head ``[1, H]`` of a discriminator folder.
+
+    Raises:
+        ValueError: there is none, or it has another shape.
+    """
+    source = find_tensor(folder, HEAD_KEY)
+    if source is None:
+        searched = weight_files(folder)
         raise ValueError(
-            f"{source} has no {HEAD_KEY}: it has no score head. Use a discriminator checkpoint or build one "
-            "from a dense policy with build_discriminator"
+            f"{searched[0] if len(searched) == 1 else folder / SHARD_INDEX} has no {HEAD_KEY}: it has no score head. "
+            "Use a discriminator checkpoint or build one from a dense policy with `prism-fast convert upcycle`"
         )
+    with open_weights(source) as tensors:
+        head = tensors.get_tensor(HEAD_KEY)
     if tuple(head.shape) != (1, hidden_size):
         raise ValueError(f"{HEAD_KEY} in {source} has shape {tuple(head.shape)}, expected {(1, hidden_size)}")
     return head
@@ -191,15 +195,20 @@ def save_discriminator(model: Discriminator, processor: Processor | None, path: 
     folder.mkdir(parents=True, exist_ok=True)
     state = {}
     for name, tensor in model.backbone.state_dict().items():
-        stored = tensor.transpose(1, 2) if name.endswith(_EXPERT_KEYS) else tensor
+        stored = tensor.transpose(1, 2) if name.endswith(EXPERT_KEYS) else tensor
         state[f"model.{name}"] = stored.contiguous()
     state[HEAD_KEY] = model.v_head[1].weight.detach()
     save_torch_state_dict(state, folder, metadata={"format": "pt"})
-    torch.save({"v_head.summary.weight": state[HEAD_KEY].cpu()}, folder / "value_head.pt")
+    write_side_head(state[HEAD_KEY], folder)
     config = released_config(model.backbone.config, model.backbone.dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if processor is not None:
         processor.save_pretrained(folder)
+
+
+def write_side_head(head: Tensor, folder: Path) -> None:
+    """``value_head.pt`` beside the weights, for TRL-style readers; never read here."""
+    torch.save({"v_head.summary.weight": head.cpu()}, folder / "value_head.pt")
 
 
 def released_config(config: Qwen3VLMoeConfig, dtype: torch.dtype) -> dict:

@@ -9,31 +9,51 @@ from pathlib import Path
 from prism_fast.data.images import DEFAULT_MAX_IMAGE_PIXELS
 from prism_fast.data.problems import DataError, Place
 from prism_fast.data.readers import read_pairs, read_sharegpt, read_tasks
+from prism_fast.data.samples import Demonstration, Pair, Task
+from prism_fast.models.processor import Processor
+
+
+KINDS = ("sft", "tasks", "pairs")
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a file holds: ``samples`` of ``form`` that can be used, and what is wrong with the others."""
+    """What a file holds: ``samples`` of ``form`` that can be used, and what is wrong with the others. ``prompt_tokens``:
+    length of every usable sample's expanded prompt, in file order (empty unless a processor was given)."""
 
     path: Path
     form: str
     samples: int
     problems: list[DataError]
+    prompt_tokens: list[int]
 
 
 def check_file(
-    path: str | Path, *, require_teacher: bool = False, max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS
+    path: str | Path,
+    *,
+    kind: str | None = None,
+    require_teacher: bool = False,
+    max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
+    processor: Processor | None = None,
+    max_prompt_tokens: int | None = None,
 ) -> Findings:
     """Read ``path`` as the format its name and first record say: parquet tasks, ShareGPT JSON, or jsonl pairs.
 
+    ``kind`` (``sft``, ``tasks`` or ``pairs``) forces the format. With a ``processor``, prompts are encoded as training
+    does it, images expanded, and those of more than ``max_prompt_tokens`` are problems.
     Problems of the file as a whole (missing, no such format, wrong column types) are findings like any other.
     """
     path = Path(path)
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is not known; allowed: {', '.join(KINDS)}")
+    if max_prompt_tokens is not None and processor is None:
+        raise ValueError("max_prompt_tokens needs a processor: tokens are those of a particular policy")
     problems: list[DataError] = []
+    lengths: list[int] = []
     form = "unknown"
     usable = 0
     try:
-        form = _form(path)
+        form = _form(path) if kind is None else {"sft": "sharegpt"}.get(kind, kind)
         if form == "tasks":
             samples = read_tasks(
                 path, require_teacher=require_teacher, max_image_pixels=max_image_pixels, problems=problems
@@ -44,13 +64,27 @@ def check_file(
             samples = read_sharegpt(path, max_image_pixels=max_image_pixels, problems=problems)
         for index in range(len(samples)):
             try:
-                samples[index]
+                sample = samples[index]
+                if processor is not None:
+                    lengths.append(_prompt_tokens(path, sample, processor, max_prompt_tokens))
                 usable += 1
             except DataError as error:
                 problems.append(error)
     except DataError as error:
         problems.append(error)
-    return Findings(path, form, usable, problems)
+    return Findings(path, form, usable, problems, lengths)
+
+
+def _prompt_tokens(path: Path, sample: Demonstration | Task | Pair, processor: Processor, limit: int | None) -> int:
+    place = Place(path, f"sample {sample.uid}")
+    try:
+        tokens = len(processor.encode_prompt(sample.messages, sample.images).input_ids)
+    except ValueError as error:
+        raise place.error("prompt", f"cannot be encoded: {error}", "Mend or leave out the sample") from error
+    if limit is not None and tokens > limit:
+        cure = "Shorten the prompt, shrink its images, or raise the limit"
+        raise place.error("prompt", f"expands to {tokens} tokens, more than the limit of {limit}", cure)
+    return tokens
 
 
 def _form(path: Path) -> str:

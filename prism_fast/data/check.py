@@ -12,14 +12,15 @@ from prism_fast.data.readers import read_pairs, read_sharegpt, read_tasks
 from prism_fast.data.samples import Demonstration, Pair, Task
 from prism_fast.models.processor import Processor
 
-
 KINDS = ("sft", "tasks", "pairs")
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a file holds: ``samples`` of ``form`` that can be used, and what is wrong with the others. ``prompt_tokens``:
-    length of every usable sample's expanded prompt, in file order (empty unless a processor was given)."""
+    """What a file holds: ``samples`` of ``form`` that can be used, and what is wrong with the others.
+
+    ``prompt_tokens``: length of every usable sample's expanded prompt in file order, empty unless a processor was given.
+    """
 
     path: Path
     form: str

@@ -4,18 +4,12 @@
 //
 // A *team* walks over the rows of one group: on the CPU one thread with a list, on the GPU a warp. It offers
 //     each(f)            f(row) for every row of the group; a row is always visited by the same member of the team
+//     scan(f)            every member calls f(row) for every row of the group
 //     sum(f), lowest(f)  the sum and the minimum of f(row), known to every member, added in an order fixed by the rows alone
 // Because a row belongs to one member, the workspace is updated in place without synchronisation.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define PRISM_HD __host__ __device__
-#else
-#define PRISM_HD
-#endif
+#include "numeric.h"
 
 namespace prism {
 
@@ -62,9 +56,6 @@ struct AdvantageArguments {
     // Rows that enter their group's statistics.
     PRISM_HD bool counted(int64_t row) const { return options.invalid != Invalid::exclude || is_valid(row); }
 };
-
-// Minimum that does not lose a NaN.
-PRISM_HD inline double lower(double a, double b) { return a < b || a != a ? a : b; }
 
 // Writes the values to be normalised: scores, with those of invalid rows replaced, or their weighted sum.
 template <class T, class Team>
@@ -177,8 +168,5 @@ void group_advantage_cpu(const AdvantageArguments<T>& a, int threads);
 // Enqueues the CUDA kernels on `stream` and returns a cudaError_t (0: enqueued). Never synchronises.
 template <class T>
 int group_advantage_cuda(const AdvantageArguments<T>& a, void* stream);
-
-// Text of a cudaError_t.
-const char* cuda_error_text(int error);
 
 }  // namespace prism

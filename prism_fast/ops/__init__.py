@@ -43,7 +43,7 @@ __all__ = [
     "Routing",
 ]
 
-_COMPILED = ("group_advantage",)
+_COMPILED = ("group_advantage", "policy_loss", "pairwise_loss", "selected_logprob")
 _TRITON = ("linear_logprob",)
 
 

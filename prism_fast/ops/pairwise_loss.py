@@ -13,7 +13,7 @@ from .reference.pairwise_loss import pairwise_loss as reference
 from .results import PairwiseStats
 
 OP = "pairwise_loss"
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "native")
 
 
 def pairwise_loss(
@@ -48,7 +48,7 @@ def pairwise_loss(
             with one valid student adds nothing. A group must not be split over calls.
         denominator: number or 0-d tensor, the *global* count of valid students; None counts this call. 0 counts as 1.
         l2_denominator: likewise, the global count of scores; None counts this call.
-        backend: None or "reference".
+        backend: None, "reference" or "native" (differentiable once; ``length_penalty`` for at most 16 scores).
 
     Returns:
         (loss 0-d float32, or float64 for float64 scores; PairwiseStats of [K] tensors). Exactly equal scores before
@@ -56,6 +56,7 @@ def pairwise_loss(
 
     Raises:
         ValueError: wrong shape, dtype, device or option; ``length_penalty`` without ``lengths``.
+        RuntimeError: the backend is missing on this machine.
 
     Sources: PRISM (arXiv 2604.28123) eq. 2-3 and ``update_critic`` of its code; GAD (arXiv 2511.10643); spread term:
     CGC of GRGC (arXiv 2609.39757), weight 0.01 there.
@@ -93,8 +94,10 @@ def pairwise_loss(
             checks.scalar(OP, name, count, teacher)
         elif count is not None:
             checks.number(OP, name, count, low=0.0)
-    choose(OP, BACKENDS, backend, teacher)
-    return reference(
+    kernel = reference
+    if choose(OP, BACKENDS, backend, teacher) == "native":
+        from .native.pairwise_loss import run as kernel
+    return kernel(
         teacher,
         student,
         group,

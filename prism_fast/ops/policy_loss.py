@@ -11,7 +11,7 @@ from .reference.policy_loss import policy_loss as reference
 from .results import PolicyStats
 
 OP = "policy_loss"
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "native")
 KL = ("k1", "k2", "k3", "abs")
 CLIP_OF_LOSS = {
     "grpo": (0.2, 0.2),
@@ -104,7 +104,7 @@ def policy_loss(
             [-10, 10] with gradient 0 where a clamp acts.
         is_weight: [N] floating factors of the policy term, see ``importance_weights``.
         mask: [N] bool or floating (0 = inactive). Inactive tokens may hold NaN; they get gradient exactly 0.
-        backend: None or "reference".
+        backend: None, "reference" or "native" (differentiable once).
 
     Returns:
         (loss 0-d float32, or float64 for float64 ``logp``; PolicyStats). Without an active token the loss is 0.
@@ -112,6 +112,7 @@ def policy_loss(
     Raises:
         ValueError: wrong shape, dtype, device or option, or options that contradict each other.
         NotImplementedError: published losses and KL forms that are left out, naming what to use.
+        RuntimeError: the backend is missing on this machine.
 
     Sources: GRPO arXiv 2402.03300 eq. 3; DAPO 2503.14476 eq. 8; GSPO 2507.18071 eq. 5 and 14; Dr. GRPO 2503.20783;
     CISPO 2506.13585 eq. 4 (bounds of ScaleRL, 2510.13786); SAPO 2511.20347; bnpo as in TRL; clamps, dual clip and the
@@ -161,8 +162,10 @@ def policy_loss(
         checks.number(OP, name, coefficient)
         if coefficient != 0.0 and value is None:
             raise ValueError(f"{OP}: {name}={coefficient} needs {source}")
-    choose(OP, BACKENDS, backend, logp)
-    return reference(
+    kernel = reference
+    if choose(OP, BACKENDS, backend, logp) == "native":
+        from .native.policy_loss import run as kernel
+    return kernel(
         logp,
         advantage,
         cu_seqlens,

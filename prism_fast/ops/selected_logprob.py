@@ -10,7 +10,7 @@ from .reference.selected_logprob import selected_logprob as reference
 from .results import LogProb
 
 OP = "selected_logprob"
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "native")
 
 
 def selected_logprob(
@@ -30,7 +30,7 @@ def selected_logprob(
             any other value outside [0, V) gives NaN.
         temperature: number > 0, or a tensor [N] or [] of such; it gets no gradient.
         entropy: also compute the entropy of each row, differentiable.
-        backend: None or "reference".
+        backend: None, "reference" or "native".
 
     Returns:
         LogProb(logp [N], entropy [N], or [0] without ``entropy``), nats, float32 (float64 for float64 logits).
@@ -38,6 +38,7 @@ def selected_logprob(
 
     Raises:
         ValueError: wrong shape, dtype, device or option; an empty vocabulary.
+        RuntimeError: the backend is missing on this machine.
 
     Source: verl ``logprobs_from_logits_v2`` and ``entropy_from_logits``.
     """
@@ -46,5 +47,7 @@ def selected_logprob(
         raise ValueError(f"{OP}: logits have no columns; the vocabulary must hold at least one token")
     checks.tensor(OP, "target", target, shape=(logits.shape[0],), dtypes=checks.INTEGERS, like=logits)
     checks.temperature(OP, temperature, logits.shape[0], logits)
-    choose(OP, BACKENDS, backend, logits)
-    return reference(logits, target, temperature=temperature, entropy=entropy, ignore_index=ignore_index)
+    kernel = reference
+    if choose(OP, BACKENDS, backend, logits) == "native":
+        from .native.selected_logprob import run as kernel
+    return kernel(logits, target, temperature=temperature, entropy=entropy, ignore_index=ignore_index)

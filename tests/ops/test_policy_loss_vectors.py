@@ -47,7 +47,6 @@ def published(case: dict, layout: str) -> tuple[torch.Tensor, torch.Tensor, torc
         old_logp=values["old_log_prob"][index],
         is_weight=None if weights is None else weights[index],
         mask=mask,
-        backend="reference",
         **options,
     )
     loss.backward()
@@ -103,7 +102,6 @@ def test_aggregation_vectors(case):
         token_advantage=-values.flatten(),  # on-policy, a token's loss is minus its advantage
         mask=mask.flatten(),
         aggregation=aggregation,
-        backend="reference",
         **norm,
     )
     assert loss.item() == pytest.approx(case["loss"], rel=2e-8, abs=1e-12)
@@ -126,8 +124,7 @@ def test_kl_vectors(case):
             kl_coef=1.0,
             aggregation="token_mean",
             denominator=1.0,
-            backend="reference",
-        )[0]
+            )[0]
 
     kind = case["kl_penalty"]
     if "raises" in case:

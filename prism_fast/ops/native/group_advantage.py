@@ -5,10 +5,14 @@ Semantics and validation stand in ``prism_fast.ops.group_advantage``; the arithm
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from prism_fast.ops import native
+
+from . import calls
 
 # Positions in the C++ enums.
 NORMALIZE = ("per_score", "combined", "mean_only", "leave_one_out", "batch")
@@ -37,13 +41,14 @@ def run(
     can be captured in a CUDA graph. Raises RuntimeError where the kernels are missing.
     """
     weights, gate, offset = (x if x is None else x.detach().to(scores.dtype) for x in (weights, gate, offset))
-    return _operator(
+    call = _run if calls.plain(scores) else _operator
+    return call(
         scores.detach(), group, weights, valid, gate, offset, normalize, float(eps), invalid, float(invalid_penalty),
         singleton, float(power), per_score,
     )  # fmt: skip
 
 
-def _allocate_and_run(
+def _run(
     scores: Tensor,
     group: Tensor,
     weights: Tensor,
@@ -62,10 +67,11 @@ def _allocate_and_run(
     out = scores.new_empty((rows, columns) if per_score else (rows,))
     terms = 1 if normalize == "combined" else columns
     workspace = torch.empty(rows * terms + terms, dtype=torch.float64, device=scores.device)
-    into(
-        out, workspace, scores, group, weights, valid, gate, offset, normalize, eps, invalid, invalid_penalty,
-        singleton, power, per_score,
-    )  # fmt: skip
+    with calls.on_device("group_advantage", scores) if scores.is_cuda else nullcontext():
+        into(
+            out, workspace, scores, group, weights, valid, gate, offset, normalize, eps, invalid, invalid_penalty,
+            singleton, power, per_score,
+        )  # fmt: skip
     return out
 
 
@@ -93,16 +99,15 @@ def into(
         x if x is None else x.contiguous() for x in (group, weights, valid, gate, offset)
     )
     rows, columns = scores.shape
-    on_gpu = scores.is_cuda
     kernel(
         scores=scores.data_ptr(),
         row_stride=scores.stride(0),
         column_stride=scores.stride(1),
         group=group.data_ptr(),
         weights=weights.data_ptr(),
-        valid=_address(valid),
-        gate=_address(gate),
-        offset=_address(offset),
+        valid=calls.address(valid),
+        gate=calls.address(gate),
+        offset=calls.address(offset),
         out=out.data_ptr(),
         workspace=workspace.data_ptr(),
         rows=rows,
@@ -115,25 +120,11 @@ def into(
         singleton_identity=singleton == "identity",
         per_score=per_score,
         threads=torch.get_num_threads(),
-        stream=torch.cuda.current_stream(scores.device).cuda_stream if on_gpu else None,
+        stream=calls.stream_of(scores),
     )
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-_operator = torch.library.custom_op(
-    "prism_fast::group_advantage", _allocate_and_run, mutates_args=(), device_types="cpu"
-)
-
-
-@_operator.register_kernel("cuda")
-def _cuda(scores: Tensor, *arguments) -> Tensor:
-    if not native.has_cuda():
-        raise RuntimeError(f"group_advantage: {native.why_not()}")
-    with torch.cuda.device(scores.device):
-        return _allocate_and_run(scores, *arguments)
+_operator = torch.library.custom_op("prism_fast::group_advantage", _run, mutates_args=())
 
 
 @_operator.register_fake

@@ -1,0 +1,45 @@
+// What the bindings of all ops share. Tensors come as addresses and strides, the CUDA stream as an integer: no torch headers,
+// so one binary serves every torch version. Shapes and dtypes were checked by the Python caller.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "launch_count.h"
+#include "scalar.h"
+
+namespace prism::bind {
+
+namespace py = pybind11;
+using Address = uintptr_t;
+
+template <class P>
+P* at(Address address) {
+    return reinterpret_cast<P*>(address);
+}
+
+// A number of the host (address 0) or a 0-d tensor of a dtype that ScalarKind names.
+inline Scalar scalar(Address address, int kind, double number) {
+    return {at<const void>(address), static_cast<ScalarKind>(address == 0 ? 0 : kind), number};
+}
+
+// Runs the CPU twin where `stream` is None, otherwise the CUDA form on that stream.
+template <class Cpu, class Cuda>
+void dispatch(const py::object& stream, Cpu cpu, [[maybe_unused]] Cuda cuda) {
+    if (stream.is_none()) {
+        py::gil_scoped_release unlocked;
+        cpu();
+        return;
+    }
+#ifdef PRISM_FAST_CUDA
+    const int error = cuda(at<void>(stream.cast<Address>()));
+    if (error != 0) throw std::runtime_error(std::string("prism_fast CUDA kernel: ") + cuda_error_text(error));
+#else
+    throw std::runtime_error("prism_fast._C was built without CUDA");
+#endif
+}
+
+}  // namespace prism::bind

@@ -1,0 +1,120 @@
+// Scalar functions that mean the same on host and device, written so that a compiler can vectorise loops over them:
+// no calls, no branches, selections only. NaN arguments give NaN.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define PRISM_HD __host__ __device__
+#else
+#define PRISM_HD
+#endif
+
+// Loops that are worth more than the baseline instruction set are compiled twice; the loader picks one. Only gcc
+// with glibc does this reliably. Results do not depend on the choice: the code forbids contraction and fixes every order.
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__) && defined(__x86_64__) && defined(__gnu_linux__)
+#define PRISM_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
+#define PRISM_INLINE inline __attribute__((always_inline))
+#elif defined(__GNUC__) && !defined(__CUDACC__)
+#define PRISM_CLONES
+#define PRISM_INLINE inline __attribute__((always_inline))
+#else
+#define PRISM_CLONES
+#define PRISM_INLINE inline
+#endif
+
+namespace prism {
+
+template <class T>
+struct ExpLimits;
+// Arguments below `low` give exactly 0 (the result would not be a normal number). On the host, arguments above `high` give
+// e^high, which is within a factor of 2.2 of the largest number.
+template <>
+struct ExpLimits<float> {
+    static constexpr float low = -87.25f, high = 88.25f;
+};
+template <>
+struct ExpLimits<double> {
+    static constexpr double low = -708.25, high = 709.0;
+};
+
+template <class To, class From>
+PRISM_HD PRISM_INLINE To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+// 1 or 0 by a mask of bits. Compilers vectorise loops over this; selections between constants they turn into jumps first.
+template <class T>
+PRISM_HD PRISM_INLINE T flag(bool yes) {
+    if constexpr (sizeof(T) == sizeof(int32_t)) {
+        return bits_as<T>(-static_cast<int32_t>(yes) & bits_as<int32_t>(T(1)));
+    } else {
+        return bits_as<T>(-static_cast<int64_t>(yes) & bits_as<int64_t>(T(1)));
+    }
+}
+
+// Minimum that does not lose a NaN.
+PRISM_HD inline double lower(double a, double b) { return a < b || a != a ? a : b; }
+
+// e^x on the host: x = n ln 2 + r with |r| <= ln 2 / 2, the Taylor series of e^r to rounding error, times 2^n.
+// Adding 1.5 * 2^23 (2^52) rounds to the nearest integer and leaves it in the lowest bits.
+PRISM_HD PRISM_INLINE float host_exp(float x) {
+    const float held = x < ExpLimits<float>::low ? ExpLimits<float>::low : x > ExpLimits<float>::high ? ExpLimits<float>::high : x;
+    const float magic = 12582912.0f;
+    const float shifted = held * 1.44269504f + magic;
+    const float n = shifted - magic;
+    const float r = (held - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts; the first product is exact
+    float p = 1.0f / 5040.0f;
+    p = p * r + 1.0f / 720.0f;
+    p = p * r + 1.0f / 120.0f;
+    p = p * r + 1.0f / 24.0f;
+    p = p * r + 1.0f / 6.0f;
+    p = p * r + 0.5f;
+    p = p * r * r + r;
+    const int32_t power = bits_as<int32_t>(shifted) << 23;
+    const float scale = bits_as<float>(power + (127 << 23));
+    const float result = (p + 1.0f) * scale;
+    return x < ExpLimits<float>::low ? 0.0f : result;
+}
+
+PRISM_HD PRISM_INLINE double host_exp(double x) {
+    const double held = x < ExpLimits<double>::low ? ExpLimits<double>::low : x > ExpLimits<double>::high ? ExpLimits<double>::high : x;
+    const double magic = 6755399441055744.0;
+    const double shifted = held * 1.4426950408889634 + magic;
+    const double n = shifted - magic;
+    const double r = (held - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+    double p = 1.0 / 6227020800.0;
+    p = p * r + 1.0 / 479001600.0;
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    p = p * r + 0.5;
+    p = p * r * r + r;
+    const uint64_t power = bits_as<uint64_t>(shifted) << 52;
+    const double scale = bits_as<double>(power + (uint64_t{1023} << 52));
+    const double result = (p + 1.0) * scale;
+    return x < ExpLimits<double>::low ? 0.0 : result;
+}
+
+// e^x, the hardware's on a GPU.
+template <class T>
+PRISM_HD PRISM_INLINE T exponential(T x) {
+#ifdef __CUDA_ARCH__
+    return x < ExpLimits<T>::low ? T(0) : exp(x);
+#else
+    return host_exp(x);
+#endif
+}
+
+}  // namespace prism

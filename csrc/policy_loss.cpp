@@ -1,0 +1,203 @@
+// CPU twin of the policy-loss kernel: sequences are shared among threads; a sequence is worked through in chunks that stay in
+// the first-level cache, each step a plain loop over a chunk that the compiler vectorises.
+#include "policy_loss.h"
+
+#include <algorithm>
+
+#include "lanes.h"
+#include "parallel.h"
+
+namespace prism {
+namespace {
+
+constexpr int kChunk = 256;
+static_assert(kChunk % kLanes == 0, "chunks are whole lanes");
+
+// The tokens of one chunk. Inactive ones, and those that fill up the last lanes, are 0.
+template <class T>
+struct Chunk {
+    T active[kChunk], fresh[kChunk], old[kChunk], advantage[kChunk], weight[kChunk], other[kChunk];
+    T loss[kChunk], slope[kChunk], ratio[kChunk], measured[kChunk], low[kChunk], high[kChunk], dual[kChunk];
+    T value[kChunk];
+};
+
+template <class T>
+PRISM_INLINE void load_active(Chunk<T>& c, const PolicyArguments<T>& a, int64_t at, int n) {
+    if (a.mask_kind == MaskKind::none) {
+        for (int i = 0; i < n; ++i) c.active[i] = T(1);
+    } else if (a.mask_kind == MaskKind::boolean) {
+        const uint8_t* mask = static_cast<const uint8_t*>(a.mask) + at;
+        for (int i = 0; i < n; ++i) c.active[i] = mask[i] != 0 ? T(1) : T(0);
+    } else {
+        const T* mask = static_cast<const T*>(a.mask) + at;
+        for (int i = 0; i < n; ++i) c.active[i] = mask[i] != T(0) ? T(1) : T(0);
+    }
+    for (int i = n; i < whole_lanes(n); ++i) c.active[i] = T(0);
+}
+
+template <class T>
+PRISM_INLINE void load(T* to, const Chunk<T>& c, const T* from, int n) {
+    for (int i = 0; i < n; ++i) {
+        const T x = from[i];
+        to[i] = c.active[i] != T(0) ? x : T(0);
+    }
+    for (int i = n; i < whole_lanes(n); ++i) to[i] = T(0);
+}
+
+template <class T>
+PRISM_INLINE void fill(T* to, const Chunk<T>& c, T value, int n) {
+    for (int i = 0; i < n; ++i) to[i] = c.active[i] != T(0) ? value : T(0);
+}
+
+// logp and old_logp; on-policy they are the same numbers.
+template <class T>
+PRISM_INLINE void load_pair(Chunk<T>& c, const PolicyArguments<T>& a, int64_t at, int n) {
+    load(c.fresh, c, a.logp + at, n);
+    load(c.old, c, (a.old_logp == nullptr ? a.logp : a.old_logp) + at, n);
+}
+
+template <Family family, class T>
+PRISM_INLINE void policy_terms(Chunk<T>& c, const PolicyOptions<T>& options, const SequenceRatio<T>& all, int n) {
+    const PolicyOptions<T> o = options;  // local copies: stores to the chunk cannot change them
+    if (family == Family::sequence) {  // through memory: gcc does not vectorise a loop whose conditions are constant
+        for (int i = 0; i < n; ++i) c.ratio[i] = all.ratio;
+        for (int i = 0; i < n; ++i) c.value[i] = all.moving;
+    }
+    for (int i = 0; i < n; ++i) {
+        const Token<T> token{c.fresh[i], c.old[i], c.advantage[i]};
+        const SequenceRatio<T> same{c.ratio[i], c.value[i]};
+        const TokenTerms<T> terms = token_terms<family>(token, o, same);
+        c.loss[i] = terms.loss;
+        c.slope[i] = terms.slope;
+        c.ratio[i] = terms.ratio;
+        c.measured[i] = terms.measured;
+        c.low[i] = terms.low;
+        c.high[i] = terms.high;
+        c.dual[i] = terms.dual;
+    }
+}
+
+template <Divergence divergence, class T>
+PRISM_INLINE void divergence_terms(Chunk<T>& c, T coefficient, int n) {
+    for (int i = 0; i < n; ++i) {
+        const KlTerms<T> terms = kl_terms<divergence>(c.fresh[i], c.other[i]);
+        c.value[i] = terms.value;
+        if (coefficient != T(0)) c.slope[i] += coefficient * terms.slope;
+    }
+}
+
+template <class T>
+PRISM_INLINE double largest_ratio(const Chunk<T>& c, int n, double so_far) {
+    T lanes[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = static_cast<T>(-INFINITY);
+    for (int i = 0; i < n; i += kLanes) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const T x = c.active[i + lane] != T(0) ? c.ratio[i + lane] : static_cast<T>(-INFINITY);
+            lanes[lane] = larger(lanes[lane], x);
+        }
+    }
+    for (int lane = 0; lane < kLanes; ++lane) so_far = larger(so_far, static_cast<double>(lanes[lane]));
+    return so_far;
+}
+
+template <class T>
+PRISM_INLINE void one_sequence(const PolicyArguments<T>& a, int64_t sequence) {
+    const PolicyOptions<T>& o = a.options;
+    const int64_t begin = a.begin(sequence), end = a.end(sequence);
+    Chunk<T> c;
+    double sums[kPartials] = {};
+    sums[sum_count] = -INFINITY;
+    const bool spread = o.family == Family::sequence;
+    double drift = 0.0;
+    if (a.mask_kind == MaskKind::none) sums[sum_tokens] = static_cast<double>(std::max<int64_t>(end - begin, 0));
+    if (spread || a.mask_kind != MaskKind::none) {
+        for (int64_t at = begin; at < end; at += kChunk) {
+            const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at)), whole = whole_lanes(n);
+            load_active(c, a, at, n);
+            if (a.mask_kind != MaskKind::none) sums[sum_tokens] += lane_sum(c.active, whole);
+            if (!spread) continue;
+            load_pair(c, a, at, n);
+            drift += lane_sum(whole, [&](int i) { return static_cast<double>(c.fresh[i]) - static_cast<double>(c.old[i]); });
+        }
+    }
+    const SequenceRatio<T> all = spread ? sequence_ratio<T>(drift, sums[sum_tokens]) : SequenceRatio<T>{T(1), T(1)};
+    const T share = static_cast<T>(sequence_weight(a, sums[sum_tokens]));
+    for (int64_t at = begin; at < end; at += kChunk) {
+        const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at)), whole = whole_lanes(n);
+        load_active(c, a, at, n);
+        load_pair(c, a, at, n);
+        if (a.token_advantage != nullptr) {
+            load(c.advantage, c, a.token_advantage + at, n);
+        } else {
+            fill(c.advantage, c, a.advantage[sequence], whole);
+        }
+        switch (o.family) {
+            case Family::clipped: policy_terms<Family::clipped>(c, o, all, whole); break;
+            case Family::sequence: policy_terms<Family::sequence>(c, o, all, whole); break;
+            case Family::cispo: policy_terms<Family::cispo>(c, o, all, whole); break;
+            case Family::sapo: policy_terms<Family::sapo>(c, o, all, whole); break;
+        }
+        if (a.is_weight != nullptr) {
+            load(c.weight, c, a.is_weight + at, n);
+            for (int i = 0; i < whole; ++i) c.loss[i] *= c.weight[i];
+            for (int i = 0; i < whole; ++i) c.slope[i] *= c.weight[i];
+        }
+        sums[sum_loss] += lane_sum(c.loss, whole);
+        sums[sum_ratio] += lane_sum(whole, [&](int i) { return c.active[i] != T(0) ? c.ratio[i] : T(0); });
+        sums[sum_measured] += lane_sum(c.measured, whole);
+        if (o.family != Family::sapo) {
+            sums[sum_low] += lane_sum(c.low, whole);
+            sums[sum_high] += lane_sum(c.high, whole);
+            if (o.has_bound != T(0)) sums[sum_dual] += lane_sum(c.dual, whole);
+        }
+        sums[sum_count] = largest_ratio(c, whole, sums[sum_count]);
+        if (a.ref_logp != nullptr) {
+            load(c.other, c, a.ref_logp + at, n);
+            switch (o.divergence) {
+                case Divergence::k1: divergence_terms<Divergence::k1>(c, o.kl_coef, whole); break;
+                case Divergence::k2: divergence_terms<Divergence::k2>(c, o.kl_coef, whole); break;
+                case Divergence::k3: divergence_terms<Divergence::k3>(c, o.kl_coef, whole); break;
+                case Divergence::abs: divergence_terms<Divergence::abs>(c, o.kl_coef, whole); break;
+            }
+            sums[sum_kl] += lane_sum(c.value, whole);
+        }
+        if (a.entropy != nullptr) {
+            load(c.other, c, a.entropy + at, n);
+            sums[sum_entropy] += lane_sum(c.other, whole);
+        }
+        if (a.slope != nullptr) {
+            for (int i = 0; i < n; ++i) a.slope[at + i] = c.active[i] != T(0) ? c.slope[i] * share : T(0);
+        }
+        if (a.entropy_slope != nullptr) {
+            const T each = -o.entropy_coef * share;
+            for (int i = 0; i < n; ++i) a.entropy_slope[at + i] = c.active[i] != T(0) ? each : T(0);
+        }
+    }
+    std::copy(sums, sums + kPartials, a.workspace + sequence * kPartials);
+}
+
+PRISM_CLONES void sequence_pass(const PolicyArguments<float>& a, int64_t sequence) { one_sequence(a, sequence); }
+PRISM_CLONES void sequence_pass(const PolicyArguments<double>& a, int64_t sequence) { one_sequence(a, sequence); }
+
+}  // namespace
+
+template <class T>
+void policy_loss_cpu(const PolicyArguments<T>& a, int threads) {
+    parallel_for(a.sequences, a.tokens * 16, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t sequence = begin; sequence < end; ++sequence) sequence_pass(a, sequence);
+    });
+    const int64_t padding = a.sequences == 0 ? 0 : a.end(a.sequences - 1);
+    for (T* slope : {a.slope, a.entropy_slope}) {
+        if (slope != nullptr) std::fill(slope + padding, slope + a.tokens, T(0));
+    }
+    Totals totals{};
+    totals.largest = -INFINITY;
+    totals.ordered = true;
+    for (int64_t sequence = 0; sequence < a.sequences; ++sequence) add_sequence(totals, a, sequence);
+    write_results(totals, a);
+}
+
+template void policy_loss_cpu<float>(const PolicyArguments<float>&, int);
+template void policy_loss_cpu<double>(const PolicyArguments<double>&, int);
+
+}  // namespace prism

@@ -1,0 +1,86 @@
+"""What calls into the compiled module have in common: addresses, streams, 0-d numbers, scaling of gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prism_fast.ops import native
+
+# Positions in the C++ enum ScalarKind; 0 is a number that the host knows.
+SCALARS = {torch.float32: 1, torch.float64: 2, torch.int32: 3, torch.int64: 4}
+
+
+def address(x: Tensor | None) -> int:
+    """Address of the first element, 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def stream_of(x: Tensor) -> int | None:
+    """The current stream of the tensor's device; None on the CPU, which runs the twin."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
+
+
+def column(x: Tensor | None, kind: torch.dtype) -> Tensor | None:
+    """A constant input as the kernels read it: dense, in the type of the computation."""
+    return x if x is None else x.to(kind).contiguous()
+
+
+def number(name: str, value: Tensor | float | None, kind: torch.dtype) -> tuple[Tensor | None, dict]:
+    """A tensor to keep alive until the call, and the arguments ``name``, ``name_kind`` and ``name_number``."""
+    if not isinstance(value, Tensor):
+        return None, {name: 0, f"{name}_kind": 0, f"{name}_number": 0.0 if value is None else float(value)}
+    if value.dtype not in SCALARS:
+        value = value.to(kind)
+    return value, {name: value.data_ptr(), f"{name}_kind": SCALARS[value.dtype], f"{name}_number": 0.0}
+
+
+def plain(x: Tensor) -> bool:
+    """Whether ``x`` is an ordinary tensor outside of compilation: then the dispatcher has nothing to add to a call."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def on_device(op: str, x: Tensor):
+    """Context in which kernels for ``x`` are enqueued. Raises RuntimeError where CUDA kernels are missing."""
+    if not native.has_cuda():
+        raise RuntimeError(f"{op}: {native.why_not()}")
+    return torch.cuda.device(x.device)
+
+
+def scaled(x: Tensor, upstream: Tensor, factor: Tensor | None) -> Tensor:
+    """``x * upstream * factor`` in one launch; x dense float32 or float64, the others 0-d of its dtype."""
+    if plain(x):
+        return _scale(x, upstream, factor)
+    return _scale_operator(x, upstream, factor)
+
+
+def _scale(x: Tensor, upstream: Tensor, factor: Tensor | None) -> Tensor:
+    if x.is_cuda:
+        with on_device("backward", x):
+            return _scale_here(x, upstream, factor)
+    return _scale_here(x, upstream, factor)
+
+
+def _scale_here(x: Tensor, upstream: Tensor, factor: Tensor | None) -> Tensor:
+    module = native.module()
+    kernel = module.scale_float64 if x.dtype == torch.float64 else module.scale_float32
+    out = torch.empty_like(x)
+    kernel(
+        x=x.data_ptr(),
+        upstream=upstream.data_ptr(),
+        factor=address(factor),
+        out=out.data_ptr(),
+        count=x.numel(),
+        stream=stream_of(x),
+    )
+    return out
+
+
+@torch.library.custom_op("prism_fast::scale", mutates_args=())
+def _scale_operator(x: Tensor, upstream: Tensor, factor: Tensor | None) -> Tensor:
+    return _scale(x.contiguous(), upstream, factor)
+
+
+@_scale_operator.register_fake
+def _(x: Tensor, upstream: Tensor, factor: Tensor | None) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

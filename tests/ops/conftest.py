@@ -1,0 +1,20 @@
+"""The tests of ops that have compiled kernels run twice: against the specification, and with the default backend."""
+
+from __future__ import annotations
+
+import pytest
+
+from prism_fast.ops import backend
+
+TWICE = ("test_logprob", "test_pairwise_loss", "test_policy_loss", "test_policy_loss_vectors")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.module.__name__.rpartition(".")[2] in TWICE:
+        metafunc.fixturenames.append("op_backend")
+        metafunc.parametrize("op_backend", ["reference", "default"], indirect=True)
+
+
+@pytest.fixture
+def op_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backend.ENVIRONMENT, "reference" if request.param == "reference" else "")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from prism_fast.config import Config
 
 HELP = """Train multimodal models with PRISM: SFT, adversarial alignment against an expert discriminator, RLVR.
 
@@ -25,20 +28,28 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value pairs
 
 def _train(recipe: str, overrides: list[str] | None, stages: list[str] | None) -> None:
     from prism_fast.config import load_config
-    from prism_fast.report.html import write_report
-    from prism_fast.report.table import stage_table
-    from prism_fast.train.context import run_folder
-    from prism_fast.train.pipeline import run_stages
 
     config = load_config(recipe, overrides or [])
     if stages is not None:
         config.stages = stages
+    _run(config, resume=False)
+
+
+def _run(config: Config, *, resume: bool) -> None:
+    from prism_fast.report.html import write_report
+    from prism_fast.report.table import stage_table
+    from prism_fast.train.context import run_folder
+    from prism_fast.train.pipeline import run_stages
+    from prism_fast.train.signals import Stopped
+
     folder = run_folder(config)
-    fresh = not folder.exists() or not any(folder.iterdir())
+    ours = resume or not folder.exists() or not any(folder.iterdir())
     try:
-        run_stages(config, console)
+        run_stages(config, console, resume=resume)
+    except Stopped as stopped:
+        console.print(f"stopped at {stopped}, saved; go on with: prism-fast resume {folder}", soft_wrap=True)
     finally:  # a run that failed half-way deserves its report most
-        if fresh and folder.exists():
+        if ours and folder.exists():
             report = write_report(folder)
             console.print(stage_table(folder))
             console.print(f"run directory: {folder}", highlight=False, soft_wrap=True)
@@ -49,6 +60,21 @@ def _train(recipe: str, overrides: list[str] | None, stages: list[str] | None) -
 def run(recipe: Recipe, overrides: Overrides = None) -> None:
     """Run all stages of a recipe, evaluate after each, and write the report."""
     _train(recipe, overrides, None)
+
+
+@app.command()
+def resume(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory that was stopped, killed or failed.")],
+) -> None:
+    """Go on in a run directory exactly where its newest complete checkpoint is."""
+    from prism_fast.config import ConfigError, load_config
+
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} is not a run directory: it has no config.yaml")
+    config = load_config(str(path))
+    config.out = str(run_dir)  # the run may have been moved
+    _run(config, resume=True)
 
 
 @app.command()

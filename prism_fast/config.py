@@ -223,6 +223,8 @@ class Config:
     out: str | None = None  # run directory; none: runs/<recipe>-<time>
     semantics: Literal["prism_fast", "released"] = "prism_fast"
     stages: list[str] = field(default_factory=lambda: list(STAGES))
+    checkpoint_every: int = 50  # updates or steps; a stage's last one is always kept
+    keep_checkpoints: int = 2
     dump_rollouts_every: int = 10  # alignment and RLVR steps whose rollouts are kept as text
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -240,7 +242,8 @@ class Config:
                 )
         order = [STAGES.index(stage) for stage in self.stages]
         _require(order == sorted(set(order)), "stages", f"in the order {', '.join(STAGES)}, each once", self.stages)
-        _require(self.dump_rollouts_every >= 1, "dump_rollouts_every", "1 or more", self.dump_rollouts_every)
+        for key in ("dump_rollouts_every", "checkpoint_every", "keep_checkpoints"):
+            _require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

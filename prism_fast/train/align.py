@@ -20,7 +20,7 @@ from prism_fast.train.context import Run
 from prism_fast.train.discriminator_update import SpanGroup, discriminator_step
 from prism_fast.train.engine import LocalEngine
 from prism_fast.train.policy_update import PolicyBatch, response_metrics, update_policy
-from prism_fast.train.rollout_log import RolloutLog
+from prism_fast.train.resume import StageState
 from prism_fast.train.rollouts import StepRollouts, roll_out, rollout_record
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.warmup import SPANS, pair_margins
@@ -35,9 +35,11 @@ def align(
     policy_engine = LocalEngine(policy, config.optimizer)
     critic_engine = LocalEngine(discriminator, config.discriminator.optimizer)
     order = SampleOrder(len(tasks), seed=derive_seed(run.config.seed, "align", "order"))
-    log = RolloutLog(run.folder, "align")
-    with run.progress.bar("align", config.steps) as bar:
-        for step in range(1, config.steps + 1):
+    engines = {"policy": policy_engine, "discriminator": critic_engine}
+    state = StageState(run, "align", engines=engines, order=order, with_rollouts=True)
+    with run.progress.bar("align", config.steps, done=state.step) as bar:
+        while state.step < config.steps:
+            step = state.begin_step()
             chunk = [tasks[i] for i in order.next_indices(config.prompts)]
             rollouts = roll_out(run, policy, processor, chunk, config.rollout, stage="align", step=step)
             started = time.perf_counter()
@@ -91,13 +93,13 @@ def align(
             numbers |= rollouts.reward_metrics() | response_metrics(rollouts.completions) | rollouts.time
             run.metrics.write("align", step, numbers)
             if step % run.config.dump_rollouts_every == 0 or step in (1, config.steps):
-                log.write(
+                state.log.write(
                     step,
                     [
                         rollout_record(
                             rollouts,
                             b,
-                            log,
+                            state.log,
                             advantage=float(advantage[b]),
                             scores=dict(zip(SPANS, scores.student[b].tolist(), strict=True)) if valid[b] else {},
                             teacher_scores=dict(zip(SPANS, scores.teacher[rollouts.group[b]].tolist(), strict=True)),
@@ -112,6 +114,7 @@ def align(
                 margin_reasoning=numbers.get("disc/margin_reasoning"),
                 d_acc=numbers.get("disc/acc_reasoning"),
             )
+            state.end_step(last=step == config.steps)
     policy_folder, critic_folder = run.export_folder("align"), run.export_folder("discriminator")
     save_policy(policy, processor, policy_folder)
     save_discriminator(discriminator, processor, critic_folder)

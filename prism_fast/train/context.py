@@ -22,6 +22,8 @@ from prism_fast.config import Config, ConfigError, dump_config
 from prism_fast.rewards import AnswerChecker
 from prism_fast.train.metrics import MetricsWriter
 from prism_fast.train.progress import Progress
+from prism_fast.train.record import Resume, RunRecord, fresh, read_resume
+from prism_fast.train.signals import StopRequest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -36,6 +38,18 @@ class Run:
     checker: AnswerChecker
     console: Console
     progress: Progress
+    stop: StopRequest
+    resume: Resume
+
+    @property
+    def record(self) -> RunRecord:
+        return self.resume.record
+
+    def complete(self, name: str) -> None:
+        """Note that ``name`` is done: a resumed run begins behind it."""
+        self.record.completed.append(name)
+        self.record.metrics_bytes = self.metrics.size()
+        self.record.write(self.folder)
 
     def export_folder(self, name: str) -> Path:
         """Where a stage writes its model in Hugging Face format."""
@@ -80,8 +94,8 @@ def run_folder(config: Config) -> Path:
 
 
 @contextmanager
-def open_run(config: Config, console: Console) -> Iterator[Run]:
-    """Create the run directory (it must not exist or be empty) and everything a stage needs.
+def open_run(config: Config, console: Console, *, resume: bool = False) -> Iterator[Run]:
+    """Create the run directory (it must not exist or be empty), or with ``resume`` go on in it.
 
     Raises:
         ConfigError: the folder holds something already, or the device is not there.
@@ -90,20 +104,34 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     folder = run_folder(config)
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"the run directory {folder} is not empty; give another with out=PATH")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    if resume:
+        resumed = read_resume(folder, tell=lambda text: console.print(text, style="yellow", highlight=False))
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(
+            f"the run directory {folder} is not empty; give another with out=PATH, or go on in it: prism-fast resume"
+        )
+    else:
+        resumed = fresh()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     (folder / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
     # CPU kernels are all deterministic; a CUDA kernel without a deterministic form is named in a warning.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     disable_progress_bar()  # transformers' bars for each load and save would tear ours
-    metrics = MetricsWriter(folder)
+    metrics = MetricsWriter(folder, keep_bytes=resumed.metrics_bytes())
     try:
-        with AnswerChecker(semantics=config.semantics) as checker, Progress(console) as progress:
-            yield Run(config, folder, device, DTYPES[config.model.dtype], metrics, checker, console, progress)
+        with (
+            AnswerChecker(semantics=config.semantics) as checker,
+            Progress(console) as progress,
+            StopRequest() as stop,
+        ):
+            dtype = DTYPES[config.model.dtype]
+            yield Run(config, folder, device, dtype, metrics, checker, console, progress, stop, resumed)
     finally:
+        empty = metrics.size() == 0
         metrics.close()
-        if metrics.lines == 0:  # refused before the first step: nothing to keep, and nothing in the way of a second try
+        if (
+            empty and not resume
+        ):  # refused before the first step: nothing to keep, and nothing in the way of a second try
             shutil.rmtree(folder)

@@ -42,6 +42,33 @@ class LocalEngine:
         scale = min(1.0, (self.updates + 1) / self.config.warmup_steps) if self.config.warmup_steps else 1.0
         return self.config.lr * scale * (self.schedule(self.updates) if self.schedule else 1.0)
 
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Weights and optimizer moments by name, for a checkpoint."""
+        tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
+        for name, p in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"{key}.{name}"] = value
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state_tensors` gave.
+
+        Raises:
+            ValueError: a weight is missing or has another shape.
+        """
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                saved = tensors.get(f"model.{name}")
+                if saved is None or saved.shape != p.shape:
+                    found = "is missing" if saved is None else f"has shape {tuple(saved.shape)}, not {tuple(p.shape)}"
+                    raise ValueError(f"the checkpoint does not belong to this model: {name} {found}")
+                p.copy_(saved)
+                moments = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                if moments["step"] is not None:
+                    self.optimizer.state[p] = {
+                        key: value.to(device=p.device) if key != "step" else value for key, value in moments.items()
+                    }
+
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from prism_fast.train.checkpoint import CheckpointError
 from prism_fast.train.engine import NonFiniteError
 from prism_fast.train.warmup import WarmupError
 
-USER_ERRORS: tuple[type[Exception], ...] = (NonFiniteError, WarmupError, FileNotFoundError, ValueError)
+USER_ERRORS: tuple[type[Exception], ...] = (NonFiniteError, WarmupError, CheckpointError, FileNotFoundError, ValueError)

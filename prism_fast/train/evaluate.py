@@ -27,6 +27,7 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
     records: list[dict] = []
     with run.progress.bar(f"eval {after}", -(-count // config.batch)) as bar:
         for start in range(0, count, config.batch):
+            run.stop.poll(f"evaluation after {after}")
             chunk = [tasks[i] for i in range(start, min(start + config.batch, count))]
             prompts = [processor.encode_prompt(task.messages, task.images) for task in chunk]
             seed = derive_seed(run.config.seed, "eval", after, start)

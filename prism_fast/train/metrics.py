@@ -16,10 +16,12 @@ class MetricsWriter:
     A metric without a value on some step is absent from its line: no placeholders.
     """
 
-    def __init__(self, folder: Path):
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+    def __init__(self, folder: Path, *, keep_bytes: int = 0):
+        """``keep_bytes``: what a resumed run keeps of the file; the steps behind it are done again."""
+        path = folder / "metrics.jsonl"
+        self._file = path.open("a", encoding="utf-8")
+        self._file.truncate(keep_bytes)
         self._board = SummaryWriter(str(folder / "tensorboard"))
-        self.lines = 0
 
     def write(self, stage: str, step: int, values: dict[str, float | int | str | None]) -> None:
         record: dict[str, float | int | str] = {"stage": stage, "step": step}
@@ -33,7 +35,10 @@ class MetricsWriter:
                 self._board.add_scalar(f"{stage}/{key}", value, step)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        self.lines += 1
+
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
 
     def close(self) -> None:
         self._file.close()

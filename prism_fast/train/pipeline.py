@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from prism_fast.config import Config, ConfigError
 from prism_fast.data.digits import DigitsFiles, DigitsSpec, tokenizer_corpus, write_digits
 from prism_fast.data.readers import read_sharegpt, read_tasks
 from prism_fast.data.samples import Demonstration, Task
+from prism_fast.data.writers import write_pairs
 from prism_fast.models.discriminator import RELEASED_HEAD_DROPOUT, build_discriminator, load_discriminator
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy, load_policy
 from prism_fast.models.processor import Processor
@@ -32,6 +34,14 @@ class Artifacts:
 
     policy: Path | None = None
     discriminator: Path | None = None
+
+    def note(self, run: Run) -> None:
+        """Put the folders into the run's record, relative to it so that the run can be moved."""
+        for name in ("policy", "discriminator"):
+            folder: Path | None = getattr(self, name)
+            inside = folder is not None and folder.is_relative_to(run.folder)
+            shown = None if folder is None else str(folder.relative_to(run.folder) if inside else folder)
+            setattr(run.record, name, shown)
 
 
 @dataclass(frozen=True)
@@ -65,8 +75,11 @@ def prepare_data(run: Run) -> DataFiles:
     """Write the built-in digits, or take the files of the configuration."""
     config = run.config.data
     if config.source == "digits":
-        spec = DigitsSpec(**asdict(config.digits))
-        files = write_digits(run.folder / "data" / "digits", spec, derive_seed(run.config.seed, "digits"))
+        root = run.folder / "data" / "digits"
+        if root.exists():  # written whole or not at all: a resumed run finds it complete
+            files = DigitsFiles.in_folder(root)
+        else:
+            files = write_digits(root, DigitsSpec(**asdict(config.digits)), derive_seed(run.config.seed, "digits"))
         return DataFiles(files.sft, files.sft_val, files.align, files.rlvr, files.eval, None)
     names = ("sft", "sft_val", "align", "rlvr", "eval", "pairs")
     return DataFiles(*(Path(p) if (p := getattr(config, name)) is not None else None for name in names))
@@ -140,8 +153,12 @@ def _warmup(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     policy, processor = _policy(run, artifacts, "warmup")
     pairs = files.pairs
     if pairs is None:
-        tasks = _tasks(run, files.need("align", "warmup"), require_teacher=True)
-        pairs = sample_pairs(run, policy, processor, tasks)
+        pairs = run.folder / "data" / "pairs" / "pairs.jsonl"
+        if "pairs" not in run.record.completed:
+            shutil.rmtree(pairs.parent, ignore_errors=True)  # of a run that stopped while it wrote them
+            tasks = _tasks(run, files.need("align", "warmup"), require_teacher=True)
+            write_pairs(pairs, sample_pairs(run, policy, processor, tasks))
+            run.complete("pairs")
     if artifacts.discriminator is None:
         upcycle = run.config.warmup.upcycle
         discriminator = build_discriminator(
@@ -187,12 +204,16 @@ def _rlvr(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
 RUNNERS = {"sft": _sft, "sft_continued": _sft_continued, "warmup": _warmup, "align": _align, "rlvr": _rlvr}
 
 
-def _start(config: Config) -> Artifacts:
-    model = config.model
+def _start(config: Config, run: Run) -> Artifacts:
+    model, record = config.model, run.record
     artifacts = Artifacts(
         policy=None if model.policy == "tiny" else Path(model.policy),
         discriminator=None if model.discriminator == "upcycle" else Path(model.discriminator),
     )
+    if record.policy is not None:
+        artifacts.policy = run.folder / record.policy  # an absolute path stays itself
+    if record.discriminator is not None:
+        artifacts.discriminator = run.folder / record.discriminator
     for key, folder in (("model.policy", artifacts.policy), ("model.discriminator", artifacts.discriminator)):
         if folder is not None and not folder.is_dir():
             raise ConfigError(f"{key}: {folder} is not a folder")
@@ -209,23 +230,32 @@ def _check_files(config: Config, files: DataFiles) -> None:
         files.need("eval", "eval")
 
 
-def run_stages(config: Config, console: Console) -> Path:
-    """Run ``config.stages`` in a new run directory; returns the directory."""
-    artifacts = _start(config)
-    with open_run(config, console) as run:
+def run_stages(config: Config, console: Console, *, resume: bool = False) -> Path:
+    """Run ``config.stages`` in a new run directory, or go on in the one at ``config.out``; returns the directory.
+
+    Raises:
+        Stopped: SIGTERM or SIGINT asked to stop; ``resume=True`` goes on from there.
+    """
+    with open_run(config, console, resume=resume) as run:
+        artifacts = _start(config, run)
         files = prepare_data(run)
         _check_files(config, files)
         for stage in config.stages:
+            if stage in run.record.completed:
+                continue
+            run.stop.poll(f"before {stage}")
             started = time.perf_counter()
             RUNNERS[stage](run, files, artifacts)
             run.metrics.write("stage", 0, {"name": stage, "time/seconds": time.perf_counter() - started})
+            artifacts.note(run)
+            run.complete(stage)
     return run.folder
 
 
 def run_eval(config: Config, console: Console) -> tuple[Path, float]:
     """Evaluate ``model.policy`` on ``data.eval``; returns the run directory and the accuracy."""
-    artifacts = _start(config)
     with open_run(config, console) as run:
+        artifacts = _start(config, run)
         model, processor = _policy(run, artifacts, "eval")
         tasks = _tasks(run, prepare_data(run).need("eval", "eval"), require_teacher=False)
         return run.folder, evaluate(run, model, processor, tasks, after="eval")

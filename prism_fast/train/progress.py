@@ -22,9 +22,9 @@ LINES_WITHOUT_TERMINAL = 10  # a stage prints about so many lines into a log fil
 class Bar:
     """One stage's bar: ``advance`` with the current numbers, ``note`` for what happens inside a step."""
 
-    def __init__(self, progress: Progress, name: str, total: int | None):
-        self._progress, self._name, self._total, self._done = progress, name, total, 0
-        self._task = progress.rich.add_task(name, total=total, numbers="")
+    def __init__(self, progress: Progress, name: str, total: int | None, done: int):
+        self._progress, self._name, self._total, self._done = progress, name, total, done
+        self._task = progress.rich.add_task(name, total=total, completed=done, numbers="")
 
     def advance(self, **numbers: float | int | None) -> None:
         self._done += 1
@@ -71,8 +71,8 @@ class Progress:
         self.rich.__exit__(*error)
 
     @contextmanager
-    def bar(self, name: str, total: int | None) -> Iterator[Bar]:
-        bar = Bar(self, name, total)
+    def bar(self, name: str, total: int | None, *, done: int = 0) -> Iterator[Bar]:
+        bar = Bar(self, name, total, done)
         yield bar
         bar.finish()
 

@@ -17,7 +17,7 @@ from prism_fast.models.processor import Processor
 from prism_fast.train.context import Run
 from prism_fast.train.engine import LocalEngine
 from prism_fast.train.policy_update import PolicyBatch, response_metrics, update_policy
-from prism_fast.train.rollout_log import RolloutLog
+from prism_fast.train.resume import StageState
 from prism_fast.train.rollouts import roll_out, rollout_record
 from prism_fast.train.seeds import derive_seed
 
@@ -29,9 +29,10 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
     normalize = "mean_only" if options.loss == "dr_grpo" else "per_score"  # Dr. GRPO does not divide by the deviation
     engine = LocalEngine(policy, config.optimizer)
     order = SampleOrder(len(tasks), seed=derive_seed(run.config.seed, "rlvr", "order"))
-    log = RolloutLog(run.folder, "rlvr")
-    with run.progress.bar("rlvr", config.steps) as bar:
-        for step in range(1, config.steps + 1):
+    state = StageState(run, "rlvr", engines={"policy": engine}, order=order, with_rollouts=True)
+    with run.progress.bar("rlvr", config.steps, done=state.step) as bar:
+        while state.step < config.steps:
+            step = state.begin_step()
             chunk = [tasks[i] for i in order.next_indices(config.prompts)]
             rollouts = roll_out(run, policy, processor, chunk, config.rollout, stage="rlvr", step=step)
             reward = torch.tensor([r.score for r in rollouts.rewards])
@@ -52,10 +53,12 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
             numbers |= rollouts.reward_metrics() | response_metrics(rollouts.completions) | rollouts.time
             run.metrics.write("rlvr", step, numbers)
             if step % run.config.dump_rollouts_every == 0 or step in (1, config.steps):
-                log.write(
+                state.log.write(
                     step,
                     [
-                        rollout_record(rollouts, b, log, advantage=float(advantage[b]), scores={}, teacher_scores=None)
+                        rollout_record(
+                            rollouts, b, state.log, advantage=float(advantage[b]), scores={}, teacher_scores=None
+                        )
                         for b in range(len(rollouts.completions))
                     ],
                 )
@@ -65,6 +68,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
                 length=numbers["response_length/mean"],
                 entropy=numbers["policy/entropy"],
             )
+            state.end_step(last=step == config.steps)
     folder = run.export_folder("rlvr")
     save_policy(policy, processor, folder)
     return folder

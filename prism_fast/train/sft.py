@@ -18,6 +18,7 @@ from prism_fast.train.context import Run
 from prism_fast.train.engine import LocalEngine
 from prism_fast.train.microbatch import by_tokens
 from prism_fast.train.policy_update import token_logprobs
+from prism_fast.train.resume import StageState
 from prism_fast.train.seeds import derive_seed
 
 
@@ -68,6 +69,12 @@ class PlateauDecay:
         self.decay_start: int | None = None
         self.end = config.max_updates
 
+    def state_dict(self) -> dict:
+        return {"best": self.best, "stale": self.stale, "decay_start": self.decay_start, "end": self.end}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best, self.stale, self.decay_start, self.end = (state[k] for k in ("best", "stale", "decay_start", "end"))
+
     def observe(self, updates: int, validation_loss: float) -> None:
         """Take a validation loss; begins the decay after ``patience`` evaluations without improvement."""
         if self.decay_start is not None:
@@ -103,14 +110,17 @@ def train_sft(
     val_batches, val_tokens = _batches(
         [val[i] for i in range(len(val))], processor, model, config.tokens_per_micro_batch
     )
-    with run.progress.bar("sft", config.max_updates) as bar:
+    state = StageState(run, "sft", engines={"policy": engine}, order=order, extra=decay)
+    with run.progress.bar("sft", config.max_updates, done=state.step) as bar:
         while engine.updates < decay.end:
+            state.begin_step()
             numbers = _update(engine, [demos[i] for i in order.next_indices(config.batch)], processor, run)
             if engine.updates % config.eval_every == 0 or engine.updates == decay.end:
                 numbers["sft/val_loss"] = _validation_loss(model, val_batches, val_tokens, run.device)
                 decay.observe(engine.updates, numbers["sft/val_loss"])
             run.metrics.write("sft", engine.updates, numbers)
             bar.advance(loss=numbers["sft/loss"], val_loss=numbers.get("sft/val_loss"), lr=numbers["sft/lr"])
+            state.end_step(last=engine.updates >= decay.end)
     folder = run.export_folder("sft")
     save_policy(model, processor, folder)
     return folder
@@ -120,12 +130,15 @@ def continue_sft(run: Run, model, processor: Processor, demos: Sequence[Demonstr
     """The control: as many further SFT updates on the same mixture as alignment and RLVR take, decayed to zero."""
     engine = LocalEngine(model, run.config.sft.optimizer, schedule=lambda update: 1.0 - update / updates)
     order = SampleOrder(len(demos), seed=derive_seed(run.config.seed, "sft_continued", "order"))
-    with run.progress.bar("sft_continued", updates) as bar:
-        for _ in range(updates):
+    state = StageState(run, "sft_continued", engines={"policy": engine}, order=order)
+    with run.progress.bar("sft_continued", updates, done=state.step) as bar:
+        while state.step < updates:
+            state.begin_step()
             indices = order.next_indices(run.config.sft.batch)
             numbers = _update(engine, [demos[i] for i in indices], processor, run)
             run.metrics.write("sft_continued", engine.updates, numbers)
             bar.advance(loss=numbers["sft/loss"], lr=numbers["sft/lr"])
+            state.end_step(last=state.step == updates)
     folder = run.export_folder("sft_continued")
     save_policy(model, processor, folder)
     return folder

@@ -6,6 +6,7 @@ the discriminator can do on held-out prompts, and fails loudly when it never get
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from prism_fast.data.order import SampleOrder
 from prism_fast.data.problems import holds_control_token
 from prism_fast.data.readers import read_pairs
 from prism_fast.data.samples import Pair, Task
-from prism_fast.data.writers import write_pairs
 from prism_fast.models.discriminator import Discriminator, save_discriminator
 from prism_fast.models.processor import EncodedPrompt, Processor
 from prism_fast.rollout.hf import HFRollout
@@ -25,6 +25,7 @@ from prism_fast.rollout.protocol import Sampling
 from prism_fast.train.context import Run
 from prism_fast.train.discriminator_update import GroupScores, SpanGroup, discriminator_step
 from prism_fast.train.engine import LocalEngine
+from prism_fast.train.resume import StageState
 from prism_fast.train.seeds import derive_seed
 
 SPANS = ("caption", "reasoning")
@@ -34,8 +35,8 @@ class WarmupError(RuntimeError):
     """The discriminator did not reach the held-out margin."""
 
 
-def sample_pairs(run: Run, model, processor: Processor, tasks: Sequence[Task]) -> Path:
-    """Let the policy answer the alignment prompts and write teacher-student pairs in the published jsonl format."""
+def sample_pairs(run: Run, model, processor: Processor, tasks: Sequence[Task]) -> list[Pair]:
+    """Let the policy answer the alignment prompts: its valid responses beside the teacher's, as warm-up pairs."""
     config = run.config.warmup
     sampling = Sampling(config.pairs_per_prompt, config.temperature, config.max_new_tokens)
     engine = HFRollout(model, processor)
@@ -44,6 +45,7 @@ def sample_pairs(run: Run, model, processor: Processor, tasks: Sequence[Task]) -
     batch = max(1, run.config.eval.batch // config.pairs_per_prompt)
     with run.progress.bar("pairs", -(-len(tasks) // batch)) as bar:
         for start in range(0, len(tasks), batch):
+            run.stop.poll("sampling pairs")
             chunk = [tasks[i] for i in range(start, min(start + batch, len(tasks)))]
             prompts = [processor.encode_prompt(task.messages, task.images) for task in chunk]
             groups = engine.generate(prompts, sampling, seed=derive_seed(run.config.seed, "pairs", start))
@@ -67,9 +69,7 @@ def sample_pairs(run: Run, model, processor: Processor, tasks: Sequence[Task]) -
     run.metrics.write("warmup", 0, {"pairs/kept": len(pairs), "pairs/dropped": sampled - len(pairs)})
     if not pairs:
         raise WarmupError("no sampled response had the caption-think-answer form; the policy needs (more) SFT first")
-    path = run.folder / "data" / "pairs" / "pairs.jsonl"
-    write_pairs(path, pairs)
-    return path
+    return pairs
 
 
 def _group_pairs(pairs: Sequence[Pair], processor: Processor, semantics: str) -> list[SpanGroup]:
@@ -111,6 +111,22 @@ def pair_margins(groups: Sequence[SpanGroup], scores: GroupScores) -> dict[str, 
     return numbers
 
 
+class HeldOut:
+    """The newest held-out margins; they decide when the stage ends."""
+
+    def __init__(self) -> None:
+        self.margins: dict[str, float] = {}
+
+    def enough(self, target: float) -> bool:
+        return all(self.margins.get(f"margin_{span}", -math.inf) >= target for span in SPANS)
+
+    def state_dict(self) -> dict:
+        return self.margins
+
+    def load_state_dict(self, state: dict) -> None:
+        self.margins = state
+
+
 def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs_path: Path) -> Path:
     """Train the discriminator on pairs; returns the folder of its export.
 
@@ -136,9 +152,17 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs_
         "score_reg": run.config.align.discriminator.score_reg,
         "tokens_per_micro_batch": config.tokens_per_micro_batch,
     }
-    reached: dict[str, float] = {}
-    with run.progress.bar("warmup", config.max_updates) as bar:
-        while engine.updates < config.max_updates:
+    reached = HeldOut()
+    state = StageState(run, "warmup", engines={"discriminator": engine}, order=order, extra=reached)
+    with run.progress.bar("warmup", config.max_updates, done=state.step) as bar:
+        while not reached.enough(config.target_margin):
+            if engine.updates == config.max_updates:
+                shown = ", ".join(f"{key} {value:.3g}" for key, value in reached.margins.items()) or "never evaluated"
+                raise WarmupError(
+                    f"after {config.max_updates} updates the held-out margin is under {config.target_margin} ({shown}); "
+                    "raise warmup.max_updates or warmup.optimizer.lr, give more pairs, or lower warmup.target_margin"
+                )
+            state.begin_step()
             chunk = [training[i] for i in order.next_indices(config.prompts)]
             discriminator.train()
             scores, loss = discriminator_step(
@@ -147,27 +171,18 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs_
             numbers = {f"warmup/{key}": value for key, value in pair_margins(chunk, scores).items()}
             numbers |= {"warmup/loss": float(loss), "warmup/lr": engine.lr(), "warmup/grad_norm": engine.step()}
             numbers["warmup/tokens"] = scores.tokens
-            done = False
             if engine.updates % config.eval_every == 0:
                 discriminator.eval()
                 scores, _ = discriminator_step(discriminator, heldout, backward=None, **shared)
-                reached = pair_margins(heldout, scores)
-                numbers |= {f"warmup/heldout_{key}": value for key, value in reached.items()}
-                done = all(reached.get(f"margin_{span}", -1.0) >= config.target_margin for span in SPANS)
+                reached.margins = pair_margins(heldout, scores)
+                numbers |= {f"warmup/heldout_{key}": value for key, value in reached.margins.items()}
             run.metrics.write("warmup", engine.updates, numbers)
             bar.advance(
                 loss=numbers["warmup/loss"],
-                heldout_caption=reached.get("margin_caption"),
-                heldout_reasoning=reached.get("margin_reasoning"),
+                heldout_caption=reached.margins.get("margin_caption"),
+                heldout_reasoning=reached.margins.get("margin_reasoning"),
             )
-            if done:
-                break
-        else:
-            shown = ", ".join(f"{key} {value:.3g}" for key, value in reached.items()) or "never evaluated"
-            raise WarmupError(
-                f"after {config.max_updates} updates the held-out margin is below {config.target_margin} ({shown}); "
-                "raise warmup.max_updates or warmup.optimizer.lr, give more pairs, or lower warmup.target_margin"
-            )
+            state.end_step(last=reached.enough(config.target_margin))
     folder = run.export_folder("discriminator-warmup")
     save_discriminator(discriminator, processor, folder)
     return folder

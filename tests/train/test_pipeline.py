@@ -133,14 +133,14 @@ def _command(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
 def test_errors_a_user_can_cure_are_one_message_and_exit_code_1(finished, small_data, tmp_path, monkeypatch, capsys):
     out = f"out={tmp_path / 'never'}"
     files = dict(item.removeprefix("data.").split("=", 1) for item in small_data)
-    missing_image = tmp_path / "sft.json"
+    missing_image = Path(files["sft"]).parent / "one-image-missing.json"  # beside the images of the others
     records = json.loads(Path(files["sft"]).read_text())
     records[3]["images"] = ["images/nowhere.png"]
     missing_image.write_text(json.dumps(records))
     cases = [
         (["run", "digits", "sft.lerning_rate=1"], ["lerning_rate"]),
         (["run", "digits", out, "data.source=files"], ["data.sft"]),
-        (["sft", "digits", out, *small_data, f"data.sft={missing_image}"], ["nowhere.png", "sft.json"]),
+        (["sft", "digits", out, *small_data, f"data.sft={missing_image}"], ["nowhere.png", "one-image-missing.json", "row 3"]),
         (["rlvr", "digits", out, *small_data, f"data.rlvr={files['sft']}"], ["sft.json"]),
         (["rlvr", "digits", out, *small_data], ["model.policy"]),
         (["align", "digits", out, *small_data, f"model.policy={finished / 'export/sft'}"], ["model.discriminator"]),

@@ -1,0 +1,136 @@
+"""Checkpoints on disk: complete or not there, checked by hash before they are trusted, no pickle.
+
+A checkpoint is a folder ``<stage>-<step>`` of safetensors files and ``state.json``, with a ``manifest.json`` that holds
+the size and sha256 of each. It is written under a temporary name, flushed to the disk, and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prism_fast.config import STAGES
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be used; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found complete: ``state`` as saved; tensors are read on demand."""
+
+    path: Path
+    state: dict
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        return load_file(self.path / f"{part}.safetensors")
+
+
+def save_checkpoint(folder: Path, name: str, parts: dict[str, dict[str, Tensor]], state: dict, *, keep: int) -> Path:
+    """Write ``folder/name`` and remove all but the newest ``keep`` checkpoints.
+
+    Raises:
+        OSError: the disk is full or not writable; the temporary folder is removed, older checkpoints stay as they are.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    part_folder = folder / f".{name}.part"
+    shutil.rmtree(part_folder, ignore_errors=True)  # of an earlier run that was killed while it wrote
+    part_folder.mkdir()
+    try:
+        for part, tensors in parts.items():
+            save_file({key: t.detach().contiguous() for key, t in tensors.items()}, part_folder / f"{part}.safetensors")
+        (part_folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+        files = {file.name: _fingerprint(file) for file in sorted(part_folder.iterdir())}
+        (part_folder / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+        for file in part_folder.iterdir():
+            _flush(file)
+        _flush(part_folder)
+        final = folder / name
+        shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from before it
+        part_folder.rename(final)
+        _flush(folder)
+    except BaseException:
+        shutil.rmtree(part_folder, ignore_errors=True)
+        raise
+    for old in sorted(_checkpoints(folder), key=_age)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest_checkpoint(folder: Path, *, tell: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is complete and undamaged; ``tell`` hears about every one that is passed over."""
+    for path in sorted(_checkpoints(folder), key=_age, reverse=True):
+        try:
+            return read_checkpoint(path)
+        except CheckpointError as error:
+            tell(f"checkpoint {path.name} is passed over: {error}")
+    return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Check every file of a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: the manifest is missing or unreadable, or a file is missing, truncated or altered.
+    """
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        items = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
+    if STATE not in items:
+        raise CheckpointError(f"{path / MANIFEST} does not list {STATE}")
+    for name, (size, digest) in items.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {size}")
+        if _fingerprint(file)["sha256"] != digest:
+            raise CheckpointError(f"{file} was altered (its sha256 is not the one in {MANIFEST})")
+    return Checkpoint(path, json.loads((path / STATE).read_text(encoding="utf-8")))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file in one step: readers see the old or the new text, never a half."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    _flush(part)
+    os.replace(part, path)
+    _flush(path.parent)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")] if folder.is_dir() else []
+
+
+def _age(path: Path) -> tuple[int, int]:
+    """Order of writing, from the name ``<stage>-<step>``: copying a run does not reorder its checkpoints."""
+    stage, _, step = path.name.rpartition("-")
+    known = stage in STAGES and step.isdigit()
+    return (STAGES.index(stage), int(step)) if known else (-1, -1)
+
+
+def _fingerprint(file: Path) -> dict[str, int | str]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

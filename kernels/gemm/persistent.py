@@ -131,9 +131,9 @@ def matmul(
     """``a [M,K] @ b [K,N]`` with bf16 (or fp16) operands, fp32 accumulation and an output in their dtype or fp32.
 
     Either operand may be a transposed view. ``out`` (``[M,N]``, row-major) receives the result if given, or, with
-    ``accumulate``, has it added to what it holds. ``tile`` defaults to `TILES` of the card. Raises ValueError for shapes,
-    dtypes or alignments that a tensor descriptor cannot address and NotImplementedError on cards without bulk tensor
-    copies.
+    ``accumulate``, has it added to what it holds. ``tile`` defaults to `TILES` of the card. Raises ValueError for
+    shapes, dtypes or alignments that a tensor descriptor cannot address and NotImplementedError on cards without bulk
+    tensor copies.
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(f"matmul: a {tuple(a.shape)} and b {tuple(b.shape)} are not [M,K] and [K,N]")

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from prism_fast.kernels.gemm.persistent import card, scratch, tile_position
 from prism_fast.kernels.logprob.combine import Combined, combine_partials
-from prism_fast.kernels.logprob.tiles import Tile, retune, tile_for
+from prism_fast.kernels.logprob.tiles import FEW_ROWS, Tile, retune, tile_for
 
 # Stands for -inf (a column outside the matrix, a banned token): finite, so that no inf - inf can arise from it.
 LOWEST = tl.constexpr(-1e30)
@@ -228,8 +228,8 @@ def keep_buffer(n: int, weight: torch.Tensor) -> torch.Tensor:
 
 
 def tile_width(hidden: torch.Tensor, rich: bool) -> int:
-    """Columns of a tile that `scores` uses for these rows; ``rich``: with a bias or a soft cap."""
-    return tile_for(card(hidden.device)[1], hidden.shape[0], hidden.dtype, rich).v
+    """Columns of a tile that `scores` uses on this card, whatever the rows; ``rich``: with a bias or a soft cap."""
+    return tile_for(card(hidden.device)[1], FEW_ROWS + 1, hidden.dtype, rich).v
 
 
 def _addressable(name: str, x: torch.Tensor) -> None:

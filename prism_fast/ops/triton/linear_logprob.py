@@ -76,7 +76,7 @@ def backward(
     spread: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
-    kept: Tensor,
+    kept: Tensor | None,
     tile_max: Tensor,
     weight_grad_out: Tensor | None,
     softcap: float | None,
@@ -91,7 +91,7 @@ def backward(
     g = torch.where(outside & (g != 0.0), math.nan, g).contiguous()
     h = softmax_rows.upstream(entropy_grad, logp, ignored).contiguous() if entropy else None
     rows = Rows(hidden, weight, bias, target, heat, softcap, entropy)
-    saved = kept.dim() == 2
+    saved = kept is not None
     step = max(n, 1) if saved else wave_rows(weight)
     rows.prepare(wants, weight_grad_out, waves=-(-n // step))
     for at in range(0, n, step):
@@ -135,13 +135,14 @@ class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, logp_grad, entropy_grad):
+        *saved, kept, tile_max = ctx.saved_tensors
+        kept = kept if kept.dim() == 2 else None
         gradients = backward(
-            logp_grad, entropy_grad, *ctx.saved_tensors, ctx.weight_grad_out, ctx.softcap, ctx.ignore_index,
+            logp_grad, entropy_grad, *saved, kept, tile_max, ctx.weight_grad_out, ctx.softcap, ctx.ignore_index,
             ctx.needs_input_grad[:3],
         )  # fmt: skip
         # The kernels wrote into what was kept behind autograd's back: a second backward has to notice.
-        kept = ctx.saved_tensors[9]
-        if kept.dim() == 2:
+        if kept is not None:
             torch.autograd.graph.increment_version(kept)
         return *gradients, *[None] * 7
 
@@ -198,7 +199,7 @@ def _run_backward(
     spread: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
-    kept: Tensor,
+    kept: Tensor | None,
     tile_max: Tensor,
     weight_grad_out: Tensor | None,
     softcap: float | None,
@@ -239,8 +240,11 @@ def _setup(ctx, inputs, output) -> None:
 
 def _autograd(ctx, logp_grad, entropy_grad, *_):
     wants = ctx.needs_input_grad[:3]
-    found = _backward_operator(logp_grad, entropy_grad, *ctx.saved_tensors, ctx.softcap, ctx.ignore_index, *wants)
-    into = ctx.saved_tensors[-1]
+    *saved, kept, tile_max, into = ctx.saved_tensors
+    kept = kept if kept.dim() == 2 else None  # an operator that changes nothing must not seem to
+    found = _backward_operator(
+        logp_grad, entropy_grad, *saved, kept, tile_max, into, ctx.softcap, ctx.ignore_index, *wants
+    )
     given = (wants[0], wants[1] and into is None, wants[2])
     return *(x if there else None for x, there in zip(found, given, strict=True)), *[None] * 7
 

@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 _COMPILED = ("group_advantage", "policy_loss", "pairwise_loss", "selected_logprob")
-_TRITON = ("linear_logprob",)
+_TRITON = ("linear_logprob", "linear_policy_loss")
 
 
 def available() -> dict[str, tuple[str, ...]]:

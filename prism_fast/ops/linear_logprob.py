@@ -68,29 +68,9 @@ def linear_logprob(
     Source: temperature-scaled log-softmax and its entropy (verl ``logprobs_from_logits_v2``, ``entropy_from_logits``);
     soft cap of Gemma 2 (arXiv 2408.00118, section 2).
     """
-    checks.tensor(OP, "hidden", hidden, shape=(None, None))
-    n, width = hidden.shape
-    checks.tensor(OP, "weight", weight, shape=(None, width), dtypes=(hidden.dtype,), like=hidden)
-    vocabulary = weight.shape[0]
-    if vocabulary == 0:
-        raise ValueError(f"{OP}: weight has no rows; the vocabulary must hold at least one token")
-    checks.tensor(OP, "target", target, shape=(n,), dtypes=checks.INTEGERS, like=hidden)
-    if bias is not None:
-        checks.tensor(OP, "bias", bias, shape=(vocabulary,), dtypes=(hidden.dtype,), like=hidden)
-    checks.temperature(OP, temperature, n, hidden)
-    if softcap is not None:
-        checks.number(OP, "softcap", softcap, low=0.0, strict=True)
+    validate(OP, hidden, weight, target, bias, temperature, softcap, weight_grad_out)
     checks.choice(OP, "save", save, SAVE)
     checks.number(OP, "save_limit_bytes", save_limit_bytes, low=0)
-    if weight_grad_out is not None:
-        checks.tensor(
-            OP,
-            "weight_grad_out",
-            weight_grad_out,
-            shape=tuple(weight.shape),
-            dtypes=(torch.float32, torch.float64),
-            like=hidden,
-        )
     if vocab_group is not None:
         raise NotImplementedError(f"{OP}: vocab_group (a sharded vocabulary) is not implemented; pass the whole weight")
     if tile_skip_mass != 0.0:
@@ -110,6 +90,40 @@ def linear_logprob(
 
         return fused(hidden, weight, target, **options)
     return reference(hidden, weight, target, **options)
+
+
+def validate(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    weight_grad_out: Tensor | None,
+) -> None:
+    """Refuse operands of a head that do not fit together. Raises ValueError."""
+    checks.tensor(op, "hidden", hidden, shape=(None, None))
+    n, width = hidden.shape
+    checks.tensor(op, "weight", weight, shape=(None, width), dtypes=(hidden.dtype,), like=hidden)
+    vocabulary = weight.shape[0]
+    if vocabulary == 0:
+        raise ValueError(f"{op}: weight has no rows; the vocabulary must hold at least one token")
+    checks.tensor(op, "target", target, shape=(n,), dtypes=checks.INTEGERS, like=hidden)
+    if bias is not None:
+        checks.tensor(op, "bias", bias, shape=(vocabulary,), dtypes=(hidden.dtype,), like=hidden)
+    checks.temperature(op, temperature, n, hidden)
+    if softcap is not None:
+        checks.number(op, "softcap", softcap, low=0.0, strict=True)
+    if weight_grad_out is not None:
+        checks.tensor(
+            op,
+            "weight_grad_out",
+            weight_grad_out,
+            shape=tuple(weight.shape),
+            dtypes=(torch.float32, torch.float64),
+            like=hidden,
+        )
 
 
 def _keeps(save: str, limit: int, hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> bool:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
+import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, waves
 from .backend import choose
-from .linear_logprob import linear_logprob
+from .linear_logprob import linear_logprob, validate
 from .policy_loss import policy_loss
 from .results import PolicyStats
 
 OP = "linear_policy_loss"
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "triton")
+WHOLE = ("gspo", "gspo_token")  # their ratio is a sequence's, so a wave holds whole sequences
 
 
 def linear_policy_loss(
@@ -43,17 +48,27 @@ def linear_policy_loss(
     softcap: float | None = None,
     ignore_index: int = -100,
     weight_grad_out: Tensor | None = None,
+    borders: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """``policy_loss`` of the log-probabilities that ``linear_logprob`` gives for the same rows.
 
     Args:
-        hidden [N, H], weight [V, H], target [N], bias, temperature, softcap, ignore_index, weight_grad_out: as in
+        hidden [N, H], weight [V, H], target [N], bias, temperature, softcap, ignore_index: as in
             ``linear_logprob``; rows with ``ignore_index`` are inactive, beside those that ``mask`` excludes.
         entropy: report the mean entropy; ``entropy_coef`` != 0 computes it in any case.
         All others: as in ``policy_loss``.
-        backend: None or "reference". The reference composes the two ops and forms the scores again in backward, so that
-            [N, V] is never held.
+        weight_grad_out: [V, H] float32 or float64; the weight's gradient is added by this call, not by backward.
+            Backward must then be called with the gradient 1 (scale the loss through ``denominator``); any other gives
+            NaN.
+        borders: the offsets of ``cu_seqlens`` as Python numbers. Needed on a GPU by gspo and gspo_token with
+            ``old_logp``; on the CPU they are read from ``cu_seqlens``.
+        backend: None, "reference" or "triton", as in ``linear_logprob``. None lets ``policy_loss`` choose its own.
+
+    Gradients are formed inside the forward, wave after wave of rows: 3 matrix passes, and one wave of scores in memory
+    (320 MiB on a GPU, about 16 MiB on a CPU; at least the longest sequence for gspo with ``old_logp``). Backward only
+    scales them, so it may be called again. Under ``torch.compile`` the two ops are composed in one graph instead, the
+    scores are formed again in backward (4 passes), and ``weight_grad_out`` is added to there.
 
     Returns:
         (loss 0-d, PolicyStats), as ``policy_loss``.
@@ -63,30 +78,15 @@ def linear_policy_loss(
 
     Sources: those of the two ops.
     """
-    choose(OP, BACKENDS, backend, hidden)
-    checks.tensor(OP, "target", target, shape=(None,), dtypes=checks.INTEGERS)
+    chosen = choose(OP, BACKENDS, backend, hidden)
+    validate(OP, hidden, weight, target, bias, temperature, softcap, weight_grad_out)
     with_entropy = entropy or entropy_coef != 0.0
-    result = linear_logprob(
-        hidden,
-        weight,
-        target,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        entropy=with_entropy,
-        ignore_index=ignore_index,
-        save="recompute",
-        weight_grad_out=weight_grad_out,
-        backend="reference",
-    )
     kept = target != ignore_index
     if mask is not None:
         checks.mask(OP, mask, target.shape[0], hidden)
         kept = kept & (mask != 0)
-    return policy_loss(
-        result.logp,
-        advantage,
-        cu_seqlens,
+    policy = partial(
+        policy_loss,
         old_logp=old_logp,
         token_advantage=token_advantage,
         loss=loss,
@@ -97,12 +97,75 @@ def linear_policy_loss(
         aggregation=aggregation,
         denominator=denominator,
         norm_length=norm_length,
-        entropy=result.entropy if with_entropy else None,
         entropy_coef=entropy_coef,
         ref_logp=ref_logp,
         kl=kl,
         kl_coef=kl_coef,
         is_weight=is_weight,
         mask=kept,
-        backend="reference",
+        backend="reference" if backend == "reference" else None,
     )
+    if torch.compiler.is_compiling():
+        found = linear_logprob(
+            hidden,
+            weight,
+            target,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            entropy=with_entropy,
+            ignore_index=ignore_index,
+            save="recompute",
+            weight_grad_out=weight_grad_out,
+            backend=chosen,
+        )
+        return policy(found.logp, advantage, cu_seqlens, entropy=found.entropy if with_entropy else None)
+    if chosen == "triton":
+        from .triton.head import Rows, heat_rows, wave_rows
+
+        step, column, heat = wave_rows(weight), target, heat_rows(temperature, hidden)
+    else:
+        from .reference.linear_logprob import Rows, block_rows
+        from .reference.softmax_rows import target_rows, temperature_rows
+
+        step = block_rows(weight.shape[0], hidden)
+        column, _, _ = target_rows(target, weight.shape[0], ignore_index)
+        heat = temperature_rows(temperature, hidden.shape[0], hidden.new_empty(0, dtype=_wide(hidden)))
+    whole = _borders(borders, cu_seqlens, hidden.shape[0]) if loss in WHOLE and old_logp is not None else None
+    return waves.run(
+        hidden,
+        weight,
+        bias,
+        lambda: Rows(hidden, weight, bias, column, heat, softcap, with_entropy),
+        lambda logp, spread: policy(logp, advantage, cu_seqlens, entropy=spread),
+        waves.cuts(hidden.shape[0], step, whole),
+        target,
+        ignore_index,
+        with_entropy,
+        weight_grad_out,
+    )
+
+
+def _borders(borders: Sequence[int] | None, cu_seqlens: Tensor, rows: int) -> Sequence[int]:
+    """Offsets of the sequences on the host."""
+    if borders is None:
+        if cu_seqlens.device.type != "cpu":
+            raise ValueError(
+                f"{OP}: a sequence ratio cuts waves at sequence borders, and reading cu_seqlens from "
+                f"{cu_seqlens.device} would synchronise; pass borders=, the same offsets as Python numbers"
+            )
+        borders = cu_seqlens.tolist()
+    if (
+        len(borders) != cu_seqlens.shape[0]
+        or list(borders) != sorted(borders)
+        or not 0 <= borders[0] <= borders[-1] <= rows
+    ):
+        raise ValueError(
+            f"{OP}: borders must be the {cu_seqlens.shape[0]} ascending offsets of cu_seqlens, at most {rows}; got "
+            f"{list(borders)[:8]}"
+        )
+    return borders
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

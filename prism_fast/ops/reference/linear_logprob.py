@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,25 +46,95 @@ def block_rows(vocabulary: int, like: Tensor) -> int:
     return max(MIN_BLOCK_ROWS, room // (vocabulary * like.element_size()))
 
 
+class Found(NamedTuple):
+    """What forward knows about a block of n rows."""
+
+    logp: Tensor  # [n] of the target's column
+    entropy: Tensor  # [n], or [0] if it was not asked for
+    log_sum: Tensor  # [n] relative to the maximum
+    top: Tensor  # [n, 1] row maximum
+    z: Tensor | None  # [n, V] scores minus the maximum, if kept
+
+
+class Rows:
+    """Operands of a head, and the gradients it has collected. The kernels' counterpart: ``ops.triton.head.Rows``.
+
+    hidden [N, H], weight [V, H], bias [V] or None, target [N] int64 that is safe to gather, heat [N, 1].
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        heat: Tensor,
+        softcap: float | None,
+        entropy: bool,
+    ):
+        self.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        self.hidden, self.weight, self.bias = _lifted(hidden, weight, bias)
+        self.target, self.heat, self.softcap, self.entropy = target, heat.to(self.hidden.dtype), softcap, entropy
+
+    def forward(self, block: slice, keep: bool) -> Found:
+        """Scores of the rows ``block`` and what they say about the target."""
+        z, top = rows.shifted_(_scores(self.hidden[block], self.weight, self.bias), self.heat[block], self.softcap)
+        logp, log_sum, entropy = rows.statistics(z, self.target[block], self.entropy)
+        return Found(logp, entropy, log_sum, top, z if keep else None)
+
+    def prepare(self, wants: tuple[bool, bool, bool], weight_grad: Tensor | None) -> None:
+        """Set up the gradients of hidden, weight and bias that `backward` fills; ``weight_grad`` is added to."""
+        self.wants = wants
+        self.hidden_grad = torch.empty_like(self.hidden) if wants[0] else None
+        self.weight_grad = (torch.zeros_like(self.weight) if weight_grad is None else weight_grad) if wants[1] else None
+        self.bias_grad = torch.zeros_like(self.bias) if wants[2] else None
+
+    def backward(self, block: slice, found: Found, g: Tensor, h: Tensor | None) -> None:
+        """Add what the rows ``block`` contribute. Uses up ``found.z``; forms it again if it was not kept.
+
+        g, h [n]: upstream gradients of log-probability and entropy (None: no entropy).
+        """
+        x, heat = self.hidden[block], self.heat[block]
+        z = rows.shifted_(_scores(x, self.weight, self.bias), heat, self.softcap)[0] if found.z is None else found.z
+        dz = rows.gradient_(
+            z, self.target[block], found.log_sum, g, h, found.entropy, heat, self.softcap, found.top
+        )  # [n, V]
+        if self.wants[0]:
+            torch.mm(dz, self.weight, out=self.hidden_grad[block])
+        if self.wants[1]:
+            # A row without upstream gradient must add nothing, even where its hidden state is not finite.
+            active = g != 0.0 if h is None else (g != 0.0) | (h != 0.0)
+            kind = self.weight_grad.dtype
+            self.weight_grad.addmm_(dz.t().to(kind), torch.where(active[:, None], x, 0.0).to(kind))
+        if self.wants[2]:
+            self.bias_grad += dz.sum(0)
+
+    def gradients(self, with_weight: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of hidden, weight (None without ``with_weight``) and bias, in their dtypes; None where not wanted."""
+        found = (self.hidden_grad, self.weight_grad if with_weight else None, self.bias_grad)
+        return tuple(None if x is None else x.to(kind) for x, kind in zip(found, self.dtypes, strict=True))
+
+
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, temperature, softcap, entropy, ignore_index, save, weight_grad_out):
         n, vocabulary = hidden.shape[0], weight.shape[0]
         column, ignored, outside = rows.target_rows(target, vocabulary, ignore_index)
-        x, w, b = _lifted(hidden, weight, bias)
-        heat = rows.temperature_rows(temperature, n, x)
+        heat = rows.temperature_rows(temperature, n, hidden.new_empty(0, dtype=_computed(hidden)))
+        head = Rows(hidden, weight, bias, column, heat, softcap, entropy)
+        x = head.hidden
         step = block_rows(vocabulary, x)
         logp, log_sum, top = x.new_empty(n), x.new_empty(n), x.new_empty(n, 1)
         entropies = x.new_empty(n if entropy else 0)
         kept: list[Tensor] = []
         for at in range(0, n, step):
             block = slice(at, min(n, at + step))
-            z, top[block] = rows.shifted_(_scores(x[block], w, b), heat[block], softcap)
-            logp[block], log_sum[block], found = rows.statistics(z, column[block], entropy)
+            found = head.forward(block, save)
+            logp[block], log_sum[block], top[block] = found.logp, found.log_sum, found.top
             if entropy:
-                entropies[block] = found
+                entropies[block] = found.entropy
             if save:
-                kept.append(z)
+                kept.append(found.z)
         ctx.save_for_backward(hidden, weight, bias, column, ignored, outside, heat, log_sum, entropies, top, *kept)
         ctx.softcap, ctx.entropy, ctx.step, ctx.weight_grad_out = softcap, entropy, step, weight_grad_out
         ctx.set_materialize_grads(False)
@@ -73,48 +144,25 @@ class _LinearLogProb(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, logp_grad, entropy_grad):
         hidden, weight, bias, column, ignored, outside, heat, log_sum, entropies, top, *kept = ctx.saved_tensors
-        x, w, b = _lifted(hidden, weight, bias)
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        head = Rows(hidden, weight, bias, column, heat, ctx.softcap, ctx.entropy)
         g = rows.upstream(logp_grad, log_sum, ignored)
         g = torch.where(outside & (g != 0.0), math.nan, g)
-        ge = rows.upstream(entropy_grad, log_sum, ignored) if ctx.entropy and entropy_grad is not None else None
-        into = ctx.weight_grad_out
-        dx = torch.empty_like(x) if want_hidden else None
-        dw = (torch.zeros_like(w) if into is None else into) if want_weight else None
-        db = torch.zeros_like(b) if want_bias else None
-        # A row without upstream gradient must add nothing, even where its hidden state is not finite.
-        active = g != 0.0 if ge is None else (g != 0.0) | (ge != 0.0)
-        for number, at in enumerate(range(0, x.shape[0], ctx.step)):
-            block = slice(at, min(x.shape[0], at + ctx.step))
-            z = kept[number] if kept else rows.shifted_(_scores(x[block], w, b), heat[block], ctx.softcap)[0]
-            dz = rows.gradient_(
-                z,
-                column[block],
-                log_sum[block],
-                g[block],
-                None if ge is None else ge[block],
-                entropies[block],
-                heat[block],
-                ctx.softcap,
-                top[block],
-            )
-            if want_hidden:
-                torch.mm(dz, w, out=dx[block])
-            if want_weight:
-                dw.addmm_(dz.t().to(dw.dtype), torch.where(active[block, None], x[block], 0.0).to(dw.dtype))
-            if want_bias:
-                db += dz.sum(0)
-        return (
-            dx.to(hidden.dtype) if want_hidden else None,
-            dw.to(weight.dtype) if want_weight and into is None else None,
-            db.to(bias.dtype) if want_bias else None,
-            *[None] * 7,
-        )
+        h = rows.upstream(entropy_grad, log_sum, ignored) if ctx.entropy and entropy_grad is not None else None
+        head.prepare(ctx.needs_input_grad[:3], ctx.weight_grad_out)
+        for number, at in enumerate(range(0, hidden.shape[0], ctx.step)):
+            block = slice(at, min(hidden.shape[0], at + ctx.step))
+            found = Found(log_sum, entropies[block], log_sum[block], top[block], kept[number] if kept else None)
+            head.backward(block, found, g[block], None if h is None else h[block])
+        return *head.gradients(ctx.weight_grad_out is None), *[None] * 7
+
+
+def _computed(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _lifted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Operands in float32 (float64 for float64): products of half-precision numbers are then exact."""
-    kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    kind = _computed(hidden)
     return hidden.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
 
 

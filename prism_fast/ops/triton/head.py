@@ -56,6 +56,7 @@ class Rows:
         self.bias = None if bias is None else bias.contiguous()
         self.target, self.heat = target.contiguous(), heat
         self.softcap, self.entropy = softcap, entropy
+        self.dtypes = (hidden.dtype, weight.dtype, hidden.dtype)
 
     def forward(self, block: slice, keep: bool) -> Scores:
         """Scores of the rows ``block``, with their exponentials if they are to be kept."""
@@ -72,10 +73,13 @@ class Rows:
             keep=keep,
         )
 
-    def prepare(self, wants: tuple[bool, bool, bool], weight_grad: Tensor | None, waves: int) -> None:
-        """Set up the gradients that `backward` will fill; ``waves`` calls will follow."""
+    def prepare(self, wants: tuple[bool, bool, bool], weight_grad: Tensor | None, waves: int = 2) -> None:
+        """Set up the gradients that `backward` fills in ``waves`` calls; ``weight_grad`` is added to.
+
+        One wave's weight gradient is rounded once, by its product; several are added up in float32.
+        """
         n = self.hidden.shape[0]
-        self.wants, self.waves = wants, waves
+        self.wants = wants
         wide = {"dtype": torch.float32, "device": self.hidden.device}
         self.hidden_grad = torch.empty_like(self.hidden) if wants[0] else None
         self.bias_grad = torch.zeros(self.weight.shape[0], **wide) if wants[2] else None
@@ -105,6 +109,11 @@ class Rows:
                     gemm.add_product(self.weight_grad, dz.t(), x)
             if self.wants[2]:
                 self.bias_grad += dz.sum(0, dtype=torch.float32)
+
+    def gradients(self, with_weight: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of hidden, weight (None without ``with_weight``) and bias, in their dtypes; None where not wanted."""
+        found = (self.hidden_grad, self.weight_grad if with_weight else None, self.bias_grad)
+        return tuple(None if x is None else x.to(kind) for x, kind in zip(found, self.dtypes, strict=True))
 
     def _heat(self, block: slice) -> Tensor:
         return self.heat if self.heat.shape[0] == 1 else self.heat[block]

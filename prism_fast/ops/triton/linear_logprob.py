@@ -102,11 +102,7 @@ def backward(
             found = rows.forward(block, keep=True)
         rows.backward(block, found, g[block], None if h is None else h[block])
         del found  # its buffer serves the next wave
-    return (
-        rows.hidden_grad,
-        rows.weight_grad.to(weight.dtype) if wants[1] and weight_grad_out is None else None,
-        rows.bias_grad.to(hidden.dtype) if wants[2] else None,
-    )
+    return rows.gradients(with_weight=weight_grad_out is None)
 
 
 def _joined(found: list[Scores], name: str) -> Tensor:

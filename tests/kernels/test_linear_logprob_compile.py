@@ -40,7 +40,7 @@ def test_weight_grad_out_and_second_backward(generator):
     hidden, weight, _, target = inputs(generator)
     heat = torch.ones(70, device=DEVICE)
     bank = torch.zeros(weight.shape, device=DEVICE)
-    eager, whole = compiled(save="logits", weight_grad_out=bank)
+    _, whole = compiled(save="logits", weight_grad_out=bank)
     loss = whole(hidden, weight, target, heat)
     with pytest.raises(RuntimeError, match="retain_graph"):
         torch.autograd.grad(loss, hidden, retain_graph=True)

@@ -75,8 +75,8 @@ class DigitsConfig:
     sft_val_questions: int = 4
     align_tasks: int = 512
     rlvr_tasks: int = 1024
-    eval_images: int = 192
-    train_digits: int = 1101
+    eval_images: int = 201
+    train_digits: int = 1074
     noise: float = 0.35
 
     def __post_init__(self) -> None:

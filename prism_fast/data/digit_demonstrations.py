@@ -17,7 +17,7 @@ SYSTEM_PROMPT = "Answer in <caption>, <think> and <answer>."  # short: the CPU p
 CONFUSIONS = {3: 8, 4: 9, 1: 7, 5: 6}
 CONFUSED, RANDOM_MISREADING = 0.8, 0.05  # per digit of a misread strip
 FAULTS = {"misread": 0.6, "wrong_step": 0.1, "skipped": 0.1, "contradiction": 0.1, "misread_and_wrong_step": 0.1}
-THINKING = {"concise": 0.7, "verbose": 0.1, "terse": 0.2}
+THINKING = {"concise": 0.8, "verbose": 0.05, "terse": 0.15}
 CAPTIONS = (0.6, 0.1, 0.1, 0.1, 0.1)  # of the five styles of caption
 
 

@@ -79,20 +79,6 @@ def _even(digits: Sequence[int], slip: Slip | None) -> Work:
     return Work(f"{concise}: {count} even", f"{verbose}. That makes {count} even.", f"even count {count}", str(count))
 
 
-def _sort(digits: Sequence[int], slip: Slip | None) -> Work:
-    left, taken, concise, verbose = list(digits), [], [], []
-    while len(left) > 1:
-        smallest = max(left) if _off(slip, len(taken)) else min(left)
-        concise.append(f"{smallest} from {''.join(map(str, left))}")
-        verbose.append(f"The smallest of {' '.join(map(str, left))} is {smallest}.")
-        left.remove(smallest)
-        taken.append(smallest)
-    taken += left
-    answer = ",".join(map(str, taken))
-    terse = f"in order {' '.join(map(str, taken))}"
-    return Work(f"{' '.join(concise)} {left[0]}", f"{' '.join(verbose)} Then {left[0]}.", terse, answer)
-
-
 def _difference(digits: Sequence[int], slip: Slip | None) -> Work:
     first, last = digits[0], digits[-1]
     large, small = max(first, last), min(first, last)
@@ -108,17 +94,6 @@ def _comparison(digits: Sequence[int], slip: Slip | None) -> Work:
     answer = {"<": "last", ">": "first", "=": "equal"}[relation]
     verbose = f"The first digit is {first} and the last is {last}."
     return Work(f"{first} and {last}: {first}{relation}{last}", verbose, answer, answer)
-
-
-def _position(digits: Sequence[int], slip: Slip | None) -> Work:
-    smallest = min(digits)
-    if _off(slip, 0):  # the next larger digit is taken for the smallest
-        smallest = min((digit for digit in digits if digit != smallest), default=smallest)
-    found = list(digits).index(smallest)
-    listed = " ".join(f"{place}:{digit}" for place, digit in enumerate(digits, start=1))
-    sentence = ", ".join(f"{digit} at {place}" for place, digit in enumerate(digits, start=1))
-    verbose = f"There is {sentence}. The smallest is {digits[found]}."
-    return Work(f"{listed}, smallest {digits[found]}", verbose, f"smallest {digits[found]}", str(found + 1))
 
 
 KINDS: dict[str, Kind] = {
@@ -152,16 +127,6 @@ KINDS: dict[str, Kind] = {
         3,
         _even,
     ),
-    "sort": Kind(
-        (
-            "Sort the digits from smallest to largest.",
-            "Write the digits in increasing order.",
-            "List the digits in ascending order.",
-            "Arrange the digits, smallest first.",
-        ),
-        2,
-        _sort,
-    ),
     "difference": Kind(
         (
             "What is the difference between the first and the last digit?",
@@ -181,15 +146,5 @@ KINDS: dict[str, Kind] = {
         ),
         1,
         _comparison,
-    ),
-    "position": Kind(
-        (
-            "At which position is the smallest digit first found?",
-            "Counted from the left, where does the smallest digit first stand?",
-            "What is the position of the leftmost smallest digit?",
-            "Where is the first smallest digit, counted from the left?",
-        ),
-        1,
-        _position,
     ),
 }

@@ -33,7 +33,7 @@ class DigitsSpec:
     """Sizes of the parts; each count of images is multiplied by its questions per image.
 
     Defaults: 10,000 demonstrations, 400 for validation, 512 alignment and 1,024 RLVR tasks on images of their own, and
-    192 evaluation images with all seven kinds of question (1,344 items). ``noise`` is the share of faulty
+    201 evaluation images with all five kinds of question (1,005 items). ``noise`` is the share of faulty
     demonstrations. ``train_digits`` go to SFT, alignment and RLVR, ``3 * eval_images`` digits to evaluation, the rest
     to validation. ValueError for impossible values.
     """
@@ -44,8 +44,8 @@ class DigitsSpec:
     sft_val_questions: int = 4
     align_tasks: int = 512
     rlvr_tasks: int = 1024
-    eval_images: int = 192
-    train_digits: int = 1101
+    eval_images: int = 201
+    train_digits: int = 1074
     noise: float = 0.35
 
     def __post_init__(self) -> None:

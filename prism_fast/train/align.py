@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from prism_fast.algorithms.advantages import alignment_advantage
 from prism_fast.algorithms.presets import PRESETS
+from prism_fast.config import Config
 from prism_fast.data.framing import frame_student, frame_teacher
 from prism_fast.data.order import SampleOrder
 from prism_fast.data.samples import Task
@@ -58,21 +60,12 @@ def align(
                 positions="text" if semantics == "released" else "mrope",
             )
             valid = torch.tensor([split.valid for split in rollouts.splits])
-            clipped = scores.student.clamp(-config.discriminator.score_clip, config.discriminator.score_clip)
-            advantage = alignment_advantage(
-                clipped[:, 0],
-                clipped[:, 1],
-                rollouts.group,
-                valid=valid,
-                accuracy=torch.tensor([r.accuracy for r in rollouts.rewards]),
-                format=torch.tensor([r.format for r in rollouts.rewards]),
-                mode=config.advantage,
-                weights=tuple(config.weights),
-                format_penalty=config.format_penalty,
-            )
+            advantage = step_advantage(run.config, rollouts, scores.student)
             numbers: dict[str, float | int | None] = {"disc/loss": float(loss), "disc/tokens": scores.tokens}
-            if valid.any():  # without a valid rollout there is no pair, and nothing to learn from
+            if valid.any() or semantics == "released":
                 numbers["disc/grad_norm"] = critic_engine.step()
+            else:  # no valid rollout, no pair: nothing to learn from
+                critic_engine.discard()
             rollouts.time["time/discriminator"] = time.perf_counter() - started
             numbers |= {f"disc/{key}": value for key, value in pair_margins(groups, scores).items()}
             for k, span in enumerate(SPANS):
@@ -119,6 +112,37 @@ def align(
     save_policy(policy, processor, policy_folder)
     save_discriminator(discriminator, processor, critic_folder)
     return policy_folder, critic_folder
+
+
+def step_advantage(config: Config, rollouts: StepRollouts, scores: Tensor) -> Tensor:
+    """[B] advantages from the students' scores [B, 2], in the configured form.
+
+    ``released``: an invalid response takes part with its group's lowest valid score minus 1, and a group without a
+    valid one is pushed down as a whole. ``prism_fast``: an invalid response stays out of its group's mean and deviation
+    and gets the format penalty; a group without a valid response has nothing to compare and gets 0.
+    """
+    align = config.align
+    clip = align.discriminator.score_clip
+    caption, reasoning = scores.clamp(-clip, clip).unbind(dim=1)
+    valid = torch.tensor([split.valid for split in rollouts.splits])
+    published = config.semantics == "released"
+    advantage = alignment_advantage(
+        caption,
+        reasoning,
+        rollouts.group,
+        valid=valid,
+        accuracy=torch.tensor([r.accuracy for r in rollouts.rewards]),
+        format=torch.tensor([r.format for r in rollouts.rewards]),
+        mode=align.advantage,
+        weights=tuple(align.weights),
+        format_penalty=align.format_penalty,
+        invalid="below_min" if published else "exclude",
+        singleton="identity" if published else "zero",
+    )
+    if published:
+        return advantage
+    any_valid = torch.zeros(len(rollouts.tasks), dtype=torch.int64).index_add(0, rollouts.group, valid.long()) > 0
+    return torch.where(any_valid[rollouts.group], advantage, 0.0)
 
 
 def frame_groups(rollouts: StepRollouts, processor: Processor, semantics: str) -> list[SpanGroup]:

@@ -72,6 +72,10 @@ class LocalEngine:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    def discard(self) -> None:
+        """Drop the accumulated gradients without an update."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     def step(self) -> float:
         """Clip, update, clear the gradients; returns the gradient norm before clipping.
 

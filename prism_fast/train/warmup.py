@@ -157,9 +157,9 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs_
     with run.progress.bar("warmup", config.max_updates, done=state.step) as bar:
         while not reached.enough(config.target_margin):
             if engine.updates == config.max_updates:
-                shown = ", ".join(f"{key} {value:.3g}" for key, value in reached.margins.items()) or "never evaluated"
+                shown = ", ".join(f"{k} {v:.3g}" for k, v in reached.margins.items()) or "never evaluated"
                 raise WarmupError(
-                    f"after {config.max_updates} updates the held-out margin is under {config.target_margin} ({shown}); "
+                    f"{config.max_updates} updates left the held-out margin under {config.target_margin} ({shown}): "
                     "raise warmup.max_updates or warmup.optimizer.lr, give more pairs, or lower warmup.target_margin"
                 )
             state.begin_step()

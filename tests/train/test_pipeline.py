@@ -8,65 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from prism_fast import cli
-from prism_fast.config import load_config
-from prism_fast.data.digits import DigitsSpec, write_digits
-from prism_fast.data.readers import read_tasks
-from prism_fast.data.samples import Demonstration
-from prism_fast.data.writers import write_sharegpt
 from prism_fast.models.discriminator import load_discriminator
 from prism_fast.models.policy import load_policy
 from prism_fast.report.html import write_report
-from prism_fast.train.pipeline import run_stages
-
-SMALL = [
-    "threads=1",
-    "model.tiny.vocab_size=600",
-    "model.tiny.num_layers=2",
-    "sft.batch=16",
-    "sft.max_updates=90",
-    "sft.eval_every=30",
-    "sft.optimizer.lr=4e-3",
-    "sft.tokens_per_micro_batch=1200",
-    "warmup.prompts=2",
-    "warmup.pairs_per_prompt=2",
-    "warmup.eval_every=2",
-    "warmup.target_margin=-100",
-    "warmup.heldout_share=0.2",
-    "align.steps=2",
-    "align.prompts=2",
-    "align.rollout.n=4",
-    "rlvr.steps=2",
-    "rlvr.prompts=2",
-    "rlvr.rollout.n=4",
-    *(f"{key}.max_new_tokens=72" for key in ("warmup", "align.rollout", "rlvr.rollout", "eval")),
-]
-
-
-@pytest.fixture(scope="session")
-def small_data(tmp_path_factory) -> list[str]:
-    """Published-format files, small enough for seconds; the SFT set is the exact teacher's, soon learnt."""
-    folder = tmp_path_factory.mktemp("small")
-    spec = DigitsSpec(sft_images=2, sft_val_images=2, align_tasks=48, rlvr_tasks=8, eval_images=2)
-    files = write_digits(folder / "digits", spec, seed=3)
-    tasks = read_tasks(files.align, require_teacher=True)
-    demos = [Demonstration(t.uid, t.messages, t.teacher_response, t.images) for t in (tasks[i] for i in range(48))]
-    write_sharegpt(folder / "sft.json", demos)
-    write_sharegpt(folder / "sft_val.json", demos[:8])
-    paths = {"sft": folder / "sft.json", "sft_val": folder / "sft_val.json"}
-    paths |= {"align": files.align, "rlvr": files.rlvr, "eval": files.eval}
-    return ["data.source=files", *(f"data.{name}={path}" for name, path in paths.items())]
-
-
-def _run(folder: Path, overrides: list[str]) -> Path:
-    return run_stages(load_config("digits", [*overrides, f"out={folder}"]), Console(quiet=True))
-
-
-@pytest.fixture(scope="session")
-def finished(small_data, tmp_path_factory) -> Path:
-    return _run(tmp_path_factory.mktemp("run") / "first", [*small_data, *SMALL])
 
 
 def _lines(folder: Path, *, timed: bool = False) -> list[dict]:
@@ -110,16 +56,15 @@ def test_the_report_of_a_real_run_is_written(finished):
     assert "data:image/png;base64" in page
 
 
-def test_one_seed_one_result_to_the_bit(finished, small_data, tmp_path):
-    again = _run(tmp_path / "again", [*small_data, *SMALL])
+def test_one_seed_one_result_to_the_bit(finished, run_again, tmp_path):
+    again = run_again(tmp_path / "again")
     assert _lines(again) == _lines(finished)
     for name in ("sft", "align", "rlvr"):
         assert (again / "evals" / f"{name}.jsonl").read_bytes() == (finished / "evals" / f"{name}.jsonl").read_bytes()
 
 
-def test_another_seed_differs(finished, small_data, tmp_path):
-    short = ["stages=[sft]", "sft.max_updates=2", "sft.eval_every=2", "seed=2"]
-    other = _run(tmp_path / "other", [*small_data, *SMALL, *short])
+def test_another_seed_differs(finished, run_again, tmp_path):
+    other = run_again(tmp_path / "other", "stages=[sft]", "sft.max_updates=2", "sft.eval_every=2", "seed=2")
     assert _of(other, "sft")[0]["sft/loss"] != _of(finished, "sft")[0]["sft/loss"]
 
 
@@ -140,7 +85,10 @@ def test_errors_a_user_can_cure_are_one_message_and_exit_code_1(finished, small_
     cases = [
         (["run", "digits", "sft.lerning_rate=1"], ["lerning_rate"]),
         (["run", "digits", out, "data.source=files"], ["data.sft"]),
-        (["sft", "digits", out, *small_data, f"data.sft={missing_image}"], ["nowhere.png", "one-image-missing.json", "row 3"]),
+        (
+            ["sft", "digits", out, *small_data, f"data.sft={missing_image}"],
+            ["nowhere.png", "one-image-missing.json", "row 3"],
+        ),
         (["rlvr", "digits", out, *small_data, f"data.rlvr={files['sft']}"], ["sft.json"]),
         (["rlvr", "digits", out, *small_data], ["model.policy"]),
         (["align", "digits", out, *small_data, f"model.policy={finished / 'export/sft'}"], ["model.discriminator"]),

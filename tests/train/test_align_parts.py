@@ -1,0 +1,113 @@
+"""Parts of an alignment step: advantages under both semantics, shared spans, micro-batch invariance."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from prism_fast.config import load_config
+from prism_fast.models.discriminator import build_discriminator
+from prism_fast.models.policy import TinyPolicy, build_tiny_policy
+from prism_fast.models.processor import Processor
+from prism_fast.models.tokenizer import train_tokenizer
+from prism_fast.rewards import Reward
+from prism_fast.train.align import step_advantage
+from prism_fast.train.discriminator_update import SpanGroup, discriminator_step
+
+
+def _rollouts(valid: list[bool], group: list[int]):
+    return SimpleNamespace(
+        tasks=range(max(group) + 1),
+        group=torch.tensor(group),
+        splits=[SimpleNamespace(valid=v) for v in valid],
+        rewards=[Reward(float(v), float(v), float(v), "rule") for v in valid],
+    )
+
+
+def test_an_invalid_response_does_not_squeeze_the_valid_ones():
+    rollouts = _rollouts([True, True, False, True], [0, 0, 0, 0])
+    scores = torch.tensor([[1.0, 2.0], [1.1, 2.2], [0.0, 0.0], [1.2, 2.1]])
+    ours = step_advantage(load_config("digits"), rollouts, scores)
+    alone = step_advantage(load_config("digits"), _rollouts([True] * 3, [0, 0, 0]), scores[[0, 1, 3]])
+    torch.testing.assert_close(ours[[0, 1, 3]], alone)
+    assert ours[2] == -1.5
+    published = step_advantage(load_config("digits", ["semantics=released"]), rollouts, scores)
+    assert published[[0, 1, 3]].min() > 0 and published[2] < -2.5, "a floor in raw units: all valid ones look good"
+
+
+def test_a_group_without_a_valid_response_has_nothing_to_compare():
+    rollouts = _rollouts([False, False, True, True], [0, 0, 1, 1])
+    scores = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    assert step_advantage(load_config("digits"), rollouts, scores)[:2].tolist() == [0.0, 0.0]
+    published = step_advantage(load_config("digits", ["semantics=released"]), rollouts, scores)
+    assert published[:2].tolist() == [-1.5, -1.5]
+
+
+@pytest.fixture(scope="module")
+def critic():
+    processor = Processor.build(train_tokenizer(["<caption>\n- digits: 1 2\n</caption>"] * 9, 320))
+    policy = build_tiny_policy(processor, TinyPolicy(num_layers=2), seed=0)
+    discriminator = build_discriminator(policy, seed=1).double()
+    prompts = [
+        processor.encode_prompt([{"role": "user", "content": text}], [])
+        for text in ("one", "two words", "three of them")
+    ]
+    return discriminator, processor, prompts
+
+
+def _groups(prompts, *, valid=True):
+    def span(*ids: int):
+        return tuple(ids)
+
+    return [
+        SpanGroup(prompts[0], (span(5, 6, 7), span(8, 9)), [(span(5, 6, 7), span(9)), (span(7), span(8, 9))]),
+        SpanGroup(
+            prompts[1], (span(11), span(12, 13)), [(span(14, 15, 16), span(17)), None if valid else (span(1), span(2))]
+        ),
+        SpanGroup(prompts[2], (span(20, 21), span(22)), [None, None]),
+    ]
+
+
+def _step(critic, groups, *, budget=10_000, semantics="prism_fast"):
+    discriminator, processor, _ = critic
+    discriminator.zero_grad()
+    scores, loss = discriminator_step(
+        discriminator,
+        groups,
+        backward=lambda value: value.backward(),
+        pad_id=processor.pad_id,
+        device=torch.device("cpu"),
+        semantics=semantics,
+        score_clip=10.0,
+        score_reg=0.001,
+        tokens_per_micro_batch=budget,
+    )
+    return scores, loss, {n: p.grad.clone() for n, p in discriminator.named_parameters() if p.grad is not None}
+
+
+def test_equal_spans_are_computed_once_and_tie_exactly(critic):
+    groups = _groups(critic[2])
+    assert [len(group.unique_spans()) for group in groups] == [4, 4, 2]
+    scores, _, _ = _step(critic, groups)
+    assert scores.tokens == sum(group.tokens() for group in groups)
+    assert scores.student[0, 0] == scores.teacher[0, 0] and scores.student[1, 1] == scores.teacher[0, 1]
+    assert scores.student[3:].abs().max() == 0
+
+
+@pytest.mark.parametrize("budget", [1, 40])
+def test_the_cut_into_micro_batches_does_not_matter(critic, budget):
+    groups = _groups(critic[2])
+    whole_scores, whole_loss, whole = _step(critic, groups)
+    scores, loss, cut = _step(critic, groups, budget=budget)
+    torch.testing.assert_close(loss, whole_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(scores.student, whole_scores.student)
+    assert set(cut) == set(whole)
+    largest = max(g.abs().max() for g in whole.values())
+    assert max((cut[n] - whole[n]).abs().max() for n in whole) < 1e-7 * largest  # the models' float32 islands
+
+
+def test_under_released_the_cut_matters_as_published(critic):
+    groups = _groups(critic[2])
+    assert _step(critic, groups, semantics="released")[1] != _step(critic, groups, budget=1, semantics="released")[1]

@@ -1,0 +1,118 @@
+"""Checkpoints: complete or not there; damage is found, named and passed over."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from prism_fast.config import OptimizerConfig
+from prism_fast.train import checkpoint as checkpoint_module
+from prism_fast.train.checkpoint import CheckpointError, latest_checkpoint, read_checkpoint, save_checkpoint
+from prism_fast.train.engine import LocalEngine
+from prism_fast.train.record import RunRecord, read_resume
+
+
+def _save(folder, step, *, stage="align", keep=2):
+    parts = {"policy": {"w": torch.full((3, 2), float(step))}, "discriminator": {"v": torch.arange(4)}}
+    return save_checkpoint(folder, f"{stage}-{step:06d}", parts, {"stage": stage, "step": step}, keep=keep)
+
+
+def test_what_is_saved_reads_back_and_only_the_newest_stay(tmp_path):
+    for step in (9, 10, 100):
+        _save(tmp_path, step)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["align-000010", "align-000100"]
+    found = latest_checkpoint(tmp_path, tell=pytest.fail)
+    assert found.state == {"stage": "align", "step": 100}
+    assert torch.equal(found.tensors("policy")["w"], torch.full((3, 2), 100.0))
+    assert found.tensors("discriminator")["v"].dtype == torch.int64
+
+
+def test_a_later_stage_is_newer_whatever_its_step(tmp_path):
+    _save(tmp_path, 500, stage="sft")
+    _save(tmp_path, 3, stage="rlvr")
+    assert latest_checkpoint(tmp_path, tell=pytest.fail).state["stage"] == "rlvr"
+
+
+FILES = ("policy.safetensors", "discriminator.safetensors", "state.json", "manifest.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damage_in_any_part_is_named_and_the_previous_checkpoint_used(tmp_path, name, damage):
+    _save(tmp_path, 1)
+    file = _save(tmp_path, 2) / name
+    content = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    elif damage == "truncate":
+        file.write_bytes(content[:-1])
+    else:
+        content[len(content) // 2] ^= 0x10
+        file.write_bytes(content)
+    told: list[str] = []
+    assert latest_checkpoint(tmp_path, tell=told.append).state["step"] == 1
+    assert len(told) == 1 and "align-000002" in told[0]
+    with pytest.raises(CheckpointError):
+        read_checkpoint(file.parent)
+
+
+def test_a_full_disk_leaves_older_checkpoints_and_no_half_one(tmp_path, monkeypatch):
+    _save(tmp_path, 1)
+
+    def no_space(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "save_file", no_space)
+    with pytest.raises(OSError, match="No space"):
+        _save(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["align-000001"]
+
+
+def test_what_a_killed_writer_left_is_ignored_and_cleared(tmp_path):
+    half = tmp_path / ".align-000002.part"
+    half.mkdir()
+    (half / "policy.safetensors").write_bytes(b"half")
+    assert latest_checkpoint(tmp_path, tell=pytest.fail) is None
+    _save(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["align-000002"]
+
+
+def test_a_checkpoint_of_a_complete_stage_is_not_gone_back_to(tmp_path):
+    _save(tmp_path / "checkpoints", 7, stage="sft")
+    assert read_resume(tmp_path, tell=pytest.fail).checkpoint_of("sft").state["step"] == 7
+    RunRecord(completed=["sft"], metrics_bytes=123).write(tmp_path)
+    resumed = read_resume(tmp_path, tell=pytest.fail)
+    assert resumed.checkpoint is None and resumed.metrics_bytes() == 123
+
+
+def test_a_damaged_record_is_refused_by_name(tmp_path):
+    (tmp_path / "record.json").write_text(json.dumps({"completed": [], "surprise": 1}))
+    with pytest.raises(CheckpointError, match=r"record\.json"):
+        read_resume(tmp_path, tell=pytest.fail)
+
+
+def _train(engine, steps, start=0):
+    for step in range(start, start + steps):
+        generator = torch.Generator().manual_seed(step)
+        engine.backward(engine.model(torch.randn(5, 4, generator=generator)).square().mean())
+        engine.step()
+    return torch.cat([p.detach().flatten() for p in engine.model.parameters()])
+
+
+def test_an_engine_goes_on_to_the_bit(tmp_path):
+    def new():
+        torch.manual_seed(0)
+        return LocalEngine(torch.nn.Linear(4, 3), OptimizerConfig(lr=0.05, warmup_steps=6))
+
+    straight = _train(new(), 9)
+    first = new()
+    _train(first, 4)
+    save_checkpoint(tmp_path, "sft-000004", {"policy": first.state_tensors()}, {}, keep=1)
+    second = new()
+    second.load_state_tensors(read_checkpoint(tmp_path / "sft-000004").tensors("policy"))
+    second.updates = 4
+    assert torch.equal(_train(second, 5, start=4), straight)
+    with pytest.raises(ValueError, match="weight"):
+        LocalEngine(torch.nn.Linear(3, 3), OptimizerConfig()).load_state_tensors(second.state_tensors())

@@ -1,0 +1,81 @@
+"""Runs that are killed or asked to stop end with the metrics of a run that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def _metrics(folder: Path) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
+
+
+def _start(arguments: list[str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "prism_fast.cli", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def _wait_for(folder: Path, stage: str, process: subprocess.Popen) -> None:
+    """Until the stage has written its first metrics line."""
+    path, deadline = folder / "metrics.jsonl", time.monotonic() + 100
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and f'"stage": "{stage}"' in path.read_text():
+            return
+        time.sleep(0.05)
+
+
+def _assert_equal(folder: Path, finished: Path) -> None:
+    assert _metrics(folder) == _metrics(finished)
+    for name in ("sft", "align", "rlvr"):
+        assert (folder / "evals" / f"{name}.jsonl").read_bytes() == (finished / "evals" / f"{name}.jsonl").read_bytes()
+    for stage in ("align", "rlvr"):
+        name = f"{stage}.jsonl.zst"
+        assert (folder / "rollouts" / name).read_bytes() == (finished / "rollouts" / name).read_bytes()
+
+
+@pytest.mark.timeout(600)
+def test_killed_and_stopped_in_several_stages_a_run_ends_the_same(finished, small_run, tmp_path):
+    folder = tmp_path / "run"
+    arguments = ["run", "digits", f"out={folder}", *small_run, "checkpoint_every=7"]
+    for stage, how in (("sft", signal.SIGKILL), ("warmup", signal.SIGTERM), ("align", signal.SIGKILL)):
+        process = _start(arguments)
+        _wait_for(folder, stage, process)
+        process.send_signal(how)
+        shown, _ = process.communicate(timeout=120)
+        assert process.returncode == (0 if how == signal.SIGTERM else -how), shown
+        if how == signal.SIGTERM:
+            assert "prism-fast resume" in shown
+        arguments = ["resume", str(folder)]
+    process = _start(arguments)
+    shown, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, shown
+    _assert_equal(folder, finished)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_killed_at_twenty_random_moments_a_run_ends_the_same(finished, small_run, tmp_path):
+    rng, folder = random.Random(5), tmp_path / "run"
+    arguments = ["run", "digits", f"out={folder}", *small_run, "checkpoint_every=7"]
+    for _ in range(20):
+        process = _start(arguments)
+        time.sleep(rng.uniform(4.0, 16.0))
+        process.kill()
+        shown, _ = process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0), shown
+        if (folder / "config.yaml").exists():
+            arguments = ["resume", str(folder)]
+    process = _start(arguments)
+    shown, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, shown
+    _assert_equal(folder, finished)

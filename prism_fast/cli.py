@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+import prism_fast
+from prism_fast.commands import Overrides, Recipe, register
+
 if TYPE_CHECKING:
     from prism_fast.config import Config
 
@@ -22,17 +25,36 @@ app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=Fals
 console = Console()
 errors = Console(stderr=True)
 
-Recipe = Annotated[str, typer.Argument(help="Shipped recipe or path of a YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value pairs that override the recipe.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check recipe, models and data, show the plan, write nothing.")]
 
 
-def _train(recipe: str, overrides: list[str] | None, stages: list[str] | None) -> None:
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"prism-fast {prism_fast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def _train(recipe: str, overrides: list[str] | None, stages: list[str] | None, dry_run: bool) -> None:
     from prism_fast.config import load_config
 
     config = load_config(recipe, overrides or [])
     if stages is not None:
         config.stages = stages
-    _run(config, resume=False)
+    if dry_run:
+        from prism_fast.dry_run import show_run
+
+        show_run(config, console)
+    else:
+        _run(config, resume=False)
 
 
 def _run(config: Config, *, resume: bool) -> None:
@@ -57,9 +79,9 @@ def _run(config: Config, *, resume: bool) -> None:
 
 
 @app.command()
-def run(recipe: Recipe, overrides: Overrides = None) -> None:
+def run(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Run all stages of a recipe, evaluate after each, and write the report."""
-    _train(recipe, overrides, None)
+    _train(recipe, overrides, None, dry_run)
 
 
 @app.command()
@@ -78,27 +100,27 @@ def resume(
 
 
 @app.command()
-def sft(recipe: Recipe, overrides: Overrides = None) -> None:
+def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Supervised fine-tuning to the validation plateau."""
-    _train(recipe, overrides, ["sft"])
+    _train(recipe, overrides, ["sft"], dry_run)
 
 
 @app.command()
-def warmup(recipe: Recipe, overrides: Overrides = None) -> None:
+def warmup(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Warm the discriminator up until it separates held-out pairs. Needs model.policy=PATH."""
-    _train(recipe, overrides, ["warmup"])
+    _train(recipe, overrides, ["warmup"], dry_run)
 
 
 @app.command()
-def align(recipe: Recipe, overrides: Overrides = None) -> None:
+def align(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Adversarial alignment. Needs model.policy=PATH and model.discriminator=PATH."""
-    _train(recipe, overrides, ["align"])
+    _train(recipe, overrides, ["align"], dry_run)
 
 
 @app.command()
-def rlvr(recipe: Recipe, overrides: Overrides = None) -> None:
+def rlvr(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Reinforcement learning with verifiable rewards. Needs model.policy=PATH."""
-    _train(recipe, overrides, ["rlvr"])
+    _train(recipe, overrides, ["rlvr"], dry_run)
 
 
 @app.command("eval")
@@ -124,20 +146,34 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run directory, finish
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
 
 
+register(app)
+
+
 def main() -> None:
     """Entry point: an error the user can cure is one message and exit code 1; anything else keeps its traceback."""
-    from prism_fast.config import ConfigError
-    from prism_fast.train.errors import USER_ERRORS
-
     try:
         app()
-    except (ConfigError, *USER_ERRORS) as error:
-        if os.environ.get("PRISM_FAST_TRACEBACK") == "1":
+    except Exception as error:
+        if os.environ.get("PRISM_FAST_TRACEBACK") == "1" or not _curable(error):
             raise
         errors.print(f"[bold red]error:[/] {type(error).__name__}", highlight=False)
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        if isinstance(error, ImportError):
+            errors.print("`prism-fast doctor` shows what is missing or broken and how to get it")
         errors.print("(PRISM_FAST_TRACEBACK=1 shows where)", style="dim")
         sys.exit(1)
+
+
+def _curable(error: Exception) -> bool:
+    """Whether the message alone helps. Asked afterwards: `doctor` must start where the trainer cannot be imported."""
+    if isinstance(error, ImportError):  # not of our own modules: that would be a defect
+        return not (error.name or "").startswith("prism_fast")
+    try:
+        from prism_fast.config import ConfigError
+        from prism_fast.train.errors import USER_ERRORS
+    except ImportError:
+        return False
+    return isinstance(error, (ConfigError, OSError, *USER_ERRORS))
 
 
 if __name__ == "__main__":

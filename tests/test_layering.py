@@ -21,14 +21,19 @@ FLOORS = [
     {"data", "rewards"},
     {"rollout"},
     {"train"},
-    {"report", "cli", "integrations"},
+    {"report", "cli", "commands", "doctor", "plan", "dry_run", "integrations"},
 ]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 # `config` describes runs: only those who run them may read it.
-CONFIG_READERS = {"train", "report", "cli", "config"}
+CONFIG_READERS = {"train", "report", "cli", "commands", "plan", "dry_run", "config"}
 # Neighbours of one floor that may look at each other, in this direction only.
 SIDEWAYS = {
     ("cli", "report"),  # the command line shows what the report makes
+    ("cli", "commands"),  # and holds the commands that do not train
+    ("cli", "dry_run"),
+    ("commands", "doctor"),
+    ("commands", "plan"),
+    ("dry_run", "plan"),
     ("rewards", "data"),  # the answer is graded in the section that the response grammar cut out
 }
 

@@ -19,7 +19,8 @@ KINDS = ("sft", "tasks", "pairs")
 class Findings:
     """What a file holds: ``samples`` of ``form`` that can be used, and what is wrong with the others.
 
-    ``prompt_tokens``: length of every usable sample's expanded prompt in file order, empty unless a processor was given.
+    ``prompt_tokens``: lengths of the expanded prompts that could be measured, too long ones included; empty without a
+    processor.
     """
 
     path: Path
@@ -67,7 +68,8 @@ def check_file(
             try:
                 sample = samples[index]
                 if processor is not None:
-                    lengths.append(_prompt_tokens(path, sample, processor, max_prompt_tokens))
+                    lengths.append(_prompt_tokens(path, sample, processor))
+                    _check_length(path, sample, lengths[-1], max_prompt_tokens)
                 usable += 1
             except DataError as error:
                 problems.append(error)
@@ -76,16 +78,19 @@ def check_file(
     return Findings(path, form, usable, problems, lengths)
 
 
-def _prompt_tokens(path: Path, sample: Demonstration | Task | Pair, processor: Processor, limit: int | None) -> int:
-    place = Place(path, f"sample {sample.uid}")
+def _prompt_tokens(path: Path, sample: Demonstration | Task | Pair, processor: Processor) -> int:
     try:
-        tokens = len(processor.encode_prompt(sample.messages, sample.images).input_ids)
+        return len(processor.encode_prompt(sample.messages, sample.images).input_ids)
     except ValueError as error:
+        place = Place(path, f"sample {sample.uid}")
         raise place.error("prompt", f"cannot be encoded: {error}", "Mend or leave out the sample") from error
+
+
+def _check_length(path: Path, sample: Demonstration | Task | Pair, tokens: int, limit: int | None) -> None:
     if limit is not None and tokens > limit:
+        wrong = f"expands to {tokens} tokens, more than the limit of {limit}"
         cure = "Shorten the prompt, shrink its images, or raise the limit"
-        raise place.error("prompt", f"expands to {tokens} tokens, more than the limit of {limit}", cure)
-    return tokens
+        raise Place(path, f"sample {sample.uid}").error("prompt", wrong, cure)
 
 
 def _form(path: Path) -> str:

@@ -1,0 +1,238 @@
+"""The commands that do not train: ``doctor``, ``plan``, ``convert``, ``data``; and what completes a command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from prism_fast.data.check import Findings
+    from prism_fast.doctor import Check
+
+STYLES = {"ok": "green", "absent": "yellow", "broken": "bold red"}
+
+
+class Kind(StrEnum):
+    sft = "sft"
+    tasks = "tasks"
+    pairs = "pairs"
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Shipped recipes and YAML files below what has been typed."""
+    from prism_fast.config import shipped_recipes
+
+    names = [name for name in shipped_recipes() if name.startswith(incomplete)]
+    typed = Path(incomplete)
+    folder = typed if incomplete.endswith("/") else typed.parent
+    files = sorted(folder.glob("*")) if folder.is_dir() else []
+    shown = [f"{path}/" if path.is_dir() else str(path) for path in files if not path.name.startswith(".")]
+    return names + [name for name in shown if name.startswith(incomplete) and name.endswith((".yaml", ".yml", "/"))]
+
+
+def complete_override(incomplete: str) -> list[str]:
+    """Keys of the configuration, one level at a time: ``al`` to ``align.``, ``align.st`` to ``align.steps=``."""
+    from prism_fast.config import Config
+
+    *path, last = incomplete.split(".")
+    values = Config()
+    for name in path:
+        values = getattr(values, name, None)
+    if "=" in incomplete or not dataclasses.is_dataclass(values):
+        return []
+    found = []
+    for field in dataclasses.fields(values):
+        if field.name.startswith(last):
+            ending = "." if dataclasses.is_dataclass(getattr(values, field.name)) else "="
+            found.append(".".join([*path, field.name]) + ending)
+    return found
+
+
+Recipe = Annotated[str, typer.Argument(help="Shipped recipe or path of a YAML file.", autocompletion=complete_recipe)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="key.sub=value pairs that override the recipe.", autocompletion=complete_override),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Source = Annotated[Path, typer.Argument(help="Folder to read.")]
+Destination = Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")]
+
+console = Console()
+convert = typer.Typer(no_args_is_help=True, help="Turn checkpoint folders into others: upcycling, expert layouts.")
+data = typer.Typer(no_args_is_help=True, help="Look at data files.")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command()(doctor)
+    app.command()(plan)
+    app.add_typer(convert, name="convert")
+    app.add_typer(data, name="data")
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Versions, compilers, devices and backends of this machine; what is missing and how to get it."""
+    from prism_fast.doctor import examine, healthy
+
+    checks = examine()
+    well = healthy(checks)
+    if as_json:
+        print(json.dumps({"healthy": well, "checks": [dataclasses.asdict(check) for check in checks]}, indent=2))
+    else:
+        _show_checks(checks)
+        console.print("[green]everything that is needed here works[/]" if well else "[bold red]something is broken[/]")
+    raise typer.Exit(0 if well else 1)
+
+
+def _show_checks(checks: list[Check]) -> None:
+    table = Table()
+    for name in ("part", "name", "state", "found", "wanted"):
+        table.add_column(name, overflow="fold", no_wrap=name in ("name", "state"))
+    group = None
+    for check in checks:
+        if group not in (None, check.group):
+            table.add_section()
+        first, group = check.group != group, check.group
+        state = f"[{STYLES[check.state]}]{check.state}[/]"
+        table.add_row(check.group if first else "", check.name, state, *map(_plain, (check.found, check.wanted)))
+    console.print(table)
+    for check in checks:
+        if check.state != "ok" and check.cure:
+            console.print(f"{check.name}: {check.cure}", style=STYLES[check.state], markup=False, highlight=False)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt, images expanded (`data check --policy` measures them).")
+    ] = None,
+    image_tokens: Annotated[int | None, typer.Option(help="How many of them come from images; default half.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Parameters, memory by component and tokens per step of a recipe, before anything is loaded."""
+    from prism_fast.config import load_config
+    from prism_fast.plan import make_plan, render
+
+    made = make_plan(load_config(recipe, overrides or []), prompt_tokens=prompt_tokens, image_tokens=image_tokens)
+    if as_json:
+        print(made.as_json())
+    else:
+        console.print(render(made), highlight=False)
+
+
+@convert.command()
+def upcycle(
+    source: Source,
+    destination: Destination,
+    experts: Annotated[int, typer.Option(help="Experts per layer.")] = 4,
+    top_k: Annotated[int, typer.Option(help="Experts per token.")] = 2,
+    noise_std: Annotated[float, typer.Option(help="Deviation of the noise on each expert.")] = 0.01,
+    router_std: Annotated[float, typer.Option(help="Deviation of the routers.")] = 0.02,
+    seed: Annotated[int, typer.Option(help="Decides noise, routers and score head.")] = 1,
+) -> None:
+    """Dense policy folder to discriminator folder: experts, routers and a score head, in the released layout."""
+    from prism_fast.models.convert import upcycle_folder
+
+    upcycle_folder(
+        source,
+        destination,
+        num_experts=experts,
+        top_k=top_k,
+        noise_std=noise_std,
+        router_std=router_std,
+        seed=seed,
+    )
+    _done(destination)
+
+
+@convert.command("to-released")
+def convert_to_released(source: Source, destination: Destination) -> None:
+    """Discriminator with experts as transformers 5 saves them to the layout of released checkpoints."""
+    from prism_fast.models.convert import to_released
+
+    to_released(source, destination)
+    _done(destination)
+
+
+@convert.command("from-released")
+def convert_from_released(source: Source, destination: Destination) -> None:
+    """Discriminator in the layout of released checkpoints to experts as transformers 5 saves them."""
+    from prism_fast.models.convert import from_released
+
+    from_released(source, destination)
+    _done(destination)
+
+
+def _done(folder: Path) -> None:
+    console.print(f"written: {folder}", highlight=False, soft_wrap=True)
+
+
+@data.command()
+def check(
+    paths: Annotated[list[Path], typer.Argument(help="Data files: .json, .jsonl, .parquet.")],
+    kind: Annotated[Kind | None, typer.Option(help="What the files hold, where name and content do not tell.")] = None,
+    require_teacher: Annotated[bool, typer.Option(help="Tasks must have teacher columns (alignment).")] = False,
+    max_image_pixels: Annotated[int | None, typer.Option(help="Refuse larger images.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="Measure prompts with the processor of this folder.")] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Report longer prompts; needs --policy.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Report every problem of data files with file, row and field. Exit code 1 if there are any."""
+    from prism_fast.config import DataConfig
+    from prism_fast.data.check import check_file
+
+    processor = None
+    if policy is not None:
+        from prism_fast.models.processor import Processor
+
+        processor = Processor.from_pretrained(policy)
+    pixels = DataConfig().max_image_pixels if max_image_pixels is None else max_image_pixels
+    findings = [
+        check_file(
+            path,
+            kind=None if kind is None else kind.value,
+            require_teacher=require_teacher,
+            max_image_pixels=pixels,
+            processor=processor,
+            max_prompt_tokens=max_prompt_tokens,
+        )
+        for path in paths
+    ]
+    if as_json:
+        print(json.dumps([_as_plain(found) for found in findings], indent=2))
+    else:
+        for found in findings:
+            _show_findings(found)
+    raise typer.Exit(1 if any(found.problems for found in findings) else 0)
+
+
+def _as_plain(found: Findings) -> dict[str, object]:
+    lengths = found.prompt_tokens
+    return {
+        "path": str(found.path),
+        "form": found.form,
+        "good": found.samples,
+        "problems": [str(problem) for problem in found.problems],
+        "prompt_tokens": {"mean": sum(lengths) / len(lengths), "max": max(lengths)} if lengths else None,
+    }
+
+
+def _show_findings(found: Findings) -> None:
+    line = f"{found.path}: {found.form}, {found.samples} good, {len(found.problems)} problem(s)"
+    if lengths := found.prompt_tokens:
+        line += f"; prompts of {sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths)} at most"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for problem in found.problems:
+        console.print(f"  {problem}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,121 @@
+"""Everything a run would stumble over before its first step, without writing a file or training anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from prism_fast.config import Config, ConfigError, dump_config
+from prism_fast.data.readers import read_pairs, read_sharegpt, read_tasks
+from prism_fast.models.checkpoints import open_weights, read_model_type, weight_files
+from prism_fast.models.discriminator import read_head
+from prism_fast.models.processor import Processor
+from prism_fast.plan import discriminator_config, make_plan, policy_config, summary
+from prism_fast.train.context import resolve_device
+from prism_fast.train.pipeline import NEEDS, DataFiles
+
+DATA_KEYS = ("sft", "sft_val", "align", "rlvr", "eval", "pairs")
+
+
+def show_run(config: Config, console: Console) -> None:
+    """Check a resolved configuration (raises like :func:`check_run`); print it, its memory peaks and its inputs."""
+    found = check_run(config)
+    peaks = summary(make_plan(config))
+    console.print(dump_config(config), markup=False, highlight=False, soft_wrap=True)
+    console.print(peaks)
+    console.print("(`prism-fast plan` shows what they consist of and what they assume)", style="dim")
+    for line in found:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print("dry run: everything is there, nothing was written", style="green")
+
+
+def check_run(config: Config) -> list[str]:
+    """Check device, run directory, order of stages, checkpoints and data files of a resolved configuration.
+
+    Data files are opened and every row is parsed; images are not decoded (``prism-fast data check`` does). Of weights,
+    the headers are read.
+
+    Returns:
+        A line per thing that was found.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: the first thing that is wrong, named.
+    """
+    found = [f"device: {resolve_device(config.device)}"]
+    if config.out is not None:
+        folder = Path(config.out)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"the run directory {folder} is not empty; give another with out=PATH")
+    found.append(f"run directory: {config.out or 'a new one under runs'}")
+    _check_order(config)
+    found += _check_models(config)
+    return found + _check_data(config)
+
+
+def _check_order(config: Config) -> None:
+    """A stage needs what an earlier one makes, or a folder."""
+    policy, critic = config.model.policy != "tiny", config.model.discriminator != "upcycle"
+    if not config.stages:
+        raise ConfigError("stages is empty: nothing to run")
+    for stage in config.stages:
+        if stage != "sft" and not policy:
+            raise ConfigError(f"stage {stage} needs a trained policy: run sft before it or give model.policy=PATH")
+        if stage == "align" and not critic:
+            raise ConfigError(
+                "stage align needs a warm discriminator: run warmup before it or give model.discriminator=PATH"
+            )
+        policy, critic = policy or stage == "sft", critic or stage == "warmup"
+
+
+def _check_models(config: Config) -> list[str]:
+    found = []
+    if config.model.policy != "tiny":
+        folder = Path(config.model.policy)
+        policy_config(config)
+        _read_headers(folder)
+        Processor.from_pretrained(folder)
+        found.append(f"policy: {folder}")
+    if config.model.discriminator != "upcycle":
+        folder = Path(config.model.discriminator)
+        text = discriminator_config(config, policy_config(config)).text_config
+        _read_headers(folder)
+        read_head(folder, text.hidden_size)
+        found.append(f"discriminator: {folder}")
+    return found
+
+
+def _read_headers(folder: Path) -> None:
+    read_model_type(folder)
+    for file in weight_files(folder):
+        with open_weights(file) as tensors:  # a truncated file is found here
+            tensors.keys()
+
+
+def _check_data(config: Config) -> list[str]:
+    data = config.data
+    if data.source == "digits":
+        return ["data: the built-in digits, written when the run starts"]
+    paths = {key: Path(value) if (value := getattr(data, key)) is not None else None for key in DATA_KEYS}
+    files = DataFiles(**paths)
+    needed = {
+        key: stage
+        for stage in config.stages
+        for key in NEEDS[stage]
+        if not (stage == "warmup" and files.pairs is not None)
+    }
+    if files.pairs is not None and "warmup" in config.stages:
+        needed["pairs"] = "warmup"
+    if files.eval is not None:
+        needed["eval"] = "eval"
+    found = []
+    for key, stage in needed.items():
+        path = files.need(key, stage)
+        if key in ("sft", "sft_val"):
+            samples = read_sharegpt(path, max_image_pixels=data.max_image_pixels)
+        elif key == "pairs":
+            samples = read_pairs(path, max_image_pixels=data.max_image_pixels)
+        else:
+            samples = read_tasks(path, require_teacher=key == "align", max_image_pixels=data.max_image_pixels)
+        found.append(f"data.{key}: {path}, {len(samples)} samples")
+    return found

@@ -1,0 +1,358 @@
+"""What a recipe will need before anything is loaded: parameters, memory per stage and phase, tokens per step.
+
+Everything follows from the recipe, the models' configurations and two assumed lengths. Where a number is an upper bound
+or something is left out, the plan says so in its ``assumptions``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
+
+from prism_fast.config import Config, ConfigError
+from prism_fast.models.policy import TinyPolicy, tiny_config
+from prism_fast.models.sizes import (
+    ModelSize,
+    discriminator_size,
+    kv_bytes_per_token,
+    language_activation_bytes,
+    policy_size,
+    vision_activation_bytes,
+)
+from prism_fast.models.upcycle import sparse_config
+from prism_fast.ops.linear_logprob import SAVE_LIMIT_BYTES
+from prism_fast.train.context import DTYPES
+
+# Expanded prompt and the image tokens in it, where nothing is said: of the built-in dataset, and of anybody's.
+DEFAULT_TOKENS = {"digits": (48, 4), "files": (1024, 512)}
+ASSUMPTIONS = (
+    "Optimizer: AdamW with two moments in the weights' dtype and one step count per tensor. Gradients have the "
+    "weights' dtype and are freed after each update.",
+    "Activations: everything autograd keeps for the largest micro-batch, sdpa attention, no gradient checkpointing; "
+    "rows are padded to the longest. Images of the micro-batch's prompts go through the vision tower once each.",
+    "A response is as long as its limit allows; a demonstration's response is taken as eval.max_new_tokens long, a "
+    "teacher's as long as a rollout. Caption and reasoning of one response share its length, padded each to all of it.",
+    "Rollouts and evaluation keep one cache for all rows at once; while it grows, one layer's keys or values exist "
+    "twice. Sampling holds four float32 rows of the vocabulary's width per response.",
+    "Not counted: buffers inside single operations, copies made while loading and saving, fragmentation, the CUDA "
+    "context (about 0.5 GiB), Python itself.",
+)
+
+
+@dataclass(frozen=True)
+class Component:
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is in memory at one time."""
+
+    name: str
+    components: tuple[Component, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.components)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    stage: str
+    phases: tuple[Phase, ...]
+    tokens: dict[str, int]
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.bytes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    recipe: str
+    dtype: str
+    device: str
+    prompt_tokens: int
+    image_tokens: int
+    policy: ModelSize
+    discriminator: ModelSize | None
+    stages: tuple[StagePlan, ...]
+    assumptions: tuple[str, ...]
+
+    def as_json(self) -> str:
+        plain = asdict(self)
+        for stage, made in zip(plain["stages"], self.stages, strict=True):
+            stage["peak_phase"], stage["peak_bytes"] = made.peak.name, made.peak.bytes
+            for phase, computed in zip(stage["phases"], made.phases, strict=True):
+                phase["bytes"] = computed.bytes
+        return json.dumps(plain, indent=2)
+
+
+def adamw_bytes(size: ModelSize) -> int:
+    """Two moments in the parameters' dtype and one float32 step count per tensor (fused ``torch.optim.AdamW``)."""
+    return 2 * size.weight_bytes + 4 * size.tensors
+
+
+def discriminator_tokens(prompts: int, n: int, prompt: int, response: int) -> int:
+    """Tokens of one discriminator forward over a step: for each prompt, caption and reasoning of ``n`` students and of
+    the teacher, the prompt before each of them. ``response``: caption and reasoning of one response together."""
+    return prompts * (n + 1) * (2 * prompt + response)
+
+
+def policy_config(config: Config) -> Qwen3VLConfig:
+    """Configuration of the recipe's policy; of a folder, ``config.json`` is enough.
+
+    Raises:
+        ConfigError: the folder or its ``config.json`` is missing, or it is no dense Qwen3-VL.
+    """
+    tiny = config.model.tiny
+    if config.model.policy == "tiny":
+        sizes = asdict(tiny)
+        vocabulary = sizes.pop("vocab_size")
+        ids = {f"{name}_token_id": vocabulary - 1 for name in ("image", "video", "vision_start", "vision_end")}
+        return tiny_config(TinyPolicy(**sizes), vocab_size=vocabulary, **ids)
+    folder = _model_folder("model.policy", config.model.policy, "qwen3_vl")
+    return Qwen3VLConfig.from_pretrained(folder, local_files_only=True)
+
+
+def discriminator_config(config: Config, policy: Qwen3VLConfig) -> Qwen3VLMoeConfig:
+    """Configuration of the recipe's discriminator: upcycled from the policy, or a folder's (raises as above)."""
+    if config.model.discriminator == "upcycle":
+        return sparse_config(policy, config.warmup.upcycle.num_experts, config.warmup.upcycle.top_k)
+    folder = _model_folder("model.discriminator", config.model.discriminator, "qwen3_vl_moe")
+    return Qwen3VLMoeConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _model_folder(key: str, name: str, wanted: str) -> Path:
+    folder = Path(name)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{key}: {file} does not exist; give the folder of a checkpoint")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{key}: {file} does not name a model_type ({error!r})") from error
+    if found != wanted:
+        raise ConfigError(f"{key}: {folder} holds a {found!r} model, wanted {wanted!r}")
+    return folder
+
+
+def make_plan(config: Config, *, prompt_tokens: int | None = None, image_tokens: int | None = None) -> Plan:
+    """Plan the recipe's stages for prompts of ``prompt_tokens`` (images expanded), ``image_tokens`` of them from images
+    (merged patches; default half, or what ``DEFAULT_TOKENS`` says).
+
+    Raises:
+        ConfigError: a model folder is wrong (see :func:`policy_config`), or the lengths are not positive.
+    """
+    prompt, images = DEFAULT_TOKENS[config.data.source]
+    if prompt_tokens is not None:
+        prompt, images = prompt_tokens, prompt_tokens // 2
+    if image_tokens is not None:
+        images = image_tokens
+    if prompt < 1 or not 0 <= images <= prompt:
+        raise ConfigError(f"need 1 <= prompt tokens and 0 <= image tokens <= prompt tokens, got {prompt} and {images}")
+    planner = _Planner(config, prompt, images)
+    stages = tuple(planner.stage(name) for name in config.stages)
+    assumed = f"A prompt has {prompt} tokens, {images} of them from images" + (
+        " (assumed; --prompt-tokens and --image-tokens set them)." if prompt_tokens is None else "."
+    )
+    vocabulary = "The tiny policy's tokenizer fills its vocabulary." if config.model.policy == "tiny" else None
+    return Plan(
+        recipe=config.recipe,
+        dtype=config.model.dtype,
+        device=planner.device,
+        prompt_tokens=prompt,
+        image_tokens=images,
+        policy=planner.policy,
+        discriminator=planner.critic if {"warmup", "align"} & set(config.stages) else None,
+        stages=stages,
+        assumptions=tuple(filter(None, (assumed, vocabulary, *ASSUMPTIONS))),
+    )
+
+
+def summary(plan: Plan) -> Table:
+    """One line per stage: its peak and when that is."""
+    table = Table(title="memory peaks")
+    for name in ("stage", "phase", "peak"):
+        table.add_column(name, justify="right" if name == "peak" else "left")
+    for stage in plan.stages:
+        table.add_row(stage.stage, stage.peak.name, shown_bytes(stage.peak.bytes))
+    return table
+
+
+def render(plan: Plan) -> RenderableType:
+    """The whole plan for a terminal."""
+    models = Table(title=f"parameters ({plan.dtype} weights)")
+    for name in ("model", "all", "vision", "embedding", "experts", "active per token", "weights"):
+        models.add_column(name, justify="left" if name == "model" else "right")
+    for name, size in (("policy", plan.policy), ("discriminator", plan.discriminator)):
+        if size is not None:
+            counts = (size.parameters, size.vision, size.embedding, size.experts, size.active)
+            models.add_row(name, *(f"{count:,}" for count in counts), shown_bytes(size.weight_bytes))
+    memory = Table(title=f"memory on {plan.device}")
+    for name in ("stage", "phase", "component", "size"):
+        memory.add_column(name, justify="right" if name == "size" else "left")
+    tokens = Table(title="tokens per step")
+    for name in ("stage", "what", "tokens"):
+        tokens.add_column(name, justify="right" if name == "tokens" else "left")
+    for stage in plan.stages:
+        for phase in stage.phases:
+            total = "sum (peak of the stage)" if phase is stage.peak else "sum"
+            memory.add_row(stage.stage, phase.name, total, shown_bytes(phase.bytes), style="bold")
+            for part in phase.components:
+                memory.add_row("", "", part.name, shown_bytes(part.bytes))
+        memory.add_section()
+        for what, count in stage.tokens.items():
+            tokens.add_row(stage.stage, what, f"{count:,}")
+    return Group(models, memory, tokens, "Assumptions:", *(f"- {text}" for text in plan.assumptions))
+
+
+def shown_bytes(count: int) -> str:
+    """A size for a reader: MiB below 10 GiB, GiB above."""
+    return f"{count / 2**20:,.1f} MiB" if count < 10 << 30 else f"{count / 2**30:,.1f} GiB"
+
+
+class _Planner:
+    """The arithmetic of one recipe at fixed lengths."""
+
+    def __init__(self, config: Config, prompt: int, images: int) -> None:
+        self.config, self.prompt, self.images = config, prompt, images
+        self.dtype = DTYPES[config.model.dtype]
+        self.device = config.device
+        if config.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dense = policy_config(config)
+        self.sparse = discriminator_config(config, self.dense)
+        self.policy = policy_size(self.dense, self.dtype)
+        self.critic = discriminator_size(self.sparse, self.dtype)
+
+    def stage(self, name: str) -> StagePlan:
+        made: Callable[[], StagePlan] = getattr(self, f"_{name}")
+        return made()
+
+    # Stages, each with what stays resident first.
+
+    def _sft(self, name: str = "sft") -> StagePlan:
+        sft, response = self.config.sft, self.config.eval.max_new_tokens
+        update = self._policy_update(sft.batch, sft.batch, response, sft.tokens_per_micro_batch)
+        tokens = {"policy update": sft.batch * (self.prompt + response)}
+        return StagePlan(name, (Phase("update", (*self._held("policy", self.policy), *update)), *self._eval()), tokens)
+
+    def _sft_continued(self) -> StagePlan:
+        return self._sft("sft_continued")
+
+    def _warmup(self) -> StagePlan:
+        warmup, evaluation = self.config.warmup, self.config.eval
+        policy = Component("policy weights", self.policy.weight_bytes)
+        phases = []
+        if self.config.data.pairs is None:
+            rows = max(1, evaluation.batch // warmup.pairs_per_prompt) * warmup.pairs_per_prompt
+            phases.append(Phase("pairs", (policy, *self._generation(rows, warmup.max_new_tokens))))
+        update = self._critic_update(
+            warmup.prompts, warmup.pairs_per_prompt, warmup.max_new_tokens, warmup.tokens_per_micro_batch
+        )
+        phases.append(Phase("update", (policy, *self._held("discriminator", self.critic), *update)))
+        tokens = discriminator_tokens(warmup.prompts, warmup.pairs_per_prompt, self.prompt, warmup.max_new_tokens)
+        return StagePlan("warmup", tuple(phases), {"discriminator": tokens})
+
+    def _align(self) -> StagePlan:
+        align = self.config.align
+        n, response, rows = align.rollout.n, align.rollout.max_new_tokens, align.prompts * align.rollout.n
+        held = (*self._held("policy", self.policy), *self._held("discriminator", self.critic))
+        critic = self._critic_update(align.prompts, n, response, align.discriminator.tokens_per_micro_batch)
+        policy = self._policy_update(rows, align.prompts, response, align.tokens_per_micro_batch)
+        phases = (
+            Phase("rollout", (*held, *self._generation(rows, response))),
+            Phase("discriminator update", (*held, *critic)),
+            Phase("policy update", (*held, *policy)),
+            *self._eval(),
+        )
+        tokens = self._rollout_tokens(rows, align.prompts, response)
+        tokens["discriminator"] = discriminator_tokens(align.prompts, n, self.prompt, response)
+        return StagePlan("align", phases, tokens)
+
+    def _rlvr(self) -> StagePlan:
+        rlvr = self.config.rlvr
+        response, rows = rlvr.rollout.max_new_tokens, rlvr.prompts * rlvr.rollout.n
+        held = self._held("policy", self.policy)
+        policy = self._policy_update(rows, rlvr.prompts, response, rlvr.tokens_per_micro_batch)
+        phases = (
+            Phase("rollout", (*held, *self._generation(rows, response))),
+            Phase("policy update", (*held, *policy)),
+            *self._eval(),
+        )
+        return StagePlan("rlvr", phases, self._rollout_tokens(rows, rlvr.prompts, response))
+
+    # Parts of phases.
+
+    def _held(self, name: str, size: ModelSize) -> tuple[Component, ...]:
+        return (
+            Component(f"{name} weights", size.weight_bytes),
+            Component(f"{name} optimizer", adamw_bytes(size)),
+        )
+
+    def _eval(self) -> tuple[Phase, ...]:
+        """After a stage its export is loaded beside the model that was trained."""
+        if self.config.data.source == "files" and self.config.data.eval is None:
+            return ()
+        evaluation = self.config.eval
+        weights = Component("policy weights, trained and exported", 2 * self.policy.weight_bytes)
+        return (Phase("evaluation", (weights, *self._generation(evaluation.batch, evaluation.max_new_tokens))),)
+
+    def _generation(self, rows: int, response: int) -> tuple[Component, ...]:
+        text = self.dense.text_config
+        cache = rows * (self.prompt + response) * kv_bytes_per_token(text, self.dtype)
+        return (
+            Component("KV cache", cache),
+            Component("KV cache growth", cache // (2 * text.num_hidden_layers)),
+            Component("sampling scores", 4 * 4 * rows * text.vocab_size),
+        )
+
+    def _policy_update(self, rows: int, prompts: int, response: int, budget: int) -> tuple[Component, ...]:
+        text = self.dense.text_config
+        length = self.prompt + response
+        together = max(1, min(rows, budget // length))  # a row longer than the budget stands alone
+        # The kernels keep exponentials in the weights' dtype, the reference on a CPU computes in float32.
+        width = max(4, self.dtype.itemsize) if self.device == "cpu" else self.dtype.itemsize
+        scores = together * response * text.vocab_size * width
+        recomputed = scores > SAVE_LIMIT_BYTES
+        return (
+            Component("policy gradients", self.policy.weight_bytes),
+            Component("policy activations", language_activation_bytes(text, together * length, self.dtype)),
+            self._vision(min(together, prompts)),
+            Component(
+                "scores of the vocabulary, " + ("recomputed" if recomputed else "kept"), 0 if recomputed else scores
+            ),
+        )
+
+    def _critic_update(self, prompts: int, n: int, response: int, budget: int) -> tuple[Component, ...]:
+        group = discriminator_tokens(1, n, self.prompt, response)
+        together = max(1, min(prompts, budget // group))  # a group larger than the budget stands alone
+        padded = together * 2 * (n + 1) * (self.prompt + response)
+        experts = "eager" if self.device == "cpu" else "grouped_mm"
+        kept = language_activation_bytes(self.sparse.text_config, padded, self.dtype, experts=experts)
+        return (
+            Component("discriminator gradients", self.critic.weight_bytes),
+            Component("discriminator activations", kept),
+            self._vision(together),
+        )
+
+    def _vision(self, prompts: int) -> Component:
+        vision = self.dense.vision_config
+        patches = prompts * self.images * vision.spatial_merge_size**2
+        return Component("vision activations", vision_activation_bytes(vision, patches, self.dtype))
+
+    def _rollout_tokens(self, rows: int, prompts: int, response: int) -> dict[str, int]:
+        return {
+            "prompts read": prompts * self.prompt,
+            "tokens generated": rows * response,
+            "policy update": rows * (self.prompt + response),
+        }

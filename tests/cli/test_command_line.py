@@ -1,0 +1,108 @@
+"""Version, suggestions, completion, and which errors become one message."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import prism_fast
+from prism_fast import cli, commands
+from prism_fast.config import Config, load_config, shipped_recipes
+
+ROOT = Path(prism_fast.__file__).resolve().parents[1]
+
+
+def test_version(invoke):
+    assert invoke("--version") == (0, f"prism-fast {prism_fast.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [(["aling"], "align"), (["docter"], "doctor"), (["convert", "upcylce"], "upcycle"), (["data", "chek"], "check")],
+)
+def test_an_unknown_command_names_the_nearest(invoke, typed, meant):
+    code, shown = invoke(*typed)
+    assert code == 2 and f"Did you mean '{meant}'" in shown
+
+
+def test_an_unknown_recipe_names_the_nearest(command):
+    code, message = command("plan", "digts")
+    assert code == 1 and "Did you mean 'digits'" in message
+
+
+def test_recipes_complete(tmp_path, monkeypatch):
+    assert commands.complete_recipe("")[: len(shipped_recipes())] == shipped_recipes()
+    assert commands.complete_recipe("dig")[0] == "digits"
+    (tmp_path / "more").mkdir()
+    for name in ("mine.yaml", "notes.txt", "more/other.yml", ".hidden.yaml"):
+        (tmp_path / name).write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert commands.complete_recipe("m") == ["mine.yaml", "more/"]
+    assert commands.complete_recipe("more/") == ["more/other.yml"]
+    assert commands.complete_recipe(str(tmp_path / "mi")) == [str(tmp_path / "mine.yaml")]
+    assert commands.complete_recipe("no/such/folder/") == []
+
+
+def test_overrides_complete_one_level_at_a_time():
+    assert commands.complete_override("al") == ["align."]
+    assert commands.complete_override("align.st") == ["align.steps="]
+    assert commands.complete_override("warmup.optimizer.l") == ["warmup.optimizer.lr="]
+    assert commands.complete_override("align.steps=1") == []
+    assert commands.complete_override("align.steps.x") == commands.complete_override("nothing.") == []
+    assert set(commands.complete_override("")) == {
+        field.name + ("." if dataclasses.is_dataclass(getattr(Config(), field.name)) else "=")
+        for field in dataclasses.fields(Config)
+    }
+    for key in commands.complete_override("rlvr.rollout."):
+        load_config("digits", [f"{key}1"])
+
+
+def test_the_shell_gets_completions():
+    """What the installed completion of a shell asks, through the machinery of the command-line library."""
+
+    def complete(line: str) -> list[str]:
+        code = "import sys; from prism_fast.cli import app; app(prog_name='prism-fast')"
+        ask = {"_PRISM_FAST_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **ask}, capture_output=True, text=True
+        )
+        return done.stdout.split()
+
+    assert complete("prism-fast run dig") == ["digits"]
+    assert complete("prism-fast plan digits align.st") == ["align.steps="]
+    assert complete("prism-fast do") == ["doctor"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device", "runs/x"), "No space left on device"),
+        (ModuleNotFoundError("No module named 'deepspeed'", name="deepspeed"), "prism-fast doctor"),
+        (ValueError("what is wrong"), "what is wrong"),
+    ],
+)
+def test_errors_a_user_can_cure(command, monkeypatch, error, words):
+    def fails():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    code, message = command()
+    assert code == 1 and words in message and type(error).__name__ in message and "Traceback" not in message
+    monkeypatch.setenv("PRISM_FAST_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        cli.main()
+
+
+@pytest.mark.parametrize("error", [ImportError("x", name="prism_fast.nothing"), ZeroDivisionError("x"), KeyError("x")])
+def test_defects_keep_their_traceback(monkeypatch, error):
+    def fails():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    with pytest.raises(type(error)):
+        cli.main()

@@ -1,0 +1,250 @@
+"""The plan's numbers against real models, optimizers, caches and steps."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from transformers import DynamicCache
+
+from prism_fast.config import ConfigError, OptimizerConfig, load_config
+from prism_fast.data.digits import DigitsSpec, tokenizer_corpus, write_digits
+from prism_fast.data.readers import read_tasks
+from prism_fast.models.discriminator import build_discriminator
+from prism_fast.models.forward import collate
+from prism_fast.models.policy import TinyPolicy, build_tiny_policy
+from prism_fast.models.processor import Processor
+from prism_fast.models.tokenizer import train_tokenizer
+from prism_fast.plan import DEFAULT_TOKENS, adamw_bytes, discriminator_tokens, make_plan
+from prism_fast.train.discriminator_update import SpanGroup, discriminator_step
+from prism_fast.train.engine import LocalEngine
+from prism_fast.train.policy_update import token_logprobs
+from tests.models.test_sizes import kept_bytes
+
+
+@pytest.fixture
+def config(policy_folder):
+    return load_config("digits", [f"model.policy={policy_folder}"])
+
+
+@pytest.fixture(scope="session")
+def prompt(processor):
+    """An image and a question."""
+    content = [{"type": "image"}, {"type": "text", "text": "What is the sum?"}]
+    return processor.encode_prompt([{"role": "user", "content": content}], [Image.new("RGB", (128, 128), "red")])
+
+
+def part(plan, stage: str, phase: str, name: str) -> int:
+    made = next(s for s in plan.stages if s.stage == stage)
+    found = next(p for p in made.phases if p.name == phase)
+    return next(c.bytes for c in found.components if c.name == name)
+
+
+def planned(config, prompt, processor):
+    images = prompt.input_ids.count(processor.image_token_id)
+    assert 10 < images < len(prompt.input_ids)
+    return make_plan(config, prompt_tokens=len(prompt.input_ids), image_tokens=images)
+
+
+def test_parameters_of_the_tiny_models_are_exact(processor):
+    vocabulary = len(processor.tokenizer)
+    plan = make_plan(load_config("digits", [f"model.tiny.vocab_size={vocabulary}", "model.tiny.num_layers=3"]))
+    policy = build_tiny_policy(processor, TinyPolicy(num_layers=3), 1)
+    critic = build_discriminator(policy, seed=1)
+    for size, model in ((plan.policy, policy), (plan.discriminator, critic)):
+        assert size.parameters == sum(p.numel() for p in model.parameters())
+        assert size.weight_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
+        assert size.tensors == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_optimizer_bytes_are_those_of_the_engines_optimizer(policy, config, dtype):
+    config.model.dtype = dtype
+    plan = make_plan(config)
+    dense = copy.deepcopy(policy).to(getattr(torch, dtype))
+    for size, model in ((plan.policy, dense), (plan.discriminator, build_discriminator(dense, seed=1))):
+        engine = LocalEngine(model, OptimizerConfig())
+        for p in engine.parameters:
+            p.grad = torch.ones_like(p)
+        gradients = sum(p.grad.numel() * p.grad.element_size() for p in engine.parameters)
+        assert gradients == size.weight_bytes
+        engine.step()
+        states = [t for state in engine.optimizer.state.values() for t in state.values()]
+        assert sum(t.numel() * t.element_size() for t in states) == adamw_bytes(size)
+    held = [c for c in plan.stages[-2].phases[0].components if "optimizer" in c.name]
+    assert [c.bytes for c in held] == [adamw_bytes(plan.policy), adamw_bytes(plan.discriminator)]
+
+
+def test_a_folder_with_nothing_but_its_configuration_is_enough(policy, policy_folder, tmp_path):
+    shutil.copy(policy_folder / "config.json", tmp_path)
+    plan = make_plan(load_config("digits", [f"model.policy={tmp_path}"]))
+    assert plan.policy.parameters == sum(p.numel() for p in policy.parameters())
+
+
+def test_a_discriminator_folder_is_planned_as_it_is(policy, policy_folder, discriminator_folder):
+    folders = [f"model.policy={policy_folder}", f"model.discriminator={discriminator_folder}"]
+    plan = make_plan(load_config("digits", [*folders, "warmup.upcycle.num_experts=7"]))
+    assert plan.discriminator.parameters == sum(p.numel() for p in build_discriminator(policy, seed=1).parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cache_of_a_rollout_is_a_real_cache(policy, config, dtype):
+    config.model.dtype = str(dtype).removeprefix("torch.")
+    config.align.prompts, config.align.rollout = 2, replace(config.align.rollout, n=3, max_new_tokens=4)
+    plan = make_plan(config, prompt_tokens=5)
+    model = copy.deepcopy(policy).to(dtype)
+    cache = DynamicCache(config=model.config.text_config)
+    with torch.no_grad():
+        model.model.language_model(input_ids=torch.zeros(6, 9, dtype=torch.int64), past_key_values=cache)
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    assert part(plan, "align", "rollout", "KV cache") == sum(t.numel() * t.element_size() for t in tensors)
+    growth = part(plan, "align", "rollout", "KV cache growth")
+    assert growth == tensors[0].numel() * tensors[0].element_size()
+
+
+def test_discriminator_tokens_are_those_of_distinct_spans(prompt):
+    n, caption, reasoning = 5, 7, 11
+    ids = iter(range(10_000))
+
+    def pair():
+        return tuple(tuple(next(ids) for _ in range(length)) for length in (caption, reasoning))
+
+    groups = [SpanGroup(prompt, pair(), [pair() for _ in range(n)]) for _ in range(3)]
+    computed = discriminator_tokens(3, n, len(prompt.input_ids), caption + reasoning)
+    assert computed == sum(group.tokens() for group in groups)
+
+
+def test_tokens_per_step_at_the_limits(config):
+    config.align.prompts, config.align.rollout = 3, replace(config.align.rollout, n=5, max_new_tokens=7)
+    stage = next(s for s in make_plan(config, prompt_tokens=11).stages if s.stage == "align")
+    assert stage.tokens == {
+        "prompts read": 3 * 11,
+        "tokens generated": 3 * 5 * 7,
+        "policy update": 3 * 5 * (11 + 7),
+        "discriminator": 3 * (2 * 6 * 11 + 6 * 7),
+    }
+
+
+def test_a_real_policy_micro_batch_keeps_what_is_planned(policy, processor, config, prompt):
+    response, rows = 60, 6
+    config.align.prompts, config.align.rollout = 2, replace(config.align.rollout, n=4, max_new_tokens=response)
+    config.align.tokens_per_micro_batch = rows * (len(prompt.input_ids) + response) + 5
+    plan = planned(config, prompt, processor)
+    model = copy.deepcopy(policy)
+    prompts = [prompt, copy.copy(prompt)]
+    batch = collate(
+        prompts, [0, 0, 0, 1, 1, 1], [[5] * response] * rows, model_config=model.config, pad_id=processor.pad_id
+    )
+    kept = kept_bytes(model, lambda: token_logprobs(model, batch, temperature=1.0))
+    names = ("policy activations", "vision activations", "scores of the vocabulary, kept")
+    assert kept == pytest.approx(sum(part(plan, "align", "policy update", name) for name in names), rel=0.03)
+
+
+def test_a_real_discriminator_micro_batch_keeps_what_is_planned(policy, processor, config, prompt):
+    n, response = 3, 60
+    config.align.prompts, config.align.rollout = 2, replace(config.align.rollout, n=n, max_new_tokens=response)
+    config.align.discriminator.tokens_per_micro_batch = 10  # a group larger than the budget stands alone
+    plan = planned(config, prompt, processor)
+    model = build_discriminator(policy, seed=1)
+    ids = iter(range(256))
+
+    def pair():
+        return (next(ids),) * (response - 1), (next(ids),)
+
+    groups = [SpanGroup(prompt, pair(), [pair() for _ in range(n)])]
+    losses = []
+    kept = kept_bytes(
+        model,
+        lambda: discriminator_step(
+            model,
+            groups,
+            backward=losses.append,  # kept alive, never gone backward
+            pad_id=processor.pad_id,
+            device=torch.device("cpu"),
+            semantics="prism_fast",
+            score_clip=10.0,
+            score_reg=0.001,
+            tokens_per_micro_batch=10,
+        ),
+    )
+    names = ("discriminator activations", "vision activations")
+    computed = sum(part(plan, "align", "discriminator update", name) for name in names)
+    assert losses and kept == pytest.approx(computed, rel=0.03)
+
+
+def test_scores_too_large_to_keep_are_recomputed(config):
+    config.model.policy = "tiny"
+    config.model.tiny.vocab_size = 1 << 20
+    config.rlvr.rollout.max_new_tokens = 255
+    for rows, kept in ((1, True), (2, False)):  # 255 rows of 4 MiB fit in the op's limit of 1 GiB, 510 do not
+        config.rlvr.tokens_per_micro_batch = rows * 256
+        plan = make_plan(config, prompt_tokens=1)
+        name = f"scores of the vocabulary, {'kept' if kept else 'recomputed'}"
+        assert part(plan, "rlvr", "policy update", name) == (255 << 22 if kept else 0)
+
+
+def test_peaks_and_sums_add_up(config, invoke_json, policy_folder):
+    plan = make_plan(config, prompt_tokens=100)
+    shown = invoke_json("plan", "digits", f"model.policy={policy_folder}", "--prompt-tokens", 100)
+    assert shown == json.loads(plan.as_json())
+    assert [s["stage"] for s in shown["stages"]] == ["sft", "sft_continued", "warmup", "align", "rlvr"]
+    for stage in shown["stages"]:
+        for phase in stage["phases"]:
+            assert phase["bytes"] == sum(c["bytes"] for c in phase["components"]) > 0
+        assert stage["peak_bytes"] == max(phase["bytes"] for phase in stage["phases"])
+    assert shown["prompt_tokens"] == 100 and shown["image_tokens"] == 50
+
+
+def test_what_a_stage_does_not_do_is_not_planned(config):
+    config.stages = ["rlvr"]
+    config.data.source = "files"
+    plan = make_plan(config)
+    assert plan.discriminator is None
+    assert [[phase.name for phase in stage.phases] for stage in plan.stages] == [["rollout", "policy update"]]
+    config.stages, config.data.pairs = ["warmup"], "pairs.jsonl"
+    assert [phase.name for phase in make_plan(config).stages[0].phases] == ["update"]
+
+
+def test_tables_state_the_assumptions(invoke):
+    code, shown = invoke("plan", "digits", env={"COLUMNS": "200"})
+    assert code == 0
+    for text in (
+        "1,330,144",
+        "peak of the stage",
+        "KV cache",
+        "tokens per step",
+        "no gradient checkpointing",
+        "assumed",
+    ):
+        assert text in shown, text
+
+
+def test_assumed_lengths_of_the_built_in_dataset_hold(tmp_path):
+    spec = DigitsSpec(sft_images=20, sft_val_images=2, align_tasks=24, rlvr_tasks=8, eval_images=2)
+    files = write_digits(tmp_path / "digits", spec, seed=3)
+    processor = Processor.build(train_tokenizer(tokenizer_corpus(files), 2048))
+    tasks = read_tasks(files.align, require_teacher=True)
+    prompts = [processor.encode_prompt(task.messages, task.images) for task in (tasks[i] for i in range(len(tasks)))]
+    assumed, images = DEFAULT_TOKENS["digits"]
+    assert 0.8 * assumed <= max(len(p.input_ids) for p in prompts) <= 1.3 * assumed
+    assert max(p.input_ids.count(processor.image_token_id) for p in prompts) <= images
+
+
+def test_wrong_models_and_lengths_are_named(config, policy_folder, discriminator_folder, tmp_path):
+    cases = [
+        (["model.policy=nowhere"], {}, r"model.policy: nowhere.config.json does not exist"),
+        ([f"model.policy={discriminator_folder}"], {}, "'qwen3_vl_moe' model, wanted 'qwen3_vl'"),
+        ([f"model.policy={policy_folder}", f"model.discriminator={policy_folder}"], {}, "wanted 'qwen3_vl_moe'"),
+        ([], {"prompt_tokens": 0}, "1 <= prompt tokens"),
+        ([], {"prompt_tokens": 10, "image_tokens": 11}, "image tokens <= prompt tokens"),
+    ]
+    (tmp_path / "config.json").write_text("[]")
+    cases.append(([f"model.policy={tmp_path}"], {}, "does not name a model_type"))
+    for overrides, lengths, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            make_plan(load_config("digits", overrides), **lengths)

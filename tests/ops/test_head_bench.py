@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ PROGRAM = Path(__file__).resolve().parents[2] / "bench" / "linear_logprob_bench.
 def bench(tmp_path: Path, *arguments: str, timeout: float) -> list[dict]:
     out = tmp_path / "out.json"
     command = [sys.executable, str(PROGRAM), "--json", str(out), *arguments]
-    done = subprocess.run(command, cwd=PROGRAM.parents[1], capture_output=True, text=True, timeout=timeout)
+    env = os.environ | {"PYTHONPATH": str(PROGRAM.parents[1])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())["rows"]
 

@@ -1,0 +1,133 @@
+"""LogProbHead: a linear layer that also answers labels, with its own weight, tied or not, sharded or not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from prism_fast import ops
+from prism_fast.models.logprob_head import LogProbHead
+
+B, S, H, V = 2, 5, 8, 23
+
+
+def inputs(generator):
+    hidden = torch.randn(B, S, H, generator=generator)
+    labels = torch.randint(0, V, (B, S), generator=generator)
+    labels[0, 1] = -100
+    return hidden, labels
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_it_is_the_linear_layer_it_took_over(bias, generator):
+    hidden, labels = inputs(generator)
+    linear = nn.Linear(H, V, bias=bias).eval()
+    head = LogProbHead.take_over(linear)
+    assert head.weight is linear.weight and head.bias is linear.bias and not head.training
+    assert list(head.state_dict()) == list(linear.state_dict())
+    assert torch.equal(head(hidden), linear(hidden))
+    heat = torch.rand(B, S, generator=generator) + 0.5
+    found = head(hidden, labels, temperature=heat, softcap=4.0, entropy=True)
+    wanted = ops.linear_logprob(
+        hidden.view(-1, H), linear.weight, labels.view(-1), bias=linear.bias, temperature=heat.view(-1), softcap=4.0,
+        entropy=True,
+    )  # fmt: skip
+    assert torch.equal(found.logp, wanted.logp.view(B, S)) and torch.equal(found.entropy, wanted.entropy.view(B, S))
+    assert head(hidden, labels).entropy.shape == (0,)
+    found.logp.sum().backward()
+    assert linear.weight.grad.any()
+
+
+def test_tied_embeddings_stay_tied_and_gradients_add(generator):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(V, H)
+            self.lm_head = nn.Linear(H, V, bias=False)
+            self.lm_head.weight = self.embed.weight
+
+        def forward(self, ids, labels):
+            return self.lm_head(self.embed(ids), labels).logp.sum()
+
+    model = Model()
+    head = LogProbHead.install(model)
+    assert model.lm_head is head and head.weight is model.embed.weight and len(list(model.parameters())) == 1
+    ids, labels = (torch.randint(0, V, (B, S), generator=generator) for _ in range(2))
+    model(ids, labels).backward()
+    weight = model.embed.weight.detach().clone().requires_grad_()
+    plain = torch.log_softmax(nn.functional.embedding(ids, weight) @ weight.t(), -1).gather(-1, labels[..., None])
+    plain.sum().backward()
+    torch.testing.assert_close(model.embed.weight.grad, weight.grad, rtol=1e-5, atol=1e-5)
+
+
+class Adapter(nn.Module):
+    """Shaped like a LoRA layer that wraps a linear one."""
+
+    def __init__(self, base_layer: nn.Linear):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(H, 2, bias=False)})
+
+
+class WithAdapter(nn.Linear):
+    """Shaped like a LoRA layer that is a linear one."""
+
+    def __init__(self):
+        super().__init__(H, V)
+        self.lora_A = nn.Parameter(torch.zeros(2, H))
+
+
+def test_adapters_and_other_layers_are_refused():
+    with pytest.raises(NotImplementedError, match="Adapter carries base_layer, lora_A; adapters on the output matrix"):
+        LogProbHead.take_over(Adapter(nn.Linear(H, V)))
+    with pytest.raises(NotImplementedError, match="WithAdapter carries lora_A"):
+        LogProbHead.take_over(WithAdapter())
+    with pytest.raises(NotImplementedError, match="carries parametrizations"):
+        LogProbHead.take_over(nn.utils.parametrizations.weight_norm(nn.Linear(H, V)))
+    with pytest.raises(ValueError, match="Conv1d does not compute nn.Linear's product"):
+        LogProbHead.take_over(nn.Conv1d(H, V, 1))
+    model = nn.Module()
+    model.lm_head = Adapter(LogProbHead(H, V))
+    with pytest.raises(NotImplementedError, match="carries base_layer"):
+        LogProbHead.install(model)
+    with pytest.raises(AttributeError, match="output"):
+        LogProbHead.install(model, "output")
+
+
+def test_shapes_are_checked(generator):
+    hidden, labels = inputs(generator)
+    with pytest.raises(ValueError, match=r"labels \[2, 4\] must be hidden \[2, 5, 8\] without its last axis"):
+        LogProbHead(H, V)(hidden, labels[:, :4])
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("save", ["logits", "recompute"])
+def test_sharded_head_gathers_its_weight_forward_and_backward(save, one_rank, generator):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    hidden, labels = inputs(generator)
+    plain = LogProbHead(H, V)
+    sharded = LogProbHead(H, V)
+    sharded.load_state_dict(plain.state_dict())
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=True)
+    assert isinstance(sharded.weight, DTensor)
+    gradients = []
+    for head in (plain, sharded):
+        x = hidden.clone().requires_grad_()
+        head(x, labels, save=save).logp.sum().backward()
+        weight = head.weight.grad
+        gradients.append((x.grad, weight.full_tensor() if isinstance(weight, DTensor) else weight))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    with pytest.raises(NotImplementedError, match="the weight is a DTensor inside forward"):
+        LogProbHead.forward(sharded, hidden, labels)

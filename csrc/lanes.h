@@ -11,17 +11,21 @@ constexpr int kLanes = 16;
 
 constexpr int whole_lanes(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// Sum of f(0) .. f(n - 1), n a multiple of kLanes. Sixteen running sums are folded in the order of a tree.
+// Sum of f(0) .. f(n - 1) in the type of f, n a multiple of kLanes. Sixteen running sums, folded in double in the order of a
+// tree; over a chunk of some hundred elements each adds some ten numbers, so a float loses next to nothing.
 template <class F>
 PRISM_INLINE double lane_sum(int n, F f) {
-    double lanes[kLanes] = {};
+    using T = decltype(f(0));
+    T lanes[kLanes] = {};
     for (int i = 0; i < n; i += kLanes) {
-        for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += static_cast<double>(f(i + lane));
+        for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += f(i + lane);
     }
+    double wide[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) wide[lane] = static_cast<double>(lanes[lane]);
     for (int width = kLanes / 2; width > 0; width /= 2) {
-        for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+        for (int lane = 0; lane < width; ++lane) wide[lane] += wide[lane + width];
     }
-    return lanes[0];
+    return wide[0];
 }
 
 template <class T>

@@ -61,14 +61,13 @@ PRISM_HD PRISM_INLINE T flag(bool yes) {
 // Minimum that does not lose a NaN.
 PRISM_HD inline double lower(double a, double b) { return a < b || a != a ? a : b; }
 
-// e^x on the host: x = n ln 2 + r with |r| <= ln 2 / 2, the Taylor series of e^r to rounding error, times 2^n.
-// Adding 1.5 * 2^23 (2^52) rounds to the nearest integer and leaves it in the lowest bits.
+// e^x on the host, ExpLimits low <= x <= high: x = n ln 2 + r with |r| <= ln 2 / 2, the Taylor series of e^r to rounding
+// error, times 2^n. Adding 1.5 * 2^23 (2^52) rounds to the nearest integer and leaves it in the lowest bits.
 PRISM_HD PRISM_INLINE float host_exp(float x) {
-    const float held = x < ExpLimits<float>::low ? ExpLimits<float>::low : x > ExpLimits<float>::high ? ExpLimits<float>::high : x;
     const float magic = 12582912.0f;
-    const float shifted = held * 1.44269504f + magic;
+    const float shifted = x * 1.44269504f + magic;
     const float n = shifted - magic;
-    const float r = (held - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts; the first product is exact
+    const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts; the first product is exact
     float p = 1.0f / 5040.0f;
     p = p * r + 1.0f / 720.0f;
     p = p * r + 1.0f / 120.0f;
@@ -77,17 +76,14 @@ PRISM_HD PRISM_INLINE float host_exp(float x) {
     p = p * r + 0.5f;
     p = p * r * r + r;
     const int32_t power = bits_as<int32_t>(shifted) << 23;
-    const float scale = bits_as<float>(power + (127 << 23));
-    const float result = (p + 1.0f) * scale;
-    return x < ExpLimits<float>::low ? 0.0f : result;
+    return (p + 1.0f) * bits_as<float>(power + (127 << 23));
 }
 
 PRISM_HD PRISM_INLINE double host_exp(double x) {
-    const double held = x < ExpLimits<double>::low ? ExpLimits<double>::low : x > ExpLimits<double>::high ? ExpLimits<double>::high : x;
     const double magic = 6755399441055744.0;
-    const double shifted = held * 1.4426950408889634 + magic;
+    const double shifted = x * 1.4426950408889634 + magic;
     const double n = shifted - magic;
-    const double r = (held - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+    const double r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
     double p = 1.0 / 6227020800.0;
     p = p * r + 1.0 / 479001600.0;
     p = p * r + 1.0 / 39916800.0;
@@ -102,18 +98,28 @@ PRISM_HD PRISM_INLINE double host_exp(double x) {
     p = p * r + 0.5;
     p = p * r * r + r;
     const uint64_t power = bits_as<uint64_t>(shifted) << 52;
-    const double scale = bits_as<double>(power + (uint64_t{1023} << 52));
-    const double result = (p + 1.0) * scale;
-    return x < ExpLimits<double>::low ? 0.0 : result;
+    return (p + 1.0) * bits_as<double>(power + (uint64_t{1023} << 52));
 }
 
-// e^x, the hardware's on a GPU.
+// e^x for arguments that a clamp keeps within ExpLimits, the hardware's on a GPU.
 template <class T>
-PRISM_HD PRISM_INLINE T exponential(T x) {
+PRISM_HD PRISM_INLINE T exponential_within(T x) {
 #ifdef __CUDA_ARCH__
-    return x < ExpLimits<T>::low ? T(0) : exp(x);
+    return exp(x);
 #else
     return host_exp(x);
+#endif
+}
+
+// e^x for any argument.
+template <class T>
+PRISM_HD PRISM_INLINE T exponential(T x) {
+    const T low = ExpLimits<T>::low;
+#ifdef __CUDA_ARCH__
+    return x < low ? T(0) : exp(x);
+#else
+    const T high = ExpLimits<T>::high, held = x < low ? low : x > high ? high : x, result = host_exp(held);
+    return x < low ? T(0) : result;
 #endif
 }
 

@@ -56,7 +56,7 @@ PRISM_INLINE void load_pair(Chunk<T>& c, const PolicyArguments<T>& a, int64_t at
     load(c.old, c, (a.old_logp == nullptr ? a.logp : a.old_logp) + at, n);
 }
 
-template <Family family, class T>
+template <Family family, bool has_bound = false, class T>
 PRISM_INLINE void policy_terms(Chunk<T>& c, const PolicyOptions<T>& options, const SequenceRatio<T>& all, int n) {
     const PolicyOptions<T> o = options;  // local copies: stores to the chunk cannot change them
     if (family == Family::sequence) {  // through memory: gcc does not vectorise a loop whose conditions are constant
@@ -66,10 +66,10 @@ PRISM_INLINE void policy_terms(Chunk<T>& c, const PolicyOptions<T>& options, con
     for (int i = 0; i < n; ++i) {
         const Token<T> token{c.fresh[i], c.old[i], c.advantage[i]};
         const SequenceRatio<T> same{c.ratio[i], c.value[i]};
-        const TokenTerms<T> terms = token_terms<family>(token, o, same);
+        const TokenTerms<T> terms = token_terms<family, has_bound>(token, o, same);
         c.loss[i] = terms.loss;
         c.slope[i] = terms.slope;
-        c.ratio[i] = terms.ratio;
+        c.ratio[i] = c.active[i] != T(0) ? terms.ratio : T(0);
         c.measured[i] = terms.measured;
         c.low[i] = terms.low;
         c.high[i] = terms.high;
@@ -86,17 +86,14 @@ PRISM_INLINE void divergence_terms(Chunk<T>& c, T coefficient, int n) {
     }
 }
 
+// Ratios are not negative and those of inactive tokens are 0. NaN is overlooked: the sum of the ratios tells of it.
 template <class T>
-PRISM_INLINE double largest_ratio(const Chunk<T>& c, int n, double so_far) {
-    T lanes[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = static_cast<T>(-INFINITY);
+PRISM_INLINE double largest(const T* ratio, int n, double so_far) {
+    T lanes[kLanes] = {};
     for (int i = 0; i < n; i += kLanes) {
-        for (int lane = 0; lane < kLanes; ++lane) {
-            const T x = c.active[i + lane] != T(0) ? c.ratio[i + lane] : static_cast<T>(-INFINITY);
-            lanes[lane] = larger(lanes[lane], x);
-        }
+        for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = ratio[i + lane] > lanes[lane] ? ratio[i + lane] : lanes[lane];
     }
-    for (int lane = 0; lane < kLanes; ++lane) so_far = larger(so_far, static_cast<double>(lanes[lane]));
+    for (int lane = 0; lane < kLanes; ++lane) so_far = std::max(so_far, static_cast<double>(lanes[lane]));
     return so_far;
 }
 
@@ -132,7 +129,13 @@ PRISM_INLINE void one_sequence(const PolicyArguments<T>& a, int64_t sequence) {
             fill(c.advantage, c, a.advantage[sequence], whole);
         }
         switch (o.family) {
-            case Family::clipped: policy_terms<Family::clipped>(c, o, all, whole); break;
+            case Family::clipped:
+                if (o.has_bound) {
+                    policy_terms<Family::clipped, true>(c, o, all, whole);
+                } else {
+                    policy_terms<Family::clipped>(c, o, all, whole);
+                }
+                break;
             case Family::sequence: policy_terms<Family::sequence>(c, o, all, whole); break;
             case Family::cispo: policy_terms<Family::cispo>(c, o, all, whole); break;
             case Family::sapo: policy_terms<Family::sapo>(c, o, all, whole); break;
@@ -143,14 +146,14 @@ PRISM_INLINE void one_sequence(const PolicyArguments<T>& a, int64_t sequence) {
             for (int i = 0; i < whole; ++i) c.slope[i] *= c.weight[i];
         }
         sums[sum_loss] += lane_sum(c.loss, whole);
-        sums[sum_ratio] += lane_sum(whole, [&](int i) { return c.active[i] != T(0) ? c.ratio[i] : T(0); });
+        sums[sum_ratio] += lane_sum(c.ratio, whole);
         sums[sum_measured] += lane_sum(c.measured, whole);
         if (o.family != Family::sapo) {
             sums[sum_low] += lane_sum(c.low, whole);
             sums[sum_high] += lane_sum(c.high, whole);
-            if (o.has_bound != T(0)) sums[sum_dual] += lane_sum(c.dual, whole);
+            if (o.has_bound) sums[sum_dual] += lane_sum(c.dual, whole);
         }
-        sums[sum_count] = largest_ratio(c, whole, sums[sum_count]);
+        sums[sum_count] = largest(c.ratio, whole, sums[sum_count]);
         if (a.ref_logp != nullptr) {
             load(c.other, c, a.ref_logp + at, n);
             switch (o.divergence) {
@@ -173,6 +176,7 @@ PRISM_INLINE void one_sequence(const PolicyArguments<T>& a, int64_t sequence) {
             for (int i = 0; i < n; ++i) a.entropy_slope[at + i] = c.active[i] != T(0) ? each : T(0);
         }
     }
+    if (sums[sum_ratio] != sums[sum_ratio]) sums[sum_count] = NAN;
     std::copy(sums, sums + kPartials, a.workspace + sequence * kPartials);
 }
 

@@ -61,10 +61,11 @@ struct Group {
 template <class T>
 __device__ __forceinline__ TokenTerms<T> terms_of(const Token<T>& x, const PolicyOptions<T>& o, const SequenceRatio<T>& all) {
     switch (o.family) {
-        case Family::sequence: return token_terms<Family::sequence>(x, o, all);
-        case Family::cispo: return token_terms<Family::cispo>(x, o, all);
-        case Family::sapo: return token_terms<Family::sapo>(x, o, all);
-        default: return token_terms<Family::clipped>(x, o, all);
+        case Family::sequence: return token_terms<Family::sequence, false>(x, o, all);
+        case Family::cispo: return token_terms<Family::cispo, false>(x, o, all);
+        case Family::sapo: return token_terms<Family::sapo, false>(x, o, all);
+        default:
+            return o.has_bound ? token_terms<Family::clipped, true>(x, o, all) : token_terms<Family::clipped, false>(x, o, all);
     }
 }
 

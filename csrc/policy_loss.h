@@ -37,7 +37,7 @@ struct PolicyOptions {
     Aggregation aggregation;
     Divergence divergence;
     bool has_denominator;  // otherwise this call's own count
-    T has_bound;           // 1 with dual clip or delta, else 0
+    bool has_bound;        // dual clip or delta
     T clip_low, clip_high;  // bounds of the ratio: 1 - lo, 1 + hi
     T bound;
     T tau_positive, tau_negative;
@@ -100,7 +100,7 @@ struct SequenceRatio {
 // Loss of one token and its derivative with respect to logp, both before weights. The conventions on ties and bounds are
 // those of automatic differentiation of the specification: clamps pass the gradient on their bounds, equal arguments of a
 // maximum share it.
-template <Family family, class T>
+template <Family family, bool has_bound, class T>
 PRISM_HD PRISM_INLINE TokenTerms<T> token_terms(const Token<T>& x, const PolicyOptions<T>& o, const SequenceRatio<T>& all) {
     TokenTerms<T> out{};
     const T a = x.advantage;
@@ -114,8 +114,8 @@ PRISM_HD PRISM_INLINE TokenTerms<T> token_terms(const Token<T>& x, const PolicyO
         moving = all.moving;
     } else {
         out.measured = held;
-        out.ratio = exponential(held);
-        moving = (drift >= -limit) & (drift <= limit) ? out.ratio : T(0);
+        out.ratio = exponential_within(held);
+        moving = held == drift ? out.ratio : T(0);
     }
     const T ratio = out.ratio;
     if (family == Family::sapo) {
@@ -133,21 +133,22 @@ PRISM_HD PRISM_INLINE TokenTerms<T> token_terms(const Token<T>& x, const PolicyO
         out.high = flag<T>(ratio > top);
         return out;
     }
-    const T plain = -a * ratio, bounded = -a * clipped;
-    const T in_range = flag<T>((ratio >= bottom) & (ratio <= top));
     // Truth values are numbers here: loops over products of 0 and 1 vectorise, loops over boolean logic do not.
-    const T holds = flag<T>(bounded > plain), tied = flag<T>(bounded == plain);
-    T passes = holds * in_range + (T(1) - holds) * (T(1) - tied * (T(0.5) - T(0.5) * in_range));
-    const T each = bounded > plain ? bounded : plain;
-    const T ceiling = -a * o.bound;
-    const T below = flag<T>(a < T(0)), above = flag<T>(a > T(0));
-    const T capped = o.has_bound * below * flag<T>(each > ceiling);
-    passes *= (T(1) - capped) * (T(1) - T(0.5) * o.has_bound * below * flag<T>(each == ceiling));
-    out.loss = capped != T(0) ? ceiling : each;
-    out.slope = passes != T(0) ? passes * (-a * moving) : T(0);
+    const T plain = -a * ratio, bounded = -a * clipped;
+    const T holds = flag<T>(bounded > plain);  // never inside the range
+    const T shared = flag<T>(bounded == plain) * flag<T>(clipped != ratio);  // equal by rounding or by A = 0
+    T passes = (T(1) - holds) * (T(1) - T(0.5) * shared);
+    out.loss = bounded > plain ? bounded : plain;
+    const T below = flag<T>(a < T(0));
+    if (has_bound) {
+        const T ceiling = -a * o.bound, each = out.loss;
+        out.dual = below * flag<T>(each > ceiling);
+        passes *= (T(1) - out.dual) * (T(1) - T(0.5) * below * flag<T>(each == ceiling));
+        out.loss = out.dual != T(0) ? ceiling : each;
+    }
+    out.slope = passes * (-a * moving);
     out.low = holds * below;
-    out.high = holds * above;
-    out.dual = capped;
+    out.high = holds - out.low;  // with A = 0 nothing is held
     return out;
 }
 
@@ -166,7 +167,7 @@ PRISM_HD PRISM_INLINE KlTerms<T> kl_terms(T fresh, T ref) {
     const T limit = T(kKlLogRatioClamp), top = T(kKlValueClamp);
     const T raw = -d;
     const T k = raw < -limit ? -limit : raw > limit ? limit : raw;
-    const T e = exponential(k);
+    const T e = exponential_within(k);
     const T value = e - k - T(1);
     const bool passes = (raw >= -limit) & (raw <= limit) & (value >= -top) & (value <= top);
     return {value < -top ? -top : value > top ? top : value, passes ? T(1) - e : T(0)};

@@ -14,6 +14,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
+NUMBERS = (int, float)
 
 
 def choice(op: str, name: str, value: object, allowed: Sequence[str]) -> None:
@@ -34,11 +35,15 @@ def tensor(
     """Refuse a non-tensor, a wrong rank or size (``None`` = any size), dtype or device. Raises ValueError."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
-    if value.dim() != len(shape) or any(
-        want is not None and have != want for have, want in zip(value.shape, shape, strict=True)
-    ):
+    sizes = value.shape
+    right = len(sizes) == len(shape)
+    if right:
+        for have, want in zip(sizes, shape, strict=True):  # a plain loop: these checks run on every call
+            if want is not None and have != want:
+                right = False
+    if not right:
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{op}: {name} must have shape [{wanted}], got {list(value.shape)}")
+        raise ValueError(f"{op}: {name} must have shape [{wanted}], got {list(sizes)}")
     if value.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{op}: {name} must be {allowed}, got {str(value.dtype).removeprefix('torch.')}")
@@ -50,7 +55,7 @@ def number(
     op: str, name: str, value: object, *, low: float = -math.inf, high: float = math.inf, strict: bool = False
 ) -> None:
     """Refuse anything but a finite Python number in [low, high] ((low, high] with ``strict``). Raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise ValueError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value) or value < low or value > high or (strict and value == low):
         raise ValueError(f"{op}: {name}={value} must be finite and in {'(' if strict else '['}{low}, {high}]")

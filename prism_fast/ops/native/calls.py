@@ -23,16 +23,18 @@ def stream_of(x: Tensor) -> int | None:
 
 def column(x: Tensor | None, kind: torch.dtype) -> Tensor | None:
     """A constant input as the kernels read it: dense, in the type of the computation."""
-    return x if x is None else x.to(kind).contiguous()
+    if x is None or (x.dtype == kind and x.is_contiguous()):
+        return x
+    return x.to(kind).contiguous()
 
 
-def number(name: str, value: Tensor | float | None, kind: torch.dtype) -> tuple[Tensor | None, dict]:
-    """A tensor to keep alive until the call, and the arguments ``name``, ``name_kind`` and ``name_number``."""
-    if not isinstance(value, Tensor):
-        return None, {name: 0, f"{name}_kind": 0, f"{name}_number": 0.0 if value is None else float(value)}
-    if value.dtype not in SCALARS:
-        value = value.to(kind)
-    return value, {name: value.data_ptr(), f"{name}_kind": SCALARS[value.dtype], f"{name}_number": 0.0}
+def number(tensor: Tensor | None, value: float, kind: torch.dtype) -> tuple[Tensor | None, int, int, float]:
+    """(tensor to keep alive until the call, its address, its kind, the number that counts where there is none)."""
+    if tensor is None:
+        return None, 0, 0, value
+    if tensor.dtype not in SCALARS:
+        tensor = tensor.to(kind)
+    return tensor, tensor.data_ptr(), SCALARS[tensor.dtype], 0.0
 
 
 def plain(x: Tensor) -> bool:

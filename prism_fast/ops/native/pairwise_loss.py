@@ -53,19 +53,20 @@ def run(
     tensors = [x if isinstance(x, Tensor) else None for x in counts]
     numbers = [0.0 if x is None or isinstance(x, Tensor) else float(x) for x in counts]
     wanted = torch.is_grad_enabled() and (teacher.requires_grad or student.requires_grad)
-    arguments = (
-        teacher, student, group.long(), valid, teacher_length, student_length, *tensors,
+    constants = (
+        group.long(), valid, teacher_length, student_length, *tensors,
         [float(b) for b in length_penalty] if lengths is not None else [], clip is not None,
         0.0 if clip is None else float(clip), float(l2), float(spread), denominator is not None, numbers[0],
         l2_denominator is not None, numbers[1], wanted,
     )  # fmt: skip
     if not calls.plain(teacher):
-        value, integers, values, _ = _operator(*arguments)
+        value, integers, values, _ = _operator(teacher, student, *constants)
+        values = values.detach()
     elif wanted:
-        value, integers, values = _Eager.apply(*arguments)
+        value, integers, values = _Eager.apply(teacher, student, constants)
     else:
-        value, integers, values, _ = _run(*arguments)
-    margin, accuracy, of_teacher, of_student, loss = values.detach().unbind(0)
+        value, integers, values, _ = _run(teacher, student, *constants)
+    margin, accuracy, of_teacher, of_student, loss = values.unbind(0)
     return value, PairwiseStats(*integers.unbind(0), margin, accuracy, of_teacher, of_student, loss)
 
 
@@ -139,8 +140,8 @@ def into(
     teacher, student, group = teacher.contiguous(), student.contiguous(), group.contiguous()
     valid = None if valid is None else valid.contiguous()
     teacher_length, student_length = calls.column(teacher_length, kind), calls.column(student_length, kind)
-    denominator, count = calls.number("denominator", denominator, kind)
-    l2_denominator, l2_count = calls.number("l2_denominator", l2_denominator, kind)
+    denominator, *count = calls.number(denominator, denominator_number, kind)
+    l2_denominator, *l2_count = calls.number(l2_denominator, l2_denominator_number, kind)
     value, integers, values, gradients = out
     kernel(
         teacher=teacher.data_ptr(),
@@ -166,37 +167,39 @@ def into(
         has_l2_denominator=has_l2_denominator,
         penalty=penalty,
         stream=calls.stream_of(student),
-        **count | {"denominator_number": denominator_number},
-        **l2_count | {"l2_denominator_number": l2_denominator_number},
+        **dict(zip(("denominator", "denominator_kind", "denominator_number"), count, strict=True)),
+        **dict(zip(("l2_denominator", "l2_denominator_kind", "l2_denominator_number"), l2_count, strict=True)),
     )
 
 
 def _gradients(
     gradients: Tensor, shapes: tuple[torch.Size, torch.Size], upstream: Tensor, needed: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor | None, Tensor | None]:
     of_teacher, of_student = calls.scaled(gradients, upstream, None).split([s[0] * s[1] for s in shapes])
     return (
         of_teacher.view(shapes[0]) if needed[0] else None,
         of_student.view(shapes[1]) if needed[1] else None,
-        *(None,) * 16,
     )
 
 
 class _Eager(torch.autograd.Function):
-    """The op without the dispatcher."""
+    """The op without the dispatcher. What gets no gradient comes in one tuple: each argument costs its bookkeeping."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        value, integers, values, gradients = _run(*arguments)
+    def forward(ctx, teacher, student, constants):
+        value, integers, values, gradients = _run(teacher, student, *constants)
         ctx.save_for_backward(gradients)
-        ctx.shapes = arguments[0].shape, arguments[1].shape
+        ctx.shapes = teacher.shape, student.shape
         ctx.mark_non_differentiable(integers, values)
+        ctx.set_materialize_grads(False)
         return value, integers, values
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_):
-        return _gradients(*ctx.saved_tensors, ctx.shapes, upstream, ctx.needs_input_grad)
+        if upstream is None:
+            return None, None, None
+        return *_gradients(*ctx.saved_tensors, ctx.shapes, upstream, ctx.needs_input_grad), None
 
 
 _operator = torch.library.custom_op("prism_fast::pairwise_loss", _run, mutates_args=())
@@ -214,9 +217,10 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, upstream, *_):
-    if upstream is None:
-        return (None,) * 18
-    return _gradients(*ctx.saved_tensors, ctx.shapes, upstream, ctx.needs_input_grad)
+    gradients = (None, None)
+    if upstream is not None:
+        gradients = _gradients(*ctx.saved_tensors, ctx.shapes, upstream, ctx.needs_input_grad)
+    return *gradients, *(None,) * 16
 
 
 _operator.register_autograd(_backward, setup_context=_keep)

@@ -5,6 +5,7 @@ Semantics and validation stand in ``prism_fast.ops.policy_loss``; the arithmetic
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 
 import torch
@@ -55,8 +56,10 @@ def run(
     that descend give NaN. Raises RuntimeError where the kernels are missing.
     """
     kind = torch.float64 if logp.dtype == torch.float64 else torch.float32
-    logp = logp.to(kind)
-    entropy = None if entropy is None else entropy.to(kind)
+    if logp.dtype != kind:
+        logp = logp.to(kind)
+    if entropy is not None and entropy.dtype != kind:
+        entropy = entropy.to(kind)
     wanted = 0
     if torch.is_grad_enabled():
         if entropy is not None and entropy.requires_grad and entropy_coef != 0.0:
@@ -66,8 +69,8 @@ def run(
     low, high = (0.0, 0.0) if clip is None else clip
     bound = dual_clip if delta is None else delta
     denominator_is_tensor, norm_is_tensor = isinstance(denominator, Tensor), isinstance(norm_length, Tensor)
-    arguments = (
-        logp, entropy, advantage, cu_seqlens, old_logp, token_advantage, ref_logp, is_weight, mask,
+    constants = (
+        advantage, cu_seqlens, old_logp, token_advantage, ref_logp, is_weight, mask,
         denominator if denominator_is_tensor else None, norm_length if norm_is_tensor else None,
         loss, aggregation, kl, denominator is not None,
         0.0 if denominator_is_tensor or denominator is None else float(denominator),
@@ -76,12 +79,13 @@ def run(
         float(sapo_temperature[0]), float(sapo_temperature[1]), float(kl_coef), float(entropy_coef), wanted,
     )  # fmt: skip
     if not calls.plain(logp):
-        value, stats, _ = _operator(*arguments)
+        value, stats, _ = _operator(logp, entropy, *constants)
+        stats = stats.detach()
     elif wanted:
-        value, stats = _Eager.apply(*arguments)
+        value, stats = _Eager.apply(logp, entropy, constants)
     else:
-        value, stats, _ = _run(*arguments)
-    return value, PolicyStats(*stats.detach().unbind(0)[:STATS])
+        value, stats, _ = _run(logp, entropy, *constants)
+    return value, PolicyStats(*stats.unbind(0)[:STATS])
 
 
 def _run(
@@ -163,42 +167,64 @@ def into(
     kernel = module.policy_loss_float64 if kind == torch.float64 else module.policy_loss_float32
     logp, cu_seqlens = logp.contiguous(), cu_seqlens.contiguous()
     old_logp, token_advantage, advantage, ref_logp, entropy, is_weight = (
-        x if x is None or (x.dtype == kind and x.is_contiguous()) else calls.column(x, kind)
-        for x in (old_logp, token_advantage, advantage, ref_logp, entropy, is_weight)
+        calls.column(x, kind) for x in (old_logp, token_advantage, advantage, ref_logp, entropy, is_weight)
     )
     if mask is not None:
         mask = mask.contiguous() if mask.dtype == torch.bool else calls.column(mask, kind)
-    denominator, count = calls.number("denominator", denominator, kind)
-    norm_length, norm = calls.number("norm", norm_length, kind)
+    plan = _plan(
+        loss, aggregation, kl, has_denominator, clip_low, clip_high, has_bound, bound, tau_positive, tau_negative,
+        kl_coef, entropy_coef,
+    )  # fmt: skip
+    denominator, *count = calls.number(denominator, denominator_number, kind)
+    norm_length, *norm = calls.number(norm_length, norm_number, kind)
     value, stats, slopes = out
     kernel(
-        logp=logp.data_ptr(),
-        old_logp=calls.address(old_logp),
-        token_advantage=calls.address(token_advantage),
-        advantage=calls.address(advantage),
-        ref_logp=calls.address(ref_logp),
-        entropy=calls.address(entropy),
-        is_weight=calls.address(is_weight),
-        mask=calls.address(mask),
-        mask_kind=0 if mask is None else 1 if mask.dtype == torch.bool else 2,
-        offsets=cu_seqlens.data_ptr(),
-        loss=value.data_ptr(),
-        stats=stats.data_ptr(),
-        slope=slopes.data_ptr() if wanted else 0,
-        entropy_slope=slopes.data_ptr() + slopes.shape[1] * slopes.element_size() if wanted == 2 else 0,
-        workspace=workspace.data_ptr(),
-        tokens=logp.shape[0],
-        sequences=cu_seqlens.shape[0] - 1,
-        denominator=count["denominator"],
-        denominator_kind=count["denominator_kind"],
-        denominator_number=denominator_number,
-        has_denominator=has_denominator,
-        norm_length=norm["norm"],
-        norm_kind=norm["norm_kind"],
-        norm_number=norm_number,
+        plan,
+        logp.data_ptr(),
+        calls.address(old_logp),
+        calls.address(token_advantage),
+        calls.address(advantage),
+        calls.address(ref_logp),
+        calls.address(entropy),
+        calls.address(is_weight),
+        calls.address(mask),
+        0 if mask is None else 1 if mask.dtype == torch.bool else 2,
+        cu_seqlens.data_ptr(),
+        value.data_ptr(),
+        stats.data_ptr(),
+        slopes.data_ptr() if wanted else 0,
+        slopes.data_ptr() + slopes.shape[1] * slopes.element_size() if wanted == 2 else 0,
+        workspace.data_ptr(),
+        logp.shape[0],
+        cu_seqlens.shape[0] - 1,
+        *count,
+        *norm,
+        torch.get_num_threads(),
+        calls.stream_of(logp),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(
+    loss: str,
+    aggregation: str,
+    kl: str,
+    has_denominator: bool,
+    clip_low: float,
+    clip_high: float,
+    has_bound: bool,
+    bound: float,
+    tau_positive: float,
+    tau_negative: float,
+    kl_coef: float,
+    entropy_coef: float,
+):
+    """The options as the kernels read them."""
+    return native.module().policy_plan(
         family=FAMILY[loss],
         aggregation=AGGREGATION.index(aggregation),
         divergence=DIVERGENCE.index(kl),
+        has_denominator=has_denominator,
         clip_low=clip_low,
         clip_high=clip_high,
         has_bound=has_bound,
@@ -207,32 +233,34 @@ def into(
         tau_negative=tau_negative,
         kl_coef=kl_coef,
         entropy_coef=entropy_coef,
-        threads=torch.get_num_threads(),
-        stream=calls.stream_of(logp),
     )
 
 
 class _Eager(torch.autograd.Function):
-    """The op without the dispatcher."""
+    """The op without the dispatcher. What gets no gradient comes in one tuple: each argument costs its bookkeeping."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        value, stats, slopes = _run(*arguments)
+    def forward(ctx, logp, entropy, constants):
+        value, stats, slopes = _run(logp, entropy, *constants)
         ctx.save_for_backward(slopes, stats)
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
         return value, stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
-        return _gradients(*ctx.saved_tensors, upstream, ctx.needs_input_grad)
+        if upstream is None:
+            return None, None, None
+        return *_gradients(*ctx.saved_tensors, upstream, ctx.needs_input_grad), None
 
 
-def _gradients(slopes: Tensor, stats: Tensor, upstream: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+def _gradients(
+    slopes: Tensor, stats: Tensor, upstream: Tensor, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of logp and entropy."""
     gradient = calls.scaled(slopes, upstream, stats[STATS])
-    of_logp = gradient[0] if needed[0] else None
-    of_entropy = gradient[1] if needed[1] and slopes.shape[0] == 2 else None
-    return (of_logp, of_entropy, *(None,) * 24)
+    return gradient[0] if needed[0] else None, gradient[1] if needed[1] and slopes.shape[0] == 2 else None
 
 
 _operator = torch.library.custom_op("prism_fast::policy_loss", _run, mutates_args=())
@@ -250,9 +278,10 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, upstream, *_):
-    if upstream is None:
-        return (None,) * 26
-    return _gradients(*ctx.saved_tensors, upstream, ctx.needs_input_grad)
+    gradients = (None, None)
+    if upstream is not None:
+        gradients = _gradients(*ctx.saved_tensors, upstream, ctx.needs_input_grad)
+    return *gradients, *(None,) * 24
 
 
 _operator.register_autograd(_backward, setup_context=_keep)

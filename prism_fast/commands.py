@@ -143,8 +143,11 @@ def upcycle(
     seed: Annotated[int, typer.Option(help="Decides noise, routers and score head.")] = 1,
 ) -> None:
     """Dense policy folder to discriminator folder: experts, routers and a score head, in the released layout."""
+    from transformers.utils.logging import disable_progress_bar
+
     from prism_fast.models.convert import upcycle_folder
 
+    disable_progress_bar()
     upcycle_folder(
         source,
         destination,

@@ -60,11 +60,11 @@ def data_files(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def invoke() -> Callable[..., tuple[int, str]]:
-    """``invoke("plan", "digits")``: exit code and standard output of a command that does not fail."""
+    """``invoke("plan", "digits")``: exit code and standard output (with the usage error where there is one)."""
 
     def call(*arguments: object, **options: object) -> tuple[int, str]:
         result = CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False, **options)
-        return result.exit_code, result.output
+        return result.exit_code, result.stdout if result.exit_code < 2 else result.output
 
     return call
 

@@ -1,0 +1,108 @@
+"""``prism-fast data check``: all problems at once, counts, exit codes, prompt lengths."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+GOOD = {"messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]}
+LONG = {"messages": [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "A cat."}]}
+EMPTY = {"messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": " "}]}
+PAIR = {"prompt": "x", "teacher_caption": "a", "student_caption": "b", "teacher_cot": "c", "student_cot": "d"}
+
+
+def write(path, records):
+    path.write_text(json.dumps(records) if path.suffix == ".json" else "\n".join(map(json.dumps, records)))
+    return path
+
+
+def test_good_files_are_counted(invoke, data_files, tmp_path):
+    pairs = write(tmp_path / "pairs.jsonl", [PAIR, {**PAIR, "id": "other"}])
+    code, shown = invoke("data", "check", *data_files.values(), pairs)
+    assert code == 0
+    assert [line.split(": ")[1] for line in shown.splitlines()] == [
+        "sharegpt, 3 good, 0 problem(s)",
+        "sharegpt, 3 good, 0 problem(s)",
+        "tasks, 4 good, 0 problem(s)",
+        "tasks, 5 good, 0 problem(s)",
+        "tasks, 5 good, 0 problem(s)",
+        "pairs, 2 good, 0 problem(s)",
+    ]
+
+
+def test_all_problems_of_all_files_with_file_row_and_field(invoke, data_files, tmp_path):
+    bad = write(tmp_path / "bad.json", [GOOD, EMPTY, {"text": "x"}, {**GOOD, "images": ["no.png"]}])
+    gone = tmp_path / "gone.parquet"
+    code, shown = invoke("data", "check", bad, data_files["sft"], gone)
+    lines = shown.splitlines()
+    assert code == 1 and len(lines) == 7
+    assert lines[0] == f"{bad}: sharegpt, 1 good, 3 problem(s)"
+    assert [f"row {n}" in line for n, line in zip((1, 2, 3), lines[1:4], strict=True)] == [True] * 3
+    assert "messages[1]" in lines[1] and "images[0]" in lines[3]
+    assert "0 problem(s)" in lines[4] and "gone.parquet: " in lines[5] and "does not exist" in lines[6]
+
+
+def test_json(invoke_json, data_files, tmp_path):
+    bad = write(tmp_path / "bad.jsonl", [PAIR, {"prompt": "x"}])
+    first, second = invoke_json("data", "check", bad, data_files["align"])
+    assert (first["path"], first["form"], first["good"]) == (str(bad), "pairs", 1)
+    assert len(first["problems"]) == 1 and "line 2" in first["problems"][0] and first["prompt_tokens"] is None
+    assert second["problems"] == [] and second["good"] == 4
+
+
+def test_a_kind_can_be_forced(invoke, tmp_path):
+    turned = write(tmp_path / "turned.jsonl", [{"note": "no clue"}, GOOD])
+    assert "pairs, 0 good, 2 problem(s)" in invoke("data", "check", turned)[1]
+    assert "sharegpt, 1 good, 1 problem(s)" in invoke("data", "check", turned, "--kind", "sft")[1]
+    code, shown = invoke("data", "check", turned, "--kind", "tasks")
+    assert code == 1 and "tasks, 0 good, 1 problem(s)" in shown
+    assert invoke("data", "check", turned, "--kind", "other")[0] == 2
+
+
+def test_teacher_columns_where_they_are_needed(invoke, data_files):
+    assert invoke("data", "check", data_files["align"], "--require-teacher")[0] == 0
+    code, shown = invoke("data", "check", data_files["rlvr"], "--require-teacher")
+    assert code == 1 and "teacher_response" in shown
+
+
+def test_image_limit(invoke, tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    turns = [{"role": "user", "content": "<image>x"}, {"role": "assistant", "content": "y"}]
+    path = write(tmp_path / "a.json", [{"messages": turns, "images": ["a.png"]}])
+    assert invoke("data", "check", path)[0] == 0
+    code, shown = invoke("data", "check", path, "--max-image-pixels", 1199)
+    assert code == 1 and "images[0]" in shown
+    assert invoke("data", "check", path, "--max-image-pixels", 1200)[0] == 0
+
+
+def test_prompt_lengths_as_the_policy_sees_them(invoke, invoke_json, processor, policy_folder, tmp_path):
+    Image.new("RGB", (256, 256)).save(tmp_path / "a.png")  # 64 merged patches
+    pictured = {"messages": [{"role": "user", "content": "<image>x"}, GOOD["messages"][1]], "images": ["a.png"]}
+    path = write(tmp_path / "a.json", [GOOD, {**pictured, "id": "pictured"}, {**LONG, "id": "long"}])
+    content = [{"type": "image"}, {"type": "text", "text": "x"}]
+    expected = len(
+        processor.encode_prompt([{"role": "user", "content": content}], [Image.new("RGB", (256, 256))]).input_ids
+    )
+    assert expected > 64
+    (shown,) = invoke_json("data", "check", path, "--policy", policy_folder)
+    assert shown["good"] == 3 and shown["prompt_tokens"]["max"] > expected
+    (shown,) = invoke_json("data", "check", path, "--policy", policy_folder, "--max-prompt-tokens", expected)
+    assert shown["good"] == 2 and len(shown["problems"]) == 1
+    assert "sample long" in shown["problems"][0] and f"limit of {expected}" in shown["problems"][0]
+    (shown,) = invoke_json("data", "check", path, "--policy", policy_folder, "--max-prompt-tokens", expected - 1)
+    assert [f"sample {name}" in p for name, p in zip(("pictured", "long"), shown["problems"], strict=True)] == [
+        True
+    ] * 2
+    code, text = invoke("data", "check", path, "--policy", policy_folder, "--max-prompt-tokens", expected)
+    assert code == 1 and "tokens on average" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--max-prompt-tokens", "5"], "needs a processor"), (["--policy", "nowhere"], "nowhere does not exist")],
+)
+def test_wrong_options_are_one_message(command, data_files, options, words):
+    code, message = command("data", "check", data_files["sft"], *options)
+    assert code == 1 and words in message and "Traceback" not in message

@@ -1,0 +1,110 @@
+"""``--dry-run``: what a run would stumble over, found without writing a file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from prism_fast.config import load_config
+from prism_fast.models.discriminator import HEAD_KEY
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_written(tmp_path, monkeypatch, policy_folder, discriminator_folder, data_files):
+    """Every test of this file: the working folder and the inputs' folders are the same before and after."""
+    monkeypatch.chdir(tmp_path)
+    inputs = [policy_folder, discriminator_folder, data_files["sft"].parent]
+
+    def listing() -> list[tuple[str, int]]:
+        return sorted((str(p), p.stat().st_mtime_ns) for folder in inputs for p in folder.rglob("*"))
+
+    before = listing()
+    yield
+    assert listing() == before
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def everything(policy_folder, discriminator_folder, data_files) -> list[str]:
+    models = [f"model.policy={policy_folder}", f"model.discriminator={discriminator_folder}"]
+    return [*models, "data.source=files", *(f"data.{name}={path}" for name, path in data_files.items())]
+
+
+@pytest.fixture
+def printed(tmp_path_factory):
+    """The configuration that a dry run printed, loaded from a file outside the watched folders."""
+
+    def load(shown: str):
+        path = tmp_path_factory.mktemp("printed") / "config.yaml"
+        path.write_text(shown.partition("  memory peaks")[0])
+        return load_config(str(path))
+
+    return load
+
+
+@pytest.mark.parametrize("stage", ["run", "sft", "warmup", "align", "rlvr"])
+def test_what_a_run_needs_is_shown(invoke, everything, printed, stage, data_files):
+    code, shown = invoke(stage, "digits", "out=out", *everything, "--dry-run", env={"COLUMNS": "150"})
+    assert code == 0
+    resolved, rest = printed(shown), shown.partition("memory peaks")[2]
+    assert resolved.out == "out" and resolved.data.align == str(data_files["align"])
+    assert resolved.stages == (load_config("digits").stages if stage == "run" else [stage])
+    assert all(name in rest for name in resolved.stages)
+    counted = {"sft": 3, "align": 4, "rlvr": 5}
+    for name, count in counted.items():
+        used = stage in ("run", name) or (stage == "warmup" and name == "align")
+        assert (f"data.{name}: {data_files[name]}, {count} samples" in rest) == used
+    assert "policy: " in rest and "discriminator: " in rest and "nothing was written" in rest
+
+
+def test_the_shipped_recipe_is_ready(invoke):
+    code, shown = invoke("run", "digits", "--dry-run")
+    assert code == 0 and "the built-in digits" in shown and "a new one under runs" in shown
+
+
+def test_a_resolved_configuration_is_what_a_run_would_save(invoke, everything, printed):
+    code, shown = invoke("rlvr", "digits", "rlvr.steps=7", *everything, "--dry-run")
+    assert code == 0 and printed(shown) == load_config("digits", ["rlvr.steps=7", "stages=[rlvr]", *everything])
+
+
+def test_errors_are_those_a_run_would_meet(command, everything, policy_folder, discriminator_folder, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps([{"messages": [{"role": "user", "content": "x"}]}]))
+    headless, cut, bare = tmp_path / "headless", tmp_path / "cut", tmp_path / "bare"
+    for folder, source in ((headless, discriminator_folder), (cut, policy_folder), (bare, policy_folder)):
+        shutil.copytree(source, folder)
+    state = load_file(headless / "model.safetensors")
+    del state[HEAD_KEY]
+    save_file(state, headless / "model.safetensors")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-10])
+    (bare / "tokenizer_config.json").unlink()
+    cases = [
+        (["run", "data.sft=null"], "data.sft"),
+        (["run", "data.align=gone.parquet"], "data.align: gone.parquet does not exist"),
+        (["run", "data.eval=gone.parquet"], "data.eval: gone.parquet does not exist"),
+        (["warmup", "data.pairs=gone.jsonl"], "data.pairs: gone.jsonl does not exist"),
+        (["sft", f"data.sft={bad}"], "bad.json, row 0"),
+        (["align", "model.policy=tiny"], "stage align needs a trained policy"),
+        (["align", "model.discriminator=upcycle"], "stage align needs a warm discriminator"),
+        (["rlvr", "model.policy=gone"], "model.policy"),
+        (["rlvr", f"model.policy={discriminator_folder}"], "wanted 'qwen3_vl'"),
+        (["rlvr", f"model.policy={cut}"], "damaged"),
+        (["rlvr", f"model.policy={bare}"], "tokenizer_config.json is missing"),
+        (["align", f"model.discriminator={headless}"], f"has no {HEAD_KEY}"),
+        (["run", "out=full"], "full is not empty"),
+        (["run", "device=cuda:99"], "cuda:99"),
+        (["run", "stages=[]"], "stages is empty"),
+    ]
+    for (stage, override), words in cases:
+        code, message = command(stage, "digits", *everything, override, "--dry-run")
+        assert code == 1 and words in message and "Traceback" not in message, (stage, override, message)
+
+
+def test_teacher_columns_are_asked_of_alignment_alone(command, everything, data_files):
+    code, message = command("align", "digits", *everything, f"data.align={data_files['rlvr']}", "--dry-run")
+    assert code == 1 and "teacher_response" in message

@@ -57,7 +57,8 @@ def number(
     """Refuse anything but a finite Python number in [low, high] ((low, high] with ``strict``). Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise ValueError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < low or value > high or (strict and value == low):
+    # Comparisons, not math.isfinite: a compiler that traces the number as a symbol can follow them.
+    if not -math.inf < value < math.inf or value < low or value > high or (strict and value == low):
         raise ValueError(f"{op}: {name}={value} must be finite and in {'(' if strict else '['}{low}, {high}]")
 
 

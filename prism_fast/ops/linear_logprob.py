@@ -31,6 +31,7 @@ def linear_logprob(
     weight_grad_out: Tensor | None = None,
     vocab_group: object | None = None,
     tile_skip_mass: float = 0.0,
+    compact_rows: bool = False,
     backend: str | None = None,
 ) -> LogProb:
     """``log softmax(cap(hidden @ weight.T + bias) / temperature)[target]`` per row, and its entropy.
@@ -51,7 +52,12 @@ def linear_logprob(
         weight_grad_out: [V, H] float32 or float64; the weight's gradient is added to it and ``weight.grad`` stays as it
             is.
         vocab_group: process group of a sharded vocabulary; not implemented.
-        tile_skip_mass: probability mass that backward may drop by whole tiles; only 0 is implemented.
+        tile_skip_mass: probability mass in [0, 1) that backward may leave out of each row, by whole tiles of the
+            vocabulary ("triton", without entropy). The tile of a row's target is never left out, so the gradient of a
+            row of scores differs by less than |upstream| * tile_skip_mass / temperature in the 1-norm.
+        compact_rows: with "triton", backward multiplies only the rows with an upstream gradient, by our own products
+            instead of cuBLAS, which cannot read their number from the device; pays where many rows have none. The
+            same gradients either way.
         backend: None, "reference" or "triton" (CUDA; bfloat16, float16 or float32; H divisible by 16). None is "triton"
             on CUDA and "reference" elsewhere.
 
@@ -62,7 +68,8 @@ def linear_logprob(
 
     Raises:
         ValueError: wrong shape, dtype, device or option.
-        NotImplementedError: ``vocab_group``, ``tile_skip_mass`` > 0, float64 or an unknown card with "triton".
+        NotImplementedError: ``vocab_group``, ``tile_skip_mass`` > 0 without "triton" or with entropy, float64 or an
+            unknown card with "triton".
         RuntimeError: "triton" without CUDA tensors or without Triton.
 
     Source: temperature-scaled log-softmax and its entropy (verl ``logprobs_from_logits_v2``, ``entropy_from_logits``);
@@ -73,9 +80,13 @@ def linear_logprob(
     checks.number(OP, "save_limit_bytes", save_limit_bytes, low=0)
     if vocab_group is not None:
         raise NotImplementedError(f"{OP}: vocab_group (a sharded vocabulary) is not implemented; pass the whole weight")
-    if tile_skip_mass != 0.0:
-        raise NotImplementedError(f"{OP}: tile_skip_mass={tile_skip_mass} is not implemented; only 0.0 (exact) is")
+    checks.number(OP, "tile_skip_mass", tile_skip_mass, low=0.0, high=1.0)
     chosen = choose(OP, BACKENDS, backend, hidden)
+    if tile_skip_mass > 0.0 and (entropy or chosen != "triton"):
+        raise NotImplementedError(
+            f"{OP}: tile_skip_mass={tile_skip_mass} with backend={chosen!r}, entropy={entropy}: only 'triton' skips "
+            f"tiles, and its bound holds for log-probabilities alone; pass 0.0 (exact)"
+        )
     options = {
         "bias": bias,
         "temperature": temperature,
@@ -88,7 +99,8 @@ def linear_logprob(
     if chosen == "triton":
         from .triton.linear_logprob import linear_logprob as fused
 
-        return fused(hidden, weight, target, **options)
+        skips = {"compact_rows": compact_rows, "tile_skip_mass": tile_skip_mass}
+        return fused(hidden, weight, target, **options, **skips)
     return reference(hidden, weight, target, **options)
 
 

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from prism_fast.kernels.gemm import TILES, matmul
+from prism_fast.kernels.gemm import TILES, matmul, sparse
 from prism_fast.kernels.logprob import TILES as SCORE_TILES
 from prism_fast.kernels.logprob import combine_partials, gradient_, scores
 from tests.support.triton_aot import RecordingDriver
@@ -48,12 +48,23 @@ def launch_scores(sm: int, shipped: bool) -> None:
                 gradient_(found, target, heat, g, h, 512, softcap=options.get("softcap"))
 
 
+def launch_sparse(shipped: bool) -> None:
+    """The products over chosen rows, with and without lists of tiles."""
+    order, count = sparse.compact(torch.zeros(200, dtype=torch.bool))
+    for dtype in (torch.bfloat16, torch.float32) if shipped else (torch.bfloat16,):
+        dz, weight, hidden = (torch.zeros(shape, dtype=dtype) for shape in ((200, 512), (512, 128), (200, 128)))
+        for lists in (None, sparse.lists(torch.zeros((2, 2), dtype=torch.bool), 256)):
+            sparse.product_of_rows(hidden, dz, weight, order, count, lists)
+            sparse.product_of_columns(weight.float(), dz, hidden, order, count, lists, accumulate=True)
+
+
 def main(archs: list[int], shipped: bool) -> None:
     for sm in archs:
         driver = RecordingDriver(sm)
         driver.install()
         launch_everything(sm)
         launch_scores(sm, shipped)
+        launch_sparse(shipped)
         for c in driver.compiled:
             fields = {k: getattr(c, k) for k in ("kernel", "arch", "registers", "shared", "stack", "spills")}
             uses = {"wgmma": "wgmma.mma_async" in c.ptx, "tcgen05": "tcgen05.mma" in c.ptx}

@@ -45,7 +45,7 @@ def test_nothing_spills(compiled):
 
 def test_every_kernel_on_every_card(compiled):
     seen = {(c["kernel"], c["arch"]) for c in compiled}
-    everywhere = ("combine_kernel", "scores_kernel", "gradient_kernel")
+    everywhere = ("combine_kernel", "scores_kernel", "gradient_kernel", "rows_kernel", "columns_kernel")
     assert seen == {(k, a) for k in everywhere for a in (80, 90, 100)} | {("matmul_kernel", a) for a in (90, 100)}
 
 

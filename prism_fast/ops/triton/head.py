@@ -32,7 +32,8 @@ class Rows:
     """Operands of a head, and the gradients it has collected.
 
     hidden [N, H], weight [V, H], bias [V] or None, target [N] (anything outside [0, V) is no column), heat [N] or [1]
-    float32. ``wants``: gradients to form, of hidden, weight and bias. ``weight_grad``: where to add the weight's.
+    float32. ``compact``: leave rows without upstream gradient out of the backward products. ``skip_mass``: leave out
+    tiles of the vocabulary too, of at most this probability mass per row.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class Rows:
         heat: Tensor,
         softcap: float | None,
         entropy: bool,
+        compact: bool = False,
+        skip_mass: float = 0.0,
     ):
         if hidden.dtype == torch.float64:
             raise NotImplementedError("linear_logprob: backend='triton' has no float64; pass backend='reference'")
@@ -56,6 +59,7 @@ class Rows:
         self.bias = None if bias is None else bias.contiguous()
         self.target, self.heat = target.contiguous(), heat
         self.softcap, self.entropy = softcap, entropy
+        self.compact, self.skip_mass = compact, skip_mass
         self.dtypes = (hidden.dtype, weight.dtype, hidden.dtype)
 
     def forward(self, block: slice, keep: bool) -> Scores:
@@ -91,24 +95,54 @@ class Rows:
         """Add what the rows ``block`` contribute; uses up ``found.kept``. ``g``, ``h`` [n] float32, h with entropy."""
         from prism_fast.kernels import gemm, logprob
 
-        vocabulary = self.weight.shape[0]
+        sparse = self.compact or self.skip_mass > 0.0
         dz = logprob.gradient_(
-            found, self.target[block], self._heat(block), g, h, vocabulary, softcap=self.softcap
+            found,
+            self.target[block],
+            self._heat(block),
+            g,
+            h,
+            self.weight.shape[0],
+            softcap=self.softcap,
+            skip_idle=sparse and not self.wants[2],
         )  # [n, V]
+        # A row without upstream gradient must add nothing, even where its hidden state is not finite.
+        active = g != 0.0 if h is None else (g != 0.0) | (h != 0.0)
         # Products outside an autocast region: it would round what is meant to stay float32.
         with torch.autocast(dz.device.type, enabled=False):
-            if self.wants[0]:
-                self.hidden_grad[block] = gemm.product(dz, self.weight, self.hidden.dtype)
-            if self.wants[1]:
-                # A row without upstream gradient must add nothing, even where its hidden state is not finite.
-                active = g != 0.0 if h is None else (g != 0.0) | (h != 0.0)
-                x = torch.where(active[:, None], self.hidden[block], 0.0)
-                if self.weight_grad is None:
-                    self.weight_grad = gemm.product(dz.t(), x, self.weight.dtype)
-                else:
-                    gemm.add_product(self.weight_grad, dz.t(), x)
+            if sparse:
+                self._sparse_products(block, found, dz, active)
+            else:
+                if self.wants[0]:
+                    self.hidden_grad[block] = gemm.product(dz, self.weight, self.hidden.dtype)
+                if self.wants[1]:
+                    x = torch.where(active[:, None], self.hidden[block], 0.0)
+                    if self.weight_grad is None:
+                        self.weight_grad = gemm.product(dz.t(), x, self.weight.dtype)
+                    else:
+                        gemm.add_product(self.weight_grad, dz.t(), x)
             if self.wants[2]:
                 self.bias_grad += dz.sum(0, dtype=torch.float32)
+
+    def _sparse_products(self, block: slice, found: Scores, dz: Tensor, active: Tensor) -> None:
+        """The products over the rows that matter and, with ``skip_mass``, the tiles that matter to them."""
+        from prism_fast.kernels.gemm import sparse
+
+        order, count = sparse.compact(active)
+        lists = None
+        if self.skip_mass > 0.0:
+            wanted = tiles_wanted(found, self.target[block], order, count, self.skip_mass, sparse.BLOCK)
+            lists = sparse.lists(wanted, found.width)
+        if self.wants[0]:
+            self.hidden_grad[block] = 0.0
+            sparse.product_of_rows(self.hidden_grad[block], dz, self.weight, order, count, lists)
+        if self.wants[1]:
+            fresh = self.weight_grad is None
+            if fresh:
+                self.weight_grad = torch.empty_like(self.weight)
+            sparse.product_of_columns(
+                self.weight_grad, dz, self.hidden[block], order, count, lists, accumulate=not fresh
+            )
 
     def gradients(self, with_weight: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden, weight (None without ``with_weight``) and bias, in their dtypes; None where not wanted."""
@@ -117,6 +151,22 @@ class Rows:
 
     def _heat(self, block: slice) -> Tensor:
         return self.heat if self.heat.shape[0] == 1 else self.heat[block]
+
+
+def tiles_wanted(found: Scores, target: Tensor, order: Tensor, count: Tensor, skip_mass: float, block: int) -> Tensor:
+    """[blocks, tiles] bool: tiles that hold a target, or more than ``skip_mass`` / tiles of some row's probability.
+
+    A row loses less than that in each tile left out, hence less than ``skip_mass`` in all of them.
+    """
+    tiles, n = found.tile_max.shape
+    mass = found.tile_sum * torch.exp((found.tile_max - found.row_max) - found.log_sum)  # [tiles, n]
+    needed = mass.isnan() | (mass >= skip_mass / tiles)
+    needed |= torch.arange(tiles, device=mass.device)[:, None] == target.div(found.width, rounding_mode="floor")
+    needed = needed.index_select(1, order) & (torch.arange(n, device=mass.device) < count)
+    blocks = -(-n // block)
+    padded = torch.zeros((tiles, blocks * block), dtype=torch.bool, device=mass.device)
+    padded[:, :n] = needed
+    return padded.view(tiles, blocks, block).any(-1).t()
 
 
 def heat_rows(temperature: float | Tensor, hidden: Tensor) -> Tensor:

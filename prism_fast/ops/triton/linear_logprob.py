@@ -29,10 +29,15 @@ def linear_logprob(
     ignore_index: int,
     save: bool,
     weight_grad_out: Tensor | None,
+    compact_rows: bool,
+    tile_skip_mass: float,
 ) -> LogProb:
     """See ``prism_fast.ops.linear_logprob``. ``save``: keep the exponentials of the scores for the backward pass."""
     heat = heat_rows(temperature, hidden)
-    arguments = (hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save)
+    arguments = (
+        hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save, compact_rows,
+        tile_skip_mass,
+    )  # fmt: skip
     if torch.compiler.is_compiling():
         return LogProb(*_operator(*arguments)[:2])
     return LogProb(*_LinearLogProb.apply(*arguments))
@@ -48,8 +53,12 @@ def forward(
     entropy: bool,
     ignore_index: int,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N] or [0], row maximum, log-sum, kept, tile maxima); the last four are empty unless saved."""
+    tile_skip_mass: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp [N], entropy [N] or [0], row maximum, log-sum, kept, tile maxima, tile sums).
+
+    The last five are empty unless saved, the tile sums also where nobody will skip tiles.
+    """
     rows = Rows(hidden, weight, bias, target, heat, softcap, entropy)
     n = hidden.shape[0]
     _, ignored, outside = softmax_rows.target_rows(target, weight.shape[0], ignore_index)
@@ -57,11 +66,12 @@ def forward(
     found = [rows.forward(slice(at, min(n, at + step)), save) for at in range(0, max(n, 1), step)]
     logp, spread = softmax_rows.finish(_joined(found, "logp"), _joined(found, "entropy"), ignored, outside)
     nothing = logp.new_empty(0)
-    spread = spread if entropy else nothing
+    spread = spread if entropy else nothing.clone()
     if not save:
-        return logp, spread, nothing, nothing.clone(), hidden.new_empty(0), nothing.clone()
+        return logp, spread, *(nothing.clone() for _ in range(2)), hidden.new_empty(0), nothing.clone(), nothing
     (whole,) = found
-    return logp, spread, whole.row_max, whole.log_sum, whole.kept, whole.tile_max
+    sums = whole.tile_sum if tile_skip_mass > 0.0 else nothing
+    return logp, spread, whole.row_max, whole.log_sum, whole.kept, whole.tile_max, sums
 
 
 def backward(
@@ -78,9 +88,12 @@ def backward(
     log_sum: Tensor,
     kept: Tensor | None,
     tile_max: Tensor,
+    tile_sum: Tensor,
     weight_grad_out: Tensor | None,
     softcap: float | None,
     ignore_index: int,
+    compact_rows: bool,
+    tile_skip_mass: float,
     wants: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias, None where not wanted. Uses up ``kept``; adds to ``weight_grad_out``."""
@@ -90,14 +103,14 @@ def backward(
     g = softmax_rows.upstream(logp_grad, logp, ignored)
     g = torch.where(outside & (g != 0.0), math.nan, g).contiguous()
     h = softmax_rows.upstream(entropy_grad, logp, ignored).contiguous() if entropy else None
-    rows = Rows(hidden, weight, bias, target, heat, softcap, entropy)
+    rows = Rows(hidden, weight, bias, target, heat, softcap, entropy, compact_rows, tile_skip_mass)
     saved = kept is not None
     step = max(n, 1) if saved else wave_rows(weight)
     rows.prepare(wants, weight_grad_out, waves=-(-n // step))
     for at in range(0, n, step):
         block = slice(at, min(n, at + step))
         if saved:
-            found = _found(row_max, log_sum, logp, spread if entropy else logp, kept, tile_max, rows)
+            found = _found(row_max, log_sum, logp, spread if entropy else logp, kept, tile_max, tile_sum, rows)
         else:
             found = rows.forward(block, keep=True)
         rows.backward(block, found, g[block], None if h is None else h[block])
@@ -110,37 +123,40 @@ def _joined(found: list[Scores], name: str) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _found(row_max, log_sum, logp, spread, kept, tile_max, rows: Rows) -> Scores:
+def _found(row_max, log_sum, logp, spread, kept, tile_max, tile_sum, rows: Rows) -> Scores:
     from prism_fast.kernels import logprob
 
     width = logprob.tile_width(rows.hidden, rich=rows.bias is not None or rows.softcap is not None)
-    return logprob.Scores(row_max, log_sum, logp, spread, kept, tile_max, tile_max, width)
+    return logprob.Scores(row_max, log_sum, logp, spread, kept, tile_max, tile_sum, width)
 
 
 class _LinearLogProb(torch.autograd.Function):
     """The operator below without the dispatcher, which costs an eager call tens of microseconds."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save):
-        found = forward(hidden, weight, bias, target, heat, softcap, entropy, ignore_index, save)
+    def forward(
+        ctx, hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save, compact_rows,
+        tile_skip_mass,
+    ):  # fmt: skip
+        found = forward(hidden, weight, bias, target, heat, softcap, entropy, ignore_index, save, tile_skip_mass)
         ctx.save_for_backward(hidden, weight, bias, target, heat, *found)
-        ctx.weight_grad_out, ctx.softcap, ctx.ignore_index = weight_grad_out, softcap, ignore_index
+        ctx.weight_grad_out, ctx.options = weight_grad_out, (softcap, ignore_index, compact_rows, tile_skip_mass)
         ctx.set_materialize_grads(False)
         return found[:2]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, logp_grad, entropy_grad):
-        *saved, kept, tile_max = ctx.saved_tensors
+        *saved, kept, tile_max, tile_sum = ctx.saved_tensors
         kept = kept if kept.dim() == 2 else None
         gradients = backward(
-            logp_grad, entropy_grad, *saved, kept, tile_max, ctx.weight_grad_out, ctx.softcap, ctx.ignore_index,
+            logp_grad, entropy_grad, *saved, kept, tile_max, tile_sum, ctx.weight_grad_out, *ctx.options,
             ctx.needs_input_grad[:3],
         )  # fmt: skip
         # The kernels wrote into what was kept behind autograd's back: a second backward has to notice.
         if kept is not None:
             torch.autograd.graph.increment_version(kept)
-        return *gradients, *[None] * 7
+        return *gradients, *[None] * 9
 
 
 def _run(
@@ -154,15 +170,20 @@ def _run(
     entropy: bool,
     ignore_index: int,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return forward(hidden, weight, bias, target, heat, softcap, entropy, ignore_index, save)
+    compact_rows: bool,
+    tile_skip_mass: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return forward(hidden, weight, bias, target, heat, softcap, entropy, ignore_index, save, tile_skip_mass)
 
 
 _operator = torch.library.custom_op("prism_fast::linear_logprob", _run, mutates_args=())
 
 
 @_operator.register_fake
-def _(hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save):
+def _(
+    hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save, compact_rows,
+    tile_skip_mass,
+):  # fmt: skip
     n, vocabulary = hidden.shape[0], weight.shape[0]
     wide = {"dtype": torch.float32}
     kept = m = hidden.new_empty(0)
@@ -180,6 +201,7 @@ def _(hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ign
         hidden.new_empty(statistics, **wide),
         kept,
         torch.empty_like(m, **wide),
+        torch.empty_like(m, **wide) if tile_skip_mass > 0.0 else hidden.new_empty(0, **wide),
     )
 
 
@@ -197,16 +219,20 @@ def _run_backward(
     log_sum: Tensor,
     kept: Tensor | None,
     tile_max: Tensor,
+    tile_sum: Tensor,
     weight_grad_out: Tensor | None,
     softcap: float | None,
     ignore_index: int,
+    compact_rows: bool,
+    tile_skip_mass: float,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = backward(
         logp_grad, entropy_grad, hidden, weight, bias, target, heat, logp, spread, row_max, log_sum, kept, tile_max,
-        weight_grad_out, softcap, ignore_index, (want_hidden, want_weight, want_bias),
+        tile_sum, weight_grad_out, softcap, ignore_index, compact_rows, tile_skip_mass,
+        (want_hidden, want_weight, want_bias),
     )  # fmt: skip
     return tuple(hidden.new_empty(0) if x is None else x for x in gradients)
 
@@ -218,7 +244,7 @@ _backward_operator = torch.library.custom_op(
 
 @_backward_operator.register_fake
 def _(logp_grad, entropy_grad, hidden, weight, bias, *rest):
-    weight_grad_out, (want_hidden, want_weight, want_bias) = rest[8], rest[-3:]
+    weight_grad_out, (want_hidden, want_weight, want_bias) = rest[9], rest[-3:]
     nothing = hidden.new_empty
     return (
         torch.empty_like(hidden) if want_hidden else nothing(0),
@@ -228,21 +254,19 @@ def _(logp_grad, entropy_grad, hidden, weight, bias, *rest):
 
 
 def _setup(ctx, inputs, output) -> None:
-    hidden, weight, bias, target, heat, weight_grad_out, softcap, _, ignore_index, _ = inputs
+    hidden, weight, bias, target, heat, weight_grad_out, softcap, _, ignore_index, _, compact_rows, skip = inputs
     ctx.save_for_backward(hidden, weight, bias, target, heat, *output, weight_grad_out)
-    ctx.softcap, ctx.ignore_index = softcap, ignore_index
+    ctx.options = (softcap, ignore_index, compact_rows, skip)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, logp_grad, entropy_grad, *_):
     wants = ctx.needs_input_grad[:3]
-    *saved, kept, tile_max, into = ctx.saved_tensors
+    *saved, kept, tile_max, tile_sum, into = ctx.saved_tensors
     kept = kept if kept.dim() == 2 else None  # an operator that changes nothing must not seem to
-    found = _backward_operator(
-        logp_grad, entropy_grad, *saved, kept, tile_max, into, ctx.softcap, ctx.ignore_index, *wants
-    )
+    found = _backward_operator(logp_grad, entropy_grad, *saved, kept, tile_max, tile_sum, into, *ctx.options, *wants)
     given = (wants[0], wants[1] and into is None, wants[2])
-    return *(x if there else None for x, there in zip(found, given, strict=True)), *[None] * 7
+    return *(x if there else None for x, there in zip(found, given, strict=True)), *[None] * 9
 
 
 _operator.register_autograd(_autograd, setup_context=_setup)

@@ -122,10 +122,12 @@ class SftConfig:
     patience: int = 2  # evaluations without improvement before the decay begins
     min_improvement: float = 0.01  # relative
     decay_share: float = 0.3  # updates of the decay, as a share of those before it
+    continued_lr_scale: float = 0.1  # of sft.optimizer.lr, where the control that continues SFT begins
     tokens_per_micro_batch: int = 16384
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
 
     def __post_init__(self) -> None:
+        _require(self.continued_lr_scale > 0, "sft.continued_lr_scale", "positive", self.continued_lr_scale)
         _require(self.max_updates >= 1, "sft.max_updates", "1 or more", self.max_updates)
         _require(self.batch >= 1, "sft.batch", "1 or more", self.batch)
         _require(self.eval_every >= 1, "sft.eval_every", "1 or more", self.eval_every)

@@ -128,13 +128,16 @@ def train_sft(
 
 def continue_sft(run: Run, model, processor: Processor, demos: Sequence[Demonstration], updates: int) -> Path:
     """The control: as many further SFT updates on the same mixture as alignment and RLVR take, decayed to zero."""
-    engine = LocalEngine(model, run.config.sft.optimizer, schedule=lambda update: 1.0 - update / updates)
+    config = run.config.sft
+    engine = LocalEngine(
+        model, config.optimizer, schedule=lambda update: config.continued_lr_scale * (1.0 - update / updates)
+    )
     order = SampleOrder(len(demos), seed=derive_seed(run.config.seed, "sft_continued", "order"))
     state = StageState(run, "sft_continued", engines={"policy": engine}, order=order)
     with run.progress.bar("sft_continued", updates, done=state.step) as bar:
         while state.step < updates:
             state.begin_step()
-            indices = order.next_indices(run.config.sft.batch)
+            indices = order.next_indices(config.batch)
             numbers = _update(engine, [demos[i] for i in indices], processor, run)
             run.metrics.write("sft_continued", engine.updates, numbers)
             bar.advance(loss=numbers["sft/loss"], lr=numbers["sft/lr"])

@@ -109,9 +109,7 @@ def test_greedy_takes_the_most_likely_token_and_reports_progress(setup):
     groups = engine.generate(prompts[:1], Sampling(1, 0.0, 4), seed=0, on_token=growing.append)
     (completion,) = groups[0]
     assert len(growing) == len(completion.token_ids)
-    batch = collate(
-        prompts[:1], [0], [completion.token_ids], model_config=model.config, pad_id=processor.pad_id
-    )
+    batch = collate(prompts[:1], [0], [completion.token_ids], model_config=model.config, pad_id=processor.pad_id)
     where = response_rows(batch)
     logits = model.lm_head(hidden_states(model.model, batch).flatten(0, 1)[where.index])
     logits[:, list(processor.banned_ids)] = -torch.inf

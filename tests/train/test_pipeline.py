@@ -82,6 +82,7 @@ def test_errors_a_user_can_cure_are_one_message_and_exit_code_1(finished, small_
     records = json.loads(Path(files["sft"]).read_text())
     records[3]["images"] = ["images/nowhere.png"]
     missing_image.write_text(json.dumps(records))
+    trained = f"model.policy={finished / 'export/sft'}"
     cases = [
         (["run", "digits", "sft.lerning_rate=1"], ["lerning_rate"]),
         (["run", "digits", out, "data.source=files"], ["data.sft"]),
@@ -89,9 +90,9 @@ def test_errors_a_user_can_cure_are_one_message_and_exit_code_1(finished, small_
             ["sft", "digits", out, *small_data, f"data.sft={missing_image}"],
             ["nowhere.png", "one-image-missing.json", "row 3"],
         ),
-        (["rlvr", "digits", out, *small_data, f"data.rlvr={files['sft']}"], ["sft.json"]),
+        (["rlvr", "digits", out, *small_data, trained, f"data.rlvr={files['sft']}"], ["sft.json"]),
         (["rlvr", "digits", out, *small_data], ["model.policy"]),
-        (["align", "digits", out, *small_data, f"model.policy={finished / 'export/sft'}"], ["model.discriminator"]),
+        (["align", "digits", out, *small_data, trained], ["model.discriminator"]),
         (["rlvr", "digits", out, *small_data, f"model.policy={finished / 'export/discriminator'}"], ["qwen3_vl_moe"]),
         (["run", "digits", f"out={finished}"], ["not empty"]),
         (["run", "digits", out, "device=cuda:7"], ["cuda:7"]),

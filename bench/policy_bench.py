@@ -1,10 +1,10 @@
 """Group advantages + policy loss, forward and backward: the compiled ops against the formula in plain PyTorch.
 
 One step is what a trainer does between log-probabilities and backward through the model: advantages from two scores per
-response, the clipped loss with statistics, the gradient with respect to logp. ``eager`` writes it as trainers do, on padded
-[B, T] tensors with a mask, with the same statistics; ``eager_bare`` leaves the statistics out; ``reference`` is the
-executable specification. All sequences are full, so padding costs eager nothing. The providers take turns in one process;
-before anything is timed, loss and gradient of each are compared with float64.
+response, the clipped loss with statistics, the gradient with respect to logp. ``eager`` writes it as trainers do, on
+padded [B, T] tensors with a mask, with the same statistics; ``eager_bare`` leaves the statistics out; ``reference`` is
+the executable specification. All sequences are full, so padding costs eager nothing. The providers take turns in one
+process; before anything is timed, loss and gradient of each are compared with float64.
 
     python bench/policy_bench.py --json out.json        on the CPU, or on the GPU where there is one
 """

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+LOG_PROBABILITY_FLOOR = -1e4
+
 
 def temperature_rows(temperature: float | Tensor, rows: int, like: Tensor) -> Tensor:
     """[N, 1] temperature of each row, in the dtype of the computation."""
@@ -66,7 +68,8 @@ def gradient_(
     slope = None
     if softcap is not None:
         slope = 1.0 - (z + top).mul_(temperature / softcap).square_()
-    z.sub_(log_sum[:, None])
+    # Probabilities are 0 long before the floor; without it a banned token's 0 would meet an infinite coefficient.
+    z.sub_(log_sum[:, None]).clamp_(min=LOG_PROBABILITY_FLOOR)
     if entropy_grad is None:
         z.exp_().mul_(-logp_grad[:, None])
     else:

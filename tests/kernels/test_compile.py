@@ -36,7 +36,10 @@ def test_no_shipped_tile_spills(arch, tmp_path):
     found = compile_for(arch, "--shipped", cache=tmp_path, timeout=590)
     assert [c for c in found if c["spills"]] == []
     # Eight tiles, some of them shared; each in two forms: training, and statistics alone.
-    assert sum(c["kernel"] == "scores_kernel" for c in found) >= 8
+    scores = [c for c in found if c["kernel"] == "scores_kernel"]
+    assert len(scores) >= 8
+    unit = {"80": None, "90": "wgmma", "100": "tcgen05"}[arch]
+    assert unit is None or any(c[unit] and c["tma"] for c in scores)
 
 
 def test_nothing_spills(compiled):
@@ -45,13 +48,8 @@ def test_nothing_spills(compiled):
 
 def test_every_kernel_on_every_card(compiled):
     seen = {(c["kernel"], c["arch"]) for c in compiled}
-    everywhere = ("combine_kernel", "scores_kernel", "gradient_kernel", "rows_kernel", "columns_kernel")
-    assert seen == {(k, a) for k in everywhere for a in (80, 90, 100)} | {("matmul_kernel", a) for a in (90, 100)}
-
-
-def test_scores_use_matrix_units(compiled):
-    found = {c["arch"]: c for c in compiled if c["kernel"] == "scores_kernel"}
-    assert found[90]["wgmma"] and found[90]["tma"] and found[100]["tcgen05"] and found[100]["tma"]
+    wanted = {("combine_kernel", a) for a in (80, 90, 100)} | {("matmul_kernel", a) for a in (90, 100)}
+    assert seen == wanted | {(k, 90) for k in ("scores_kernel", "gradient_kernel", "rows_kernel", "columns_kernel")}
 
 
 def test_product_uses_tensor_copies_and_matrix_units(compiled):
@@ -62,7 +60,6 @@ def test_product_uses_tensor_copies_and_matrix_units(compiled):
 
 def test_row_count_does_not_recompile(compiled):
     """Launches with other row and slice counts are one kernel per card and form."""
-    forms = {"combine_kernel": 1, "scores_kernel": 2, "gradient_kernel": 2}
-    for kernel, count in forms.items():
-        assert sorted(c["arch"] for c in compiled if c["kernel"] == kernel) == sorted((80, 90, 100) * count)
+    for kernel in ("scores_kernel", "gradient_kernel"):  # training and statistics; with entropy and without
+        assert sum(c["kernel"] == kernel for c in compiled) == 2
     assert sorted(c["arch"] for c in compiled if c["kernel"] == "combine_kernel") == [80, 90, 100]

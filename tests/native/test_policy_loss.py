@@ -229,7 +229,8 @@ def test_operator_registration(generator):
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(_operator, flat(data), test_utils=tests)
     x = torch.randn(2, 5, generator=generator)
-    torch.library.opcheck(calls._scale_operator, (x, torch.tensor(2.0), torch.tensor(3.0)))
+    torch.library.opcheck(calls._scale_operator, (x, torch.tensor(2.0), torch.tensor([5.0, 3.0]), 1))
+    assert calls.scaled(x, torch.tensor(2.0), torch.tensor([5.0, 3.0]), 1).equal(x * 6)
 
 
 def test_compiles_once_for_all_lengths(generator):

@@ -49,40 +49,37 @@ def on_device(op: str, x: Tensor):
     return torch.cuda.device(x.device)
 
 
-def scaled(x: Tensor, upstream: Tensor, factor: Tensor | None) -> Tensor:
-    """``x * upstream * factor`` in one launch; x dense float32 or float64, the others 0-d of its dtype."""
-    if plain(x):
-        return _scale(x, upstream, factor)
-    return _scale_operator(x, upstream, factor)
+def scaled(x: Tensor, upstream: Tensor, factors: Tensor | None = None, at: int = 0) -> Tensor:
+    """``x * upstream * factors[at]`` in one launch; x dense float32 or float64, upstream 0-d, all of one dtype."""
+    return _scale(x, upstream, factors, at) if plain(x) else _scale_operator(x, upstream, factors, at)
 
 
-def _scale(x: Tensor, upstream: Tensor, factor: Tensor | None) -> Tensor:
+def _scale(x: Tensor, upstream: Tensor, factors: Tensor | None, at: int) -> Tensor:
     if x.is_cuda:
         with on_device("backward", x):
-            return _scale_here(x, upstream, factor)
-    return _scale_here(x, upstream, factor)
+            return _scale_here(x, upstream, factors, at)
+    return _scale_here(x, upstream, factors, at)
 
 
-def _scale_here(x: Tensor, upstream: Tensor, factor: Tensor | None) -> Tensor:
+def _scale_here(x: Tensor, upstream: Tensor, factors: Tensor | None, at: int) -> Tensor:
     module = native.module()
-    kernel = module.scale_float64 if x.dtype == torch.float64 else module.scale_float32
     out = torch.empty_like(x)
-    kernel(
-        x=x.data_ptr(),
-        upstream=upstream.data_ptr(),
-        factor=address(factor),
-        out=out.data_ptr(),
-        count=x.numel(),
-        stream=stream_of(x),
+    (module.scale_float64 if x.dtype == torch.float64 else module.scale_float32)(
+        x.data_ptr(),
+        upstream.data_ptr(),
+        0 if factors is None else factors.data_ptr() + at * factors.element_size(),
+        out.data_ptr(),
+        x.numel(),
+        stream_of(x),
     )
     return out
 
 
 @torch.library.custom_op("prism_fast::scale", mutates_args=())
-def _scale_operator(x: Tensor, upstream: Tensor, factor: Tensor | None) -> Tensor:
-    return _scale(x.contiguous(), upstream, factor)
+def _scale_operator(x: Tensor, upstream: Tensor, factors: Tensor | None, at: int) -> Tensor:
+    return _scale(x.contiguous(), upstream, factors, at)
 
 
 @_scale_operator.register_fake
-def _(x: Tensor, upstream: Tensor, factor: Tensor | None) -> Tensor:
+def _(x: Tensor, upstream: Tensor, factors: Tensor | None, at: int) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -40,7 +40,10 @@ def run(
     Returns [B], or [B, K] with ``per_score``, in the dtype of the scores, without gradient. Does not synchronise, and
     can be captured in a CUDA graph. Raises RuntimeError where the kernels are missing.
     """
-    weights, gate, offset = (x if x is None else x.detach().to(scores.dtype) for x in (weights, gate, offset))
+    weights, gate, offset = (
+        x if x is None or (x.dtype == scores.dtype and not x.requires_grad) else x.detach().to(scores.dtype)
+        for x in (weights, gate, offset)
+    )
     call = _run if calls.plain(scores) else _operator
     return call(
         scores.detach(), group, weights, valid, gate, offset, normalize, float(eps), invalid, float(invalid_penalty),

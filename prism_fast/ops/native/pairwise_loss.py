@@ -175,7 +175,7 @@ def into(
 def _gradients(
     gradients: Tensor, shapes: tuple[torch.Size, torch.Size], upstream: Tensor, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
-    of_teacher, of_student = calls.scaled(gradients, upstream, None).split([s[0] * s[1] for s in shapes])
+    of_teacher, of_student = calls.scaled(gradients, upstream).split([s[0] * s[1] for s in shapes])
     return (
         of_teacher.view(shapes[0]) if needed[0] else None,
         of_student.view(shapes[1]) if needed[1] else None,

@@ -116,7 +116,10 @@ def _run(
     entropy_coef: float,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [], stats [STATS + 1], slopes [wanted, N]: gradients times the denominator, of logp, then of entropy)."""
+    """(loss [], stats [STATS + 1], slopes).
+
+    Slopes are gradients times the denominator: of logp [N], with ``wanted`` 2 of logp and entropy [2, N], else [0].
+    """
     out = _allocate(logp, wanted)
     workspace = torch.empty((cu_seqlens.shape[0] - 1) * PARTIALS, dtype=torch.float64, device=logp.device)
     with calls.on_device("policy_loss", logp) if logp.is_cuda else nullcontext():
@@ -129,7 +132,8 @@ def _run(
 
 
 def _allocate(logp: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
-    return logp.new_empty(()), logp.new_empty(STATS + 1), logp.new_empty((wanted, logp.shape[0]))
+    n = logp.shape[0]
+    return logp.new_empty(()), logp.new_empty(STATS + 1), logp.new_empty((2, n) if wanted == 2 else n if wanted else 0)
 
 
 def into(
@@ -193,7 +197,7 @@ def into(
         value.data_ptr(),
         stats.data_ptr(),
         slopes.data_ptr() if wanted else 0,
-        slopes.data_ptr() + slopes.shape[1] * slopes.element_size() if wanted == 2 else 0,
+        slopes.data_ptr() + logp.shape[0] * slopes.element_size() if wanted == 2 else 0,
         workspace.data_ptr(),
         logp.shape[0],
         cu_seqlens.shape[0] - 1,
@@ -259,8 +263,10 @@ def _gradients(
     slopes: Tensor, stats: Tensor, upstream: Tensor, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of logp and entropy."""
-    gradient = calls.scaled(slopes, upstream, stats[STATS])
-    return gradient[0] if needed[0] else None, gradient[1] if needed[1] and slopes.shape[0] == 2 else None
+    gradient = calls.scaled(slopes, upstream, stats, STATS)
+    if slopes.dim() == 1:
+        return gradient, None
+    return gradient[0] if needed[0] else None, gradient[1] if needed[1] else None
 
 
 _operator = torch.library.custom_op("prism_fast::policy_loss", _run, mutates_args=())

@@ -151,6 +151,8 @@ register(app)
 
 def main() -> None:
     """Entry point: an error the user can cure is one message and exit code 1; anything else keeps its traceback."""
+    # Before torch is imported: OpenMP threads that spin while they wait make a shared machine many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except Exception as error:

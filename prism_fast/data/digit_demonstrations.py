@@ -15,8 +15,8 @@ from prism_fast.data.digit_questions import KINDS, Slip, Work
 
 SYSTEM_PROMPT = "Answer in <caption>, <think> and <answer>."  # short: the CPU pays for every prompt token
 CONFUSIONS = {3: 8, 4: 9, 1: 7, 5: 6}
-CONFUSED, RANDOM_MISREADING = 0.8, 0.05  # per digit of a misread strip
-FAULTS = {"misread": 0.6, "wrong_step": 0.1, "skipped": 0.1, "contradiction": 0.1, "misread_and_wrong_step": 0.1}
+CONFUSED, RANDOM_MISREADING = 0.9, 0.03  # per digit of a misread strip
+FAULTS = {"misread": 0.8, "wrong_step": 0.05, "skipped": 0.05, "contradiction": 0.05, "misread_and_wrong_step": 0.05}
 THINKING = {"concise": 0.8, "verbose": 0.05, "terse": 0.15}
 CAPTIONS = (0.6, 0.1, 0.1, 0.1, 0.1)  # of the five styles of caption
 

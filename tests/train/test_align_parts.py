@@ -7,14 +7,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prism_fast.config import load_config
+from prism_fast.algorithms.presets import PRESETS
+from prism_fast.config import OptimizerConfig, load_config
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.rewards import Reward
+from prism_fast.rollout.protocol import Completion
 from prism_fast.train.align import step_advantage
 from prism_fast.train.discriminator_update import SpanGroup, discriminator_step
+from prism_fast.train.engine import LocalEngine
+from prism_fast.train.policy_update import PolicyBatch, update_policy
 
 
 def _rollouts(valid: list[bool], group: list[int]):
@@ -111,3 +115,57 @@ def test_the_cut_into_micro_batches_does_not_matter(critic, budget):
 def test_under_released_the_cut_matters_as_published(critic):
     groups = _groups(critic[2])
     assert _step(critic, groups, semantics="released")[1] != _step(critic, groups, budget=1, semantics="released")[1]
+
+
+@pytest.mark.parametrize("loss", ["prism", "grpo", "dapo", "gspo", "dr_grpo", "bnpo", "cispo", "sapo"])
+def test_the_policy_gradient_does_not_depend_on_the_cut(critic, loss):
+    _, processor, prompts = critic
+    policy = build_tiny_policy(processor, TinyPolicy(num_layers=2), seed=4).double()
+    generator = torch.Generator().manual_seed(9)
+    rows = [0, 0, 0, 1, 1, 2]
+    lengths = [3, 1, 7, 12, 2, 5]
+    completions = [
+        Completion(tuple(torch.randint(0, 200, (n,), generator=generator).tolist()), (0.0,) * n, 1.0, "stop")
+        for n in lengths
+    ]
+    advantage = torch.tensor([0.5, -1.0, 0.0, 2.0, -0.3, 0.7])
+    gradients = []
+    for budget in (10_000, 30, 1):
+        engine = LocalEngine(policy, OptimizerConfig(lr=1e-3))
+        engine.discard()
+        engine.step = lambda: 0.0  # keep the gradients
+        numbers = update_policy(
+            engine,
+            PolicyBatch(prompts, rows, completions, advantage),
+            PRESETS[loss],
+            temperature=1.0,
+            pad_id=processor.pad_id,
+            tokens_per_micro_batch=budget,
+            device=torch.device("cpu"),
+        )
+        assert numbers["policy/rows"] == 5, "the row with advantage 0 is not computed"
+        gradients.append({n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None})
+    largest = max(g.abs().max() for g in gradients[0].values())
+    for cut in gradients[1:]:
+        assert set(cut) == set(gradients[0])
+        assert (
+            max((cut[n] - gradients[0][n]).abs().max() for n in cut) < 1e-7 * largest
+        )  # float32 islands of the models
+
+
+def test_a_step_without_any_advantage_updates_nothing(critic):
+    _, processor, prompts = critic
+    policy = build_tiny_policy(processor, TinyPolicy(num_layers=2), seed=4)
+    before = {n: p.clone() for n, p in policy.named_parameters()}
+    engine = LocalEngine(policy, OptimizerConfig(lr=1e-3))
+    numbers = update_policy(
+        engine,
+        PolicyBatch(prompts, [0, 1], [Completion((5, 6), (0.0, 0.0), 1.0, "stop")] * 2, torch.zeros(2)),
+        PRESETS["grpo"],
+        temperature=1.0,
+        pad_id=processor.pad_id,
+        tokens_per_micro_batch=100,
+        device=torch.device("cpu"),
+    )
+    assert numbers["policy/rows"] == 0 and numbers["policy/grad_norm"] is None and engine.updates == 0
+    assert all(torch.equal(before[n], p) for n, p in policy.named_parameters())

@@ -1,10 +1,12 @@
 """Group advantages + policy loss, forward and backward: the compiled ops against the formula in plain PyTorch.
 
-One step is what a trainer does between log-probabilities and backward through the model: advantages from two scores per
-response, the clipped loss with statistics, the gradient with respect to logp. ``eager`` writes it as trainers do, on
-padded [B, T] tensors with a mask, with the same statistics; ``eager_bare`` leaves the statistics out; ``reference`` is
-the executable specification. All sequences are full, so padding costs eager nothing. The providers take turns in one
-process; before anything is timed, loss and gradient of each are compared with float64.
+One step is what the alignment recipe does between log-probabilities and backward through the model: advantages from two
+scores per response with the format rule (an invalid response scores its group's lowest valid score - 1 and pays a
+penalty), the clipped loss with its statistics and the mean entropy, the gradient with respect to logp. ``eager`` writes
+it as trainers do, on padded [B, T] tensors with a mask, groups by scatter, with the same statistics; ``eager_bare``
+leaves the statistics out; ``reference`` is the executable specification on packed tokens. All sequences are full, so
+padding costs eager nothing. The providers take turns in one process; before anything is timed, loss and gradient of
+each are compared with float64.
 
     python bench/policy_bench.py --json out.json        on the CPU, or on the GPU where there is one
 """
@@ -32,6 +34,7 @@ GROUP = 8  # responses per prompt
 CLIP = {"grpo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}
 WEIGHTS = (0.5, 0.5)
 EPS = 1e-6
+PENALTY = 1.5
 
 
 def batch(sequences: int, tokens: int, dtype: torch.dtype, device: str, seed: int) -> dict[str, Tensor]:
@@ -46,7 +49,9 @@ def batch(sequences: int, tokens: int, dtype: torch.dtype, device: str, seed: in
         "weights": torch.tensor(WEIGHTS, dtype=torch.float64),
     }
     data = {name: value.to(dtype).to(device) for name, value in data.items()}
-    data["group"] = (torch.arange(sequences) // min(GROUP, sequences)).to(device)
+    data["entropy"] = -data["old"]
+    data["group"] = (torch.arange(sequences) // GROUP)[torch.randperm(sequences, generator=generator)].to(device)
+    data["valid"] = (torch.rand(sequences, generator=generator) < 0.9).to(device)
     data["cu_seqlens"] = torch.arange(0, (sequences + 1) * tokens, tokens, dtype=torch.int32, device=device)
     data["mask"] = torch.ones(sequences, tokens, dtype=dtype, device=device)
     return data
@@ -55,22 +60,53 @@ def batch(sequences: int, tokens: int, dtype: torch.dtype, device: str, seed: in
 def packed(x: dict[str, Tensor], mode: str, backend: str) -> tuple[Tensor, Tensor]:
     """(loss, gradient) by our ops; the denominator is a tensor, as a trainer over several ranks has it."""
     logp = x["logp"].detach().requires_grad_()
-    advantage = ops.group_advantage(x["scores"], x["group"], weights=x["weights"], eps=EPS, backend=backend)
+    advantage = ops.group_advantage(
+        x["scores"],
+        x["group"],
+        weights=x["weights"],
+        valid=x["valid"],
+        invalid_penalty=PENALTY,
+        eps=EPS,
+        backend=backend,
+    )
     loss, _ = ops.policy_loss(
-        logp, advantage, x["cu_seqlens"], old_logp=x["old"], loss=mode, clip=CLIP[mode], backend=backend
+        logp,
+        advantage,
+        x["cu_seqlens"],
+        old_logp=x["old"],
+        entropy=x["entropy"],
+        loss=mode,
+        clip=CLIP[mode],
+        backend=backend,
     )
     loss.backward()
     return loss.detach(), logp.grad
 
 
+def eager_advantage(x: dict[str, Tensor]) -> Tensor:
+    """[B] advantages; per group of any rows: the format rule, then z-scores of each score, then their weighted sum."""
+    scores, group, valid = x["scores"], x["group"], x["valid"]
+    rows, columns = scores.shape
+    slot = group.unsqueeze(-1).expand(-1, columns)
+    blank = scores.new_zeros(rows, columns)
+    lowest = torch.full_like(blank, torch.inf).scatter_reduce(
+        0, slot, scores.masked_fill(~valid.unsqueeze(-1), torch.inf), "amin"
+    )
+    floor = torch.where(lowest.isinf(), 0.0, lowest) - 1.0
+    scores = torch.where(valid.unsqueeze(-1), scores, floor[group])
+    size = scores.new_zeros(rows).index_add(0, group, torch.ones_like(scores[:, 0])).unsqueeze(-1)
+    centered = scores - (blank.index_add(0, group, scores) / size.clamp(min=1))[group]
+    spread = (blank.index_add(0, group, centered.square()) / (size - 1).clamp(min=1)).sqrt()
+    advantage = (centered / (spread[group] + EPS) * x["weights"]).sum(-1)
+    return advantage - PENALTY * (~valid).to(scores.dtype)
+
+
 def eager(x: dict[str, Tensor], mode: str, with_statistics: bool) -> tuple[Tensor, Tensor]:
-    """(loss, gradient) by the formula; groups are consecutive rows of one size, the easiest case for it."""
+    """(loss, gradient) by the formula."""
     mask = x["mask"]
     shape = mask.shape
     logp = x["logp"].detach().requires_grad_()
-    scores = x["scores"].view(-1, min(GROUP, shape[0]), x["scores"].shape[1])
-    normal = (scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + EPS)
-    advantage = (normal * x["weights"]).sum(-1).view(-1, 1)
+    advantage = eager_advantage(x).unsqueeze(-1)
     low, high = CLIP[mode]
     new, old = logp.view(shape), x["old"].view(shape)
     lengths = mask.sum(-1)
@@ -96,7 +132,7 @@ def eager(x: dict[str, Tensor], mode: str, with_statistics: bool) -> tuple[Tenso
 
             _ = (
                 count, (lengths > 0).sum(), mean(holds * (advantage < 0)), mean(holds * (advantage > 0)), mean(ratio),
-                torch.where(mask > 0, ratio, -torch.inf).amax(), mean(-log_ratio),
+                torch.where(mask > 0, ratio, -torch.inf).amax(), mean(-log_ratio), mean(x["entropy"].view(shape)),
             )  # fmt: skip
     return loss.detach(), logp.grad
 

@@ -177,13 +177,13 @@ PRISM_HD double group_column(
         return s - mean - normal_quantile((rank + 0.5) / n);
     };
     team.each([&](int64_t row) { a.pair_slope(row, column) = distance(row); });
-    const double sum = team.sum([&](int64_t row) { return a.pair_slope(row, column); });
     const double squares = team.sum([&](int64_t row) { return a.pair_slope(row, column) * a.pair_slope(row, column); });
     if (a.student_gradient != nullptr) {
         team.each([&](int64_t row) {
             if (!a.use(row) || !student_of(a, row, column).passes) return;
             T& gradient = a.student_gradient[row * a.columns + column];
-            const double more = 2.0 * a.spread * scales.share * (a.pair_slope(row, column) - sum / n);
+            // The mean moves with every score, but the distances add up to 0: nothing comes back through it.
+            const double more = 2.0 * a.spread * scales.share * a.pair_slope(row, column);
             gradient = static_cast<T>(static_cast<double>(gradient) + more);
         });
     }

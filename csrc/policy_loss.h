@@ -169,8 +169,9 @@ PRISM_HD PRISM_INLINE KlTerms<T> kl_terms(T fresh, T ref) {
     const T k = raw < -limit ? -limit : raw > limit ? limit : raw;
     const T e = exponential_within(k);
     const T value = e - k - T(1);
-    const bool passes = (raw >= -limit) & (raw <= limit) & (value >= -top) & (value <= top);
-    return {value < -top ? -top : value > top ? top : value, passes ? T(1) - e : T(0)};
+    // The value is not negative, and beyond the limit of k it is beyond its own: one comparison stands for both clamps.
+    const bool passes = value <= top;
+    return {value > top ? top : value, passes ? T(1) - e : T(0)};
 }
 
 // Weight of a sequence's tokens before the denominator.

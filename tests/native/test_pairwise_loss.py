@@ -112,8 +112,8 @@ def test_invalid_students_may_hold_anything(device, generator):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_far_scores(device):
-    teacher = torch.tensor([[30.0, -30.0, 19.0, -700.0]], dtype=torch.float64, device=device, requires_grad=True)
-    student = torch.tensor([[0.0, 0.0, 39.0, 700.0]], dtype=torch.float64, device=device, requires_grad=True)
+    teacher = torch.tensor([[30.0, -30.0, 19.0, 18.0]], dtype=torch.float64, device=device, requires_grad=True)
+    student = torch.tensor([[0.0, 700.0, 39.0, 39.0]], dtype=torch.float64, device=device, requires_grad=True)
     both(dict(teacher=teacher, student=student, group=torch.zeros(1, dtype=torch.int64, device=device)))
 
 

@@ -146,6 +146,21 @@ def test_bad_values_come_out_as_in_the_specification(name, device, generator):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_token_exactly_on_the_dual_bound_keeps_half_its_gradient(device):
+    """As automatic differentiation of a minimum of equal numbers has it."""
+    logp = torch.tensor([0.5], dtype=torch.float64, device=device, requires_grad=True)
+    x = OPTIONS | dict(old_logp=torch.zeros(1, dtype=torch.float64, device=device))
+    arguments = (logp, -torch.ones(1, device=device), torch.tensor([0, 1], dtype=torch.int32, device=device))
+    for function in (run, reference):
+        ratio = function(*arguments, **x)[1].ratio_max.item()
+        slopes = [
+            torch.autograd.grad(function(*arguments, **x | {"dual_clip": bound})[0], logp)[0].item()
+            for bound in (ratio * 0.99, ratio, ratio * 1.01)
+        ]
+        assert slopes == [0.0, ratio / 2, ratio]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -1e300])
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])
 def test_every_element_is_written_and_the_workspace_is_free(loss, poison, device, generator):

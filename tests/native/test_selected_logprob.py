@@ -108,7 +108,7 @@ def test_adversarial_logits(kind, dtype, device, generator):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_bad_values_are_nan_in_their_own_row(dtype, device, generator):
     logits, target, g, ge = inputs(generator, 9, 700, dtype, device)
     value = logits.detach().clone()
@@ -119,6 +119,21 @@ def test_bad_values_are_nan_in_their_own_row(dtype, device, generator):
     assert_parity(found, wanted, dtype)
     assert found[0].isnan().tolist() == [True, *[False] * 5, True, True, True]
     assert found[1].isnan().tolist() == [True, *[False] * 5, True, True, False]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_may_begin_or_end_with_banned_tokens(dtype, device, generator):
+    """Whole chunks of -infinity on either side; a NaN among them is not overlooked."""
+    logits, target, g, ge = inputs(generator, 6, 3000, dtype, device)
+    value = logits.detach().clone()
+    value[:3, :2000] = value[3:, 1000:] = -torch.inf
+    value[2, 1] = value[5, 2999] = torch.nan
+    target = torch.tensor([2000, 2999, 2500, 0, 999, 5], device=device)
+    x = (value.requires_grad_(), target, g, ge)
+    found = evaluate(run, *x)
+    assert_parity(found, evaluate(reference, *x), dtype)
+    assert found[0].isnan().tolist() == found[1].isnan().tolist() == [False, False, True] * 2
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -183,7 +198,10 @@ def test_probabilities_sum_to_one(generator):
         assert abs(logp.double().exp().sum().item() - 1.0) < 1e-6
 
 
-@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, 65504.0, 65519.0, 65520.0, 1e-7, 6e-8, 3e-8, 2.9e-8, 5.9604645e-8])
+TIES = [1 + k / 2**bits for bits in (8, 11) for k in (1, 3)]  # halfway between two numbers of bfloat16 and float16
+
+
+@pytest.mark.parametrize("value", [*TIES, 0.0, -0.0, 65504.0, 65519.0, 65520.0, 1e-7, 6e-8, 3e-8, 2.9e-8, 5.9604645e-8])
 def test_half_precision_gradients_round_as_pytorch_does(value):
     """Two equal logits: the gradient is +-g/2, so any number can be made to pass through the rounding."""
     for dtype in (torch.float16, torch.bfloat16):

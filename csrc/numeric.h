@@ -2,6 +2,7 @@
 // no calls, no branches, selections only. NaN arguments give NaN.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -33,11 +34,11 @@ struct ExpLimits;
 // e^high, which is within a factor of 2.2 of the largest number.
 template <>
 struct ExpLimits<float> {
-    static constexpr float low = -87.25f, high = 88.25f;
+    static constexpr float low = -87.25f, high = 88.25f, lowest = -FLT_MAX;
 };
 template <>
 struct ExpLimits<double> {
-    static constexpr double low = -708.25, high = 709.0;
+    static constexpr double low = -708.25, high = 709.0, lowest = -DBL_MAX;
 };
 
 template <class To, class From>

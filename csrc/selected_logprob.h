@@ -8,8 +8,6 @@
 // to one number, would lose what distinguishes two logits of 10,000.
 #pragma once
 
-#include <limits>
-
 #include "half.h"
 
 namespace prism {
@@ -84,7 +82,7 @@ PRISM_HD inline void finish_row(const LogprobArguments<S, T>& a, int64_t row, T 
     }
     const Sum x = widen(a.logits[row * a.row_stride + token]);
     Sum z = (x - static_cast<Sum>(top)) / static_cast<Sum>(a.heat_of(row));
-    constexpr Sum lowest = std::numeric_limits<T>::lowest();
+    constexpr Sum lowest = ExpLimits<T>::lowest;
     z = z < lowest ? lowest : z;  // a banned token has the lowest log-probability, not minus infinity
     a.logp[row] = static_cast<T>(z - log_sum < lowest ? lowest : z - log_sum);
 }

@@ -36,7 +36,7 @@ class Bar:
             every = max(1, (self._total or 500) // LINES_WITHOUT_TERMINAL)
             if self._done % every == 0 or self._done == self._total:
                 of = f"/{self._total}" if self._total else ""
-                self._progress.console.print(f"{self._name} {self._done}{of}  {text}", highlight=False)
+                self._progress.console.print(f"{self._name} {self._done}{of}  {text}", highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         self._progress.rich.update(self._task, numbers=text)

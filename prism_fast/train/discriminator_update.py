@@ -120,6 +120,11 @@ def discriminator_step(
     parts = by_tokens([group.tokens() for group in groups], tokens_per_micro_batch)
     valid_total = sum(1 for group in groups for pair in group.students if pair)
     rows_total = sum(len(group.students) for group in groups)
+    # Divided by the counts of the whole step, so that the cut into micro-batches does not matter; as published, each
+    # micro-batch is divided by its own counts and then weighted by its share of the rows.
+    counts: dict[str, float] = {}
+    if semantics != "released":
+        counts = {"denominator": max(1, valid_total), "l2_denominator": 2 * (len(groups) + valid_total)}
     offsets = [0]
     for group in groups:
         offsets.append(offsets[-1] + len(group.students))
@@ -133,27 +138,17 @@ def discriminator_step(
             learned, reward, router_logits, batch = _forward(discriminator, members, device, pad_id, positions)
             group_of_row = torch.tensor([i for i, m in enumerate(members) for _ in m.students], device=device)
             valid = torch.tensor([pair is not None for m in members for pair in m.students], device=device)
-            if semantics == "released":  # divided by the micro-batch's own counts, then weighted by its share of rows
-                loss, _ = discriminator_loss(
-                    *learned,
-                    group_of_row,
-                    valid,
-                    semantics=semantics,
-                    score_clip=score_clip,
-                    score_reg=score_reg,
-                )
+            loss, _ = discriminator_loss(
+                *learned,
+                group_of_row,
+                valid,
+                semantics=semantics,
+                score_clip=score_clip,
+                score_reg=score_reg,
+                **counts,
+            )
+            if semantics == "released":
                 loss = loss * (len(valid) / rows_total)
-            else:  # divided by the counts of the whole step, so that the cut into micro-batches does not matter
-                loss, _ = discriminator_loss(
-                    *learned,
-                    group_of_row,
-                    valid,
-                    semantics=semantics,
-                    score_clip=score_clip,
-                    score_reg=score_reg,
-                    denominator=max(1, valid_total),
-                    l2_denominator=2 * (len(groups) + valid_total),
-                )
             if aux_coef:
                 config = discriminator.backbone.config.text_config
                 balance = load_balance_loss(

@@ -20,7 +20,7 @@ LINES_WITHOUT_TERMINAL = 10  # a stage prints about so many lines into a log fil
 
 
 class Bar:
-    """One stage's bar: ``advance`` with the current numbers, ``note`` for what happens inside a step."""
+    """One stage's bar: ``advance`` with the current numbers."""
 
     def __init__(self, progress: Progress, name: str, total: int | None, done: int):
         self._progress, self._name, self._total, self._done = progress, name, total, done
@@ -37,9 +37,6 @@ class Bar:
             if self._done % every == 0 or self._done == self._total:
                 of = f"/{self._total}" if self._total else ""
                 self._progress.console.print(f"{self._name} {self._done}{of}  {text}", highlight=False, soft_wrap=True)
-
-    def note(self, text: str) -> None:
-        self._progress.rich.update(self._task, numbers=text)
 
     def finish(self) -> None:
         self._progress.rich.update(self._task, total=self._done)

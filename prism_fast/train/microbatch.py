@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+# What a failed allocation says where it is not a torch.OutOfMemoryError: PyTorch's CPU allocator, the CUDA runtime
+# outside the caching allocator, and the libraries that allocate workspaces of their own.
+_ALLOCATION_FAILED = (
+    "can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+class StepTooLargeError(RuntimeError):
+    """One item alone does not fit into memory: no smaller micro-batch exists."""
 
 
 def by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -23,3 +43,83 @@ def by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
         else:
             batches.append([i])
     return batches
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory could not be allocated, on a GPU or on the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILED)
+
+
+class TokenBudget:
+    """Tokens per micro-batch that memory allows: what the recipe says until an allocation fails, then half of it.
+
+    Where a step is cut does not change its gradient (losses are divided by counts of the whole step), so a step that
+    did not fit is done again from its beginning with smaller pieces and means the same.
+    """
+
+    def __init__(self, tokens: int, *, notify: Callable[[str], None]):
+        """``notify`` hears about every reduction."""
+        if tokens < 1:
+            raise ValueError(f"the token budget must be 1 or more, got {tokens}")
+        self.tokens = tokens
+        self._notify = notify
+        self._reported = tokens
+
+    def run(self, attempt: Callable[[int], T], *, discard: Callable[[], None], longest: int = 1) -> T:
+        """``attempt(tokens)``, repeated with half the tokens as often as memory runs out.
+
+        Args:
+            attempt: forward and backward of a whole step in micro-batches of so many tokens. It is repeated from its
+                beginning (a backward that broke off has left half a gradient) and must leave nothing behind but
+                gradients; PyTorch's generators are set back for it.
+            discard: drops the gradients that a failed attempt has left.
+            longest: tokens of the step's longest item; it stands alone at this budget, and less would not help.
+
+        Raises:
+            StepTooLargeError: the longest item alone does not fit.
+        """
+        generators = _generator_states()
+        while True:
+            try:
+                return attempt(self.tokens)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            # Outside of the handler: the traceback held the failed attempt's tensors.
+            discard()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if self.tokens <= longest:
+                raise StepTooLargeError(
+                    f"out of memory with one item per micro-batch ({longest} tokens, budget {self.tokens}): {reason}. "
+                    "Shorten the items (max_new_tokens, smaller images), use model.dtype=bfloat16, a smaller model or "
+                    "more memory; `prism-fast plan` shows what needs how much"
+                )
+            self.tokens = max(1, self.tokens // 2)
+            self._notify(
+                f"out of memory ({reason}): the step is done again with at most {self.tokens} tokens per micro-batch"
+            )
+            _set_generator_states(generators)
+
+    def change(self) -> int | None:
+        """The budget in force if it changed since the last call, for the metrics."""
+        changed, self._reported = self.tokens != self._reported, self.tokens
+        return self.tokens if changed else None
+
+    def restore(self, tokens: int) -> None:
+        """Go on with the budget of a checkpoint: a resumed run cuts where the first one did."""
+        self.tokens = self._reported = tokens
+
+
+def _generator_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _set_generator_states(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1]:
+        torch.cuda.set_rng_state_all(states[1])

@@ -1,4 +1,4 @@
-"""One policy update: on-policy, response rows only, any number of micro-batches."""
+"""One policy update: response rows only, any number of micro-batches, rows of earlier weights by importance ratio."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class PolicyBatch:
     prompt_of_row: Sequence[int]
     completions: Sequence[Completion]
     advantage: Tensor  # [B] float32 on the CPU
+    stale: Sequence[bool] | None = None  # rows that earlier weights sampled; None: the weights of now sampled all
 
 
 def token_logprobs(model, batch, *, temperature: float) -> tuple[Tensor, Tensor]:
@@ -51,8 +52,10 @@ def update_policy(
     tokens_per_micro_batch: int,
     device: torch.device,
 ) -> dict[str, float | int | None]:
-    """One optimizer step on the batch. No old-log-prob and no reference pass: the ratio is 1 by construction.
+    """One optimizer step on the batch. No old-log-prob and no reference pass.
 
+    The ratio of a fresh row is 1 by construction. A stale row is weighed against the log-probs it was sampled with,
+    inside the loss's clip range: taken as fresh, its gradient would be that of another policy's samples.
     Rows with advantage exactly 0 have a gradient of exactly 0 and are not computed; they count in the denominator.
     """
     model = engine.model
@@ -63,8 +66,9 @@ def update_policy(
         (len(batch.prompts[p].input_ids) + len(c.token_ids)) if active else 0
         for p, c, active in zip(batch.prompt_of_row, batch.completions, contributes, strict=True)
     ]
+    stale = [False] * len(batch.completions) if batch.stale is None else list(batch.stale)
     model.train()
-    loss_sum, gaps = 0.0, []
+    loss_sum, gaps, ratios = 0.0, [], []
     for part in by_tokens(total, tokens_per_micro_batch):
         micro = collate(
             batch.prompts,
@@ -74,27 +78,46 @@ def update_policy(
             pad_id=pad_id,
         ).to(device)
         logp, cu_seqlens = token_logprobs(model, micro, temperature=temperature)
-        loss, _ = ops.policy_loss(
+        sampled = torch.tensor([lp for i in part for lp in batch.completions[i].logprobs], device=device)  # [N]
+        old = torch.tensor([stale[i] for i in part for _ in batch.completions[i].token_ids], device=device)  # [N] bool
+        sampled = sampled.to(logp.dtype)
+        loss, stats = ops.policy_loss(
             logp,
             batch.advantage[part].to(device),
             cu_seqlens,
+            old_logp=torch.where(old, sampled, logp.detach()) if old.any() else None,
             denominator=denominator,
             **options.kwargs(),
         )
         engine.backward(loss)
         loss_sum += float(loss.detach())
-        sampled = torch.tensor([lp for i in part for lp in batch.completions[i].logprobs])
-        gaps.append((logp.detach().float().cpu() - sampled).abs())
+        gaps.append((logp.detach() - sampled).abs()[~old].float().cpu())
+        ratios.append(stats)
     active = sum(contributes)
-    gap = torch.cat(gaps) if gaps else None
+    gap = torch.cat(gaps) if gaps else torch.empty(0)
     return {
         "policy/loss": loss_sum,
         "policy/rows": active,
         "policy/tokens": sum(total),
         "policy/lr": engine.lr() if active else None,
         "policy/grad_norm": engine.step() if active else None,
-        "rollout/logprob_gap_mean": float(gap.mean()) if gap is not None else None,
-        "rollout/logprob_gap_max": float(gap.max()) if gap is not None else None,
+        "rollout/logprob_gap_mean": float(gap.mean()) if len(gap) else None,
+        "rollout/logprob_gap_max": float(gap.max()) if len(gap) else None,
+        **(_ratio_metrics(ratios) if any(stale[i] and contributes[i] for i in range(len(stale))) else {}),
+    }
+
+
+def _ratio_metrics(parts: Sequence[ops.PolicyStats]) -> dict[str, float]:
+    """How far the stale rows have drifted and how much the clip range holds back, over all computed tokens."""
+    tokens = sum(float(part.tokens) for part in parts)
+
+    def mean(name: str) -> float:
+        return sum(float(getattr(part, name)) * float(part.tokens) for part in parts) / tokens
+
+    return {
+        "policy/clip_fraction": mean("clip_fraction_low") + mean("clip_fraction_high"),
+        "policy/approx_kl": mean("approx_kl"),
+        "policy/ratio_max": max(float(part.ratio_max) for part in parts),
     }
 
 

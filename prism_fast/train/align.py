@@ -38,7 +38,11 @@ def align(
     critic_engine = LocalEngine(discriminator, config.discriminator.optimizer)
     order = SampleOrder(len(tasks), seed=derive_seed(run.config.seed, "align", "order"))
     engines = {"policy": policy_engine, "discriminator": critic_engine}
-    state = StageState(run, "align", engines=engines, order=order, with_rollouts=True)
+    budgets = {
+        "policy": config.tokens_per_micro_batch,
+        "discriminator": config.discriminator.tokens_per_micro_batch,
+    }
+    state = StageState(run, "align", engines=engines, budgets=budgets, order=order, with_rollouts=True)
     with run.progress.bar("align", config.steps, done=state.step) as bar:
         while state.step < config.steps:
             step = state.begin_step()
@@ -79,7 +83,7 @@ def align(
                 options,
                 temperature=config.rollout.temperature,
                 pad_id=processor.pad_id,
-                tokens_per_micro_batch=config.tokens_per_micro_batch,
+                budget=state.budgets["policy"],
                 device=run.device,
             )
             rollouts.time["time/update"] = time.perf_counter() - started

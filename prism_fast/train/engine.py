@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,22 @@ from prism_fast.config import OptimizerConfig
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient is NaN or infinite; the weights are those before the step."""
+    """A score, a loss or a gradient is NaN or infinite; this engine's weights are those before the step."""
+
+
+def refuse_non_finite(where: str, **tensors: Tensor) -> None:
+    """Raise :class:`NonFiniteError` naming every tensor that holds a NaN or an infinity, with the first such place."""
+    found = []
+    for name, tensor in tensors.items():
+        bad = ~tensor.detach().isfinite()
+        if count := int(bad.sum()):
+            first = bad.nonzero()[0].tolist()
+            value = float(tensor.detach()[tuple(first)])
+            found.append(
+                f"{name} ({count} of {tensor.numel()}" + (f", first {value} at {first})" if first else f": {value})")
+            )
+    if found:
+        raise NonFiniteError(f"{where}: not finite: {', '.join(found)}")
 
 
 class LocalEngine:
@@ -26,6 +42,7 @@ class LocalEngine:
         self.config = config
         self.schedule = schedule
         self.updates = 0
+        self.where = "an update"  # for errors; a stage puts its name and step here
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         decayed = [p for name, p in trainable if p.ndim >= 2]
         exempt = [p for name, p in trainable if p.ndim < 2]  # norms and biases
@@ -69,7 +86,15 @@ class LocalEngine:
                         key: value.to(device=p.device) if key != "step" else value for key, value in moments.items()
                     }
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, **made_of: Tensor) -> None:
+        """Add the gradient of a micro-batch's loss.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite; ``made_of``, what it was computed from, is searched for where
+                that began. No gradient was formed.
+        """
+        if not bool(loss.detach().isfinite()):
+            refuse_non_finite(f"{self.where}, before the backward pass", loss=loss, **made_of)
         loss.backward()
 
     def discard(self) -> None:
@@ -83,10 +108,11 @@ class LocalEngine:
             NonFiniteError: the norm is NaN or infinite; nothing was updated.
         """
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm))
-        if norm != norm or norm == float("inf"):
+        if not math.isfinite(norm):
             bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
             raise NonFiniteError(
-                f"gradient norm is {norm} at update {self.updates}; not finite in: {', '.join(bad[:5])}"
+                f"{self.where}: the gradient norm is {norm}; not finite in: {', '.join(bad[:5])}{more}"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr()

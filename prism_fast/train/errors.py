@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from prism_fast.train.checkpoint import CheckpointError
 from prism_fast.train.engine import NonFiniteError
+from prism_fast.train.microbatch import StepTooLargeError
 from prism_fast.train.warmup import WarmupError
 
-USER_ERRORS: tuple[type[Exception], ...] = (NonFiniteError, WarmupError, CheckpointError, FileNotFoundError, ValueError)
+USER_ERRORS: tuple[type[Exception], ...] = (
+    NonFiniteError,
+    StepTooLargeError,
+    WarmupError,
+    CheckpointError,
+    FileNotFoundError,
+    ValueError,
+)

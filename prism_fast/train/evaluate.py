@@ -31,7 +31,10 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
             chunk = [tasks[i] for i in range(start, min(start + config.batch, count))]
             prompts = [processor.encode_prompt(task.messages, task.images) for task in chunk]
             seed = derive_seed(run.config.seed, "eval", after, start)
-            completions = [group[0] for group in engine.generate(prompts, sampling, seed=seed)]
+            groups = engine.generate(
+                prompts, sampling, seed=seed, on_token=lambda growing: run.stop.poll(f"evaluation after {after}")
+            )
+            completions = [group[0] for group in groups]
             texts = [processor.decode(completion.token_ids) for completion in completions]
             rewards = run.checker.score(
                 [

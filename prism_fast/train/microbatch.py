@@ -91,8 +91,7 @@ class TokenBudget:
             # Outside of the handler: the traceback held the failed attempt's tensors.
             discard()
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # of what the failed attempt held; nothing where CUDA is not in use
             if self.tokens <= longest:
                 raise StepTooLargeError(
                     f"out of memory with one item per micro-batch ({longest} tokens, budget {self.tokens}): {reason}. "
@@ -116,7 +115,7 @@ class TokenBudget:
 
 
 def _generator_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
 def _set_generator_states(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:

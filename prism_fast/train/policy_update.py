@@ -14,8 +14,8 @@ from prism_fast.algorithms.presets import PolicyLossOptions
 from prism_fast.models.forward import collate, hidden_states, response_rows
 from prism_fast.models.processor import EncodedPrompt
 from prism_fast.rollout.protocol import Completion
-from prism_fast.train.engine import LocalEngine
-from prism_fast.train.microbatch import by_tokens
+from prism_fast.train.engine import LocalEngine, refuse_non_finite
+from prism_fast.train.microbatch import TokenBudget, by_tokens
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def update_policy(
     *,
     temperature: float,
     pad_id: int,
-    tokens_per_micro_batch: int,
+    budget: TokenBudget,
     device: torch.device,
 ) -> dict[str, float | int | None]:
     """One optimizer step on the batch. No old-log-prob and no reference pass.
@@ -57,7 +57,12 @@ def update_policy(
     The ratio of a fresh row is 1 by construction. A stale row is weighed against the log-probs it was sampled with,
     inside the loss's clip range: taken as fresh, its gradient would be that of another policy's samples.
     Rows with advantage exactly 0 have a gradient of exactly 0 and are not computed; they count in the denominator.
+
+    Raises:
+        NonFiniteError: an advantage, a log-prob, the loss or the gradient is NaN or infinite; nothing was updated.
+        StepTooLargeError: the longest row alone does not fit into memory.
     """
+    refuse_non_finite(engine.where, advantage=batch.advantage)
     model = engine.model
     lengths = torch.tensor([len(c.token_ids) for c in batch.completions])
     denominator = loss_denominator(options.loss, lengths, aggregation=options.aggregation).to(device)
@@ -68,31 +73,38 @@ def update_policy(
     ]
     stale = [False] * len(batch.completions) if batch.stale is None else list(batch.stale)
     model.train()
-    loss_sum, gaps, ratios = 0.0, [], []
-    for part in by_tokens(total, tokens_per_micro_batch):
-        micro = collate(
-            batch.prompts,
-            [batch.prompt_of_row[i] for i in part],
-            [batch.completions[i].token_ids for i in part],
-            model_config=model.config,
-            pad_id=pad_id,
-        ).to(device)
-        logp, cu_seqlens = token_logprobs(model, micro, temperature=temperature)
-        sampled = torch.tensor([lp for i in part for lp in batch.completions[i].logprobs], device=device)  # [N]
-        old = torch.tensor([stale[i] for i in part for _ in batch.completions[i].token_ids], device=device)  # [N] bool
-        sampled = sampled.to(logp.dtype)
-        loss, stats = ops.policy_loss(
-            logp,
-            batch.advantage[part].to(device),
-            cu_seqlens,
-            old_logp=torch.where(old, sampled, logp.detach()) if old.any() else None,
-            denominator=denominator,
-            **options.kwargs(),
-        )
-        engine.backward(loss)
-        loss_sum += float(loss.detach())
-        gaps.append((logp.detach() - sampled).abs()[~old].float().cpu())
-        ratios.append(stats)
+
+    def accumulate(tokens: int) -> tuple[float, list[Tensor], list[ops.PolicyStats]]:
+        loss_sum, gaps, ratios = 0.0, [], []
+        for part in by_tokens(total, tokens):
+            micro = collate(
+                batch.prompts,
+                [batch.prompt_of_row[i] for i in part],
+                [batch.completions[i].token_ids for i in part],
+                model_config=model.config,
+                pad_id=pad_id,
+            ).to(device)
+            logp, cu_seqlens = token_logprobs(model, micro, temperature=temperature)
+            sampled = torch.tensor([lp for i in part for lp in batch.completions[i].logprobs], device=device)  # [N]
+            old = torch.tensor(
+                [stale[i] for i in part for _ in batch.completions[i].token_ids], device=device
+            )  # [N] bool
+            sampled = sampled.to(logp.dtype)
+            loss, stats = ops.policy_loss(
+                logp,
+                batch.advantage[part].to(device),
+                cu_seqlens,
+                old_logp=torch.where(old, sampled, logp.detach()) if old.any() else None,
+                denominator=denominator,
+                **options.kwargs(),
+            )
+            engine.backward(loss, logp=logp)
+            loss_sum += float(loss.detach())
+            gaps.append((logp.detach() - sampled).abs()[~old].float().cpu())
+            ratios.append(stats)
+        return loss_sum, gaps, ratios
+
+    loss_sum, gaps, ratios = budget.run(accumulate, discard=engine.discard, longest=max(total, default=1))
     active = sum(contributes)
     gap = torch.cat(gaps) if gaps else torch.empty(0)
     return {
@@ -101,6 +113,7 @@ def update_policy(
         "policy/tokens": sum(total),
         "policy/lr": engine.lr() if active else None,
         "policy/grad_norm": engine.step() if active else None,
+        "policy/token_budget": budget.change(),
         "rollout/logprob_gap_mean": float(gap.mean()) if len(gap) else None,
         "rollout/logprob_gap_max": float(gap.max()) if len(gap) else None,
         **(_ratio_metrics(ratios) if any(stale[i] and contributes[i] for i in range(len(stale))) else {}),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol
 
 import torch
 
 from prism_fast.data.order import SampleOrder
-from prism_fast.train.checkpoint import save_checkpoint
+from prism_fast.train.checkpoint import CheckpointError, save_checkpoint
 from prism_fast.train.context import Run
 from prism_fast.train.engine import LocalEngine
+from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.rollout_log import RolloutLog
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.signals import Stopped
+
+FORMAT = 2  # of a checkpoint's state; another one is refused
 
 
 class Stateful(Protocol):
@@ -22,9 +26,12 @@ class Stateful(Protocol):
 
 
 class StageState:
-    """Engines, sample order and whatever else a stage's next step depends on.
+    """Engines, token budgets, sample order and whatever else a stage's next step depends on.
 
     Random numbers need no saving: every draw is seeded by (seed, stage, step), see :meth:`begin_step`.
+
+    A stop is possible anywhere in a step: before an engine was updated, the state is saved as it was when the step
+    began; after :meth:`hold`, as it is, with the numbers of the step; in between the step is finished.
     """
 
     def __init__(
@@ -33,30 +40,55 @@ class StageState:
         stage: str,
         *,
         engines: dict[str, LocalEngine],
+        budgets: dict[str, int],
         order: SampleOrder,
         extra: Stateful | None = None,
         with_rollouts: bool = False,
     ):
+        """``budgets``: tokens per micro-batch by name, as configured.
+
+        Raises:
+            CheckpointError: the checkpoint was saved by another version.
+        """
         self.run, self.stage, self.engines, self.order, self.extra = run, stage, engines, order, extra
         self.step = 0
+        self.held: dict | None = None  # numbers of the step whose update is done and whose evaluation is not
+        self.budgets = {name: TokenBudget(tokens, notify=self._tell) for name, tokens in budgets.items()}
         saved = run.resume.checkpoint_of(stage)
         kept = 0
         if saved is not None:
-            self.step = saved.state["step"]
+            if saved.state.get("format") != FORMAT:
+                raise CheckpointError(
+                    f"{saved.path} was saved by another version of prism-fast (its format is not "
+                    f"{FORMAT}): go on with that version, or start a new run"
+                )
+            self.step, self.held = saved.state["step"], saved.state["held"]
             for name, engine in engines.items():
                 engine.load_state_tensors(saved.tensors(name))
                 engine.updates = saved.state["updates"][name]
+            for name, budget in self.budgets.items():
+                budget.restore(saved.state["budgets"][name])
             order.load_state_dict(saved.state["order"])
             if extra is not None:
                 extra.load_state_dict(saved.state["extra"])
             kept = saved.state["rollout_bytes"]
+        self._saved_step = self.step
         self.log = RolloutLog(run.folder, stage, keep_bytes=kept) if with_rollouts else None
+        if self.held is not None:
+            self._watch()
 
     def begin_step(self) -> int:
         """Number of the step that begins (from 1); seeds PyTorch's generators for it (head dropout draws from them)."""
+        self._before = copy.deepcopy(self._facts())
         self.step += 1
         torch.manual_seed(derive_seed(self.run.config.seed, self.stage, "torch", self.step))
+        self._watch()
         return self.step
+
+    def hold(self, numbers: dict) -> None:
+        """The step's updates are done, its evaluation follows: a stop during it saves the step with these numbers, and
+        the resumed run finds them in ``held`` and begins with that evaluation."""
+        self.held = numbers
 
     def end_step(self, *, last: bool = False) -> None:
         """Save if it is time, if this was the last step, or if a stop was asked for; then stop.
@@ -64,22 +96,54 @@ class StageState:
         Raises:
             Stopped: SIGTERM or SIGINT arrived; the step is saved.
         """
+        self.held = None
+        self.run.stop.save = None
         stop = self.run.stop.requested
         if last or stop or self.step % self.run.config.checkpoint_every == 0:
-            save_checkpoint(
-                self.run.folder / "checkpoints",
-                f"{self.stage}-{self.step:06d}",
-                {name: engine.state_tensors() for name, engine in self.engines.items()},
-                {
-                    "stage": self.stage,
-                    "step": self.step,
-                    "updates": {name: engine.updates for name, engine in self.engines.items()},
-                    "order": self.order.state_dict(),
-                    "extra": None if self.extra is None else self.extra.state_dict(),
-                    "metrics_bytes": self.run.metrics.size(),
-                    "rollout_bytes": 0 if self.log is None else self.log.size(),
-                },
-                keep=self.run.config.keep_checkpoints,
-            )
+            self._save(self._facts())
         if stop and not last:
             raise Stopped(f"{self.stage} step {self.step}")
+
+    def _watch(self) -> None:
+        self.run.stop.save = self._save_inside_step
+        for engine in self.engines.values():
+            engine.where = f"{self.stage} step {self.step}"
+
+    def _save_inside_step(self) -> bool:
+        """What a stop inside a step saves; False if the step must be finished first."""
+        now = self._facts()
+        if self.held is not None:
+            self._save(now)
+        elif now["updates"] != self._before["updates"]:
+            return False
+        elif self._saved_step != self._before["step"]:
+            self._save(self._before)
+        return True
+
+    def _facts(self) -> dict:
+        """Everything but tensors."""
+        return {
+            "format": FORMAT,
+            "stage": self.stage,
+            "step": self.step,
+            "updates": {name: engine.updates for name, engine in self.engines.items()},
+            "budgets": {name: budget.tokens for name, budget in self.budgets.items()},
+            "order": self.order.state_dict(),
+            "extra": None if self.extra is None else self.extra.state_dict(),
+            "held": self.held,
+            "metrics_bytes": self.run.metrics.size(),
+            "rollout_bytes": 0 if self.log is None else self.log.size(),
+        }
+
+    def _save(self, facts: dict) -> None:
+        save_checkpoint(
+            self.run.folder / "checkpoints",
+            f"{self.stage}-{facts['step']:06d}",
+            {name: engine.state_tensors() for name, engine in self.engines.items()},
+            facts,
+            keep=self.run.config.keep_checkpoints,
+        )
+        self._saved_step = facts["step"]
+
+    def _tell(self, text: str) -> None:
+        self.run.console.print(f"{self.stage} step {self.step}: {text}", style="yellow", markup=False, highlight=False)

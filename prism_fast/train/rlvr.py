@@ -29,7 +29,8 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
     normalize = "mean_only" if options.loss == "dr_grpo" else "per_score"  # Dr. GRPO does not divide by the deviation
     engine = LocalEngine(policy, config.optimizer)
     order = SampleOrder(len(tasks), seed=derive_seed(run.config.seed, "rlvr", "order"))
-    state = StageState(run, "rlvr", engines={"policy": engine}, order=order, with_rollouts=True)
+    budgets = {"policy": config.tokens_per_micro_batch}
+    state = StageState(run, "rlvr", engines={"policy": engine}, budgets=budgets, order=order, with_rollouts=True)
     with run.progress.bar("rlvr", config.steps, done=state.step) as bar:
         while state.step < config.steps:
             step = state.begin_step()
@@ -44,7 +45,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
                 options,
                 temperature=config.rollout.temperature,
                 pad_id=processor.pad_id,
-                tokens_per_micro_batch=config.tokens_per_micro_batch,
+                budget=state.budgets["policy"],
                 device=run.device,
             )
             rollouts.time["time/update"] = time.perf_counter() - started

@@ -55,7 +55,9 @@ def roll_out(
     prompts = [processor.encode_prompt(task.messages, task.images) for task in tasks]
     sampling = Sampling(config.n, config.temperature, config.max_new_tokens)
     seed = derive_seed(run.config.seed, stage, "rollout", step)
-    groups = HFRollout(policy, processor).generate(prompts, sampling, seed=seed)
+    groups = HFRollout(policy, processor).generate(
+        prompts, sampling, seed=seed, on_token=lambda growing: run.stop.poll(f"{stage} step {step}, while generating")
+    )
     generated = time.perf_counter()
     completions = [completion for group in groups for completion in group]
     group = torch.arange(len(tasks)).repeat_interleave(config.n)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,50 +14,91 @@ from prism_fast.data.order import SampleOrder
 from prism_fast.data.samples import Demonstration
 from prism_fast.models.forward import TokenBatch, collate
 from prism_fast.models.policy import save_policy
-from prism_fast.models.processor import Processor
+from prism_fast.models.processor import EncodedPrompt, Processor
 from prism_fast.train.context import Run
 from prism_fast.train.engine import LocalEngine
-from prism_fast.train.microbatch import by_tokens
+from prism_fast.train.microbatch import TokenBudget, by_tokens
 from prism_fast.train.policy_update import token_logprobs
 from prism_fast.train.resume import StageState
 from prism_fast.train.seeds import derive_seed
 
 
-def _batches(demos: Sequence[Demonstration], processor: Processor, model, budget: int) -> tuple[list[TokenBatch], int]:
-    """Micro-batches of demonstrations, and the number of response tokens in all of them (end token included)."""
-    prompts = [processor.encode_prompt(demo.messages, demo.images) for demo in demos]
-    responses = [(*processor.encode_plain(demo.response), processor.eos_id) for demo in demos]
-    lengths = [len(p.input_ids) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    batches = [
-        collate(
-            [prompts[i] for i in part],
-            range(len(part)),
-            [responses[i] for i in part],
-            model_config=model.config,
-            pad_id=processor.pad_id,
+@dataclass(frozen=True)
+class EncodedDemos:
+    """Demonstrations as token ids; responses end with the end token."""
+
+    prompts: list[EncodedPrompt]
+    responses: list[tuple[int, ...]]
+
+    @classmethod
+    def of(cls, demos: Sequence[Demonstration], processor: Processor) -> EncodedDemos:
+        return cls(
+            [processor.encode_prompt(demo.messages, demo.images) for demo in demos],
+            [(*processor.encode_plain(demo.response), processor.eos_id) for demo in demos],
         )
-        for part in by_tokens(lengths, budget)
-    ]
-    return batches, sum(len(r) for r in responses)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(p.input_ids) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
+
+    @property
+    def response_tokens(self) -> int:
+        return sum(map(len, self.responses))
+
+    def micro_batches(self, tokens: int, model, pad_id: int) -> Iterator[TokenBatch]:
+        """Batches of at most ``tokens`` padded tokens, on the CPU."""
+        for part in by_tokens(self.lengths, tokens):
+            yield collate(
+                [self.prompts[i] for i in part],
+                range(len(part)),
+                [self.responses[i] for i in part],
+                model_config=model.config,
+                pad_id=pad_id,
+            )
 
 
-def _validation_loss(model, batches: list[TokenBatch], tokens: int, device: torch.device) -> float:
+def _validation_loss(run: Run, model, demos: EncodedDemos, pad_id: int, budget: TokenBudget) -> float:
+    """Nats per response token, response tokens of all demonstrations counting the same."""
     model.eval()
-    with torch.no_grad():
-        total = sum(float(-token_logprobs(model, b.to(device), temperature=1.0)[0].sum()) for b in batches)
-    return total / tokens
+
+    def evaluate(tokens: int) -> float:
+        total = 0.0
+        for batch in demos.micro_batches(tokens, model, pad_id):
+            run.stop.poll("SFT validation")
+            with torch.no_grad():
+                logp, _ = token_logprobs(model, batch.to(run.device), temperature=1.0)
+            total -= float(logp.sum())
+        return total
+
+    total = budget.run(evaluate, discard=lambda: None, longest=max(demos.lengths))
+    return total / demos.response_tokens
 
 
-def _update(engine: LocalEngine, demos: Sequence[Demonstration], processor: Processor, run: Run) -> dict[str, float]:
+def _update(
+    engine: LocalEngine, demos: Sequence[Demonstration], processor: Processor, run: Run, budget: TokenBudget
+) -> dict[str, float | int | None]:
+    """One optimizer step on the mean negative log-prob of the demonstrations' response tokens."""
     engine.model.train()
-    batches, tokens = _batches(demos, processor, engine.model, run.config.sft.tokens_per_micro_batch)
-    loss_sum = 0.0
-    for batch in batches:
-        logp, _ = token_logprobs(engine.model, batch.to(run.device), temperature=1.0)
-        loss = -logp.sum() / tokens
-        engine.backward(loss)
-        loss_sum += float(loss.detach())
-    return {"sft/loss": loss_sum, "sft/lr": engine.lr(), "sft/grad_norm": engine.step(), "sft/tokens": tokens}
+    encoded = EncodedDemos.of(demos, processor)
+    tokens = encoded.response_tokens
+
+    def accumulate(limit: int) -> float:
+        loss_sum = 0.0
+        for batch in encoded.micro_batches(limit, engine.model, processor.pad_id):
+            logp, _ = token_logprobs(engine.model, batch.to(run.device), temperature=1.0)
+            loss = -logp.sum() / tokens
+            engine.backward(loss, logp=logp)
+            loss_sum += float(loss.detach())
+        return loss_sum
+
+    loss_sum = budget.run(accumulate, discard=engine.discard, longest=max(encoded.lengths))
+    return {
+        "sft/loss": loss_sum,
+        "sft/lr": engine.lr(),
+        "sft/grad_norm": engine.step(),
+        "sft/tokens": tokens,
+        "sft/token_budget": budget.change(),
+    }
 
 
 class PlateauDecay:
@@ -107,16 +149,20 @@ def train_sft(
     decay = PlateauDecay(config)
     engine = LocalEngine(model, config.optimizer, schedule=decay)
     order = SampleOrder(len(demos), seed=derive_seed(run.config.seed, "sft", "order"))
-    val_batches, val_tokens = _batches(
-        [val[i] for i in range(len(val))], processor, model, config.tokens_per_micro_batch
-    )
-    state = StageState(run, "sft", engines={"policy": engine}, order=order, extra=decay)
+    validation = EncodedDemos.of([val[i] for i in range(len(val))], processor)
+    budgets = {"policy": config.tokens_per_micro_batch}
+    state = StageState(run, "sft", engines={"policy": engine}, budgets=budgets, order=order, extra=decay)
+    budget = state.budgets["policy"]
     with run.progress.bar("sft", config.max_updates, done=state.step) as bar:
-        while engine.updates < decay.end:
-            state.begin_step()
-            numbers = _update(engine, [demos[i] for i in order.next_indices(config.batch)], processor, run)
+        while engine.updates < decay.end or state.held is not None:
+            numbers = state.held  # a run that was stopped during a validation goes on with that validation
+            if numbers is None:
+                state.begin_step()
+                chunk = [demos[i] for i in order.next_indices(config.batch)]
+                numbers = _update(engine, chunk, processor, run, budget)
+                state.hold(numbers)
             if engine.updates % config.eval_every == 0 or engine.updates == decay.end:
-                numbers["sft/val_loss"] = _validation_loss(model, val_batches, val_tokens, run.device)
+                numbers["sft/val_loss"] = _validation_loss(run, model, validation, processor.pad_id, budget)
                 decay.observe(engine.updates, numbers["sft/val_loss"])
             run.metrics.write("sft", engine.updates, numbers)
             bar.advance(loss=numbers["sft/loss"], val_loss=numbers.get("sft/val_loss"), lr=numbers["sft/lr"])
@@ -133,12 +179,13 @@ def continue_sft(run: Run, model, processor: Processor, demos: Sequence[Demonstr
         model, config.optimizer, schedule=lambda update: config.continued_lr_scale * (1.0 - update / updates)
     )
     order = SampleOrder(len(demos), seed=derive_seed(run.config.seed, "sft_continued", "order"))
-    state = StageState(run, "sft_continued", engines={"policy": engine}, order=order)
+    budgets = {"policy": config.tokens_per_micro_batch}
+    state = StageState(run, "sft_continued", engines={"policy": engine}, budgets=budgets, order=order)
     with run.progress.bar("sft_continued", updates, done=state.step) as bar:
         while state.step < updates:
             state.begin_step()
             indices = order.next_indices(config.batch)
-            numbers = _update(engine, [demos[i] for i in indices], processor, run)
+            numbers = _update(engine, [demos[i] for i in indices], processor, run, state.budgets["policy"])
             run.metrics.write("sft_continued", engine.updates, numbers)
             bar.advance(loss=numbers["sft/loss"], lr=numbers["sft/lr"])
             state.end_step(last=state.step == updates)

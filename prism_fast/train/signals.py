@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 
@@ -15,6 +16,9 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        # Saves what a step in progress needs so that stopping inside it loses that step at most. Returns False where
+        # the step cannot be left (one model updated, the other not yet): then it is finished.
+        self.save: Callable[[], bool] | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -32,6 +36,6 @@ class StopRequest:
         self.requested = True
 
     def poll(self, where: str) -> None:
-        """Raise :class:`Stopped` if a stop was asked for; for loops whose work is simply done again."""
-        if self.requested:
+        """Raise :class:`Stopped` if a stop was asked for, after saving; every loop that may take long calls this."""
+        if self.requested and (self.save is None or self.save()):
             raise Stopped(where)

@@ -48,7 +48,10 @@ def sample_pairs(run: Run, model, processor: Processor, tasks: Sequence[Task]) -
             run.stop.poll("sampling pairs")
             chunk = [tasks[i] for i in range(start, min(start + batch, len(tasks)))]
             prompts = [processor.encode_prompt(task.messages, task.images) for task in chunk]
-            groups = engine.generate(prompts, sampling, seed=derive_seed(run.config.seed, "pairs", start))
+            seed = derive_seed(run.config.seed, "pairs", start)
+            groups = engine.generate(
+                prompts, sampling, seed=seed, on_token=lambda growing: run.stop.poll("sampling pairs")
+            )
             sampled += len(chunk) * config.pairs_per_prompt
             for task, group in zip(chunk, groups, strict=True):
                 for k, completion in enumerate(group):
@@ -153,7 +156,8 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs_
         "tokens_per_micro_batch": config.tokens_per_micro_batch,
     }
     reached = HeldOut()
-    state = StageState(run, "warmup", engines={"discriminator": engine}, order=order, extra=reached)
+    budgets = {"discriminator": config.tokens_per_micro_batch}
+    state = StageState(run, "warmup", engines={"discriminator": engine}, budgets=budgets, order=order, extra=reached)
     with run.progress.bar("warmup", config.max_updates, done=state.step) as bar:
         while not reached.enough(config.target_margin):
             if engine.updates == config.max_updates:

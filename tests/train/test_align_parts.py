@@ -18,6 +18,7 @@ from prism_fast.rollout.protocol import Completion
 from prism_fast.train.align import step_advantage
 from prism_fast.train.discriminator_update import SpanGroup, discriminator_step
 from prism_fast.train.engine import LocalEngine
+from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.policy_update import PolicyBatch, update_policy
 
 
@@ -140,7 +141,7 @@ def test_the_policy_gradient_does_not_depend_on_the_cut(critic, loss):
             PRESETS[loss],
             temperature=1.0,
             pad_id=processor.pad_id,
-            tokens_per_micro_batch=budget,
+            budget=TokenBudget(budget, notify=pytest.fail),
             device=torch.device("cpu"),
         )
         assert numbers["policy/rows"] == 5, "the row with advantage 0 is not computed"
@@ -164,7 +165,7 @@ def test_a_step_without_any_advantage_updates_nothing(critic):
         PRESETS["grpo"],
         temperature=1.0,
         pad_id=processor.pad_id,
-        tokens_per_micro_batch=100,
+        budget=TokenBudget(100, notify=pytest.fail),
         device=torch.device("cpu"),
     )
     assert numbers["policy/rows"] == 0 and numbers["policy/grad_norm"] is None and engine.updates == 0

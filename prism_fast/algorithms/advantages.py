@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,15 +13,15 @@ MODES = ("default", "acc_gating", "gated_align", "rlvr", "rlvr_v2", "sign_align"
 
 
 def alignment_advantage(
-    caption: Tensor,
-    reasoning: Tensor,
+    scores: Tensor,
     group: Tensor,
     *,
     valid: Tensor,
     accuracy: Tensor | None = None,
     format: Tensor | None = None,
     mode: str = "default",
-    weights: tuple[float, float] = (0.5, 0.5),
+    weights: Sequence[float] = (0.5, 0.5),
+    normalize: str = "per_score",
     align_coef: float = 1.0,
     wrong_penalty: float = 1.0,
     format_penalty: float = 1.5,
@@ -30,10 +32,11 @@ def alignment_advantage(
     singleton: str = "zero",
     backend: str | None = None,
 ) -> Tensor:
-    """[B] advantage from the discriminator's caption and reasoning scores, in one of six published forms.
+    """[B] advantage from the discriminator's scores, in one of six published forms.
 
-    With F = not valid, W = valid and accuracy <= 0, GN as in ``group_advantage`` and
-    A = weights[0] * GN(caption) + weights[1] * GN(reasoning), invalid scores replaced as ``invalid`` says:
+    With F = not valid, W = valid and accuracy <= 0, GN as in ``group_advantage`` and A = sum_k weights_k *
+    GN(scores_k), or GN(sum_k weights_k * scores_k) with ``normalize="combined"`` (the printed equation), invalid scores
+    replaced as ``invalid`` says:
 
     =========== =====================================================================================================
     default     A - format_penalty * F
@@ -47,12 +50,13 @@ def alignment_advantage(
     with c = align_coef and R = accuracy_weight * accuracy + format_weight * format.
 
     Args:
-        caption, reasoning: [B] floating, discriminator scores.
+        scores: [B, K] floating, one column per scored span: caption and reasoning, or the whole response.
         group: [B] int64 or int32 prompt ids in [0, B).
         valid: [B] bool, responses that obey the format.
         accuracy: [B] floating, 0 = wrong; every mode but ``default`` needs it.
         format: [B] floating reward; None = 1 where valid, else 0.
-        weights: of (caption, reasoning).
+        weights: K numbers.
+        normalize: ``per_score`` (published code) or ``combined`` (printed eq. 1 and 3).
         invalid, eps, singleton, backend: as in ``group_advantage``. Published: below_min, 1e-6, identity. The default
             ``zero`` gives a response that has no rival no advantage.
 
@@ -65,13 +69,11 @@ def alignment_advantage(
         raise ValueError(f"alignment_advantage: mode={mode!r} is not one of {', '.join(map(repr, MODES))}")
     if mode != "default" and accuracy is None:
         raise ValueError(f"alignment_advantage: mode={mode!r} needs accuracy [B] (0 = wrong answer)")
-    kind = torch.float64 if caption.dtype == torch.float64 else torch.float32
-    scores = torch.stack((caption, reasoning), 1)
+    kind = torch.float64 if scores.dtype == torch.float64 else torch.float32
     options = {"eps": eps, "singleton": singleton, "backend": backend}
+    aligned = {"normalize": normalize, "valid": valid, "invalid": invalid}
     if mode == "default":
-        return group_advantage(
-            scores, group, weights=weights, valid=valid, invalid=invalid, invalid_penalty=format_penalty, **options
-        )
+        return group_advantage(scores, group, weights=weights, invalid_penalty=format_penalty, **aligned, **options)
     bad = (~valid).to(kind)
     wrong = (valid & (accuracy <= 0)).to(kind)
     scaled = [align_coef * weight for weight in weights]
@@ -80,11 +82,10 @@ def alignment_advantage(
             scores,
             group,
             weights=scaled,
-            valid=valid,
             gate=(1.0 - bad) * (1.0 - wrong) if mode == "gated_align" else None,
             offset=-wrong_penalty * wrong,
-            invalid=invalid,
             invalid_penalty=format_penalty,
+            **aligned,
             **options,
         )
     reward = accuracy_weight * accuracy.to(kind) + format_weight * (1.0 - bad if format is None else format.to(kind))
@@ -95,9 +96,7 @@ def alignment_advantage(
         reward = (1.0 - bad) * (reward - wrong_penalty * wrong) - format_penalty * bad
         gate = (1.0 - bad) * (1.0 - 2.0 * wrong)
     outcome = group_advantage(reward[:, None], group, weights=(1.0,), **options)
-    return group_advantage(
-        scores, group, weights=scaled, valid=valid, gate=gate, offset=outcome, invalid=invalid, **options
-    )
+    return group_advantage(scores, group, weights=scaled, gate=gate, offset=outcome, **aligned, **options)
 
 
 def outcome_advantage(

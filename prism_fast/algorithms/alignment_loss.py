@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.ops import PairwiseStats, pairwise_loss
 
-SEMANTICS = ("released", "paper", "prism_fast")
 FALLBACK = 0.01  # weight of the published loss on teacher scores alone where a micro-batch has no valid response
 
 
@@ -31,11 +31,11 @@ def discriminator_loss(
     valid_everywhere: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, PairwiseStats]:
-    """Bradley-Terry loss of caption and reasoning scores plus ``score_reg`` times their mean square.
+    """Bradley-Terry loss of each score plus ``score_reg`` times the mean square of all.
 
     Args:
-        teacher: [G, 2] floating scores (caption, reasoning), one row per prompt.
-        student: [B, 2], dtype of ``teacher``.
+        teacher: [G, K] floating scores, one row per prompt; K = 2 (caption, reasoning) or 1 (whole response).
+        student: [B, K], dtype of ``teacher``.
         group: [B] int64 or int32 row of ``teacher`` that a student answers.
         valid: [B] bool, students that obey the format.
         semantics:
@@ -47,17 +47,18 @@ def discriminator_loss(
         score_clip, lengths, length_penalty, spread: ``clip``, ... of ``pairwise_loss``.
         score_reg: weight of the mean square over all scores, invalid ones included.
         denominator: global count of valid students (``prism_fast``, ``paper``), number or 0-d tensor.
-        l2_denominator: global count of scores, (G + B) * 2 summed over calls (``prism_fast``, ``paper``).
+        l2_denominator: global count of scores, (G + B) * K summed over calls (``prism_fast``, ``paper``).
         valid_everywhere: 0-d count of valid students over the ranks' current micro-batches (``released``); None = here.
         backend: as in ``pairwise_loss``.
 
     Returns:
-        (loss 0-d, PairwiseStats [2]): counts are true counts under all semantics.
+        (loss 0-d, PairwiseStats [K]): counts are true counts under all semantics.
 
     Raises:
         ValueError: unknown semantics, options of the other semantics, or what ``pairwise_loss`` refuses.
 
-    Source: PRISM (arXiv 2604.28123) eq. 2-3; ``released``: ``update_critic`` of its code.
+    Source: PRISM (arXiv 2604.28123) eq. 2 (``paper`` is it with ``score_clip=None, score_reg=0``); ``released``:
+    ``update_critic`` of its code; one score: GAD (arXiv 2511.10643).
     """
     if semantics not in SEMANTICS:
         raise ValueError(f"discriminator_loss: semantics={semantics!r} is not one of {', '.join(map(repr, SEMANTICS))}")

@@ -44,15 +44,38 @@ class PolicyLossOptions:
 
 
 # Alignment, GRPO, DAPO and GSPO: the shell scripts published with PRISM (verl's "vanilla" loss is our grpo form with
-# token_mean). In them every step is on-policy, so that no clip range acts. Dr. GRPO: norm_length is the longest
-# response its authors sample; CISPO: bounds of ScaleRL; SAPO: temperatures of its paper.
-PRESETS: dict[str, PolicyLossOptions] = {
-    "prism": PolicyLossOptions(loss="grpo", clip=(0.2, 0.2), dual_clip=3.0, aggregation="token_mean"),
-    "grpo": PolicyLossOptions(loss="grpo", clip=(0.2, 0.2), dual_clip=3.0, aggregation="token_mean"),
-    "dapo": PolicyLossOptions(loss="dapo", clip=(0.2, 0.28), dual_clip=10.0),
-    "gspo": PolicyLossOptions(loss="gspo", clip=(3e-4, 4e-4)),
-    "dr_grpo": PolicyLossOptions(loss="dr_grpo", clip=(0.2, 0.2), norm_length=3000.0),
-    "bnpo": PolicyLossOptions(loss="bnpo", clip=(0.2, 0.2)),
-    "cispo": PolicyLossOptions(loss="cispo", clip=(1.0, 4.0)),
-    "sapo": PolicyLossOptions(loss="sapo", sapo_temperature=(1.0, 1.05)),
+# token_mean). In them every step is on-policy, so that no clip range acts. CISPO: bounds of ScaleRL; SAPO: temperatures
+# of its paper.
+_PRISM = {"loss": "grpo", "clip": (0.2, 0.2), "dual_clip": 3.0, "aggregation": "token_mean"}
+PRESETS: dict[str, dict[str, Any]] = {
+    "prism": _PRISM,
+    "grpo": _PRISM,
+    "dapo": {"loss": "dapo", "clip": (0.2, 0.28), "dual_clip": 10.0},
+    "gspo": {"loss": "gspo", "clip": (3e-4, 4e-4)},
+    "dr_grpo": {"loss": "dr_grpo", "clip": (0.2, 0.2)},
+    "bnpo": {"loss": "bnpo", "clip": (0.2, 0.2)},
+    "cispo": {"loss": "cispo", "clip": (1.0, 4.0)},
+    "sapo": {"loss": "sapo", "sapo_temperature": (1.0, 1.05)},
 }
+
+
+def policy_options(preset: str, *, max_response: int) -> PolicyLossOptions:
+    """The options of a preset. Dr. GRPO divides by a constant length: ``max_response``, the longest response, tokens.
+
+    Raises:
+        ValueError: there is no preset of that name.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"no loss preset {preset!r}; there are {', '.join(PRESETS)}")
+    norm_length = float(max_response) if preset == "dr_grpo" else None
+    return PolicyLossOptions(**PRESETS[preset], norm_length=norm_length)
+
+
+def reward_normalization(preset: str) -> str:
+    """``normalize`` of ``outcome_advantage`` that a preset's paper prescribes.
+
+    All divide the distance from the group's mean by the group's deviation (GRPO, arXiv 2402.03300; DAPO 2503.14476
+    eq. 9; GSPO 2507.18071 eq. 6; CISPO 2506.13585; SAPO 2511.20347) but Dr. GRPO (2503.20783), which does not divide:
+    the division weighs prompts by how decided their outcome is.
+    """
+    return "mean_only" if preset == "dr_grpo" else "per_score"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prism_fast.algorithms.advantages import alignment_advantage
-from prism_fast.algorithms.presets import PRESETS
+from prism_fast.algorithms.presets import policy_options
 from prism_fast.config import Config
 from prism_fast.data.framing import frame_student, frame_teacher
 from prism_fast.data.order import SampleOrder
@@ -33,7 +33,7 @@ def align(
 ) -> tuple[Path, Path]:
     """Run the stage; returns the folders of the exported policy and discriminator."""
     config, semantics = run.config.align, run.config.semantics
-    options = PRESETS[config.loss]
+    options = policy_options(config.loss, max_response=config.rollout.max_new_tokens)
     policy_engine = LocalEngine(policy, config.optimizer)
     critic_engine = LocalEngine(discriminator, config.discriminator.optimizer)
     order = SampleOrder(len(tasks), seed=derive_seed(run.config.seed, "align", "order"))

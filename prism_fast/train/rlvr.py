@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from prism_fast.algorithms.advantages import outcome_advantage
-from prism_fast.algorithms.presets import PRESETS
+from prism_fast.algorithms.presets import policy_options, reward_normalization
 from prism_fast.data.order import SampleOrder
 from prism_fast.data.samples import Task
 from prism_fast.models.policy import save_policy
@@ -25,8 +25,8 @@ from prism_fast.train.seeds import derive_seed
 def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
     """Run the stage; returns the folder of the exported policy."""
     config = run.config.rlvr
-    options = PRESETS[config.loss]
-    normalize = "mean_only" if options.loss == "dr_grpo" else "per_score"  # Dr. GRPO does not divide by the deviation
+    options = policy_options(config.loss, max_response=config.rollout.max_new_tokens)
+    normalize = reward_normalization(config.loss)
     engine = LocalEngine(policy, config.optimizer)
     order = SampleOrder(len(tasks), seed=derive_seed(run.config.seed, "rlvr", "order"))
     budgets = {"policy": config.tokens_per_micro_batch}

@@ -9,7 +9,7 @@ import torch
 
 from prism_fast.algorithms.denominators import active_lengths, loss_denominator
 from prism_fast.algorithms.overlong import overlong_penalty
-from prism_fast.algorithms.presets import PRESETS, PolicyLossOptions
+from prism_fast.algorithms.presets import PRESETS, PolicyLossOptions, policy_options, reward_normalization
 from prism_fast.ops import policy_loss
 from prism_fast.ops.reference.aggregation import LOSSES, OF_LOSS
 from tests.ops.golden import load
@@ -75,24 +75,31 @@ def test_denominator_refusals():
 
 def test_presets_run_and_hold_the_published_numbers():
     arguments = (torch.zeros(3), torch.ones(1), torch.tensor([0, 3], dtype=torch.int32))
-    for name, options in PRESETS.items():
+    presets = {name: policy_options(name, max_response=8192) for name in PRESETS}
+    for name, options in presets.items():
         assert policy_loss(*arguments, **options.kwargs())[0].isfinite(), name
-    assert (PRESETS["grpo"].clip, PRESETS["grpo"].dual_clip, PRESETS["grpo"].aggregation) == (
-        (0.2, 0.2),
-        3.0,
-        "token_mean",
-    )
-    assert (PRESETS["dapo"].clip, PRESETS["dapo"].dual_clip) == ((0.2, 0.28), 10.0)
-    assert PRESETS["gspo"].clip == (3e-4, 4e-4)
-    assert all(options.kl_coef == 0.0 and options.entropy_coef == 0.0 for options in PRESETS.values())
+    grpo, dapo = presets["grpo"], presets["dapo"]
+    assert (grpo.clip, grpo.dual_clip, grpo.aggregation) == ((0.2, 0.2), 3.0, "token_mean")
+    assert (dapo.clip, dapo.dual_clip) == ((0.2, 0.28), 10.0)
+    assert presets["gspo"].clip == (3e-4, 4e-4)
+    assert all(options.kl_coef == 0.0 and options.entropy_coef == 0.0 for options in presets.values())
+
+
+def test_dr_grpo_divides_by_the_longest_response_and_not_by_the_deviation():
+    assert [policy_options("dr_grpo", max_response=n).norm_length for n in (72, 8192)] == [72.0, 8192.0]
+    assert all(policy_options(name, max_response=72).norm_length is None for name in PRESETS if name != "dr_grpo")
+    assert {name for name in PRESETS if reward_normalization(name) == "mean_only"} == {"dr_grpo"}
+    assert {reward_normalization(name) for name in PRESETS if name != "dr_grpo"} == {"per_score"}
 
 
 def test_options_are_refused_when_they_are_made():
     with pytest.raises(ValueError, match="loss='gspo' has no dual_clip"):
         PolicyLossOptions(loss="gspo", dual_clip=3.0)
     with pytest.raises(ValueError, match="needs norm_length"):
-        dataclasses.replace(PRESETS["dr_grpo"], norm_length=None)
+        PolicyLossOptions(loss="dr_grpo")
     with pytest.raises(NotImplementedError, match="loss='gpg' is not offered"):
         PolicyLossOptions(loss="gpg")
+    with pytest.raises(ValueError, match="no loss preset 'drgrpo'"):
+        policy_options("drgrpo", max_response=72)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        PRESETS["grpo"].loss = "gspo"
+        policy_options("grpo", max_response=72).loss = "gspo"

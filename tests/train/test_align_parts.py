@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prism_fast.algorithms.presets import PRESETS
+from prism_fast.algorithms.presets import policy_options
 from prism_fast.config import OptimizerConfig, load_config
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
@@ -138,7 +138,7 @@ def test_the_policy_gradient_does_not_depend_on_the_cut(critic, loss):
         numbers = update_policy(
             engine,
             PolicyBatch(prompts, rows, completions, advantage),
-            PRESETS[loss],
+            policy_options(loss, max_response=12),
             temperature=1.0,
             pad_id=processor.pad_id,
             budget=TokenBudget(budget, notify=pytest.fail),
@@ -162,7 +162,7 @@ def test_a_step_without_any_advantage_updates_nothing(critic):
     numbers = update_policy(
         engine,
         PolicyBatch(prompts, [0, 1], [Completion((5, 6), (0.0, 0.0), 1.0, "stop")] * 2, torch.zeros(2)),
-        PRESETS["grpo"],
+        policy_options("grpo", max_response=12),
         temperature=1.0,
         pad_id=processor.pad_id,
         budget=TokenBudget(100, notify=pytest.fail),

@@ -1,0 +1,41 @@
+"""What the recipe's key ``semantics`` means in the alignment stage, term by term.
+
+``prism_fast`` is the default. ``released`` is what the published code does, ``paper`` what PRISM's equations say
+(arXiv 2604.28123, eq. 1-4): they have no score clamp, no penalty on the scores' squares, no format penalty, and
+normalise the weighted sum of the two scores where the code normalises each score by itself.
+
+The frames of the scored spans are in ``data.framing``, the loss of a micro-batch in ``alignment_loss``, the head's
+dropout in ``models.discriminator``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Semantics:
+    """``normalize``, ``eps``, ``invalid``, ``singleton``: of ``group_advantage``.
+
+    ``all_invalid``: advantage of a group without a valid response; ``penalty`` leaves the format penalty as it is.
+    ``positions``: of the discriminator's tokens in alignment, see ``models.forward.collate``.
+    ``format_penalty``, ``score_clip``, ``score_reg``: what the recipe's keys of these names stand for when not given.
+    """
+
+    normalize: Literal["per_score", "combined"]
+    eps: float
+    invalid: Literal["below_min", "exclude"]
+    singleton: Literal["identity", "zero"]
+    all_invalid: Literal["penalty", "zero"]
+    positions: Literal["mrope", "text"]
+    format_penalty: float
+    score_clip: float | None
+    score_reg: float
+
+
+SEMANTICS: dict[str, Semantics] = {
+    "released": Semantics("per_score", 1e-6, "below_min", "identity", "penalty", "text", 1.5, 10.0, 0.001),
+    "paper": Semantics("combined", 0.0, "exclude", "zero", "zero", "mrope", 0.0, None, 0.0),
+    "prism_fast": Semantics("per_score", 1e-6, "exclude", "zero", "zero", "mrope", 1.5, 10.0, 0.001),
+}

@@ -43,8 +43,11 @@ __all__ = [
     "Routing",
 ]
 
-_COMPILED = ("group_advantage", "policy_loss", "pairwise_loss", "selected_logprob")
+_COMPILED = (
+    "group_advantage", "policy_loss", "pairwise_loss", "selected_logprob", "route_experts", "plan_experts"
+)  # fmt: skip
 _TRITON = ("linear_logprob", "linear_policy_loss")
+_STOCK = ("shared_prefix_attention",)
 
 
 def available() -> dict[str, tuple[str, ...]]:
@@ -54,4 +57,7 @@ def available() -> dict[str, tuple[str, ...]]:
     compiled = _COMPILED if native_runs_here() else ()
     fused = _TRITON if triton.runs_here() else ()
     ops = __all__[: __all__.index("available")]
-    return {op: ("reference", *["native"] * (op in compiled), *["triton"] * (op in fused)) for op in ops}
+    return {
+        op: ("reference", *["native"] * (op in compiled), *["triton"] * (op in fused), *["stock"] * (op in _STOCK))
+        for op in ops
+    }

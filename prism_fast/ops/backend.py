@@ -1,8 +1,9 @@
 """Which implementation of an op runs.
 
 ``reference`` is plain PyTorch and runs anywhere; ``native`` is C++/CUDA from ``prism_fast._C``; ``triton`` comes from
-``prism_fast.kernels``. An explicit ``backend=`` wins, then the environment variable PRISM_FAST_BACKEND, then the op's
-default. Nothing falls back: a backend that an op or this machine lacks is an error.
+``prism_fast.kernels``; ``stock`` is composed of PyTorch's own fused kernels. An explicit ``backend=`` wins, then the
+environment variable PRISM_FAST_BACKEND, then the op's default. Nothing falls back: a backend that an op or this machine
+lacks is an error.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 ENVIRONMENT = "PRISM_FAST_BACKEND"
-KNOWN = ("reference", "native", "triton")
+KNOWN = ("reference", "native", "triton", "stock")
 CURE = "run `prism-fast doctor` to see what is missing, or pass backend='reference'"
 
 
@@ -32,6 +33,10 @@ def choose(op: str, has: tuple[str, ...], requested: str | None, tensor: Tensor)
             raise ValueError(f"{op}: {source}={requested!r}, but this op has only {', '.join(map(repr, has))}")
     if requested == "reference" or len(has) == 1:
         return requested or "reference"
+    if "stock" in has and (requested == "stock" or (requested is None and tensor.device.type == "cpu")):
+        if tensor.device.type != "cpu":
+            raise RuntimeError(f"{op}: backend='stock' runs on the CPU, the tensors are on {tensor.device}; {CURE}")
+        return "stock"
     if "triton" in has:
         return _triton_or_default(op, requested, tensor)
     return _native_or_default(op, requested, tensor)

@@ -11,7 +11,7 @@ from .reference.shared_prefix_attention import shared_prefix_attention as refere
 from .results import PrefixLayout
 
 OP = "shared_prefix_attention"
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "stock")
 INT32 = (torch.int32,)
 
 
@@ -28,7 +28,8 @@ def shared_prefix_attention(
             branches name it by its number in ``prefix_start``. A segment without prefix is an ordinary sequence.
             Several groups may follow each other; empty segments are allowed.
         scale: of the scores; None = 1 / sqrt(D).
-        backend: None or "reference".
+        backend: None, "reference" or "stock" (PyTorch's fused CPU attention, joined by log-sum-exp). None is "stock" on
+            the CPU.
 
     Returns:
         [T, Hq, Dv] in the dtype of ``q``, 0 on padding (tokens past ``cu_branch[-1]``). Softmax and sums run in float32
@@ -60,5 +61,9 @@ def shared_prefix_attention(
             raise ValueError(f"{OP}: layout.{name}={bound!r} must be an integer >= 0")
     if scale is not None:
         checks.number(OP, "scale", scale)
-    choose(OP, BACKENDS, backend, q)
-    return reference(q, k, v, layout, scale=width**-0.5 if scale is None else scale)
+    scale = width**-0.5 if scale is None else float(scale)
+    if choose(OP, BACKENDS, backend, q) == "stock":
+        from .stock.shared_prefix_attention import shared_prefix_attention as composed
+
+        return composed(q, k, v, layout, scale=scale)
+    return reference(q, k, v, layout, scale=scale)

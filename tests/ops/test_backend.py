@@ -141,7 +141,7 @@ def test_triton_serves_cuda_and_is_refused_elsewhere(monkeypatch):
 def test_available_says_what_runs(machine, monkeypatch):
     machine(False)
     monkeypatch.setattr(triton, "runs_here", lambda: False)
-    assert set(ops.available().values()) == {("reference",)}
+    assert set(ops.available().values()) == {("reference",), ("reference", "stock")}
     machine(True, cuda=True)
     monkeypatch.setattr(triton, "runs_here", lambda: True)
     assert ops.available()["group_advantage"] == ("reference", "native")

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from prism_fast.ops import PrefixLayout, shared_prefix_attention
+from prism_fast.ops import PrefixLayout, backend, shared_prefix_attention
+
+
+@pytest.fixture(params=["reference", "stock"], autouse=True)
+def implementation(request, monkeypatch) -> str:
+    monkeypatch.setenv(backend.ENVIRONMENT, request.param)
+    return request.param
 
 
 def layout_of(segments: list[tuple[int, int]]) -> PrefixLayout:
@@ -52,6 +58,16 @@ SHAPES = {
         (1, 4),
         (5, 4),
         (0, -1),
+    ],
+    "ragged branches, an interrupted group and a prefix behind its branch": [
+        (3, 3),
+        (7, -1),
+        (9, 1),
+        (2, -1),
+        (1, 1),
+        (8, 1),
+        (4, 3),
+        (5, 1),
     ],
     "no prefix at all": [(3, -1), (4, -1)],
     "an empty prefix": [(0, -1), (3, 0), (2, 0)],
@@ -99,6 +115,67 @@ def test_branches_do_not_see_each_other(generator):
     moved = shared_prefix_attention(q, k, v, layout)
     assert torch.equal(base[:8], moved[:8]) and torch.equal(base[12:], moved[12:])
     assert (base[8:12] != moved[8:12]).any()
+
+
+def test_branches_of_one_call_do_not_see_each_other(generator):
+    """Equal bits also where ragged branches are computed together, in values and in gradients."""
+    segments = [(6, -1), (9, 0), (8, 0), (9, 0), (7, 0), (1, 0), (9, 0)]
+    inputs = [x.detach().float() for x in tokens(generator, segments, width=8, value_width=8)]
+    layout, changed = layout_of(segments), slice(23, 32)  # the third branch
+    upstream = torch.randn(49, 4, 8, generator=generator)
+
+    def run(q, k, v):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = shared_prefix_attention(*leaves, layout)
+        return out.detach(), *torch.autograd.grad(out, leaves, upstream)
+
+    base = run(*inputs)
+    for again, before in zip(run(*inputs), base, strict=True):
+        assert torch.equal(again, before)
+    for x in inputs:
+        x[changed] = torch.randn(x[changed].shape, generator=generator) * 30
+    for moved, before in zip(run(*inputs), base, strict=True):
+        assert torch.equal(moved[6:23], before[6:23]) and torch.equal(moved[32:], before[32:])
+        assert not torch.equal(moved[changed], before[changed])
+
+
+def test_any_strides_and_an_expanded_gradient(generator):
+    segments = SHAPES["one group"]
+    q, k, v = (x.detach() for x in tokens(generator, segments, value_width=6))
+    layout = layout_of(segments)
+    wanted = shared_prefix_attention(q, k, v, layout)
+    strided = [x.movedim(0, 2).contiguous().movedim(2, 0).requires_grad_() for x in (q, k, v)]
+    found = shared_prefix_attention(*strided, layout)
+    torch.testing.assert_close(found, wanted)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sum(), strided),
+        torch.autograd.grad(unshared(*leaves, segments).sum(), leaves),
+        rtol=1e-11,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_against_float64_is_that_of_eager_attention(generator, dtype):
+    """Within twice the error of PyTorch's attention over the repeated prefix, plus 4 units in the last place."""
+    segments = [(40, -1), (17, 0), (30, 0), (1, 0), (25, -1), (31, 4)]
+    q, k, v = (x.detach() for x in tokens(generator, segments, width=16, value_width=16))
+    upstream = torch.randn(q.shape, generator=generator, dtype=torch.float64)
+
+    def run(attention, kind):
+        leaves = [x.to(kind, copy=True).requires_grad_() for x in (q.to(dtype), k.to(dtype), v.to(dtype))]
+        out = attention(*leaves)
+        grads = torch.autograd.grad(out, leaves, upstream.to(dtype).to(kind))
+        return [x.detach().double() for x in (out, *grads)]
+
+    exact = run(lambda *x: unshared(*x, segments), torch.float64)
+    eager = run(lambda *x: unshared(*x, segments), dtype)
+    ours = run(lambda *x: shared_prefix_attention(*x, layout_of(segments)), dtype)
+    unit = torch.finfo(dtype).eps
+    for a, b, c in zip(ours, eager, exact, strict=True):
+        assert (a - c).norm() <= 2 * (b - c).norm() + 4 * unit * c.norm()
+        assert (a - c).abs().max() <= 2 * (b - c).abs().max() + 4 * unit * c.abs().max()
 
 
 def test_padding_is_zero_without_gradient(generator):

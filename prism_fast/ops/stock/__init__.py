@@ -1,0 +1,1 @@
+"""Ops composed of PyTorch's own fused kernels."""

@@ -1,0 +1,73 @@
+"""Ragged segments cut into few calls of a batched attention kernel, on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A call on a padded batch may compute this many tokens per real one: below it, one more call (some tens of
+# microseconds each in forward and backward) costs more than the padding.
+PADDING = 1.25
+
+
+class Rows(NamedTuple):
+    """Tokens of one call: ``batch`` equally long rows of ``length`` tokens.
+
+    ``start >= 0``: they lie one behind the other from token ``start`` on, and are viewed. Otherwise ``gather`` ``[batch
+    · length]`` int64 are their tokens (the last one of a short segment repeated to the full length) and ``real``
+    int64 the slots that hold a token of their own.
+    """
+
+    batch: int
+    length: int
+    start: int
+    gather: Tensor | None
+    real: Tensor | None
+
+    def read(self, x: Tensor) -> Tensor:
+        """``[T, heads, D]`` to ``[batch, heads, length, D]``."""
+        if self.start >= 0:
+            x = x[self.start : self.start + self.batch * self.length]
+        else:
+            x = x.index_select(0, self.gather)
+        return x.view(self.batch, self.length, *x.shape[1:]).transpose(1, 2)
+
+    def write(self, into: Tensor, x: Tensor) -> None:
+        """The reverse: ``[batch, heads, length, ...]`` to the tokens of ``into`` ``[T, heads, ...]``."""
+        x = x.transpose(1, 2).flatten(0, 1)
+        if self.start >= 0:
+            into[self.start : self.start + self.batch * self.length] = x
+        else:
+            into.index_copy_(0, self.gather[self.real], x.index_select(0, self.real))
+
+
+@lru_cache(maxsize=64)
+def batches(segments: tuple[tuple[int, int], ...]) -> tuple[Rows, ...]:
+    """Group ``(start, length)`` segments of similar length; empty ones drop out. A pure function of its argument."""
+    order = sorted((s for s in segments if s[1]), key=lambda s: (-s[1], s[0]))
+    groups: list[list[tuple[int, int]]] = []
+    tokens = 0
+    for segment in order:
+        if groups and groups[-1][0][1] * (len(groups[-1]) + 1) <= PADDING * (tokens + segment[1]):
+            groups[-1].append(segment)
+            tokens += segment[1]
+        else:
+            groups.append([segment])
+            tokens = segment[1]
+    return tuple(_rows(sorted(group)) for group in groups)
+
+
+def _rows(group: Sequence[tuple[int, int]]) -> Rows:
+    """One call; ``group`` in ascending order."""
+    length = max(n for _, n in group)
+    first = group[0][0]
+    if all(at == first + i * length and n == length for i, (at, n) in enumerate(group)):
+        return Rows(len(group), length, first, None, None)
+    start, n = torch.tensor(group).t()
+    slot = torch.arange(length)
+    gather = start[:, None] + torch.minimum(slot, n[:, None] - 1)
+    return Rows(len(group), length, -1, gather.flatten(), (slot < n[:, None]).flatten().nonzero().squeeze(1))

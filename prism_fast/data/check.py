@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from prism_fast.data.images import DEFAULT_MAX_IMAGE_PIXELS
 from prism_fast.data.problems import DataError, Place
 from prism_fast.data.readers import read_pairs, read_sharegpt, read_tasks
-from prism_fast.data.samples import Demonstration, Pair, Task
+from prism_fast.data.screen import screen
 from prism_fast.models.processor import Processor
 
 KINDS = ("sft", "tasks", "pairs")
@@ -35,14 +36,16 @@ def check_file(
     *,
     kind: str | None = None,
     require_teacher: bool = False,
+    known_sources: Collection[str] | None = None,
     max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
     processor: Processor | None = None,
     max_prompt_tokens: int | None = None,
 ) -> Findings:
     """Read ``path`` as the format its name and first record say: parquet tasks, ShareGPT JSON, or jsonl pairs.
 
-    ``kind`` (``sft``, ``tasks`` or ``pairs``) forces the format. With a ``processor``, prompts are encoded as training
-    does it, images expanded, and those of more than ``max_prompt_tokens`` are problems.
+    ``kind`` (``sft``, ``tasks`` or ``pairs``) forces the format. With a ``processor``, prompts are measured as training
+    does it, images expanded, and those of more than ``max_prompt_tokens`` are problems. ``known_sources``: see
+    `read_tasks`.
     Problems of the file as a whole (missing, no such format, wrong column types) are findings like any other.
     """
     path = Path(path)
@@ -50,6 +53,7 @@ def check_file(
         raise ValueError(f"kind {kind!r} is not known; allowed: {', '.join(KINDS)}")
     if max_prompt_tokens is not None and processor is None:
         raise ValueError("max_prompt_tokens needs a processor: tokens are those of a particular policy")
+    limits = dict(max_image_pixels=max_image_pixels)
     problems: list[DataError] = []
     lengths: list[int] = []
     form = "unknown"
@@ -57,40 +61,17 @@ def check_file(
     try:
         form = _form(path) if kind is None else {"sft": "sharegpt"}.get(kind, kind)
         if form == "tasks":
-            samples = read_tasks(
-                path, require_teacher=require_teacher, max_image_pixels=max_image_pixels, problems=problems
-            )
+            teacher = dict(require_teacher=require_teacher, known_sources=known_sources)
+            samples = read_tasks(path, **teacher, **limits, problems=problems)
         elif form == "pairs":
-            samples = read_pairs(path, max_image_pixels=max_image_pixels, problems=problems)
+            samples = read_pairs(path, **limits, problems=problems)
         else:
-            samples = read_sharegpt(path, max_image_pixels=max_image_pixels, problems=problems)
-        for index in range(len(samples)):
-            try:
-                sample = samples[index]
-                if processor is not None:
-                    lengths.append(_prompt_tokens(path, sample, processor))
-                    _check_length(path, sample, lengths[-1], max_prompt_tokens)
-                usable += 1
-            except DataError as error:
-                problems.append(error)
+            samples = read_sharegpt(path, **limits, problems=problems)
+        found = screen(samples, processor=processor, max_prompt_tokens=max_prompt_tokens, problems=problems)
+        usable, lengths = len(found.samples), found.prompt_tokens
     except DataError as error:
         problems.append(error)
     return Findings(path, form, usable, problems, lengths)
-
-
-def _prompt_tokens(path: Path, sample: Demonstration | Task | Pair, processor: Processor) -> int:
-    try:
-        return len(processor.encode_prompt(sample.messages, sample.images).input_ids)
-    except ValueError as error:
-        place = Place(path, f"sample {sample.uid}")
-        raise place.error("prompt", f"cannot be encoded: {error}", "Mend or leave out the sample") from error
-
-
-def _check_length(path: Path, sample: Demonstration | Task | Pair, tokens: int, limit: int | None) -> None:
-    if limit is not None and tokens > limit:
-        wrong = f"expands to {tokens} tokens, more than the limit of {limit}"
-        cure = "Shorten the prompt, shrink its images, or raise the limit"
-        raise Place(path, f"sample {sample.uid}").error("prompt", wrong, cure)
 
 
 def _form(path: Path) -> str:

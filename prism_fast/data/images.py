@@ -1,19 +1,21 @@
 """Images of samples: where they are, and decoding them within limits.
 
 Files are untrusted: only the formats below are ever tried (Pillow would also start external programs for some), and the
-size in the header is checked before any pixel is decoded.
+size in the header is checked before any pixel is decoded. Every refusal is an `ImageError`.
 """
 
 from __future__ import annotations
 
 import re
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
-from prism_fast.data.problems import Place
+from prism_fast.data.problems import ImageError, Place
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 DEFAULT_MAX_IMAGE_PIXELS = 64 * 2**20
@@ -27,65 +29,74 @@ def image_source(value: Any, place: Place, field: str, root: Path) -> bytes | Pa
     ``value`` is a path (relative ones start at ``root``), encoded bytes, or an object with ``bytes``, ``path`` or
     ``image``. URLs are refused: nothing is ever downloaded.
     """
+    refuse = partial(place.error, kind=ImageError)
     if isinstance(value, dict):
         keys = ("bytes", "path", "image", "image_url")
         given = next((key for key in keys if value.get(key) is not None), None)
         if given is None:
             cure = "Give 'bytes' (the encoded image file) or 'path'"
-            raise place.error(field, f"has none of {', '.join(keys)} (it has: {', '.join(value) or 'nothing'})", cure)
+            raise refuse(field, f"has none of {', '.join(keys)} (it has: {', '.join(value) or 'nothing'})", cure)
         value, field = value[given], f"{field}.{given}"
     if isinstance(value, bytes):
         if not value:
-            raise place.error(field, "holds no bytes", "Store the encoded image file there")
+            raise refuse(field, "holds no bytes", "Store the encoded image file there")
         return value
     text = place.text(value, field)
     shown = text if len(text) <= 80 else text[:77] + "..."
     if _URL.match(text):
-        raise place.error(field, f"is a URL ({shown})", "Nothing is downloaded here: save the image and give its path")
+        raise refuse(field, f"is a URL ({shown})", "Nothing is downloaded here: save the image and give its path")
     path = root / text
     try:
         exists = path.is_file()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # too long, or a NUL in it
         cure = "Give the path of an image file, or its encoded bytes as 'bytes' (not base64)"
-        raise place.error(field, f"is no path ({error.strerror}: {shown})", cure) from error
+        raise refuse(field, f"is no path ({getattr(error, 'strerror', None) or error}: {shown})", cure) from error
     if not exists:
-        raise place.error(field, f"image file {path} does not exist", f"Relative paths start at {root}: put it there")
+        raise refuse(field, f"image file {path} does not exist", f"Relative paths start at {root}: put it there")
     return path
 
 
 def load_image(source: bytes | Path, place: Place, field: str, max_image_pixels: int) -> Image.Image:
-    """Decode one image to RGB: turned upright by its EXIF tag, transparency on white; not resized.
+    """Decode one image to RGB: turned upright by its EXIF tag, transparency on white, 16-bit grey scaled to 8 bits; not
+    resized.
 
-    Raises DataError for what is no image, too large (``max_image_pixels``), animated, damaged, or deeper than 8 bits.
+    Raises ImageError for what is no image, too large (``max_image_pixels``), animated, damaged, or of a pixel mode
+    without a defined white (32-bit integers, floats).
     """
+    refuse = partial(place.error, kind=ImageError)
     name = str(source) if isinstance(source, Path) else f"{len(source)} inline bytes"
-    too_large = "Resize the image, or raise max_image_pixels if you trust the file"
+    damaged = "The file is damaged: save it again"
     try:
         image = Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise place.error(field, f"{name}: more pixels than Pillow opens ({error})", "Resize the image") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise refuse(field, f"{name}: more pixels than Pillow opens ({error})", "Resize the image") from error
     except Image.UnidentifiedImageError as error:
-        cure = f"Known formats: {', '.join(FORMATS)}"
-        raise place.error(field, f"{name}: not an image that can be read", cure) from error
+        raise refuse(field, f"{name}: not an image that can be read", f"Known formats: {', '.join(FORMATS)}") from error
     except OSError as error:
-        raise place.error(field, f"{name}: cannot be opened ({error})", "Check the file and its rights") from error
+        raise refuse(field, f"{name}: cannot be opened ({error})", "Check the file and its rights") from error
+    except Exception as error:  # Pillow lets some of its decoders' errors through (a text chunk that inflates too far)
+        raise refuse(field, f"{name}: cannot be opened ({type(error).__name__}: {error})", damaged) from error
     with image:
         width, height = image.size
         if width * height > max_image_pixels:
             wrong = f"{name}: {width} x {height} = {width * height} pixels, the limit is {max_image_pixels}"
-            raise place.error(field, wrong, too_large)
-        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-            raise place.error(field, f"{name}: has {image.n_frames} frames", "Save the one frame that is meant")
-        if image.mode.startswith(("I", "F")):
-            raise place.error(field, f"{name}: pixel mode {image.mode} has more than 8 bits", "Save it with 8 bits")
+            raise refuse(field, wrong, "Resize the image, or raise max_image_pixels if you trust the file")
         try:
-            return _rgb(ImageOps.exif_transpose(image))
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            if frames == 1 and image.mode not in ("I", "F"):
+                return _rgb(ImageOps.exif_transpose(image))
         except Exception as error:  # decoders of damaged files raise anything from SyntaxError to struct.error
-            wrong = f"{name}: cannot be decoded ({type(error).__name__}: {error})"
-            raise place.error(field, wrong, "The file is damaged: save it again") from error
+            raise refuse(field, f"{name}: cannot be decoded ({type(error).__name__}: {error})", damaged) from error
+        if frames > 1:
+            raise refuse(field, f"{name}: has {frames} frames", "Save the one frame that is meant")
+        wrong = f"{name}: pixel mode {image.mode} does not say which value is white"
+        raise refuse(field, wrong, "Save it with 8 or 16 bits")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 instead of scaling
+        values = np.asarray(image).astype(np.uint32)  # [H, W], 65535 is white
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

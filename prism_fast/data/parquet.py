@@ -1,10 +1,15 @@
-"""Parquet files of tasks: column types checked at opening, rows streamed, encoded images read a row group at a time."""
+"""Parquet files of tasks: column types checked at opening, rows streamed, encoded images read some rows at a time.
+
+Files may be far larger than memory, and a writer may have put all of them into one row group (pandas does). So columns
+are read through a small buffer, page by page, and never as a whole row group.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ import pyarrow.parquet as pq
 from prism_fast.data.problems import Place
 
 ROWS_PER_BATCH = 64
+_READ_BUFFER = 2**20
 TEACHER_COLUMNS = ("teacher_response", "teacher_caption", "teacher_cot")
 Check = Callable[[pa.DataType], bool]
 
@@ -105,6 +111,7 @@ class TaskFile:
             self._columns.append("videos")
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._ends = list(accumulate(sizes))
+        self._cursor: tuple[int, int, Iterator[pa.RecordBatch]] | None = None  # row group, next block in it, the rest
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -113,8 +120,8 @@ class TaskFile:
         """Every row in file order, images still encoded; a small batch of rows is in memory at a time."""
         row = 0
         try:
-            with pq.ParquetFile(self.path) as file:
-                for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=self._columns):
+            with pq.ParquetFile(self.path, buffer_size=_READ_BUFFER, pre_buffer=False) as file:
+                for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=self._columns, use_threads=False):
                     for value in batch.to_pylist():
                         yield Place(self.path, f"row {row}"), value
                         row += 1
@@ -122,37 +129,52 @@ class TaskFile:
             place = Place(self.path, f"row {row} or later")
             raise place.error("", f"cannot be read ({error})", "The file is damaged: copy or write it again") from error
 
-    def read_group(self, group: int) -> pa.Table:
-        """The ``images`` column of one row group."""
+    def locate(self, row: int) -> tuple[int, int, int]:
+        """(row group, block of `ROWS_PER_BATCH` rows inside it, row inside the block) of a file row."""
+        group = bisect_right(self._ends, row)
+        inside = row - (self._ends[group - 1] if group else 0)
+        return group, inside // ROWS_PER_BATCH, inside % ROWS_PER_BATCH
+
+    def read_block(self, group: int, block: int) -> pa.Array:
+        """The ``images`` column of one block of rows. Going forward through a row group continues where the last call
+        stopped; going back decodes the group from its beginning."""
         try:
-            with pq.ParquetFile(self.path) as file:
-                return file.read_row_group(group, columns=["images"])
+            if self._cursor is None or self._cursor[0] != group or self._cursor[1] > block:
+                self._cursor = (group, 0, self._blocks(group))
+            _, position, blocks = self._cursor
+            self._cursor = None  # if reading fails, the next call opens the file again
+            for batch in islice(blocks, block - position, None):
+                self._cursor = (group, block + 1, blocks)
+                return batch.column(0)
         except (pa.ArrowException, OSError) as error:
             place = Place(self.path, f"row group {group}")
             raise place.error("images", f"cannot be read any more ({error})", "Put the file back and resume") from error
+        raise Place(self.path, f"row group {group}").error("images", "has fewer rows than before", "Put the file back")
 
-    def locate(self, row: int) -> tuple[int, int]:
-        """(row group, row inside it) of a file row."""
-        group = next(index for index, end in enumerate(self._ends) if row < end)
-        return group, row - (self._ends[group - 1] if group else 0)
+    def _blocks(self, group: int) -> Iterator[pa.RecordBatch]:
+        with pq.ParquetFile(self.path, buffer_size=_READ_BUFFER, pre_buffer=False) as file:
+            yield from file.iter_batches(
+                batch_size=ROWS_PER_BATCH, row_groups=[group], columns=["images"], use_threads=False
+            )
 
 
 class EncodedImages:
-    """Encoded image entries by (file, row); the ``keep`` row groups used last stay in memory, undecoded."""
+    """Encoded image entries by (file, row). Blocks of rows used last stay in memory, undecoded, up to ``keep_bytes``
+    together (the newest always stays)."""
 
-    def __init__(self, keep: int = 4) -> None:
-        self._keep = keep
-        self._groups: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
+    def __init__(self, keep_bytes: int = 2**28) -> None:
+        self._keep_bytes = keep_bytes
+        self._blocks: OrderedDict[tuple[Path, int, int], pa.Array] = OrderedDict()
+        self._bytes = 0
 
     def entries(self, file: TaskFile, row: int) -> list[Any]:
-        group, inside = file.locate(row)
-        key = (file.path, group)
-        table = self._groups.pop(key, None)
-        if table is None:
-            table = file.read_group(group)
-        self._groups[key] = table
-        while len(self._groups) > self._keep:
-            self._groups.popitem(last=False)
-        return table.slice(inside, 1).column("images").to_pylist()[0]
-
-
+        group, block, inside = file.locate(row)
+        key = (file.path, group, block)
+        values = self._blocks.pop(key, None)
+        if values is None:
+            values = file.read_block(group, block)
+            self._bytes += values.nbytes
+        self._blocks[key] = values
+        while self._bytes > self._keep_bytes and len(self._blocks) > 1:
+            self._bytes -= self._blocks.popitem(last=False)[1].nbytes
+        return values[inside].as_py()

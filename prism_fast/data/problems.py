@@ -15,7 +15,22 @@ def holds_control_token(text: str) -> bool:
 
 
 class DataError(ValueError):
-    """A file that cannot be used as it is. ``str()`` is one sentence for a terminal, naming the place and the cure."""
+    """A file or sample that cannot be used as it is. ``str()`` is one sentence for a terminal, naming the place and the
+    cure; ``reason`` is the heading under which left-out samples are counted."""
+
+    reason = "bad"
+
+
+class ImageError(DataError):
+    """An image that is missing, damaged, too large or of a kind that is not read."""
+
+    reason = "image"
+
+
+class LongPromptError(DataError):
+    """A prompt whose expanded form is longer than the limit."""
+
+    reason = "long"
 
 
 @dataclass(frozen=True)
@@ -25,10 +40,10 @@ class Place:
     file: Path
     row: str = ""
 
-    def error(self, field: str, wrong: str, cure: str) -> DataError:
+    def error(self, field: str, wrong: str, cure: str, *, kind: type[DataError] = DataError) -> DataError:
         where = f"{self.file}, {self.row}" if self.row else str(self.file)
         about = f" field '{field}':" if field else ""
-        return DataError(f"{where}:{about} {' '.join(wrong.split())}. {cure}.")  # libraries' messages span lines
+        return kind(f"{where}:{about} {' '.join(wrong.split())}. {cure}.")  # libraries' messages span lines
 
     def text(self, value: object, field: str, *, empty: bool = False) -> str:
         """``value`` if it is a (non-empty, unless ``empty``) string that can be tokenised as plain text.

@@ -8,7 +8,7 @@ the error is appended, the row is left out, and the caller decides (and counts).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
@@ -43,18 +43,26 @@ Problems = list[DataError] | None
 class Samples(Sequence[T], Generic[T]):
     """A file's samples; indexing one decodes its images (DataError if they cannot be)."""
 
-    def __init__(self, builders: list[Callable[[], T]]) -> None:
-        self._builders = builders
+    def __init__(self, rows: list[tuple[Place, Callable[[], T]]]) -> None:
+        self._rows = rows
 
     def __len__(self) -> int:
-        return len(self._builders)
+        return len(self._rows)
 
     @overload
     def __getitem__(self, index: int) -> T: ...
     @overload
     def __getitem__(self, index: slice) -> Samples[T]: ...
     def __getitem__(self, index: int | slice) -> T | Samples[T]:
-        return Samples(self._builders[index]) if isinstance(index, slice) else self._builders[index]()
+        return Samples(self._rows[index]) if isinstance(index, slice) else self._rows[index][1]()
+
+    def place(self, index: int) -> Place:
+        """Where sample ``index`` stands in its file."""
+        return self._rows[index][0]
+
+    def take(self, indices: Iterable[int]) -> Samples[T]:
+        """Those samples, in this order; nothing is decoded."""
+        return Samples([self._rows[index] for index in indices])
 
 
 def _parse_all(
@@ -63,9 +71,9 @@ def _parse_all(
     path: Path,
     problems: Problems,
     seen: dict[str, Place],
-) -> list[Callable[[], T]]:
-    """Parse every row to (uid, builder); uids must differ. An empty file is an error."""
-    builders, count = [], 0
+) -> list[tuple[Place, Callable[[], T]]]:
+    """Parse every row to its place and builder; uids must differ. An empty file is an error."""
+    parsed, count = [], 0
     for place, raw in rows:
         count += 1
         try:
@@ -76,14 +84,14 @@ def _parse_all(
                 other = seen[uid]
                 raise place.error("uid", f"{uid!r} is also the uid of {other.file}, {other.row}", "Make uids differ")
             seen[uid] = place
-            builders.append(builder)
+            parsed.append((place, builder))
         except DataError as error:
             if problems is None:
                 raise
             problems.append(error)
     if count == 0:
         raise Place(path).error("", "holds no rows", "Give a file with samples")
-    return builders
+    return parsed
 
 
 def _decode(sources: list[bytes | Path], place: Place, field: str, max_image_pixels: int) -> list:
@@ -182,6 +190,7 @@ def read_tasks(
     paths: str | Path | Sequence[str | Path],
     *,
     require_teacher: bool,
+    known_sources: Collection[str] | None = None,
     image_root: str | Path | None = None,
     max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
     problems: Problems = None,
@@ -189,7 +198,8 @@ def read_tasks(
     """Alignment, RLVR or evaluation tasks from one or several parquet files, in order.
 
     Columns ``prompt``, ``data_source``, ``reward_model`` are required, ``images``, ``answer`` and ``extra_info``
-    optional; ``require_teacher`` asks for ``teacher_caption``, ``teacher_cot`` and ``teacher_response`` in every row.
+    optional; ``require_teacher`` asks for ``teacher_caption``, ``teacher_cot`` and ``teacher_response`` in every row,
+    ``known_sources`` are the values of ``data_source`` that can be graded (None: any).
     An ``answer`` that differs from the ground truth is kept in ``extra``.
     ``extra_info`` may hold ``uid``, ``question``, ``kind`` and ``cluster``; what is left of it becomes ``extra``
     (entries that are null are left out: parquet cannot tell them from absent ones). Tasks without a uid are called
@@ -199,16 +209,16 @@ def read_tasks(
     if not listed:
         raise ValueError("read_tasks was given no file")
     encoded = EncodedImages()
-    builders: list[Callable[[], Task]] = []
+    parsed: list[tuple[Place, Callable[[], Task]]] = []
     seen: dict[str, Place] = {}
     for number, path in enumerate(map(Path, listed)):
         root = Path(image_root) if image_root is not None else path.parent
         file = TaskFile(path, require_teacher=require_teacher)
         prefix = f"{number}-" if len(listed) > 1 else ""
         shared = dict(encoded=encoded, root=root, prefix=prefix, teacher=require_teacher, pixels=max_image_pixels)
-        parse = partial(_parse_task, file=file, **shared)
-        builders += _parse_all(file.rows(), parse, path, problems, seen)
-    return Samples(builders)
+        parse = partial(_parse_task, file=file, sources=known_sources, **shared)
+        parsed += _parse_all(file.rows(), parse, path, problems, seen)
+    return Samples(parsed)
 
 
 def _parse_task(
@@ -220,6 +230,7 @@ def _parse_task(
     root: Path,
     prefix: str,
     teacher: bool,
+    sources: Collection[str] | None,
     pixels: int,
 ) -> tuple[str, Callable[[], Task]]:
     entries = row.get("images") or []
@@ -229,6 +240,9 @@ def _parse_task(
         raise place.error("videos", "videos are not supported", "Use images")
     turns = read_turns(row["prompt"], place, "prompt", "role", "content")
     messages = prompt_messages(turns, len(entries), place, "prompt")
+    source = place.text(row["data_source"], "data_source")
+    if sources is not None and source not in sources:
+        raise place.error("data_source", f"no reward is known for {source!r}", f"Known: {', '.join(sorted(sources))}")
     reward = place.mapping(row["reward_model"], "reward_model")
     extra = {key: value for key, value in (row.get("extra_info") or {}).items() if value is not None}
     if row.get("answer") not in (None, reward.get("ground_truth")):
@@ -244,7 +258,7 @@ def _parse_task(
     fixed = dict(
         uid=uid,
         messages=messages,
-        data_source=place.text(row["data_source"], "data_source"),
+        data_source=source,
         ground_truth=place.text(reward.get("ground_truth"), "reward_model.ground_truth"),
         equivalent_answers=_equivalents(reward.get("equivalent_answers"), place),
         question=named["question"] or plain_text(messages[-1]["content"]),
@@ -264,12 +278,17 @@ def _parse_task(
 
 
 def _equivalents(value: Any, place: Place) -> tuple[str, ...]:
-    """Other accepted answers; null, an empty list and the published placeholder mean none."""
+    """Other accepted answers; null, an empty list and the published placeholder alone mean none. A placeholder among
+    real ones stays: the published rules discard them all then, the default does not."""
     if value is None:
         return ()
     field = "reward_model.equivalent_answers"
     texts = [place.text(item, f"{field}[{n}]") for n, item in enumerate(place.listing(value, field))]
-    return () if NO_EQUIVALENTS in texts else tuple(texts)
+    return () if set(texts) <= {NO_EQUIVALENTS} else tuple(texts)
+
+
+PAIR_SPANS = ("teacher_caption", "student_caption", "teacher_cot", "student_cot")
+PAIR_RESPONSES = ("teacher_response", "student_response")
 
 
 def read_pairs(
@@ -280,7 +299,8 @@ def read_pairs(
     problems: Problems = None,
 ) -> Samples[Pair]:
     """Discriminator warm-up pairs from jsonl: ``prompt`` (or ``question``), optional ``image`` (one path), and
-    the texts ``teacher_caption``, ``student_caption``, ``teacher_cot``, ``student_cot``.
+    the texts ``teacher_caption``, ``student_caption``, ``teacher_cot``, ``student_cot``, or ``teacher_response`` and
+    ``student_response``, or all six.
 
     The image stands before the text unless the prompt holds an ``<image>`` marker. ``system`` may give the system
     prompt of a line (null: none); lines without it get the published one.
@@ -299,10 +319,9 @@ def read_pairs(
         if system is not None:
             turns.insert(0, {"role": "system", "content": place.text(system, "system")})
         messages = prompt_messages(turns, len(sources), place, name)
-        keys = ("teacher_caption", "student_caption", "teacher_cot", "student_cot")
-        if not any(record.get(key) for key in keys) and record.get("teacher_response"):
-            cure = "Split the responses into caption and reasoning"
-            raise place.error("teacher_response", "pairs of whole responses are not supported", cure)
+        spans, whole = any(map(record.get, PAIR_SPANS)), list(map(record.get, PAIR_RESPONSES))
+        keys = PAIR_SPANS if spans or not any(whole) else ()
+        keys += PAIR_RESPONSES if all(whole) or not keys else ()
         texts = {key: place.text(record.get(key), key) for key in keys}
         uid = _uid(record, place)
 

@@ -161,18 +161,7 @@ class Processor:
         Raises:
             ValueError: the number of image placeholders in the rendered text and of ``images`` differ, or no messages.
         """
-        if not messages:
-            raise ValueError("messages is empty: a prompt needs at least one turn")
-        text = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generation_prompt
-        )
-        ids = self.encode_text(text)
-        slots = ids.count(self.image_token_id)
-        if slots != len(images):
-            raise ValueError(
-                f"the messages hold {slots} image placeholder(s) but {len(images)} image(s) were given: use one "
-                f'{{"type": "image"}} part per image and keep the literal {IMAGE_PAD} out of texts'
-            )
+        ids = self._prompt_ids(messages, len(images), generation_prompt)
         if not images:
             return EncodedPrompt(tuple(ids), None, None)
         features = self.image_processor(images=list(images), return_tensors="pt")
@@ -185,6 +174,30 @@ class Processor:
             else:
                 expanded.append(token)
         return EncodedPrompt(tuple(expanded), features["pixel_values"], grid)
+
+    def prompt_tokens(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image]) -> int:
+        """Length of ``encode_prompt(messages, images).input_ids`` without touching a pixel. Raises as it does."""
+        tokens = len(self._prompt_ids(messages, len(images), True))
+        for image in images:
+            patches = self.image_processor.get_number_of_image_patches(image.height, image.width)
+            tokens += patches // self.image_processor.merge_size**2 - 1  # in place of the placeholder
+        return tokens
+
+    def _prompt_ids(self, messages: Sequence[Mapping[str, Any]], num_images: int, generation_prompt: bool) -> list[int]:
+        """Token ids of the rendered chat, one placeholder per image."""
+        if not messages:
+            raise ValueError("messages is empty: a prompt needs at least one turn")
+        text = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=generation_prompt
+        )
+        ids = self.encode_text(text)
+        slots = ids.count(self.image_token_id)
+        if slots != num_images:
+            raise ValueError(
+                f"the messages hold {slots} image placeholder(s) but {num_images} image(s) were given: use one "
+                f'{{"type": "image"}} part per image and keep the literal {IMAGE_PAD} out of texts'
+            )
+        return ids
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of ``text`` as it stands: nothing added in front or behind, special tokens recognised."""

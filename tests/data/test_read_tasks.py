@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -88,24 +90,76 @@ def test_teacher_columns_are_optional_unless_required(tmp_path):
         read_tasks(path, require_teacher=True)
 
 
-def test_row_groups_are_read_on_demand(tmp_path, monkeypatch):
+def test_only_the_blocks_that_are_needed_are_decoded(tmp_path, monkeypatch):
+    """Nothing at opening; a block once while it stays in memory, and no other group's."""
     rows = [row(images=[{"bytes": png_bytes(n), "path": None}]) for n in range(11)]
-    path = write(tmp_path, rows, row_group_size=2)
+    path = write(tmp_path, rows, row_group_size=4)
+    monkeypatch.setattr(parquet, "ROWS_PER_BATCH", 2)
     reads = []
-    original = parquet.TaskFile.read_group
-    monkeypatch.setattr(parquet.TaskFile, "read_group", lambda file, g: reads.append(g) or original(file, g))
+    original = parquet.TaskFile.read_block
+    monkeypatch.setattr(parquet.TaskFile, "read_block", lambda file, g, b: reads.append((g, b)) or original(file, g, b))
     tasks = read_tasks(path, require_teacher=True)
     assert reads == []
     order = np.random.default_rng(3).permutation(11).tolist()
     assert [tasks[n].images[0].getpixel((0, 0))[0] for n in order] == order
+    assert sorted(reads) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]  # all six fit into memory
     reads.clear()
     tasks = read_tasks(path, require_teacher=True)
-    for index in (10, 10, 1, 3, 0, 10):
+    for index in (10, 10, 1, 7, 6, 0):
         tasks[index]
-    assert reads == [5, 0, 1]
-    for index in (5, 7, 0, 3):  # four groups stay: the one used longest ago (1) went
-        tasks[index]
-    assert reads == [5, 0, 1, 2, 3, 1]
+    assert reads == [(2, 1), (0, 0), (1, 1)]
+
+
+def test_blocks_in_memory_are_bounded_by_their_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "ROWS_PER_BATCH", 1)
+    path = write(tmp_path, [row(images=[{"bytes": png_bytes(n), "path": None}]) for n in range(6)])
+    file = parquet.TaskFile(path, require_teacher=False)
+    size = file.read_block(0, 0).nbytes
+    images = parquet.EncodedImages(keep_bytes=int(3.5 * size))
+    reads = []
+    monkeypatch.setattr(file, "read_block", lambda g, b: reads.append(b) or parquet.TaskFile.read_block(file, g, b))
+    for index in (0, 1, 2, 0, 3, 1, 0):  # the fourth block drives out the one used longest ago, which is 1
+        assert images.entries(file, index)[0]["bytes"] == png_bytes(index)
+    assert reads == [0, 1, 2, 3, 1]
+    assert parquet.EncodedImages(keep_bytes=0).entries(file, 5)[0]["bytes"] == png_bytes(5)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from prism_fast.data import parquet, readers
+parquet.ROWS_PER_BATCH = 8
+readers.load_image = lambda source, *rest: len(source)
+readers.read_tasks(sys.argv[1], require_teacher=False)[0]
+def status(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = status("VmRSS")
+for path in sys.argv[2:]:
+    tasks = readers.read_tasks(path, require_teacher=False)
+    assert [tasks[index].images for index in (500, 3, 250, 251)] == [[2**18]] * 4
+print(status("VmHWM") - before)
+"""
+
+
+def test_memory_stays_small_on_large_files(tmp_path):
+    """128 MiB of images, in many row groups and in a single one: opening and reading at random holds a fraction of it
+    (a writer's data page is the unit that cannot be split, 2 MiB here)."""
+    noise = np.random.default_rng(5)
+    payload = [noise.bytes(2**18) for _ in range(8)]
+    kind = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    small = pa.Table.from_pylist([row()])
+    schema = small.schema.set(small.schema.get_field_index("images"), pa.field("images", kind))
+    table = pa.Table.from_pylist([row(images=[{"bytes": payload[n % 8], "path": None}]) for n in range(512)], schema)
+    paths = [tmp_path / f"{group}.parquet" for group in (8, 512)]
+    for path, group in zip(paths, (8, 512), strict=True):
+        options = dict(compression="none", use_dictionary=False, write_batch_size=8)
+        pq.write_table(table, path, row_group_size=group, **options)
+        assert pq.read_metadata(path).num_row_groups == 512 // group and path.stat().st_size > 2**27
+    command = [sys.executable, "-c", MEASURE, write(tmp_path, [row()]), *paths]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 80 * 2**10, f"{done.stdout} KiB"
 
 
 def test_several_files_keep_their_order(tmp_path):

@@ -1,0 +1,74 @@
+"""Which samples of a file can be used: images that decode, prompts that fit. Training and ``data check`` ask here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic
+
+from prism_fast.data.problems import DataError, LongPromptError, Place
+from prism_fast.data.readers import Samples, T
+from prism_fast.models.processor import Processor
+
+REASONS = ("bad", "image", "long")
+
+
+@dataclass(frozen=True)
+class Screened(Generic[T]):
+    """The usable ``samples``, the ``problems`` of the others (those that reading found included), and the lengths of
+    all prompts that could be measured, too long ones too; no lengths without a processor."""
+
+    samples: Samples[T]
+    problems: list[DataError]
+    prompt_tokens: list[int]
+
+    def counts(self) -> dict[str, int]:
+        """``kept`` samples, and those left out under each of `REASONS` (``skipped_…``)."""
+        skipped = [problem.reason for problem in self.problems]
+        return {"kept": len(self.samples)} | {f"skipped_{reason}": skipped.count(reason) for reason in REASONS}
+
+
+def screen(
+    samples: Samples[T],
+    *,
+    processor: Processor | None = None,
+    max_prompt_tokens: int | None = None,
+    problems: list[DataError] | None = None,
+) -> Screened[T]:
+    """Decode the images of every sample once and, with a ``processor``, measure its prompt with image tokens expanded.
+
+    Prompts longer than ``max_prompt_tokens`` are problems; none is ever cut, which would part image tokens from their
+    images. Without a ``problems`` list the first problem is raised; with one (which may hold those that reading found)
+    problems are appended and their samples left out.
+    """
+    if max_prompt_tokens is not None and processor is None:
+        raise ValueError("max_prompt_tokens needs a processor: tokens are those of a particular policy")
+    kept: list[int] = []
+    lengths: list[int] = []
+    for index in range(len(samples)):
+        try:
+            sample = samples[index]
+            if processor is not None:
+                place = samples.place(index)
+                place = Place(place.file, f"{place.row}, sample {sample.uid}")
+                lengths.append(_prompt_tokens(sample, place, processor))
+                _check_length(lengths[-1], max_prompt_tokens, place)
+            kept.append(index)
+        except DataError as error:
+            if problems is None:
+                raise
+            problems.append(error)
+    return Screened(samples.take(kept), [] if problems is None else problems, lengths)
+
+
+def _prompt_tokens(sample: T, place: Place, processor: Processor) -> int:
+    try:
+        return processor.prompt_tokens(sample.messages, sample.images)
+    except ValueError as error:
+        raise place.error("prompt", f"cannot be encoded: {error}", "Mend or leave out the sample") from error
+
+
+def _check_length(tokens: int, limit: int | None, place: Place) -> None:
+    if limit is not None and tokens > limit:
+        wrong = f"expands to {tokens} tokens, more than the limit of {limit}"
+        cure = "Shorten the prompt, shrink its images, or raise the limit"
+        raise place.error("prompt", wrong, cure, kind=LongPromptError)

@@ -170,10 +170,18 @@ class WarmupConfig:
 
 @dataclass
 class DiscriminatorUpdateConfig:
-    score_clip: float = 10.0
-    score_reg: float = 0.001
+    """Not given (null) means what ``semantics`` says: clip 10 and regulariser 0.001, under ``paper`` neither. Both also
+    act in the warm-up."""
+
+    score_clip: float | None = None  # scores are clamped to +- this in the loss and the advantage
+    score_reg: float | None = None  # weight of the scores' mean square in the discriminator's loss
     tokens_per_micro_batch: int = 16384
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        key, clip, reg = "align.discriminator", self.score_clip, self.score_reg
+        _require(clip is None or clip > 0, f"{key}.score_clip", "positive or null", clip)
+        _require(reg is None or reg >= 0, f"{key}.score_reg", "0 or more, or null", reg)
 
 
 @dataclass
@@ -181,8 +189,11 @@ class AlignConfig:
     steps: int = 500
     prompts: int = 4  # prompts per step
     advantage: Literal["default", "acc_gating", "gated_align", "rlvr", "rlvr_v2", "sign_align"] = "default"
+    # What the discriminator scores, here and in its warm-up: caption and reasoning by themselves, or the whole response
+    # against the teacher's whole response (GAD, arXiv 2511.10643).
+    discriminate: Literal["spans", "response"] = "spans"
     weights: tuple[float, float] = (0.5, 0.5)  # caption, reasoning
-    format_penalty: float = 1.5
+    format_penalty: float | None = None  # subtracted from an invalid response's advantage; null: 1.5, under `paper` 0
     loss: Loss = "prism"  # a preset of the policy loss
     rollout: SamplingConfig = field(default_factory=SamplingConfig)
     tokens_per_micro_batch: int = 16384
@@ -192,6 +203,23 @@ class AlignConfig:
     def __post_init__(self) -> None:
         _require(self.steps >= 0, "align.steps", "0 or more", self.steps)
         _require(self.prompts >= 1, "align.prompts", "1 or more", self.prompts)
+        if self.discriminate == "response":
+            _require(tuple(self.weights) == (0.5, 0.5), "align.weights", "left out: one score", self.weights)
+
+
+@dataclass
+class DynamicSamplingConfig:
+    """DAPO's dynamic sampling: a group whose rewards are all equal carries no gradient, so others are generated in its
+    place until a step has ``rlvr.prompts`` useful ones. What a round gives beyond that is kept for the next step."""
+
+    enabled: bool = False
+    max_rounds: int = 10  # of generation per step; then the step trains on the groups found
+    max_oversampling: float = 3.0  # largest round, as a multiple of rlvr.prompts
+
+    def __post_init__(self) -> None:
+        key = "rlvr.dynamic_sampling"
+        _require(self.max_rounds >= 1, f"{key}.max_rounds", "1 or more", self.max_rounds)
+        _require(self.max_oversampling >= 1, f"{key}.max_oversampling", "1 or more", self.max_oversampling)
 
 
 @dataclass
@@ -199,6 +227,12 @@ class RlvrConfig:
     steps: int = 1500
     prompts: int = 32
     loss: Loss = "grpo"  # a preset of the policy loss
+    # Optimizer updates of a step, each on its share of the groups. Behind the first one the rollouts are those of
+    # earlier weights, and the loss's clip range begins to act; the published recipes all have 1.
+    updates_per_step: int = 1
+    dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
+    overlong_buffer: int = 0  # tokens before max_new_tokens over which the reward of a response falls; 0: none
+    overlong_factor: float = 1.0  # by how much it has fallen at max_new_tokens
     rollout: SamplingConfig = field(default_factory=SamplingConfig)
     tokens_per_micro_batch: int = 16384
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -206,6 +240,13 @@ class RlvrConfig:
     def __post_init__(self) -> None:
         _require(self.steps >= 0, "rlvr.steps", "0 or more", self.steps)
         _require(self.prompts >= 1, "rlvr.prompts", "1 or more", self.prompts)
+        updates, buffer, longest = self.updates_per_step, self.overlong_buffer, self.rollout.max_new_tokens
+        _require(1 <= updates <= self.prompts, "rlvr.updates_per_step", "between 1 and rlvr.prompts", updates)
+        allowed = f"between 0 and rlvr.rollout.max_new_tokens={longest}"
+        _require(0 <= buffer <= longest, "rlvr.overlong_buffer", allowed, buffer)
+        _require(self.overlong_factor >= 0, "rlvr.overlong_factor", "0 or more", self.overlong_factor)
+        if self.dynamic_sampling.enabled:  # the reward of a lone rollout has nothing to differ from
+            _require(self.rollout.n >= 2, "rlvr.rollout.n", "2 or more with dynamic sampling", self.rollout.n)
 
 
 @dataclass
@@ -223,11 +264,15 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     threads: int | None = None  # CPU threads of PyTorch; none: PyTorch's own choice
     out: str | None = None  # run directory; none: runs/<recipe>-<time>
-    semantics: Literal["prism_fast", "released"] = "prism_fast"
+    # prism_fast; released: what the published code does; paper: PRISM's equations as printed (algorithms/semantics.py)
+    semantics: Literal["prism_fast", "released", "paper"] = "prism_fast"
     stages: list[str] = field(default_factory=lambda: list(STAGES))
     checkpoint_every: int = 50  # updates or steps; a stage's last one is always kept
     keep_checkpoints: int = 2
     dump_rollouts_every: int = 10  # alignment and RLVR steps whose rollouts are kept as text
+    # Run directory whose dumped rollouts alignment and RLVR train on instead of generating: the same steps again, to
+    # the bit if the rest of the configuration is the same. That run must have kept every step (dump_rollouts_every=1).
+    replay: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     sft: SftConfig = field(default_factory=SftConfig)
@@ -244,6 +289,12 @@ class Config:
                 )
         order = [STAGES.index(stage) for stage in self.stages]
         _require(order == sorted(set(order)), "stages", f"in the order {', '.join(STAGES)}, each once", self.stages)
+        if self.semantics == "released":  # the published code stops with a KeyError in this mode
+            allowed = "'spans' with semantics=released, which has no whole-response mode"
+            _require(self.align.discriminate == "spans", "align.discriminate", allowed, self.align.discriminate)
+        if self.semantics == "paper":
+            allowed = "'default' with semantics=paper, whose equations have no other"
+            _require(self.align.advantage == "default", "align.advantage", allowed, self.align.advantage)
         for key in ("dump_rollouts_every", "checkpoint_every", "keep_checkpoints"):
             _require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from prism_fast.train.checkpoint import CheckpointError
 from prism_fast.train.engine import NonFiniteError
+from prism_fast.train.group_sampler import NoUsefulGroupError
 from prism_fast.train.microbatch import StepTooLargeError
 from prism_fast.train.warmup import WarmupError
 
 USER_ERRORS: tuple[type[Exception], ...] = (
     NonFiniteError,
+    NoUsefulGroupError,
     StepTooLargeError,
     WarmupError,
     CheckpointError,

@@ -1,75 +1,132 @@
-"""Reinforcement learning with verifiable rewards: GRPO on the rule-checked answers."""
+"""Reinforcement learning with verifiable rewards: GRPO and its relatives on the rule-checked answers."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from prism_fast.algorithms.advantages import outcome_advantage
 from prism_fast.algorithms.presets import policy_options, reward_normalization
+from prism_fast.config import RlvrConfig
 from prism_fast.data.order import SampleOrder
 from prism_fast.data.samples import Task
 from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor
 from prism_fast.train.context import Run
 from prism_fast.train.engine import LocalEngine
+from prism_fast.train.group_sampler import GroupSampler, length_penalty, training_reward
 from prism_fast.train.policy_update import PolicyBatch, response_metrics, update_policy
 from prism_fast.train.resume import StageState
-from prism_fast.train.rollouts import roll_out, rollout_record
+from prism_fast.train.rollout_dump import dumped
+from prism_fast.train.rollouts import RolloutSource, StepRollouts
 from prism_fast.train.seeds import derive_seed
+
+Numbers = dict[str, float | int | None]
 
 
 def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
     """Run the stage; returns the folder of the exported policy."""
     config = run.config.rlvr
     options = policy_options(config.loss, max_response=config.rollout.max_new_tokens)
-    normalize = reward_normalization(config.loss)
+    singleton = "identity" if run.config.semantics == "released" else "zero"
     engine = LocalEngine(policy, config.optimizer)
     order = SampleOrder(len(tasks), seed=derive_seed(run.config.seed, "rlvr", "order"))
+    sampler = GroupSampler(RolloutSource(run, "rlvr", policy, processor, tasks, config.rollout), order, config)
     budgets = {"policy": config.tokens_per_micro_batch}
-    state = StageState(run, "rlvr", engines={"policy": engine}, budgets=budgets, order=order, with_rollouts=True)
+    state = StageState(
+        run, "rlvr", engines={"policy": engine}, budgets=budgets, order=order, extra=sampler, with_rollouts=True
+    )
     with run.progress.bar("rlvr", config.steps, done=state.step) as bar:
         while state.step < config.steps:
             step = state.begin_step()
-            chunk = [tasks[i] for i in order.next_indices(config.prompts)]
-            rollouts = roll_out(run, policy, processor, chunk, config.rollout, stage="rlvr", step=step)
-            reward = torch.tensor([r.score for r in rollouts.rewards])
-            advantage = outcome_advantage(reward, rollouts.group, normalize=normalize)
-            started = time.perf_counter()
-            numbers: dict[str, float | int | None] = update_policy(
-                engine,
-                PolicyBatch(rollouts.prompts, rollouts.group.tolist(), rollouts.completions, advantage),
-                options,
-                temperature=config.rollout.temperature,
-                pad_id=processor.pad_id,
-                budget=state.budgets["policy"],
-                device=run.device,
-            )
-            rollouts.time["time/update"] = time.perf_counter() - started
-            zero = (advantage.view(len(chunk), -1) == 0).all(dim=1)
-            numbers["advantage/zero_groups"] = int(zero.sum())
-            numbers |= rollouts.reward_metrics() | response_metrics(rollouts.completions) | rollouts.time
-            run.metrics.write("rlvr", step, numbers)
-            if step % run.config.dump_rollouts_every == 0 or step in (1, config.steps):
-                state.log.write(
-                    step,
-                    [
-                        rollout_record(
-                            rollouts, b, state.log, advantage=float(advantage[b]), scores={}, teacher_scores=None
-                        )
-                        for b in range(len(rollouts.completions))
-                    ],
+            sampled = sampler.take(step)
+            rollouts = sampled.trained
+            with dumped(state, rollouts, last_step=config.steps, also=sampled.unused) as kept:
+                reward = training_reward(rollouts, config)
+                advantage = outcome_advantage(
+                    reward, rollouts.group, normalize=reward_normalization(config.loss), singleton=singleton
+                )
+                kept.advantage = advantage
+                started = time.perf_counter()
+                updates = [
+                    update_policy(
+                        engine,
+                        batch,
+                        options,
+                        temperature=config.rollout.temperature,
+                        pad_id=processor.pad_id,
+                        budget=state.budgets["policy"],
+                        device=run.device,
+                    )
+                    for batch in mini_batches(rollouts, advantage, step, config.updates_per_step)
+                ]
+                numbers = merge_updates(updates) | sampled.numbers | group_metrics(advantage, rollouts)
+                if sampled.generated.groups:
+                    numbers |= generation_metrics(sampled.generated, config)
+                run.metrics.write(
+                    "rlvr", step, numbers | sampled.generated.time | {"time/update": time.perf_counter() - started}
                 )
             bar.advance(
-                acc=numbers["reward/acc"],
-                format=numbers["reward/format"],
-                length=numbers["response_length/mean"],
-                entropy=numbers["policy/entropy"],
+                acc=numbers.get("reward/acc"),
+                format=numbers.get("reward/format"),
+                length=numbers.get("response_length/mean"),
+                entropy=numbers.get("policy/entropy"),
             )
             state.end_step(last=step == config.steps)
     folder = run.export_folder("rlvr")
     save_policy(policy, processor, folder)
     return folder
+
+
+def mini_batches(rollouts: StepRollouts, advantage: Tensor, step: int, count: int) -> list[PolicyBatch]:
+    """A step's groups, ``count`` at most equal shares in their order; fresh are the rows that the weights of now gave.
+
+    Rows behind the first update, and of groups kept from an earlier step, are stale.
+    """
+    groups = len(rollouts.groups)
+    count = min(count, groups)
+    borders = [groups * i // count for i in range(count + 1)]
+    batches = []
+    for part, (low, high) in enumerate(pairwise(borders)):
+        share = StepRollouts(rollouts.groups[low:high])
+        rows = (rollouts.group >= low) & (rollouts.group < high)
+        stale = [part > 0 or share.groups[g].origin.step < step for g in share.group.tolist()]
+        batches.append(PolicyBatch(share.prompts, share.group.tolist(), share.completions, advantage[rows], stale))
+    return batches
+
+
+def merge_updates(updates: Sequence[Numbers]) -> Numbers:
+    """The numbers of a step's updates as one: counts add up, maxima are the largest, the rest are means."""
+    merged: Numbers = {}
+    for key in dict.fromkeys(key for numbers in updates for key in numbers):
+        values = [numbers[key] for numbers in updates if numbers.get(key) is not None]
+        if key in ("policy/rows", "policy/tokens"):
+            merged[key] = sum(values)
+        elif not values:
+            merged[key] = None
+        elif key.endswith("_max") or len(values) == 1:
+            merged[key] = max(values)
+        else:
+            merged[key] = sum(values) / len(values)
+    return merged
+
+
+def group_metrics(advantage: Tensor, rollouts: StepRollouts) -> Numbers:
+    """Of the groups trained on."""
+    carries = torch.zeros(len(rollouts.groups)).index_add(0, rollouts.group, (advantage != 0).float())
+    return {"advantage/zero_groups": int((carries == 0).sum())}
+
+
+def generation_metrics(rollouts: StepRollouts, config: RlvrConfig) -> Numbers:
+    """What the policy of now does: of all rollouts generated in the step, those not trained on as well."""
+    numbers: Numbers = rollouts.reward_metrics() | response_metrics(rollouts.completions)
+    if config.overlong_buffer:
+        penalty = length_penalty(rollouts, config)
+        numbers["reward/overlong_penalty"] = float(penalty.mean())
+        numbers["reward/overlong_share"] = float((penalty < 0).float().mean())
+    return numbers

@@ -1,13 +1,28 @@
-"""Rollout dumps: text, spans, scores and advantages of sampled steps, with the images by content hash."""
+"""Files of rollout dumps: one zstd frame per step, images by content hash, and the strict reader for replay."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import zstandard
 from PIL import Image
+
+
+class RolloutLogError(ValueError):
+    """A dump is missing, damaged, or does not hold what is asked of it; the message names the file and the step."""
+
+
+def dump_path(folder: Path, stage: str) -> Path:
+    """Where a run in ``folder`` keeps the rollouts of a stage."""
+    return folder / "rollouts" / f"{stage}.jsonl.zst"
+
+
+def image_digest(image: Image.Image) -> str:
+    """sha256 of mode, size and pixels."""
+    return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
 
 
 class RolloutLog:
@@ -15,26 +30,84 @@ class RolloutLog:
 
     def __init__(self, folder: Path, stage: str, *, keep_bytes: int = 0):
         """``keep_bytes``: what a resumed run keeps of the file; the steps behind it are done again."""
-        self._folder = folder / "rollouts"
-        (self._folder / "images").mkdir(parents=True, exist_ok=True)
-        self._path = self._folder / f"{stage}.jsonl.zst"
+        self.path = dump_path(folder, stage)
+        self._images = self.path.parent / "images"
+        self._images.mkdir(parents=True, exist_ok=True)
         self._stage = stage
-        with self._path.open("ab") as file:
+        with self.path.open("ab") as file:
             file.truncate(keep_bytes)
 
     def image(self, image: Image.Image) -> str:
-        """Store an image once; returns the sha256 of its pixels, which is its file name."""
-        digest = hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
-        path = self._folder / "images" / f"{digest}.png"
+        """Store an image once; returns its digest, which is its file name."""
+        digest = image_digest(image)
+        path = self._images / f"{digest}.png"
         if not path.exists():
             image.save(path)
         return digest
 
     def size(self) -> int:
         """Bytes written so far."""
-        return self._path.stat().st_size
+        return self.path.stat().st_size
 
     def write(self, step: int, records: list[dict]) -> None:
         lines = "".join(json.dumps({"stage": self._stage, "step": step, **record}) + "\n" for record in records)
-        with self._path.open("ab") as file:
-            file.write(zstandard.ZstdCompressor(level=3).compress(lines.encode()))
+        with self.path.open("ab") as file:
+            file.write(zstandard.ZstdCompressor(level=3, write_checksum=True).compress(lines.encode()))
+
+
+class RolloutReader:
+    """Reads a dump's steps in ascending order, holding one step in memory."""
+
+    def __init__(self, path: Path):
+        """RolloutLogError if there is no such file."""
+        if not path.is_file():
+            raise RolloutLogError(f"{path} does not exist: that run has no rollouts of this stage")
+        self.path = path
+        self._steps = self._read()
+        self._last = 0
+
+    def step(self, step: int) -> list[dict]:
+        """The records of a step; steps must be asked for in ascending order.
+
+        Raises:
+            RolloutLogError: the step is not in the dump, or the dump is damaged before it.
+        """
+        for found, records in self._steps:
+            if found == step:
+                return records
+            if found > step:
+                break
+        raise RolloutLogError(
+            f"{self.path} does not hold step {step}; a run that is to be replayed keeps every step: "
+            "dump_rollouts_every=1"
+        )
+
+    def _read(self) -> Iterator[tuple[int, list[dict]]]:
+        for frame in self._frames():
+            try:
+                records = [json.loads(line) for line in frame.splitlines()]
+                step = records[0]["step"]
+            except (ValueError, LookupError, TypeError) as error:
+                raise self._damaged(str(error)) from error
+            yield step, records
+            self._last = step
+
+    def _frames(self) -> Iterator[bytes]:
+        with self.path.open("rb") as file:
+            data = file.read(1 << 20)
+            while data:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+                blocks = []
+                while not frame.eof:
+                    if not data:
+                        raise self._damaged("the file ends inside a step")
+                    try:
+                        blocks.append(frame.decompress(data))
+                    except zstandard.ZstdError as error:
+                        raise self._damaged(str(error)) from error
+                    data = frame.unused_data if frame.eof else file.read(1 << 20)
+                yield b"".join(blocks)
+                data = data or file.read(1 << 20)
+
+    def _damaged(self, reason: str) -> RolloutLogError:
+        return RolloutLogError(f"{self.path} is damaged behind step {self._last}: {reason}")

@@ -1,10 +1,12 @@
-"""A training step's rollouts: sampled, split, rewarded."""
+"""A training step's rollouts: sampled by the policy or taken from another run's dump, split and rewarded."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,25 +19,45 @@ from prism_fast.rewards import Judged, Reward
 from prism_fast.rollout.hf import HFRollout
 from prism_fast.rollout.protocol import Completion, Sampling
 from prism_fast.train.context import Run
-from prism_fast.train.rollout_log import RolloutLog
+from prism_fast.train.replay import Replay
+from prism_fast.train.rollout_record import Origin, RolloutGroup, group_from_records
 from prism_fast.train.seeds import derive_seed
 
 
 @dataclass(frozen=True)
 class StepRollouts:
-    """B = prompts x n rollouts, those of one prompt side by side."""
+    """The groups of a step. Flat views hold B = groups x n rollouts, those of one group side by side."""
 
-    tasks: Sequence[Task]
-    prompts: Sequence[EncodedPrompt]
-    group: Tensor  # [B] int64, index into tasks
-    completions: Sequence[Completion]
-    splits: Sequence[ResponseSplit]
-    rewards: Sequence[Reward]
-    time: dict[str, float]
+    groups: Sequence[RolloutGroup]
+    time: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        return [group.task for group in self.groups]
+
+    @cached_property
+    def prompts(self) -> list[EncodedPrompt]:
+        return [group.prompt for group in self.groups]
+
+    @cached_property
+    def group(self) -> Tensor:
+        """[B] int64, index into groups."""
+        return torch.tensor([g for g, group in enumerate(self.groups) for _ in group.completions], dtype=torch.int64)
+
+    @cached_property
+    def completions(self) -> list[Completion]:
+        return [completion for group in self.groups for completion in group.completions]
+
+    @cached_property
+    def splits(self) -> list[ResponseSplit]:
+        return [split for group in self.groups for split in group.splits]
+
+    @cached_property
+    def rewards(self) -> list[Reward]:
+        return [reward for group in self.groups for reward in group.rewards]
 
     def of_group(self, g: int) -> list[tuple[ResponseSplit, Completion]]:
-        n = len(self.completions) // len(self.tasks)
-        return list(zip(self.splits[g * n : (g + 1) * n], self.completions[g * n : (g + 1) * n], strict=True))
+        return list(zip(self.groups[g].splits, self.groups[g].completions, strict=True))
 
     def reward_metrics(self) -> dict[str, float]:
         count = len(self.rewards)
@@ -47,75 +69,71 @@ class StepRollouts:
         }
 
 
-def roll_out(
-    run: Run, policy, processor: Processor, tasks: Sequence[Task], config: SamplingConfig, *, stage: str, step: int
-) -> StepRollouts:
-    """Sample ``config.n`` responses for each task and reward them."""
-    started = time.perf_counter()
-    prompts = [processor.encode_prompt(task.messages, task.images) for task in tasks]
-    sampling = Sampling(config.n, config.temperature, config.max_new_tokens)
-    seed = derive_seed(run.config.seed, stage, "rollout", step)
-    groups = HFRollout(policy, processor).generate(
-        prompts, sampling, seed=seed, on_token=lambda growing: run.stop.poll(f"{stage} step {step}, while generating")
-    )
-    generated = time.perf_counter()
-    completions = [completion for group in groups for completion in group]
-    group = torch.arange(len(tasks)).repeat_interleave(config.n)
-    splits = [split_tokens(completion.token_ids, processor.tokenizer) for completion in completions]
-    judged = [
-        Judged(split.text, task.ground_truth, task.data_source, task.equivalent_answers)
-        for split, task in zip(splits, (tasks[g] for g in group.tolist()), strict=True)
-    ]
-    rewards = run.checker.score(judged)
-    return StepRollouts(
-        tasks,
-        prompts,
-        group,
-        completions,
-        splits,
-        rewards,
-        {"time/generate": generated - started, "time/reward": time.perf_counter() - generated},
-    )
+class RolloutSource:
+    """Where a stage's rollouts come from: the policy as it is when asked, or with ``replay`` another run's dump."""
 
+    def __init__(
+        self, run: Run, stage: str, policy, processor: Processor, tasks: Sequence[Task], sampling: SamplingConfig
+    ):
+        """
+        Raises:
+            RolloutLogError: ``replay`` names a run without rollouts of this stage or with other sampling.
+        """
+        self.run, self.stage, self.policy, self.processor = run, stage, policy, processor
+        self.tasks, self.sampling = tasks, sampling
+        folder = run.config.replay
+        self.replay = None if folder is None else Replay(Path(folder), stage, sampling)
 
-def rollout_record(
-    rollouts: StepRollouts,
-    b: int,
-    log: RolloutLog,
-    *,
-    advantage: float,
-    scores: dict[str, float],
-    teacher_scores: dict[str, float] | None,
-) -> dict:
-    """The dump of one rollout."""
-    g = int(rollouts.group[b])
-    task, completion, split, reward = (
-        rollouts.tasks[g],
-        rollouts.completions[b],
-        rollouts.splits[b],
-        rollouts.rewards[b],
-    )
-    teacher = {"caption": task.teacher_caption, "reasoning": task.teacher_cot} if task.teacher_caption else None
-    return {
-        "uid": task.uid,
-        "group": g,
-        "question": task.question,
-        "kind": task.kind,
-        "images": [log.image(image) for image in task.images],
-        "text": split.text,
-        "valid": split.valid,
-        "spans": {name: list(span) for name, span in split.char_spans.items()},
-        "tokens": len(completion.token_ids),
-        "finish": completion.finish,
-        "scores": scores,
-        "reward": {
-            "score": reward.score,
-            "accuracy": reward.accuracy,
-            "format": reward.format,
-            "decided_by": reward.decided_by,
-        },
-        "advantage": advantage,
-        "ground_truth": task.ground_truth,
-        "teacher": teacher,
-        "teacher_scores": teacher_scores,
-    }
+    def take(self, indices: Sequence[int], *, step: int, round: int = 0) -> StepRollouts:
+        """``sampling.n`` rewarded responses to each of the tasks ``indices``.
+
+        Args:
+            round: which of the step's calls this is, from 0.
+        """
+        started = time.perf_counter()
+        tasks = [self.tasks[i] for i in indices]
+        prompts = [self.processor.encode_prompt(task.messages, task.images) for task in tasks]
+        origins = [Origin(step, round, place) for place in range(len(tasks))]
+        if self.replay is not None:
+            groups = self.replay.groups(indices, tasks, prompts, origins, self.processor)
+            return StepRollouts(groups, {"time/replay": time.perf_counter() - started})
+        completions = self._generate(prompts, step, round)
+        generated = time.perf_counter()
+        splits = [[split_tokens(c.token_ids, self.processor.tokenizer) for c in group] for group in completions]
+        rewards = self._reward(tasks, splits)
+        columns = (indices, tasks, prompts, completions, splits, rewards, origins)
+        groups = [RolloutGroup(*row) for row in zip(*columns, strict=True)]
+        return StepRollouts(
+            groups, {"time/generate": generated - started, "time/reward": time.perf_counter() - generated}
+        )
+
+    def restore(self, records: Sequence[dict]) -> RolloutGroup:
+        """A group of this stage from the records that a checkpoint kept.
+
+        Raises:
+            ValueError: the data has another task in that place.
+        """
+        index = records[0]["index"]
+        if index >= len(self.tasks):
+            raise ValueError(f"the checkpoint keeps rollouts of row {index}, the data has {len(self.tasks)} rows")
+        task = self.tasks[index]
+        prompt = self.processor.encode_prompt(task.messages, task.images)
+        return group_from_records(records, task, prompt, self.processor)
+
+    def _generate(self, prompts: Sequence[EncodedPrompt], step: int, round: int) -> list[list[Completion]]:
+        config, stop = self.sampling, self.run.stop
+        return HFRollout(self.policy, self.processor).generate(
+            prompts,
+            Sampling(config.n, config.temperature, config.max_new_tokens),
+            seed=derive_seed(self.run.config.seed, self.stage, "rollout", step, round),
+            on_token=lambda growing: stop.poll(f"{self.stage} step {step}, while generating"),
+        )
+
+    def _reward(self, tasks: Sequence[Task], splits: Sequence[Sequence[ResponseSplit]]) -> list[list[Reward]]:
+        judged = [
+            Judged(split.text, task.ground_truth, task.data_source, task.equivalent_answers)
+            for task, group in zip(tasks, splits, strict=True)
+            for split in group
+        ]
+        rewards, n = self.run.checker.score(judged), self.sampling.n
+        return [rewards[g * n : (g + 1) * n] for g in range(len(tasks))]

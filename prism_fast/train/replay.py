@@ -1,0 +1,77 @@
+"""Rollouts of another run in place of new ones: the same steps again, without generating or checking answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from prism_fast.config import SamplingConfig, load_config
+from prism_fast.data.samples import Task
+from prism_fast.models.processor import EncodedPrompt, Processor
+from prism_fast.train.rollout_log import RolloutLogError, RolloutReader, dump_path, image_digest
+from prism_fast.train.rollout_record import Origin, RolloutGroup, group_from_records
+
+
+class Replay:
+    """The groups that the run in ``folder`` sampled in a stage, by step, round and place."""
+
+    def __init__(self, folder: Path, stage: str, sampling: SamplingConfig):
+        """
+        Raises:
+            RolloutLogError: that run has no rollouts of the stage, or sampled with other settings.
+        """
+        config = folder / "config.yaml"
+        if not config.is_file():
+            raise RolloutLogError(f"replay: {folder} is not a run directory (it has no config.yaml)")
+        theirs = getattr(load_config(str(config)), stage).rollout
+        if theirs != sampling:
+            raise RolloutLogError(f"replay: {folder} sampled {stage} with {theirs}, this run asks for {sampling}")
+        self.stage, self.sampling = stage, sampling
+        self._reader = RolloutReader(dump_path(folder, stage))
+        self._step, self._records = 0, []
+
+    def groups(
+        self,
+        indices: Sequence[int],
+        tasks: Sequence[Task],
+        prompts: Sequence[EncodedPrompt],
+        origins: Sequence[Origin],
+        processor: Processor,
+    ) -> list[RolloutGroup]:
+        """The recorded groups of ``origins`` (of one round of one step), checked to be those of ``tasks``.
+
+        Raises:
+            RolloutLogError: the step is missing or damaged, or holds other tasks, prompts, images or counts.
+        """
+        step, round = origins[0].step, origins[0].round
+        where = f"{self._reader.path}, step {step}"
+        if step != self._step:
+            self._step, self._records = step, self._reader.step(step)
+        recorded = self._of_round(step, round)
+        if set(recorded) != set(origins):
+            raise RolloutLogError(
+                f"{where}: round {round} holds {len(recorded)} groups where this run has {len(origins)}: "
+                "other prompts per step or other sampling of groups"
+            )
+        found = []
+        for index, task, prompt, origin in zip(indices, tasks, prompts, origins, strict=True):
+            records = recorded[origin]
+            if len(records) != self.sampling.n:
+                raise RolloutLogError(f"{where}: uid {task.uid!r} has {len(records)} of {self.sampling.n} rollouts")
+            try:
+                group = group_from_records(records, task, prompt, processor)
+            except ValueError as error:
+                raise RolloutLogError(f"{where}: {error}") from error
+            if group.index != index or records[0]["images"] != [image_digest(image) for image in task.images]:
+                raise RolloutLogError(f"{where}: uid {task.uid!r} has another row or another image in this run's data")
+            found.append(group)
+        return found
+
+    def _of_round(self, step: int, round: int) -> dict[Origin, list[dict]]:
+        """Records by origin; those that were sampled in an earlier step and kept for this one are left out."""
+        groups: dict[Origin, list[dict]] = {}
+        for record in self._records:
+            origin = Origin(**record["sampled"])
+            if (origin.step, origin.round) == (step, round):
+                groups.setdefault(origin, []).append(record)
+        return groups

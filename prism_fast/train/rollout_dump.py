@@ -1,0 +1,87 @@
+"""What a step leaves of its rollouts: dumped when its turn comes, and always when the step fails on its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from prism_fast.train.engine import NonFiniteError
+from prism_fast.train.resume import StageState
+from prism_fast.train.rollout_log import RolloutLog
+from prism_fast.train.rollout_record import RolloutGroup, training_records
+from prism_fast.train.rollouts import StepRollouts
+
+
+@dataclass
+class Findings:
+    """What a step has found out about its rollouts; filled in as it goes."""
+
+    advantage: Tensor | None = None  # [B]
+    scores: dict[str, Tensor] | None = None  # by span, [B]
+    teacher_scores: dict[str, Tensor] | None = None  # by span, [G]
+
+
+@contextmanager
+def dumped(
+    state: StageState, rollouts: StepRollouts, *, last_step: int, also: Sequence[RolloutGroup] = ()
+) -> Iterator[Findings]:
+    """Dump the rollouts behind the block if the step is the first, the last or due, and always on NonFiniteError.
+
+    Args:
+        rollouts: those that the step trains on.
+        also: groups that the step sampled and does not train on; they belong to a replay.
+
+    Raises:
+        NonFiniteError: the block's, with the file that holds the rollouts.
+    """
+    findings = Findings()
+    try:
+        yield findings
+    except NonFiniteError as error:
+        write_step(state.log, state.step, rollouts, findings, also)
+        raise NonFiniteError(f"{error}. The rollouts of the step are the last ones in {state.log.path}") from error
+    if state.step % state.run.config.dump_rollouts_every == 0 or state.step in (1, last_step):
+        write_step(state.log, state.step, rollouts, findings, also)
+
+
+def write_step(
+    log: RolloutLog, step: int, rollouts: StepRollouts, findings: Findings, also: Sequence[RolloutGroup] = ()
+) -> None:
+    """Append a step: the groups it trains on in their order, then ``also``."""
+    records = [record for g, group in enumerate([*rollouts.groups, *also]) for record in _shown(group, g, log)]
+    for b in range(len(rollouts.completions)):
+        g = int(rollouts.group[b])
+        valid = rollouts.splits[b].valid
+        records[b] |= {
+            "advantage": None if findings.advantage is None else float(findings.advantage[b]),
+            "scores": {k: float(v[b]) for k, v in findings.scores.items()} if findings.scores and valid else {},
+            "teacher_scores": findings.teacher_scores and {k: float(v[g]) for k, v in findings.teacher_scores.items()},
+        }
+    log.write(step, records)
+
+
+def _shown(group: RolloutGroup, g: int, log: RolloutLog) -> list[dict]:
+    """The training records of a group with what a reader of the report wants to see beside them."""
+    task = group.task
+    shared = {
+        "group": g,
+        "question": task.question,
+        "kind": task.kind,
+        "images": [log.image(image) for image in task.images],
+        "ground_truth": task.ground_truth,
+        "teacher": {"caption": task.teacher_caption, "reasoning": task.teacher_cot} if task.teacher_caption else None,
+    }
+    return [
+        {
+            **record,
+            **shared,
+            "text": split.text,
+            "valid": split.valid,
+            "spans": {name: list(span) for name, span in split.char_spans.items()},
+            "tokens": len(completion.token_ids),
+        }
+        for record, split, completion in zip(training_records(group), group.splits, group.completions, strict=True)
+    ]

@@ -1,0 +1,87 @@
+"""A group of rollouts and its record: everything that training on it again needs, as plain JSON."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from prism_fast.data.grammar import ResponseSplit, split_tokens
+from prism_fast.data.samples import Task
+from prism_fast.models.processor import EncodedPrompt, Processor
+from prism_fast.rewards import Reward
+from prism_fast.rollout.protocol import Completion
+
+
+@dataclass(frozen=True, order=True)
+class Origin:
+    """When a group was sampled: the step, the round of generation in it, the place in that round."""
+
+    step: int
+    round: int
+    place: int
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The n responses to one prompt, sampled together and rewarded; ``index`` is the task's in the stage's data."""
+
+    index: int
+    task: Task
+    prompt: EncodedPrompt
+    completions: Sequence[Completion]
+    splits: Sequence[ResponseSplit]
+    rewards: Sequence[Reward]
+    origin: Origin
+
+
+def training_records(group: RolloutGroup) -> list[dict]:
+    """One record per rollout with what :func:`group_from_records` needs. JSON keeps each float to the last bit."""
+    task = group.task
+    return [
+        {
+            "uid": task.uid,
+            "index": group.index,
+            "prompt_sha256": prompt_digest(group.prompt),
+            "sampled": asdict(group.origin),
+            "token_ids": list(completion.token_ids),
+            "logprobs": list(completion.logprobs),
+            "entropy": completion.entropy,
+            "finish": completion.finish,
+            "reward": asdict(reward),
+        }
+        for completion, reward in zip(group.completions, group.rewards, strict=True)
+    ]
+
+
+def group_from_records(
+    records: Sequence[dict], task: Task, prompt: EncodedPrompt, processor: Processor
+) -> RolloutGroup:
+    """The group that was recorded, with its recorded rewards.
+
+    Raises:
+        ValueError: the records belong to another task or another prompt, or lack a field.
+    """
+    first = records[0]
+    if first["uid"] != task.uid:
+        raise ValueError(f"recorded is uid {first['uid']!r}, but the task here is {task.uid!r}: other data or seed")
+    if first["prompt_sha256"] != prompt_digest(prompt):
+        raise ValueError(
+            f"uid {task.uid!r}: the prompt has other token ids than when it was recorded: other tokenizer, chat "
+            "template or image size"
+        )
+    try:
+        completions = [
+            Completion(tuple(r["token_ids"]), tuple(r["logprobs"]), r["entropy"], r["finish"]) for r in records
+        ]
+        rewards = [Reward(**r["reward"]) for r in records]
+        origin, index = Origin(**first["sampled"]), first["index"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"uid {task.uid!r}: the record is not complete ({error!r})") from error
+    splits = [split_tokens(completion.token_ids, processor.tokenizer) for completion in completions]
+    return RolloutGroup(index, task, prompt, completions, splits, rewards, origin)
+
+
+def prompt_digest(prompt: EncodedPrompt) -> str:
+    """sha256 of the token ids."""
+    return hashlib.sha256(",".join(map(str, prompt.input_ids)).encode()).hexdigest()

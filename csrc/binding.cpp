@@ -2,6 +2,7 @@
 #include "bind_group_advantage.h"
 #include "bind_pairwise_loss.h"
 #include "bind_policy_loss.h"
+#include "bind_route_experts.h"
 #include "bind_scale.h"
 #include "bind_selected_logprob.h"
 
@@ -22,7 +23,7 @@ int64_t count_launches(const pybind11::function& call) {
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled kernels of prism_fast; called through prism_fast.ops.native.";
     // Raised whenever a signature below changes, so that a stale build in a checkout is named as such.
-    module.attr("interface") = 4;
+    module.attr("interface") = 5;
 #ifdef PRISM_FAST_CUDA
     module.attr("cuda_built") = true;
     module.attr("cuda_archs") = PRISM_FAST_CUDA_ARCHS;
@@ -33,6 +34,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("count_launches", &count_launches, pybind11::arg("call"));
     prism::bind::group_advantage_::add(module);
     prism::bind::policy_loss_::add(module);
+    prism::bind::route_experts_::add(module);
     prism::bind::pairwise_loss_::add(module);
     prism::bind::scale_::add(module);
     prism::bind::selected_logprob_::add(module);

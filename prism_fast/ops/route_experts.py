@@ -10,7 +10,7 @@ from .reference.routing import plan_experts as reference_plan
 from .reference.routing import route_experts as reference_route
 from .results import Routing
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "native")
 
 
 def route_experts(
@@ -20,9 +20,11 @@ def route_experts(
 
     Args:
         router_logits: [T, E] floating, raw scores; the softmax runs in float32 (float64 for float64).
-        top_k: 1 to E. Among equal probabilities the lower expert number wins.
+        top_k: 1 to E. The largest logits win, among equal ones the lower expert number. (torch.topk of the softmax,
+            as other routers do it, leaves open which of equal probabilities it takes.) A row with a logit that is NaN
+            or infinite upwards, or with none that is finite, has NaN weights and goes to experts 0 to top_k - 1.
         renormalize: divide the chosen weights by their sum.
-        backend: None or "reference".
+        backend: None, "reference" or "native" (up to 256 experts and top_k 8).
 
     Returns:
         Routing; weights, load and z_stat are differentiable in ``router_logits``. ``offsets.diff()`` counts the tokens
@@ -31,6 +33,8 @@ def route_experts(
 
     Raises:
         ValueError: wrong shape, dtype, device or option.
+        NotImplementedError: more experts or choices than the backend holds.
+        RuntimeError: the backend is missing on this machine.
 
     Sources: router of Qwen3-MoE in transformers; load-balancing loss arXiv 2101.03961 eq. 4; z-loss arXiv 2202.08906.
     """
@@ -39,7 +43,10 @@ def route_experts(
     experts = router_logits.shape[1]
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= experts:
         raise ValueError(f"{op}: top_k={top_k!r} must be an integer in [1, {experts}], the number of experts")
-    choose(op, BACKENDS, backend, router_logits)
+    if choose(op, BACKENDS, backend, router_logits) == "native":
+        from .native.route_experts import run
+
+        return run(router_logits, top_k, renormalize=renormalize)
     return reference_route(router_logits, top_k, renormalize=renormalize)
 
 
@@ -52,13 +59,15 @@ def plan_experts(
         top_k_index: [T, top_k] int64 or int32 in [0, num_experts); another value gives a NaN weight.
         top_k_weights: [T, top_k] floating.
         num_experts: E >= 1.
-        backend: None or "reference".
+        backend: None, "reference" or "native" (up to 256 experts and top_k 8).
 
     Returns:
         Routing with empty ``load`` and ``z_stat``: the router's full distribution is not known here.
 
     Raises:
         ValueError: wrong shape, dtype, device or option.
+        NotImplementedError: more experts or choices than the backend holds.
+        RuntimeError: the backend is missing on this machine.
 
     Source: the hand-over point of transformers' experts registry.
     """
@@ -67,5 +76,8 @@ def plan_experts(
     checks.tensor(op, "top_k_weights", top_k_weights, shape=tuple(top_k_index.shape), like=top_k_index)
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
         raise ValueError(f"{op}: num_experts={num_experts!r} must be an integer >= 1")
-    choose(op, BACKENDS, backend, top_k_weights)
+    if choose(op, BACKENDS, backend, top_k_weights) == "native":
+        from .native.route_experts import plan
+
+        return plan(top_k_index, top_k_weights, num_experts)
     return reference_plan(top_k_index, top_k_weights, num_experts)

@@ -15,9 +15,11 @@ def route_experts(router_logits: Tensor, top_k: int, *, renormalize: bool) -> Ro
     kind = torch.float64 if router_logits.dtype == torch.float64 else torch.float32
     logits = router_logits.to(kind)
     probability = logits.softmax(-1)
-    # A stable sort, not topk: among equal probabilities the lower expert number wins on every device.
-    ranked, order = probability.sort(dim=-1, descending=True, stable=True)
-    weights, experts = ranked[:, :top_k], order[:, :top_k]
+    # A stable sort of the logits, not topk of the probabilities: it tells apart what rounding made equal, and among
+    # equals the lower expert number wins on every device. Rows without a softmax (NaN) go to the first experts.
+    comparable = torch.where(probability.isnan(), 0.0, logits)
+    experts = comparable.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = probability.gather(-1, experts)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
     permutation, offsets = _plan(experts, logits.shape[1])

@@ -48,12 +48,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Pair:
-    """One discriminator warm-up example: the teacher's and the student's spans on the same prompt."""
+    """One discriminator warm-up example: what teacher and student wrote for the same prompt, as caption and reasoning
+    spans, as whole responses, or both (a form that is absent is ``None`` on both sides)."""
 
     uid: str
     messages: list[dict[str, Any]]
     images: list[Image]
-    teacher_caption: str
-    student_caption: str
-    teacher_cot: str
-    student_cot: str
+    teacher_caption: str | None = None
+    student_caption: str | None = None
+    teacher_cot: str | None = None
+    student_cot: str | None = None
+    teacher_response: str | None = None
+    student_response: str | None = None

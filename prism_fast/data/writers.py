@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from prism_fast.data.messages import marked_text
-from prism_fast.data.readers import NO_EQUIVALENTS
+from prism_fast.data.readers import NO_EQUIVALENTS, PAIR_RESPONSES, PAIR_SPANS
 from prism_fast.data.samples import Demonstration, Pair, Task
 
 _TEXT = pa.string()
@@ -81,10 +81,7 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
             "system": texts[0] if len(texts) == 2 else None,
             "prompt": texts[-1],
             "image": images.store(pair.images[0]) if pair.images else None,
-            "teacher_caption": pair.teacher_caption,
-            "student_caption": pair.student_caption,
-            "teacher_cot": pair.teacher_cot,
-            "student_cot": pair.student_cot,
+            **{key: text for key in (*PAIR_SPANS, *PAIR_RESPONSES) if (text := getattr(pair, key)) is not None},
         }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     _publish(path, lambda part: part.write_text("".join(lines), encoding="utf-8"))

@@ -236,6 +236,7 @@ def load_balance_loss(
     attention_mask: Tensor | None = None,
     *,
     double_softmax: bool = False,
+    choices: Tensor | None = None,
 ) -> Tensor:
     """Switch Transformer load balancing, jointly over layers: ``E · Σ_e f_e · P_e``, 0-d float32 (float64 for float64).
 
@@ -246,24 +247,46 @@ def load_balance_loss(
         router_logits: raw logits per layer, ``[B·S, E]`` each.
         attention_mask: ``[B, S]`` (or flat), nonzero on tokens.
         double_softmax: apply the softmax to softmaxed logits, as happens where a router reports probabilities as
-        logits.
+            logits.
+        choices: ``[E]``, :func:`expert_choices` of a whole step of which these logits are one micro-batch. The results
+            of all its micro-batches, and their gradients, then sum to those of the step in one piece: the loss is a
+            product of two means over the step, and no gradient flows through the first.
     """
+    probs, weight = _routing(router_logits, num_experts, attention_mask, double_softmax)
+    if choices is None:
+        choices = _choices(probs, weight, top_k)
+    rows = choices.sum() / top_k  # tokens x layers
+    mean_prob = torch.einsum("lte,t->e", probs, weight) / rows
+    return num_experts * (choices / rows * mean_prob).sum()
+
+
+def expert_choices(
+    router_logits: tuple[Tensor, ...], num_experts: int, top_k: int, attention_mask: Tensor | None = None
+) -> Tensor:
+    """``[E]`` how often each expert was among the chosen, over tokens and layers; counts of micro-batches add up.
+    Arguments as in :func:`load_balance_loss`."""
+    probs, weight = _routing(router_logits, num_experts, attention_mask, False)
+    return _choices(probs, weight, top_k)
+
+
+def _routing(
+    router_logits: tuple[Tensor, ...], num_experts: int, attention_mask: Tensor | None, double_softmax: bool
+) -> tuple[Tensor, Tensor]:
+    """Probabilities ``[layers, B·S, E]`` and the weight of each token ``[B·S]``: 1, or 0 on padding."""
     logits = torch.stack(router_logits)  # [layers, B·S, E]
     if logits.shape[-1] != num_experts:
         raise ValueError(f"router logits have {logits.shape[-1]} experts, expected {num_experts}")
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    probs = logits.to(wide).softmax(-1)
+    probs = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32).softmax(-1)
     if double_softmax:
         probs = probs.softmax(-1)
-    chosen = torch.zeros_like(probs).scatter_(-1, probs.topk(top_k, dim=-1).indices, 1.0)
     if attention_mask is None:
-        weight = probs.new_ones(probs.shape[1])
-    else:
-        weight = attention_mask.reshape(-1).to(wide)
-    rows = weight.sum() * len(router_logits)
-    chosen_share = torch.einsum("lte,t->e", chosen, weight) / rows
-    mean_prob = torch.einsum("lte,t->e", probs, weight) / rows
-    return num_experts * (chosen_share * mean_prob).sum()
+        return probs, probs.new_ones(probs.shape[1])
+    return probs, attention_mask.reshape(-1).to(probs.dtype)
+
+
+def _choices(probs: Tensor, weight: Tensor, top_k: int) -> Tensor:
+    chosen = torch.zeros_like(probs).scatter_(-1, probs.topk(top_k, dim=-1).indices, 1.0)
+    return torch.einsum("lte,t->e", chosen, weight)
 
 
 def released_last_index(lengths: Tensor, width: int) -> Tensor:

@@ -21,8 +21,11 @@ class Chart:
     line_name: str = ""
 
 
+SCORED = ("caption", "reasoning", "response")  # what a discriminator may score; a run has the first two or the last
+
+
 def _spans(prefix: str, name: str) -> tuple[tuple[str, str], ...]:
-    return (f"{prefix}/{name}_caption", "caption"), (f"{prefix}/{name}_reasoning", "reasoning")
+    return tuple((f"{prefix}/{name}_{span}", span) for span in SCORED)
 
 
 def _one(title: str, key: str, note: str = "", scale: str = "zero") -> Chart:
@@ -69,7 +72,7 @@ _DISCRIMINATOR = (
     ),
     Chart(
         "Student scores",
-        (("score/caption", "caption"), ("score/reasoning", "reasoning")),
+        tuple((f"score/{span}", span) for span in SCORED),
         "mean discriminator score of valid rollouts",
     ),
     Chart("Discriminator loss", (("disc/loss", "loss"),), "pairwise loss of the step, before its update"),

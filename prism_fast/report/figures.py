@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prism_fast.report.charts import CHARTS, Chart
+from prism_fast.report.charts import CHARTS, SCORED, Chart
 from prism_fast.report.rundir import RunDirectory, Series
 from prism_fast.report.statistics import Interval
 from prism_fast.report.summary import Summary, stage_name
@@ -29,10 +29,13 @@ class StageCurves:
 
 def stage_curves(run: RunDirectory, stage: str) -> StageCurves:
     charts, absent, asked = [], [], set()
+    whole = ((run.config or {}).get("align") or {}).get("discriminate") == "response"
+    unscored = SCORED[:2] if whole else SCORED[2:]
     for chart in CHARTS.get(stage, ()):
-        found = [(label, run.series(stage, key)) for key, label in chart.series]
-        absent += [key for key, _ in chart.series if run.series(stage, key) is None]
-        asked |= {key for key, _ in chart.series}
+        expected = [(key, label) for key, label in chart.series if not key.endswith(unscored)]
+        found = [(label, run.series(stage, key)) for key, label in expected]
+        absent += [key for key, _ in expected if run.series(stage, key) is None]
+        asked |= {key for key, _ in expected}
         drawn = [(label, series) for label, series in found if series is not None]
         if drawn:
             charts.append((chart, curve_figure(chart, drawn, _line_of(run, chart))))

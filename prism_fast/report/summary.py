@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prism_fast.report.charts import SCORED
 from prism_fast.report.rundir import EVALUATED, RunDirectory
 from prism_fast.report.statistics import Interval, PairedInterval, accuracy_interval, paired_difference
 
@@ -149,7 +150,7 @@ def _alignment(summary: Summary) -> str:
 
 def _warmup(run: RunDirectory) -> list[str]:
     parts = []
-    for span in ("caption", "reasoning"):
+    for span in SCORED:
         margin = run.series("warmup", f"warmup/heldout_margin_{span}")
         accuracy = run.series("warmup", f"warmup/heldout_acc_{span}")
         if margin is not None and accuracy is not None:

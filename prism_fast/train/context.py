@@ -122,7 +122,8 @@ def open_run(config: Config, console: Console, *, resume: bool = False) -> Itera
     metrics = MetricsWriter(folder, keep_bytes=resumed.metrics_bytes())
     try:
         with (
-            AnswerChecker(semantics=config.semantics) as checker,
+            # The paper prints no rules for comparing answers: under its equations they are graded as by default.
+            AnswerChecker(semantics="released" if config.semantics == "released" else "prism_fast") as checker,
             Progress(console) as progress,
             StopRequest() as stop,
         ):

@@ -6,32 +6,39 @@ rollout, and a student span that equals the teacher's gets exactly the teacher's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prism_fast.algorithms.alignment_loss import discriminator_loss
-from prism_fast.models.discriminator import Discriminator, load_balance_loss
-from prism_fast.models.forward import collate
+from prism_fast.algorithms.semantics import SEMANTICS
+from prism_fast.config import Config
+from prism_fast.models.discriminator import Discriminator, expert_choices, load_balance_loss
+from prism_fast.models.forward import TokenBatch, collate, language_outputs
 from prism_fast.models.processor import EncodedPrompt
-from prism_fast.train.microbatch import by_tokens
+from prism_fast.train.engine import LocalEngine
+from prism_fast.train.microbatch import TokenBudget, by_tokens
 
 Span = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class SpanGroup:
-    """One prompt with the framed (caption, reasoning) spans of teacher and students; ``None``: an invalid response."""
+    """One prompt with the K framed spans of the teacher and of each student; ``None``: an invalid response.
+
+    K = 2 (caption, reasoning), or 1 where whole responses are scored.
+    """
 
     prompt: EncodedPrompt
-    teacher: tuple[Span, Span]
-    students: Sequence[tuple[Span, Span] | None]
+    teacher: tuple[Span, ...]
+    students: Sequence[tuple[Span, ...] | None]
 
     def unique_spans(self) -> list[Span]:
         """Distinct spans in order of first use."""
-        return list(dict.fromkeys([*self.teacher, *(span for pair in self.students if pair for span in pair)]))
+        return list(dict.fromkeys([*self.teacher, *(span for framed in self.students if framed for span in framed)]))
 
     def tokens(self) -> int:
         """Tokens of one forward of this group, prompt repeated per distinct span."""
@@ -40,22 +47,49 @@ class SpanGroup:
 
 @dataclass(frozen=True)
 class GroupScores:
-    """Scores of a step, float32, on the CPU: ``student`` [B, 2], ``teacher`` [G, 2]; columns caption, reasoning."""
+    """Scores of a step, float32, on the CPU: ``student`` [B, K], ``teacher`` [G, K]; ``tokens`` of the forward that
+    made them."""
 
     student: Tensor
     teacher: Tensor
     tokens: int
 
 
-def _forward(
-    discriminator: Discriminator, groups: Sequence[SpanGroup], device: torch.device, pad_id: int, positions: str
-):
-    """One forward of some groups.
+def loss_options(config: Config) -> dict[str, Any]:
+    """The arguments of :func:`discriminator_step` that say what is learnt: the recipe's numbers, and where it gives
+    none those of its semantics."""
+    terms, given = SEMANTICS[config.semantics], config.align.discriminator
+    return {
+        "semantics": config.semantics,
+        "score_clip": terms.score_clip if given.score_clip is None else given.score_clip,
+        "score_reg": terms.score_reg if given.score_reg is None else given.score_reg,
+    }
 
-    Returns:
-        The scores to learn from (teacher [G, 2], student [B, 2], with gradient), the same without gradient and head
-        dropout (the rewards), the raw router logits, and the batch.
+
+def discriminate(
+    engine: LocalEngine, groups: Sequence[SpanGroup], budget: TokenBudget, *, learn: bool, **options: Any
+) -> tuple[GroupScores, Tensor]:
+    """:func:`discriminator_step` within the token budget: scores all groups and, with ``learn``, leaves the gradient in
+    the engine.
+
+    Raises:
+        NonFiniteError: the loss is NaN or infinite.
+        StepTooLargeError: the largest group alone does not fit into memory.
     """
+    backward = engine.backward if learn else None
+    return budget.run(
+        lambda tokens: discriminator_step(
+            engine.model, groups, backward=backward, tokens_per_micro_batch=tokens, **options
+        ),
+        discard=engine.discard,
+        longest=max(group.tokens() for group in groups),
+    )
+
+
+def _lay_out(
+    groups: Sequence[SpanGroup], model_config: Any, device: torch.device, pad_id: int, positions: str
+) -> tuple[TokenBatch, list[list[int]], list[list[int]]]:
+    """A row per distinct span of each group; the rows [G][K] of the teachers and [B][K] of the students (-1: none)."""
     prompt_of_row: list[int] = []
     spans: list[Span] = []
     teacher_rows: list[list[int]] = []
@@ -65,15 +99,28 @@ def _forward(
         prompt_of_row.extend([g] * len(row_of))
         spans.extend(row_of)
         teacher_rows.append([row_of[span] for span in group.teacher])
-        student_rows.extend([row_of[span] for span in pair] if pair else [-1, -1] for pair in group.students)
+        nothing = [-1] * len(group.teacher)
+        student_rows.extend([row_of[span] for span in framed] if framed else nothing for framed in group.students)
     batch = collate(
         [group.prompt for group in groups],
         prompt_of_row,
         spans,
-        model_config=discriminator.backbone.config,
+        model_config=model_config,
         pad_id=pad_id,
         positions=positions,
-    ).to(device)
+    )
+    return batch.to(device), teacher_rows, student_rows
+
+
+def _forward(
+    discriminator: Discriminator, batch: TokenBatch, teacher_rows: list[list[int]], student_rows: list[list[int]]
+) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...] | None]:
+    """One forward.
+
+    Returns:
+        The scores to learn from (teacher [G, K], student [B, K], with gradient), the same without gradient and head
+        dropout (the rewards), and the raw router logits.
+    """
     out = discriminator(batch)
     learned = _gather(out.score, teacher_rows, student_rows)
     if discriminator.training and discriminator.v_head[0].p > 0:
@@ -84,11 +131,11 @@ def _forward(
             discriminator.v_head.train()
     else:
         reward = [scores.detach() for scores in learned]
-    return learned, reward, out.router_logits, batch
+    return learned, reward, out.router_logits
 
 
 def _gather(score: Tensor, teacher_rows: list[list[int]], student_rows: list[list[int]]) -> list[Tensor]:
-    """Scores per row of the batch to teacher [G, 2] and student [B, 2]; a student row of -1 (invalid) scores 0."""
+    """Scores per row of the batch to teacher [G, K] and student [B, K]; a student row of -1 (invalid) scores 0."""
     teacher = score[torch.tensor(teacher_rows, device=score.device)]
     index = torch.tensor(student_rows, device=score.device)
     return [teacher, torch.where(index >= 0, score[index.clamp(min=0)], 0.0)]
@@ -98,11 +145,11 @@ def discriminator_step(
     discriminator: Discriminator,
     groups: Sequence[SpanGroup],
     *,
-    backward,
+    backward: Callable[..., None] | None,
     pad_id: int,
     device: torch.device,
     semantics: str,
-    score_clip: float,
+    score_clip: float | None,
     score_reg: float,
     tokens_per_micro_batch: int,
     aux_coef: float = 0.0,
@@ -110,34 +157,47 @@ def discriminator_step(
 ) -> tuple[GroupScores, Tensor]:
     """Score all groups and, with ``backward``, accumulate the gradient of the loss over all of them.
 
+    But for ``released``, scores, loss and gradient do not depend on the cut into micro-batches.
+
     Args:
-        backward: called with each micro-batch's loss; ``None`` scores only.
+        backward: called with each micro-batch's loss and by name with the scores it comes from; ``None`` scores only.
         aux_coef: weight of the load-balancing loss over the routers of all layers (0: none).
 
     Returns:
         The scores before the update, and the loss (0-d float64, detached).
     """
     parts = by_tokens([group.tokens() for group in groups], tokens_per_micro_batch)
-    valid_total = sum(1 for group in groups for pair in group.students if pair)
+    columns = len(groups[0].teacher)
+    valid_total = sum(1 for group in groups for framed in group.students if framed)
     rows_total = sum(len(group.students) for group in groups)
     # Divided by the counts of the whole step, so that the cut into micro-batches does not matter; as published, each
     # micro-batch is divided by its own counts and then weighted by its share of the rows.
     counts: dict[str, float] = {}
     if semantics != "released":
-        counts = {"denominator": max(1, valid_total), "l2_denominator": 2 * (len(groups) + valid_total)}
+        counts = {"denominator": max(1, valid_total), "l2_denominator": columns * (len(groups) + valid_total)}
     offsets = [0]
     for group in groups:
         offsets.append(offsets[-1] + len(group.students))
-    student_all = torch.zeros(rows_total, 2)
-    teacher_all = torch.zeros(len(groups), 2)
+    student_all = torch.zeros(rows_total, columns)
+    teacher_all = torch.zeros(len(groups), columns)
     loss_total = torch.zeros((), dtype=torch.float64)
     tokens = 0
+    layout = (discriminator.backbone.config, device, pad_id, positions)
+    text = discriminator.backbone.config.text_config
+    experts = (text.num_experts, text.num_experts_per_tok)
+    choices = None
+    if aux_coef and len(parts) > 1:
+        # The load-balancing loss is a product of means over the step. Each micro-batch can add its share of the second
+        # mean, which the gradient flows through, only once the first, the experts' shares of the choices, is known.
+        batches = (_lay_out([groups[g] for g in part], *layout)[0] for part in parts)
+        choices = torch.stack([_choices(discriminator, batch, experts) for batch in batches]).sum(0)
     with torch.set_grad_enabled(backward is not None):
         for part in parts:
             members = [groups[g] for g in part]
-            learned, reward, router_logits, batch = _forward(discriminator, members, device, pad_id, positions)
+            batch, *rows_of = _lay_out(members, *layout)
+            learned, reward, router_logits = _forward(discriminator, batch, *rows_of)
             group_of_row = torch.tensor([i for i, m in enumerate(members) for _ in m.students], device=device)
-            valid = torch.tensor([pair is not None for m in members for pair in m.students], device=device)
+            valid = torch.tensor([framed is not None for m in members for framed in m.students], device=device)
             loss, _ = discriminator_loss(
                 *learned,
                 group_of_row,
@@ -150,16 +210,20 @@ def discriminator_step(
             if semantics == "released":
                 loss = loss * (len(valid) / rows_total)
             if aux_coef:
-                config = discriminator.backbone.config.text_config
-                balance = load_balance_loss(
-                    router_logits, config.num_experts, config.num_experts_per_tok, batch.attention_mask
-                )
-                loss = loss + aux_coef * balance * (len(members) / len(groups))
+                balance = load_balance_loss(router_logits, *experts, batch.attention_mask, choices=choices)
+                loss = loss + aux_coef * balance
             if backward is not None:
-                backward(loss)
+                backward(loss, teacher_scores=learned[0], student_scores=learned[1])
             loss_total += loss.detach().double().cpu()
             teacher_all[part] = reward[0].float().cpu()
             rows = [r for g in part for r in range(offsets[g], offsets[g + 1])]
             student_all[rows] = reward[1].float().cpu()
             tokens += int(batch.lengths.sum())
     return GroupScores(student_all, teacher_all, tokens), loss_total
+
+
+@torch.no_grad()
+def _choices(discriminator: Discriminator, batch: TokenBatch, experts: tuple[int, int]) -> Tensor:
+    """[E] how often each expert is chosen for the tokens of a batch: one forward without gradient or head."""
+    out = language_outputs(discriminator.backbone, batch, output_router_logits=True)
+    return expert_choices(out.router_logits, *experts, batch.attention_mask)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from prism_fast.data.framing import frame_warmup
+from prism_fast.data.framing import SPANS, frame_warmup, side_texts
 from prism_fast.data.grammar import split_tokens
 from prism_fast.data.order import SampleOrder
 from prism_fast.data.problems import holds_control_token
@@ -23,12 +24,10 @@ from prism_fast.models.processor import EncodedPrompt, Processor
 from prism_fast.rollout.hf import HFRollout
 from prism_fast.rollout.protocol import Sampling
 from prism_fast.train.context import Run
-from prism_fast.train.discriminator_update import GroupScores, SpanGroup, discriminator_step
+from prism_fast.train.discriminator_update import GroupScores, SpanGroup, discriminate, loss_options
 from prism_fast.train.engine import LocalEngine
 from prism_fast.train.resume import StageState
 from prism_fast.train.seeds import derive_seed
-
-SPANS = ("caption", "reasoning")
 
 
 class WarmupError(RuntimeError):
@@ -66,6 +65,8 @@ def sample_pairs(run: Run, model, processor: Processor, tasks: Sequence[Task]) -
                                 student_caption=split.caption,
                                 teacher_cot=task.teacher_cot,
                                 student_cot=split.reasoning,
+                                teacher_response=task.teacher_response,
+                                student_response=split.text,
                             )
                         )
             bar.advance(pairs=len(pairs))
@@ -75,36 +76,35 @@ def sample_pairs(run: Run, model, processor: Processor, tasks: Sequence[Task]) -
     return pairs
 
 
-def _group_pairs(pairs: Sequence[Pair], processor: Processor, semantics: str) -> list[SpanGroup]:
-    """Pairs that share prompt and teacher become one group, in order of first appearance."""
+def group_pairs(pairs: Sequence[Pair], processor: Processor, semantics: str, spans: Sequence[str]) -> list[SpanGroup]:
+    """Pairs that share prompt and teacher become one group, in order of first appearance.
+
+    Raises:
+        ValueError: a pair lacks the texts of a span.
+    """
+
+    def framed(pair: Pair, side: Literal["teacher", "student"]) -> tuple[tuple[int, ...], ...]:
+        texts = zip(spans, side_texts(pair, side, spans), strict=True)
+        return tuple(frame_warmup(span, text, processor, semantics) for span, text in texts)
+
     prompts: dict[tuple, EncodedPrompt] = {}
-    teachers: dict[tuple, tuple] = {}
     students: dict[tuple, list] = {}
     for i in range(len(pairs)):
         pair = pairs[i]
         encoded = processor.encode_prompt(pair.messages, pair.images)
         pixels = b"" if encoded.pixel_values is None else encoded.pixel_values.numpy().tobytes()
-        key = (encoded.input_ids, pixels, pair.teacher_caption, pair.teacher_cot)
+        key = (encoded.input_ids, pixels, framed(pair, "teacher"))
         prompts.setdefault(key, encoded)
-        teachers[key] = (
-            frame_warmup(pair.teacher_caption, processor, semantics),
-            frame_warmup(pair.teacher_cot, processor, semantics),
-        )
-        students.setdefault(key, []).append(
-            (
-                frame_warmup(pair.student_caption, processor, semantics),
-                frame_warmup(pair.student_cot, processor, semantics),
-            )
-        )
-    return [SpanGroup(prompts[key], teachers[key], students[key]) for key in prompts]
+        students.setdefault(key, []).append(framed(pair, "student"))
+    return [SpanGroup(prompts[key], key[2], students[key]) for key in prompts]
 
 
-def pair_margins(groups: Sequence[SpanGroup], scores: GroupScores) -> dict[str, float]:
+def pair_margins(groups: Sequence[SpanGroup], scores: GroupScores, spans: Sequence[str]) -> dict[str, float]:
     """Mean margin (teacher - student) and accuracy over the pairs whose texts differ, per span."""
     numbers: dict[str, float] = {}
     group_of_row = torch.tensor([g for g, group in enumerate(groups) for _ in group.students])
-    margin = scores.teacher[group_of_row] - scores.student  # [B, 2]
-    for k, span in enumerate(SPANS):
+    margin = scores.teacher[group_of_row] - scores.student  # [B, K]
+    for k, span in enumerate(spans):
         differs = torch.tensor([p is not None and p[k] != g.teacher[k] for g in groups for p in g.students])
         if differs.any():
             values = margin[differs, k]
@@ -117,11 +117,12 @@ def pair_margins(groups: Sequence[SpanGroup], scores: GroupScores) -> dict[str, 
 class HeldOut:
     """The newest held-out margins; they decide when the stage ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, spans: Sequence[str]) -> None:
+        self.spans = spans
         self.margins: dict[str, float] = {}
 
     def enough(self, target: float) -> bool:
-        return all(self.margins.get(f"margin_{span}", -math.inf) >= target for span in SPANS)
+        return all(self.margins.get(f"margin_{span}", -math.inf) >= target for span in self.spans)
 
     def state_dict(self) -> dict:
         return self.margins
@@ -136,8 +137,8 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs_
     Raises:
         WarmupError: ``warmup.max_updates`` passed without the held-out margin, or too few pairs to hold some out.
     """
-    config, semantics = run.config.warmup, run.config.semantics
-    groups = _group_pairs(read_pairs(pairs_path), processor, semantics)
+    config, spans = run.config.warmup, SPANS[run.config.align.discriminate]
+    groups = group_pairs(read_pairs(pairs_path), processor, run.config.semantics, spans)
     held = max(1, round(config.heldout_share * len(groups)))
     if len(groups) - held < 1:
         raise WarmupError(f"{pairs_path} has {len(groups)} prompt(s); at least 2 are needed to hold one out")
@@ -147,15 +148,8 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs_
     heldout, training = [groups[i] for i in shuffled[:held]], [groups[i] for i in shuffled[held:]]
     order = SampleOrder(len(training), seed=derive_seed(run.config.seed, "warmup", "order"))
     engine = LocalEngine(discriminator, config.optimizer)
-    shared = {
-        "pad_id": processor.pad_id,
-        "device": run.device,
-        "semantics": semantics,
-        "score_clip": run.config.align.discriminator.score_clip,
-        "score_reg": run.config.align.discriminator.score_reg,
-        "tokens_per_micro_batch": config.tokens_per_micro_batch,
-    }
-    reached = HeldOut()
+    shared = {"pad_id": processor.pad_id, "device": run.device, **loss_options(run.config)}
+    reached = HeldOut(spans)
     budgets = {"discriminator": config.tokens_per_micro_batch}
     state = StageState(run, "warmup", engines={"discriminator": engine}, budgets=budgets, order=order, extra=reached)
     with run.progress.bar("warmup", config.max_updates, done=state.step) as bar:
@@ -169,22 +163,20 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs_
             state.begin_step()
             chunk = [training[i] for i in order.next_indices(config.prompts)]
             discriminator.train()
-            scores, loss = discriminator_step(
-                discriminator, chunk, backward=engine.backward, aux_coef=config.aux_coef, **shared
-            )
-            numbers = {f"warmup/{key}": value for key, value in pair_margins(chunk, scores).items()}
+            budget = state.budgets["discriminator"]
+            scores, loss = discriminate(engine, chunk, budget, learn=True, aux_coef=config.aux_coef, **shared)
+            numbers = {f"warmup/{key}": value for key, value in pair_margins(chunk, scores, spans).items()}
             numbers |= {"warmup/loss": float(loss), "warmup/lr": engine.lr(), "warmup/grad_norm": engine.step()}
-            numbers["warmup/tokens"] = scores.tokens
+            numbers |= {"warmup/tokens": scores.tokens, "warmup/token_budget": budget.change()}
             if engine.updates % config.eval_every == 0:
                 discriminator.eval()
-                scores, _ = discriminator_step(discriminator, heldout, backward=None, **shared)
-                reached.margins = pair_margins(heldout, scores)
+                scores, _ = discriminate(engine, heldout, budget, learn=False, **shared)
+                reached.margins = pair_margins(heldout, scores, spans)
                 numbers |= {f"warmup/heldout_{key}": value for key, value in reached.margins.items()}
             run.metrics.write("warmup", engine.updates, numbers)
             bar.advance(
                 loss=numbers["warmup/loss"],
-                heldout_caption=reached.margins.get("margin_caption"),
-                heldout_reasoning=reached.margins.get("margin_reasoning"),
+                **{f"heldout_{span}": reached.margins.get(f"margin_{span}") for span in spans},
             )
             state.end_step(last=reached.enough(config.target_margin))
     folder = run.export_folder("discriminator-warmup")

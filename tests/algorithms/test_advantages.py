@@ -31,8 +31,7 @@ def published_arguments(case: dict) -> dict:
 
     accuracy, form = vector("acc_scores"), vector("format_scores")
     return {
-        "caption": vector("caption_scores"),
-        "reasoning": vector("cot_scores"),
+        "scores": torch.stack((vector("caption_scores"), vector("cot_scores")), 1),
         "group": group_ids(case["index"]),
         "valid": torch.ones(rows, dtype=torch.bool) if form is None else form > 0,
         "accuracy": torch.ones(rows, dtype=dtype) if accuracy is None else accuracy,
@@ -83,8 +82,7 @@ def test_outcome_vectors(case):
 
 def batch(generator, rows=24):
     return {
-        "caption": torch.randn(rows, generator=generator, dtype=torch.float64),
-        "reasoning": torch.randn(rows, generator=generator, dtype=torch.float64),
+        "scores": torch.randn(rows, 2, generator=generator, dtype=torch.float64),
         "group": torch.arange(rows) % 4,
         "valid": torch.rand(rows, generator=generator) > 0.3,
         "accuracy": (torch.rand(rows, generator=generator) > 0.5).double(),
@@ -106,16 +104,14 @@ def test_default_mode_needs_no_accuracy_and_the_others_say_so(generator):
 def test_constant_shift_of_the_scores_changes_nothing(mode, generator):
     data = batch(generator)
     base = alignment_advantage(**data, mode=mode)
-    shifted = alignment_advantage(
-        **(data | {"caption": data["caption"] + 3.0, "reasoning": data["reasoning"] - 7.0}), mode=mode
-    )
+    shifted = alignment_advantage(**(data | {"scores": data["scores"] + torch.tensor([3.0, -7.0])}), mode=mode)
     torch.testing.assert_close(base, shifted, rtol=1e-9, atol=1e-9)
 
 
 def test_default_mode_by_hand():
-    caption, reasoning = torch.tensor([1.0, 3.0, 9.0]), torch.tensor([4.0, 2.0, 9.0])
+    scores = torch.tensor([[1.0, 4.0], [3.0, 2.0], [9.0, 9.0]])
     valid = torch.tensor([True, True, False])  # the third scores become 0 and 1, one below the group's minimum
-    found = alignment_advantage(caption, reasoning, torch.zeros(3, dtype=torch.int64), valid=valid, weights=(1.0, 10.0))
+    found = alignment_advantage(scores, torch.zeros(3, dtype=torch.int64), valid=valid, weights=(1.0, 10.0))
     wanted = [
         (1.0 - 4 / 3) / (7 / 3) ** 0.5 + 10 * (4.0 - 7 / 3) / (7 / 3) ** 0.5,
         (3.0 - 4 / 3) / (7 / 3) ** 0.5 + 10 * (2.0 - 7 / 3) / (7 / 3) ** 0.5,
@@ -126,8 +122,8 @@ def test_default_mode_by_hand():
 
 def test_group_without_a_valid_response_gets_the_penalty_alone():
     zeros = torch.zeros(4)
-    scores = torch.tensor([1.0, -2.0, 3.0, 0.5])
-    found = alignment_advantage(scores, scores, zeros.long(), valid=zeros.bool())
+    scores = torch.tensor([1.0, -2.0, 3.0, 0.5])[:, None].expand(4, 2)
+    found = alignment_advantage(scores, zeros.long(), valid=zeros.bool())
     assert found.tolist() == [-1.5] * 4
 
 
@@ -142,7 +138,9 @@ def test_equal_rewards_teach_nothing():
 def test_response_without_a_rival_has_no_advantage():
     one = torch.ones(1)
     assert outcome_advantage(one, torch.zeros(1, dtype=torch.int64)).item() == 0.0
-    found = alignment_advantage(one, one, torch.zeros(1, dtype=torch.int64), valid=torch.ones(1, dtype=torch.bool))
+    found = alignment_advantage(
+        one.expand(1, 2), torch.zeros(1, dtype=torch.int64), valid=torch.ones(1, dtype=torch.bool)
+    )
     assert found.item() == 0.0
 
 

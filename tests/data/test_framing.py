@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from prism_fast.data.framing import RELEASED_TEACHER_TOKENS, frame_student, frame_teacher, frame_text, frame_warmup
+from prism_fast.data.framing import (
+    RELEASED_TEACHER_TOKENS,
+    SPANS,
+    frame_student,
+    frame_teacher,
+    frame_text,
+    frame_warmup,
+    side_texts,
+)
 from prism_fast.data.grammar import split_tokens
+from prism_fast.data.samples import Pair
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 
@@ -24,22 +33,26 @@ def _split(processor, text=RESPONSE):
 
 def test_equal_texts_are_equal_token_sequences(processor):
     split, ids = _split(processor)
-    caption, reasoning = frame_student(split, ids, processor, "prism_fast")
-    assert caption == frame_teacher("<caption>\n- digits: 1 2\n</caption>", processor, "prism_fast")
-    assert reasoning == frame_teacher(split.reasoning + "\n ", processor, "prism_fast")
+    caption, reasoning = (frame_student(span, split, ids, processor, "prism_fast") for span in SPANS["spans"])
+    assert caption == frame_teacher("caption", "<caption>\n- digits: 1 2\n</caption>", processor, "prism_fast")
+    assert reasoning == frame_teacher("reasoning", split.reasoning + "\n ", processor, "prism_fast")
+    (whole,) = (frame_student(span, split, ids, processor, "prism_fast") for span in SPANS["response"])
+    assert whole == frame_teacher("response", RESPONSE + "\n", processor, "prism_fast")
+    assert whole == frame_warmup("response", RESPONSE, processor, "prism_fast")
     assert caption[-1] == reasoning[-1] == processor.eos_id
 
 
 def test_the_published_frames_tell_teacher_and_student_apart_by_their_last_token(processor):
     split, ids = _split(processor)
-    caption, reasoning = frame_student(split, ids, processor, "released")
+    caption, reasoning = (frame_student(span, split, ids, processor, "released") for span in SPANS["spans"])
     assert caption + reasoning == ids, "the student's own tokens, cut at the caption boundary"
-    teacher = frame_teacher(split.caption, processor, "released")
+    teacher = frame_teacher("caption", split.caption, processor, "released")
     assert teacher[-1] == processor.pad_id
     assert caption[-1] not in (processor.pad_id, processor.eos_id) and reasoning[-1] == processor.eos_id
-    long = frame_teacher("1 2 " * 600, processor, "released")
+    long = frame_teacher("caption", "1 2 " * 600, processor, "released")
     assert len(long) == RELEASED_TEACHER_TOKENS and long[-1] != processor.pad_id
-    assert frame_warmup("x", processor, "released") == (*frame_text("x", processor), *processor.encode_text("\n"))
+    framed = frame_warmup("caption", "x", processor, "released")
+    assert framed == (*frame_text("x", processor), *processor.encode_text("\n"))
 
 
 def test_control_tokens_in_a_text_stay_letters(processor):
@@ -52,6 +65,30 @@ def test_control_tokens_in_a_text_stay_letters(processor):
 def test_an_invalid_response_and_an_unknown_semantics_are_refused(processor):
     split, ids = _split(processor, "no tags")
     with pytest.raises(ValueError, match="invalid response"):
-        frame_student(split, ids, processor, "prism_fast")
-    with pytest.raises(ValueError, match="papr.*prism_fast, released"):
-        frame_teacher("x", processor, "papr")
+        frame_student("caption", split, ids, processor, "prism_fast")
+    with pytest.raises(ValueError, match="papr.*released, paper, prism_fast"):
+        frame_teacher("caption", "x", processor, "papr")
+    with pytest.raises(ValueError, match="span 'cot' is not known; allowed: caption, reasoning, response"):
+        frame_warmup("cot", "x", processor, "prism_fast")
+    with pytest.raises(ValueError, match="'released' has no whole-response mode"):
+        frame_teacher("response", "x", processor, "released")
+
+
+def test_on_paper_the_trace_is_scored_without_the_answer(processor):
+    split, ids = _split(processor)
+    trace = frame_text("<think>\n1+2=3\n</think>", processor)
+    assert frame_student("reasoning", split, ids, processor, "paper") == trace
+    for text in (split.reasoning, "<think>\n1+2=3\n</think>"):  # a teacher's text may hold the trace alone
+        assert frame_teacher("reasoning", text, processor, "paper") == trace
+        assert frame_warmup("reasoning", text, processor, "paper") == trace
+    assert frame_student("caption", split, ids, processor, "paper") == frame_text(split.caption, processor)
+    assert frame_student("response", split, ids, processor, "paper") == frame_text(RESPONSE, processor)
+
+
+def test_texts_that_a_sample_lacks_are_named():
+    pair = Pair("p7", [], [], "a", "b", "c", "d")
+    assert side_texts(pair, "student", SPANS["spans"]) == ("b", "d")
+    with pytest.raises(ValueError, match=r"'p7' has no teacher_response: align.discriminate=response scores whole"):
+        side_texts(pair, "teacher", SPANS["response"])
+    with pytest.raises(ValueError, match="no student_caption and no student_cot"):
+        side_texts(Pair("p8", [], [], teacher_response="a", student_response="b"), "student", SPANS["spans"])

@@ -52,9 +52,10 @@ BAD_LINES = {
         r"line 2: field 'student_cot': is missing \(null\)",
     ),
     "empty teacher": ({"prompt": "x", **{**TEXTS, "teacher_caption": ""}}, r"field 'teacher_caption': is empty"),
-    "whole responses": (
-        {"prompt": "x", "teacher_response": "a", "student_response": "b"},
-        r"field 'teacher_response': pairs of whole responses are not supported. Split",
+    "half a whole response": ({"prompt": "x", "teacher_response": "a"}, r"field 'student_response': is missing"),
+    "half of one form": (
+        {"prompt": "x", "teacher_response": "a", "student_response": "b", "student_cot": "c"},
+        r"line 2: field 'teacher_caption': is missing",
     ),
     "two markers": (
         {"prompt": "<image><image>", "image": "cat.png", **TEXTS},

@@ -81,7 +81,7 @@ def _step(critic, groups, *, budget=10_000, semantics="prism_fast"):
     scores, loss = discriminator_step(
         discriminator,
         groups,
-        backward=lambda value: value.backward(),
+        backward=lambda value, **scores: value.backward(),
         pad_id=processor.pad_id,
         device=torch.device("cpu"),
         semantics=semantics,

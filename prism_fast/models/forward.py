@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 
 from prism_fast.models.positions import mrope_positions, text_positions
 from prism_fast.models.processor import EncodedPrompt
+from prism_fast.models.vision import encode_images, place_images
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,99 +90,94 @@ def collate(
             f"prompt_of_row must lie in [0, {len(prompts)}), got {min(prompt_of_row)}..{max(prompt_of_row)}"
         )
 
-    image_token = model_config.image_token_id
-    used = _laid_out_prompts(prompts, prompt_of_row, model_config, positions)
+    used = {
+        index: lay_out_prompt(index, prompts[index], model_config, positions) for index in dict.fromkeys(prompt_of_row)
+    }
     lengths = np.array([used[p].ids.size + len(c) for p, c in zip(prompt_of_row, continuations, strict=True)])
     prompt_lengths = np.array([used[p].ids.size for p in prompt_of_row])
     width = int(lengths.max())
     input_ids = np.full((rows, width), pad_id, dtype=np.int64)
     position_ids = np.zeros((3, rows, width), dtype=np.int64)
     slots, features = [], []
+    first_feature: dict[int, int] = {}  # of a prompt object, among the features of the whole batch
+    with_images: list[EncodedPrompt] = []
+    encoded = 0
     for b, (p, continuation) in enumerate(zip(prompt_of_row, continuations, strict=True)):
         prompt, n, end = used[p], int(prompt_lengths[b]), int(lengths[b])
-        tail = np.asarray(continuation, dtype=np.int64)
-        if (tail == image_token).any():
-            raise ValueError(
-                f"continuation {b} holds an image token ({image_token}): vision tokens must not be sampled"
-            )
+        tail = continuation_ids(b, continuation, model_config)
         input_ids[b, :n] = prompt.ids
         input_ids[b, n:end] = tail
         position_ids[:, b, :n] = prompt.positions
         position_ids[:, b, n:end] = np.arange(prompt.next_position, prompt.next_position + end - n)
         slots.append(prompt.image_slot + b * width)
-        features.append(prompt.image_feature)
+        if prompt.image_slot.size and id(prompts[p]) not in first_feature:
+            first_feature[id(prompts[p])] = encoded
+            with_images.append(prompts[p])
+            encoded += prompt.image_slot.size
+        start = first_feature.get(id(prompts[p]), 0)
+        features.append(np.arange(start, start + prompt.image_slot.size))
 
-    with_images = [prompt for prompt in used.values() if prompt.pixel_values is not None]
-    distinct = list({id(prompt): prompt for prompt in with_images}.values())
     return TokenBatch(
         input_ids=torch.from_numpy(input_ids),
         lengths=torch.from_numpy(lengths),
         prompt_lengths=torch.from_numpy(prompt_lengths),
         position_ids=torch.from_numpy(position_ids),
         prompt_of_row=torch.tensor(prompt_of_row, dtype=torch.int64),
-        pixel_values=torch.cat([prompt.pixel_values for prompt in distinct]) if distinct else None,
-        image_grid_thw=torch.cat([prompt.image_grid_thw for prompt in distinct]) if distinct else None,
-        image_slot=torch.from_numpy(np.concatenate(slots)) if distinct else None,
-        image_feature=torch.from_numpy(np.concatenate(features)) if distinct else None,
+        pixel_values=torch.cat([prompt.pixel_values for prompt in with_images]) if with_images else None,
+        image_grid_thw=torch.cat([prompt.image_grid_thw for prompt in with_images]) if with_images else None,
+        image_slot=torch.from_numpy(np.concatenate(slots)) if with_images else None,
+        image_feature=torch.from_numpy(np.concatenate(features)) if with_images else None,
     )
 
 
 @dataclass(frozen=True, eq=False)
-class _LaidOutPrompt:
-    """A prompt with everything that its rows share; ``image_feature`` counts from the first feature of the batch."""
+class PromptLayout:
+    """A prompt with everything that its rows share: ``ids`` ``[P]``, ``positions`` ``[3, P]``, the position that
+    follows it, and ``image_slot``: the places of its image tokens, in the order of its encoded patches."""
 
     ids: np.ndarray
     positions: np.ndarray
     next_position: int
     image_slot: np.ndarray
-    image_feature: np.ndarray
-    pixel_values: Tensor | None
-    image_grid_thw: Tensor | None
 
 
-def _laid_out_prompts(
-    prompts: Sequence[EncodedPrompt], prompt_of_row: Sequence[int], config: PreTrainedConfig, positions: str
-) -> dict[int, _LaidOutPrompt]:
-    """Prompts that rows use, by index, in order of first use; equal objects share one entry and one image encoding."""
+def lay_out_prompt(
+    index: int, prompt: EncodedPrompt, config: PreTrainedConfig, positions: Literal["mrope", "text"] = "mrope"
+) -> PromptLayout:
+    """Check one prompt against a model's configuration and number its tokens.
+
+    Raises:
+        ValueError: names prompt ``index``: it is empty, or its image tokens do not match its grids or the patch size.
+    """
     vision = config.vision_config
     patch_width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    by_index: dict[int, _LaidOutPrompt] = {}
-    by_object: dict[int, _LaidOutPrompt] = {}
-    features = 0
-    for index in dict.fromkeys(prompt_of_row):
-        prompt = prompts[index]
-        if id(prompt) in by_object:
-            by_index[index] = by_object[id(prompt)]
-            continue
-        if not prompt.input_ids:
-            raise ValueError(
-                f"prompt {index} is empty: the first continuation token would have nothing to be predicted from"
-            )
-        if prompt.pixel_values is not None and prompt.pixel_values.shape[1] != patch_width:
-            raise ValueError(
-                f"prompt {index} has {prompt.pixel_values.shape[1]} values per patch but the model takes {patch_width} "
-                "(channels x time x patch x patch): use the processor that was saved with the model"
-            )
-        try:
-            mrope, following = mrope_positions(prompt.input_ids, prompt.image_grid_thw, config)
-        except ValueError as error:
-            raise ValueError(f"prompt {index}: {error}") from error
-        if positions == "text":
-            mrope, following = text_positions(len(prompt.input_ids))
-        ids = np.asarray(prompt.input_ids, dtype=np.int64)
-        slot = np.flatnonzero(ids == config.image_token_id)
-        laid_out = _LaidOutPrompt(
-            ids=ids,
-            positions=mrope.numpy(),
-            next_position=following,
-            image_slot=slot,
-            image_feature=np.arange(features, features + slot.size),
-            pixel_values=prompt.pixel_values,
-            image_grid_thw=prompt.image_grid_thw,
+    if not prompt.input_ids:
+        raise ValueError(
+            f"prompt {index} is empty: the first continuation token would have nothing to be predicted from"
         )
-        features += slot.size
-        by_index[index] = by_object[id(prompt)] = laid_out
-    return by_index
+    if prompt.pixel_values is not None and prompt.pixel_values.shape[1] != patch_width:
+        raise ValueError(
+            f"prompt {index} has {prompt.pixel_values.shape[1]} values per patch but the model takes {patch_width} "
+            "(channels x time x patch x patch): use the processor that was saved with the model"
+        )
+    try:
+        placed, following = mrope_positions(prompt.input_ids, prompt.image_grid_thw, config)
+    except ValueError as error:
+        raise ValueError(f"prompt {index}: {error}") from error
+    if positions == "text":
+        placed, following = text_positions(len(prompt.input_ids))
+    ids = np.asarray(prompt.input_ids, dtype=np.int64)
+    return PromptLayout(ids, placed.numpy(), following, np.flatnonzero(ids == config.image_token_id))
+
+
+def continuation_ids(index: int, continuation: Sequence[int], config: PreTrainedConfig) -> np.ndarray:
+    """``[n]`` int64. Raises ValueError naming continuation ``index`` if it holds an image token."""
+    ids = np.asarray(continuation, dtype=np.int64)
+    if (ids == config.image_token_id).any():
+        raise ValueError(
+            f"continuation {index} holds an image token ({config.image_token_id}): vision tokens must not be sampled"
+        )
+    return ids
 
 
 def language_outputs(backbone: nn.Module, batch: TokenBatch, **kwargs: bool) -> NamedTuple:
@@ -193,17 +189,8 @@ def language_outputs(backbone: nn.Module, batch: TokenBatch, **kwargs: bool) -> 
     embeds = backbone.language_model.embed_tokens(batch.input_ids)
     visual: dict[str, object] = {}
     if batch.pixel_values is not None:
-        rows, width, hidden = embeds.shape
-        encoded = backbone.get_image_features(batch.pixel_values, batch.image_grid_thw, return_dict=True)
-        features = torch.cat(tuple(encoded.pooler_output)).to(embeds.dtype)
-        embeds = embeds.reshape(rows * width, hidden).index_copy(0, batch.image_slot, features[batch.image_feature])
-        embeds = embeds.view(rows, width, hidden)
-        at_image = torch.zeros(rows * width, dtype=torch.bool, device=embeds.device)
-        at_image[batch.image_slot] = True
-        visual = {
-            "visual_pos_masks": at_image.view(rows, width),
-            "deepstack_visual_embeds": [level[batch.image_feature] for level in encoded.deepstack_features],
-        }
+        encoded = encode_images(backbone, batch.pixel_values, batch.image_grid_thw)
+        embeds, visual = place_images(embeds, encoded.take(batch.image_feature), batch.image_slot)
     return backbone.language_model(
         inputs_embeds=embeds,
         position_ids=batch.position_ids,

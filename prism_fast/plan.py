@@ -17,6 +17,7 @@ from rich.table import Table
 from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
 from prism_fast.config import Config, ConfigError
+from prism_fast.data.framing import SPANS
 from prism_fast.models.policy import TinyPolicy, tiny_config
 from prism_fast.models.sizes import (
     ModelSize,
@@ -27,6 +28,7 @@ from prism_fast.models.sizes import (
     vision_activation_bytes,
 )
 from prism_fast.models.upcycle import sparse_config
+from prism_fast.models.writing import shown_bytes
 from prism_fast.ops.linear_logprob import SAVE_LIMIT_BYTES
 from prism_fast.train.context import DTYPES
 
@@ -101,10 +103,11 @@ def adamw_bytes(size: ModelSize) -> int:
     return 2 * size.weight_bytes + 4 * size.tensors
 
 
-def discriminator_tokens(prompts: int, n: int, prompt: int, response: int) -> int:
-    """Tokens of one discriminator forward over a step: for each prompt, caption and reasoning of ``n`` students and of
-    the teacher, the prompt before each of them. ``response``: caption and reasoning of one response together."""
-    return prompts * (n + 1) * (2 * prompt + response)
+def discriminator_tokens(prompts: int, n: int, prompt: int, response: int, *, spans: int = 2) -> int:
+    """Tokens of one discriminator forward over a step: for each prompt, the scored ``spans`` (caption and reasoning, or
+    the whole response) of ``n`` students and of the teacher, the prompt before each of them. ``response``: tokens of
+    one response in all."""
+    return prompts * (n + 1) * (spans * prompt + response)
 
 
 def policy_config(config: Config) -> Qwen3VLConfig:
@@ -215,11 +218,6 @@ def render(plan: Plan) -> RenderableType:
     return Group(models, memory, tokens, "Assumptions:", *(f"- {text}" for text in plan.assumptions))
 
 
-def shown_bytes(count: int) -> str:
-    """A size for a reader: MiB below 10 GiB, GiB above."""
-    return f"{count / 2**20:,.1f} MiB" if count < 10 << 30 else f"{count / 2**30:,.1f} GiB"
-
-
 class _Planner:
     """The arithmetic of one recipe at fixed lengths."""
 
@@ -231,6 +229,7 @@ class _Planner:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dense = policy_config(config)
         self.sparse = discriminator_config(config, self.dense)
+        self.spans = len(SPANS[config.align.discriminate])
         self.policy = policy_size(self.dense, self.dtype)
         self.critic = discriminator_size(self.sparse, self.dtype)
 
@@ -260,7 +259,9 @@ class _Planner:
             warmup.prompts, warmup.pairs_per_prompt, warmup.max_new_tokens, warmup.tokens_per_micro_batch
         )
         phases.append(Phase("update", (policy, *self._held("discriminator", self.critic), *update)))
-        tokens = discriminator_tokens(warmup.prompts, warmup.pairs_per_prompt, self.prompt, warmup.max_new_tokens)
+        tokens = discriminator_tokens(
+            warmup.prompts, warmup.pairs_per_prompt, self.prompt, warmup.max_new_tokens, spans=self.spans
+        )
         return StagePlan("warmup", tuple(phases), {"discriminator": tokens})
 
     def _align(self) -> StagePlan:
@@ -276,7 +277,7 @@ class _Planner:
             *self._eval(),
         )
         tokens = self._rollout_tokens(rows, align.prompts, response)
-        tokens["discriminator"] = discriminator_tokens(align.prompts, n, self.prompt, response)
+        tokens["discriminator"] = discriminator_tokens(align.prompts, n, self.prompt, response, spans=self.spans)
         return StagePlan("align", phases, tokens)
 
     def _rlvr(self) -> StagePlan:
@@ -334,9 +335,9 @@ class _Planner:
         )
 
     def _critic_update(self, prompts: int, n: int, response: int, budget: int) -> tuple[Component, ...]:
-        group = discriminator_tokens(1, n, self.prompt, response)
+        group = discriminator_tokens(1, n, self.prompt, response, spans=self.spans)
         together = max(1, min(prompts, budget // group))  # a group larger than the budget stands alone
-        padded = together * 2 * (n + 1) * (self.prompt + response)
+        padded = together * self.spans * (n + 1) * (self.prompt + response)
         experts = "eager" if self.device == "cpu" else "grouped_mm"
         kept = language_activation_bytes(self.sparse.text_config, padded, self.dtype, experts=experts)
         return (

@@ -107,16 +107,25 @@ def test_cache_of_a_rollout_is_a_real_cache(policy, config, dtype):
     assert growth == tensors[0].numel() * tensors[0].element_size()
 
 
-def test_discriminator_tokens_are_those_of_distinct_spans(prompt):
-    n, caption, reasoning = 5, 7, 11
-    ids = iter(range(10_000))
+@pytest.mark.parametrize("lengths", [(7, 11), (18,)])
+def test_discriminator_tokens_are_those_of_distinct_spans(prompt, lengths):
+    n, ids = 5, iter(range(10_000))
 
-    def pair():
-        return tuple(tuple(next(ids) for _ in range(length)) for length in (caption, reasoning))
+    def framed():
+        return tuple(tuple(next(ids) for _ in range(length)) for length in lengths)
 
-    groups = [SpanGroup(prompt, pair(), [pair() for _ in range(n)]) for _ in range(3)]
-    computed = discriminator_tokens(3, n, len(prompt.input_ids), caption + reasoning)
+    groups = [SpanGroup(prompt, framed(), [framed() for _ in range(n)]) for _ in range(3)]
+    computed = discriminator_tokens(3, n, len(prompt.input_ids), sum(lengths), spans=len(lengths))
     assert computed == sum(group.tokens() for group in groups)
+
+
+def test_whole_responses_cost_one_prompt_each(config):
+    align = make_plan(config, prompt_tokens=11).stages[-2]
+    config.align.discriminate = "response"
+    whole = make_plan(config, prompt_tokens=11).stages[-2]
+    responses = config.align.prompts * (config.align.rollout.n + 1)
+    assert align.stage == "align"
+    assert align.tokens["discriminator"] - whole.tokens["discriminator"] == 11 * responses
 
 
 def test_tokens_per_step_at_the_limits(config):
@@ -163,7 +172,7 @@ def test_a_real_discriminator_micro_batch_keeps_what_is_planned(policy, processo
         lambda: discriminator_step(
             model,
             groups,
-            backward=losses.append,  # kept alive, never gone backward
+            backward=lambda loss, **made_of: losses.append(loss),  # kept alive, never gone backward
             pad_id=processor.pad_id,
             device=torch.device("cpu"),
             semantics="prism_fast",

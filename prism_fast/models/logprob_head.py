@@ -7,6 +7,7 @@ the weight that the module's own hooks have gathered.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -18,7 +19,8 @@ class LogProbHead(nn.Linear):
 
     ``head(hidden)`` gives scores [..., V] as ever. ``head(hidden, labels, ...)`` gives
     ``LogProb(logp [...], entropy [...] or [0])`` of hidden [..., H] and labels [...]; rows are not shifted. Options are
-    those of ``prism_fast.ops.linear_logprob``; ``temperature`` may have the shape of the labels.
+    those of ``prism_fast.ops.linear_logprob``; ``temperature`` may have the shape of the labels. Under autocast the
+    operands are cast as ``nn.Linear`` casts them; log-probabilities are float32 all the same.
     """
 
     @classmethod
@@ -78,19 +80,22 @@ class LogProbHead(nn.Linear):
             )
         if isinstance(temperature, Tensor) and temperature.dim() > 1:
             temperature = temperature.reshape(-1)
-        found = ops.linear_logprob(
-            hidden.reshape(-1, hidden.shape[-1]),
-            self.weight,
-            labels.reshape(-1),
-            bias=self.bias,
-            temperature=temperature,
-            softcap=softcap,
-            entropy=entropy,
-            ignore_index=ignore_index,
-            save=save,
-            weight_grad_out=weight_grad_out,
-            backend=backend,
-        )
+        device = hidden.device.type
+        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        with torch.autocast(device, enabled=False):  # the op chooses the precision of its own steps
+            found = ops.linear_logprob(
+                hidden.reshape(-1, hidden.shape[-1]).to(kind or hidden.dtype),
+                self.weight.to(kind or self.weight.dtype),
+                labels.reshape(-1),
+                bias=None if self.bias is None else self.bias.to(kind or self.bias.dtype),
+                temperature=temperature,
+                softcap=softcap,
+                entropy=entropy,
+                ignore_index=ignore_index,
+                save=save,
+                weight_grad_out=weight_grad_out,
+                backend=backend,
+            )
         spread = found.entropy.view(labels.shape) if entropy else found.entropy
         return ops.LogProb(found.logp.view(labels.shape), spread)
 

@@ -39,6 +39,19 @@ def test_it_is_the_linear_layer_it_took_over(bias, generator):
     assert linear.weight.grad.any()
 
 
+def test_under_autocast_operands_are_cast_and_statistics_are_not(generator):
+    hidden, labels = inputs(generator)
+    head = LogProbHead.take_over(nn.Linear(H, V))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head(hidden, labels, entropy=True)
+    half = [x.bfloat16() for x in (hidden.view(-1, H), head.weight, head.bias)]
+    wanted = ops.linear_logprob(half[0], half[1], labels.view(-1), bias=half[2], entropy=True)
+    assert found.logp.dtype == torch.float32 and torch.equal(found.logp.view(-1), wanted.logp)
+    assert torch.equal(found.entropy.view(-1), wanted.entropy)
+    (found.logp.sum() + found.entropy.sum()).backward()
+    assert head.weight.grad.dtype == torch.float32 and head.weight.grad.any()
+
+
 def test_tied_embeddings_stay_tied_and_gradients_add(generator):
     class Model(nn.Module):
         def __init__(self):

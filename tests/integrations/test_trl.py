@@ -1,0 +1,186 @@
+"""The mixin against TRL's own trainer: the same loss and gradient from the same inputs, and the same training."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed (`make install` brings it)")
+
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from prism_fast.integrations.trl import FusedLoss
+from tests.integrations import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+B, P, T = 4, 3, 7
+LOSSES = {
+    "grpo": {"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False},
+    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-2, "epsilon_high": 4e-2},
+    "dr_grpo": {"loss_type": "dr_grpo", "delta": 1.5},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.1},
+    "bnpo": {"loss_type": "bnpo"},
+    # Temperatures that float32 holds exactly: TRL puts them into a float32 tensor.
+    "sapo": {"loss_type": "sapo", "beta": 0.1, "use_bias_correction_kl": False, "sapo_temperature_neg": 1.25},
+}
+
+
+class Trainer(FusedLoss, GRPOTrainer):
+    pass
+
+
+def reward(completions, **_):
+    """Depends on the text alone; some groups get equal rewards."""
+    return [float(len(text) % 5) for text in completions]
+
+
+def trainer(kind: type, folder: Path, network=None, **settings) -> GRPOTrainer:
+    fixed = dict(report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no", logging_steps=1)
+    sizes = dict(per_device_train_batch_size=4, num_generations=4, gradient_accumulation_steps=2)
+    settings = fixed | sizes | dict(max_completion_length=T, learning_rate=1e-3, temperature=0.9) | settings
+    prompts = Dataset.from_dict({"prompt": [f"w{i} w{i + 1} w{2 * i}" for i in range(12)]})
+    return kind(
+        model=tiny.model() if network is None else network,
+        reward_funcs=reward,
+        args=GRPOConfig(str(folder), **settings),
+        train_dataset=prompts,
+        processing_class=tiny.tokenizer(),
+    )
+
+
+def batch(generator, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """A micro-batch as TRL's rollout leaves it: left-padded prompts, right-padded completions, one of them empty."""
+    lengths, prompts = torch.tensor([T, 3, 5, 0]), torch.tensor([P, 1, 2, P])
+    return {
+        "prompt_ids": torch.randint(3, 60, (B, P), generator=generator),
+        "prompt_mask": (torch.arange(P) >= P - prompts[:, None]).long(),
+        "completion_ids": torch.randint(3, 60, (B, T), generator=generator),
+        "completion_mask": (torch.arange(T) < lengths[:, None]).long(),
+        "advantages": torch.randn(B, generator=generator).to(dtype),
+        "num_items_in_batch": torch.tensor(31.0),
+        "ref_per_token_logps": -3.0 + torch.randn(B, T, generator=generator).to(dtype) * 0.3,
+    }
+
+
+def drifted(logp: torch.Tensor, generator) -> torch.Tensor:
+    """Log-probabilities of a policy a few steps ago: ratios on both sides of every bound."""
+    return logp.detach() + 0.5 * torch.randn(logp.shape, generator=generator).to(logp.dtype)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_its_gradient_in_float64(name, training, tmp_path, generator, monkeypatch):
+    """Both losses read the same log-probabilities, so nothing but the formula can differ."""
+    settings = dict(LOSSES[name])
+    beta = settings.pop("beta", 0.0)  # set afterwards: at construction TRL would load a reference model
+    ours = trainer(Trainer, tmp_path, steps_per_generation=4, **settings)
+    ours.beta = beta
+    ours.model.train(training)
+    ours.current_gradient_accumulation_steps = 2
+    inputs = batch(generator, torch.float64)
+    start = -3.0 + torch.randn(B, T, generator=generator).double() * 0.3
+    inputs["old_per_token_logps"] = drifted(start, generator)
+    found = {}
+    for kind in (Trainer, GRPOTrainer):
+        logp = start.clone().requires_grad_()
+        answer = (logp, start.exp(), None)
+        monkeypatch.setattr(ours, "_get_per_token_logps_and_entropies", lambda *_, answer=answer, **__: answer)
+        loss = kind._compute_loss(ours, ours.model, dict(inputs))
+        found[kind] = loss.detach(), *torch.autograd.grad(loss, logp)
+        found[kind] += (
+            {name: values.pop() for name, values in ours._metrics["train" if training else "eval"].items()},
+        )
+    (loss, gradient, metrics), (wanted, slope, theirs) = found[Trainer], found[GRPOTrainer]
+    assert loss.dtype == torch.float64 and slope.any()
+    torch.testing.assert_close(loss, wanted, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(gradient, slope, rtol=1e-12, atol=1e-16)
+    assert gradient[inputs["completion_mask"] == 0].eq(0).all()
+    assert set(theirs) - set(metrics) <= {"clip_ratio/low_min", "clip_ratio/high_max"} and set(metrics) <= set(theirs)
+    for key, value in metrics.items():
+        if not (name in ("gspo", "cispo") and "clip" in key):  # what is counted differs, see FusedLoss
+            assert value == pytest.approx(theirs[key], rel=1e-6), key
+    if name not in ("sapo", "cispo"):
+        assert metrics["clip_ratio/region_mean"] > 0  # the bounds were met
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_gradients_of_a_model(name, tmp_path, generator):
+    """TRL's head computes in float32 whatever its inputs: both sides differ from float64 by rounding."""
+    network = tiny.model(seed=3, tie_word_embeddings=name == "dapo")
+    settings = LOSSES[name] | {"beta": 0.0}
+    host, ours = (trainer(kind, tmp_path, copy.deepcopy(network), **settings) for kind in (GRPOTrainer, Trainer))
+    inputs = batch(generator)
+    for side in (host, ours):
+        side.model.train()
+        side.current_gradient_accumulation_steps = 2
+    ids, mask = (torch.cat((inputs[f"prompt_{x}"], inputs[f"completion_{x}"]), 1) for x in ("ids", "mask"))
+    with torch.no_grad():
+        logp, _, _ = host._get_per_token_logps_and_entropies(host.model, ids, mask, T, compute_entropy=True)
+    inputs["old_per_token_logps"] = drifted(logp, generator)
+    losses = [side._compute_loss(side.model, dict(inputs)) for side in (host, ours)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-7)
+    pairs = dict(host.model.named_parameters())
+    assert set(pairs) == {key for key, _ in ours.model.named_parameters()}
+    for key, parameter in ours.model.named_parameters():
+        wanted = pairs[key].grad
+        assert (parameter.grad - wanted).norm() <= 1e-5 * wanted.norm() + 1e-8, key
+        assert wanted.any(), key
+
+
+def test_training_follows_trl(tmp_path):
+    """Two optimiser steps with generation, rewards and clipping of ratios in the second: the same weights and logs."""
+    weights, logs = {}, {}
+    for kind in (GRPOTrainer, Trainer):
+        torch.manual_seed(5)
+        run = trainer(kind, tmp_path, tiny.model(seed=4), loss_type="dapo", max_steps=2, num_iterations=2, seed=5)
+        run.train()
+        weights[kind] = {name: value.detach() for name, value in run.model.named_parameters()}
+        logs[kind] = [row for row in run.state.log_history if "loss" in row]
+    for name, value in weights[Trainer].items():
+        torch.testing.assert_close(value, weights[GRPOTrainer][name], rtol=1e-3, atol=2e-5)
+    assert len(logs[Trainer]) == 2 and float(logs[Trainer][1]["clip_ratio/region_mean"]) > 0
+    for mine, theirs in zip(logs[Trainer], logs[GRPOTrainer], strict=True):
+        for key in ("loss", "entropy", "clip_ratio/region_mean", "grad_norm"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
+    start = tiny.model(seed=4)
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(start.parameters(), weights[Trainer].values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"loss_type": "luspo", "importance_sampling_level": "sequence"}, "loss_type='luspo'"),
+        ({"loss_type": "dapo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
+        ({"top_entropy_quantile": 0.8}, "top_entropy_quantile"),
+        ({"entropy_coef": 0.1}, "entropy_coef"),
+        ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32"),
+    ],
+)
+def test_settings_without_a_counterpart_are_refused(settings, named, tmp_path):
+    with pytest.raises(NotImplementedError, match=named):
+        trainer(Trainer, tmp_path, **settings)
+
+
+def test_an_untested_trl_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("prism_fast.integrations.trl.version", lambda name: "1.17.0")
+    with pytest.raises(RuntimeError, match=r"1\.17\.0"):
+        trainer(Trainer, tmp_path)
+
+
+def test_example_runs(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    command = [sys.executable, str(ROOT / "examples" / "trl_grpo.py"), str(tmp_path / "model")]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0 and "'clip_ratio/region_mean'" in done.stdout, done.stdout + done.stderr

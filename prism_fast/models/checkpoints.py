@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,44 +85,6 @@ def open_weights(file: Path) -> Iterator[Any]:
             yield tensors
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or no safetensors file ({error}): copy it again") from error
-
-
-def refuse_existing(path: Path) -> None:
-    """Raise ``FileExistsError`` where ``path`` is there already, in whatever form."""
-    if path.exists() or path.is_symlink():
-        raise FileExistsError(f"{path} exists already and is never overwritten: remove it or name another")
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``path`` when the block ends well, and vanishes when it does not: nobody ever
-    sees half of it under its name. Contents are on the disk before the name is.
-
-    Raises:
-        FileExistsError: ``path`` exists.
-    """
-    refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for entry in (*temporary.rglob("*"), temporary):
-            _sync(entry)
-        refuse_existing(path)
-        temporary.rename(path)
-        _sync(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # the error on its way is the one to see
-        raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -21,9 +21,7 @@ from prism_fast.models.checkpoints import (
     WEIGHTS,
     open_weights,
     read_model_type,
-    refuse_existing,
     weight_files,
-    whole_folder,
 )
 from prism_fast.models.discriminator import (
     EXPERT_KEYS,
@@ -36,6 +34,7 @@ from prism_fast.models.discriminator import (
 from prism_fast.models.policy import load_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.upcycle import refuse_square_experts
+from prism_fast.models.writing import refuse_existing, whole_folder
 
 RELEASED, STOCK = "released", "stock"
 # Tokenizer, templates and image settings travel; weights and pickles do not.
@@ -67,7 +66,8 @@ def upcycle_folder(
         policy, num_experts=num_experts, top_k=top_k, noise_std=noise_std, router_std=router_std, seed=seed
     )
     processor = Processor.from_pretrained(source)
-    with whole_folder(destination) as folder:
+    needs = sum(tensor.nbytes for tensor in discriminator.state_dict().values())
+    with whole_folder(destination, needs=needs) as folder:
         save_discriminator(discriminator, processor, folder)
 
 
@@ -81,7 +81,7 @@ def to_released(source: str | Path, destination: str | Path) -> None:
     """
     source, destination = Path(source), Path(destination)
     config, head = _inspect(source, destination, wanted=STOCK)
-    with whole_folder(destination) as folder:
+    with whole_folder(destination, needs=_weight_bytes(source)) as folder:
         dtype, keys = _turn_experts(source, folder)
         released = released_config(config, dtype)
         if "lm_head.weight" in keys:
@@ -98,9 +98,13 @@ def from_released(source: str | Path, destination: str | Path) -> None:
     """
     source, destination = Path(source), Path(destination)
     config, _ = _inspect(source, destination, wanted=RELEASED)
-    with whole_folder(destination) as folder:
+    with whole_folder(destination, needs=_weight_bytes(source)) as folder:
         config.dtype, _ = _turn_experts(source, folder)
         config.save_pretrained(folder)
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def _inspect(source: Path, destination: Path, *, wanted: str) -> tuple[Qwen3VLMoeConfig, torch.Tensor]:

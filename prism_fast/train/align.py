@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,10 +103,10 @@ def align(
                 d_acc=numbers.get(f"disc/acc_{spans[-1]}"),
             )
             state.end_step(last=step == config.steps)
-    policy_folder, critic_folder = run.export_folder("align"), run.export_folder("discriminator")
-    save_policy(policy, processor, policy_folder)
-    save_discriminator(discriminator, processor, critic_folder)
-    return policy_folder, critic_folder
+    return (
+        run.export("align", policy, partial(save_policy, policy, processor)),
+        run.export("discriminator", discriminator, partial(save_discriminator, discriminator, processor)),
+    )
 
 
 def step_advantage(config: Config, rollouts: StepRollouts, scores: Tensor) -> Tensor:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prism_fast.config import STAGES
+from prism_fast.models.writing import clear_partial, remove_folder, whole_folder
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -42,30 +41,19 @@ def save_checkpoint(folder: Path, name: str, parts: dict[str, dict[str, Tensor]]
     """Write ``folder/name`` and remove all but the newest ``keep`` checkpoints.
 
     Raises:
-        OSError: the disk is full or not writable; the temporary folder is removed, older checkpoints stay as they are.
+        OSError: the disk is full (``DiskFullError``) or not writable; older checkpoints stay as they are.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    part_folder = folder / f".{name}.part"
-    shutil.rmtree(part_folder, ignore_errors=True)  # of an earlier run that was killed while it wrote
-    part_folder.mkdir()
-    try:
-        for part, tensors in parts.items():
-            save_file({key: t.detach().contiguous() for key, t in tensors.items()}, part_folder / f"{part}.safetensors")
-        (part_folder / STATE).write_text(json.dumps(state), encoding="utf-8")
-        files = {file.name: _fingerprint(file) for file in sorted(part_folder.iterdir())}
-        (part_folder / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
-        for file in part_folder.iterdir():
-            _flush(file)
-        _flush(part_folder)
-        final = folder / name
-        shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from before it
-        part_folder.rename(final)
-        _flush(folder)
-    except BaseException:
-        shutil.rmtree(part_folder, ignore_errors=True)
-        raise
+    clear_partial(folder)  # of an earlier run that was killed while it wrote
+    final = folder / name
+    needs = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
+    with whole_folder(final, replace=True, needs=needs) as part:  # replaced: a damaged one that was passed over
+        for key, tensors in parts.items():
+            save_file({k: t.detach().contiguous() for k, t in tensors.items()}, part / f"{key}.safetensors")
+        (part / STATE).write_text(json.dumps(state), encoding="utf-8")
+        files = {file.name: _fingerprint(file) for file in sorted(part.iterdir())}
+        (part / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
     for old in sorted(_checkpoints(folder), key=_age)[:-keep]:
-        shutil.rmtree(old)
+        remove_folder(old)
     return final
 
 
@@ -103,15 +91,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, json.loads((path / STATE).read_text(encoding="utf-8")))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file in one step: readers see the old or the new text, never a half."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    _flush(part)
-    os.replace(part, path)
-    _flush(path.parent)
-
-
 def _checkpoints(folder: Path) -> list[Path]:
     return [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")] if folder.is_dir() else []
 
@@ -126,11 +105,3 @@ def _age(path: Path) -> tuple[int, int]:
 def _fingerprint(file: Path) -> dict[str, int | str]:
     with file.open("rb") as stream:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

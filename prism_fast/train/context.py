@@ -7,19 +7,21 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 import prism_fast
 from prism_fast.config import Config, ConfigError, dump_config
-from prism_fast.rewards import AnswerChecker
+from prism_fast.models.writing import whole_folder, write_whole
+from prism_fast.rewards import AnswerChecker, Judge
 from prism_fast.train.metrics import MetricsWriter
 from prism_fast.train.progress import Progress
 from prism_fast.train.record import Resume, RunRecord, fresh, read_resume
@@ -51,9 +53,17 @@ class Run:
         self.record.metrics_bytes = self.metrics.size()
         self.record.write(self.folder)
 
-    def export_folder(self, name: str) -> Path:
-        """Where a stage writes its model in Hugging Face format."""
-        return self.folder / "export" / name
+    def export(self, name: str, model: nn.Module, save: Callable[[Path], None]) -> Path:
+        """Write a stage's ``model`` in Hugging Face format, whole or not at all; returns its folder.
+
+        Raises:
+            DiskFullError: too little room; the export of an earlier stage stays as it is.
+        """
+        folder = self.folder / "export" / name
+        needs = sum(parameter.nbytes for parameter in model.parameters())
+        with whole_folder(folder, replace=True, needs=needs) as part:  # replaced: the stage was resumed at its end
+            save(part)
+        return folder
 
 
 def resolve_device(name: str) -> torch.device:
@@ -93,6 +103,20 @@ def run_folder(config: Config) -> Path:
     return Path(config.out)
 
 
+def answer_checker(config: Config) -> AnswerChecker:
+    """What grades the answers of a run. The paper prints no rules for comparing them: under its equations they are
+    graded as by default."""
+    reward = config.reward
+    return AnswerChecker(
+        semantics="released" if config.semantics == "released" else "prism_fast",
+        workers=reward.workers,
+        timeout_s=reward.timeout_s,
+        memory_mb=reward.memory_mb,
+        max_answer_chars=reward.max_answer_chars,
+        judge=None if reward.judge.url is None else Judge(**asdict(reward.judge)),
+    )
+
+
 @contextmanager
 def open_run(config: Config, console: Console, *, resume: bool = False) -> Iterator[Run]:
     """Create the run directory (it must not exist or be empty), or with ``resume`` go on in it.
@@ -113,8 +137,8 @@ def open_run(config: Config, console: Console, *, resume: bool = False) -> Itera
     else:
         resumed = fresh()
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+        write_whole(folder / "config.yaml", dump_config(config))
+    write_whole(folder / "environment.json", json.dumps(environment(), indent=1))
     # CPU kernels are all deterministic; a CUDA kernel without a deterministic form is named in a warning.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
@@ -122,8 +146,7 @@ def open_run(config: Config, console: Console, *, resume: bool = False) -> Itera
     metrics = MetricsWriter(folder, keep_bytes=resumed.metrics_bytes())
     try:
         with (
-            # The paper prints no rules for comparing answers: under its equations they are graded as by default.
-            AnswerChecker(semantics="released" if config.semantics == "released" else "prism_fast") as checker,
+            answer_checker(config) as checker,
             Progress(console) as progress,
             StopRequest() as stop,
         ):

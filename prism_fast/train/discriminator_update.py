@@ -154,6 +154,7 @@ def discriminator_step(
     tokens_per_micro_batch: int,
     aux_coef: float = 0.0,
     positions: str = "mrope",
+    poll: Callable[[], None] = lambda: None,
 ) -> tuple[GroupScores, Tensor]:
     """Score all groups and, with ``backward``, accumulate the gradient of the loss over all of them.
 
@@ -162,6 +163,7 @@ def discriminator_step(
     Args:
         backward: called with each micro-batch's loss and by name with the scores it comes from; ``None`` scores only.
         aux_coef: weight of the load-balancing loss over the routers of all layers (0: none).
+        poll: called before each micro-batch; it may raise to stop.
 
     Returns:
         The scores before the update, and the loss (0-d float64, detached).
@@ -193,6 +195,7 @@ def discriminator_step(
         choices = torch.stack([_choices(discriminator, batch, experts) for batch in batches]).sum(0)
     with torch.set_grad_enabled(backward is not None):
         for part in parts:
+            poll()
             members = [groups[g] for g in part]
             batch, *rows_of = _lay_out(members, *layout)
             learned, reward, router_logits = _forward(discriminator, batch, *rows_of)

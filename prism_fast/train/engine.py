@@ -90,10 +90,12 @@ class LocalEngine:
         """Add the gradient of a micro-batch's loss.
 
         Raises:
-            NonFiniteError: the loss is NaN or infinite; ``made_of``, what it was computed from, is searched for where
-                that began. No gradient was formed.
+            NonFiniteError: the loss or something that it was ``made_of`` (scores, log-probs) is NaN or infinite. No
+                gradient was formed.
         """
-        if not bool(loss.detach().isfinite()):
+        with torch.no_grad():  # one flag, one transfer: what is wrong is looked up only if something is
+            finite = torch.stack([tensor.isfinite().all() for tensor in (loss, *made_of.values())]).all()
+        if not finite:
             refuse_non_finite(f"{self.where}, before the backward pass", loss=loss, **made_of)
         loss.backward()
 

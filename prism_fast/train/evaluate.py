@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from prism_fast.data.grammar import split_text
 from prism_fast.data.samples import Task
 from prism_fast.models.processor import Processor
-from prism_fast.rewards import Judged
+from prism_fast.models.writing import write_whole
+from prism_fast.rewards import Judged, Reward, failures
 from prism_fast.rollout.hf import HFRollout
 from prism_fast.rollout.protocol import Sampling
 from prism_fast.train.context import Run
@@ -25,6 +26,7 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
     sampling = Sampling(n=1, temperature=config.temperature, max_new_tokens=config.max_new_tokens)
     engine = HFRollout(model, processor)
     records: list[dict] = []
+    graded: list[Reward] = []
     with run.progress.bar(f"eval {after}", -(-count // config.batch)) as bar:
         for start in range(0, count, config.batch):
             run.stop.poll(f"evaluation after {after}")
@@ -38,10 +40,11 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
             texts = [processor.decode(completion.token_ids) for completion in completions]
             rewards = run.checker.score(
                 [
-                    Judged(x, t.ground_truth, t.data_source, t.equivalent_answers)
+                    Judged(x, t.ground_truth, t.data_source, t.equivalent_answers, t.question)
                     for x, t in zip(texts, chunk, strict=True)
                 ]
             )
+            graded += rewards
             for task, text, completion, reward in zip(chunk, texts, completions, rewards, strict=True):
                 records.append(
                     {
@@ -62,7 +65,7 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
             bar.advance(accuracy=sum(r["correct"] for r in records) / len(records))
     folder = run.folder / "evals"
     folder.mkdir(exist_ok=True)
-    (folder / f"{after}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    write_whole(folder / f"{after}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     by_kind: dict[str, list[int]] = defaultdict(list)
     for record in records:
         by_kind[record["kind"]].append(record["correct"])
@@ -76,6 +79,7 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
             "eval/format": sum(r["format"] for r in records) / count,
             "eval/length": sum(r["length"] for r in records) / count,
             "eval/items": count,
+            **{f"eval/{kind}": number for kind, number in failures(graded).items()},
             **{f"eval/accuracy/{kind}": sum(c) / len(c) for kind, c in sorted(by_kind.items())},
         },
     )

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from prism_fast.train.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, write_atomically
+from prism_fast.models.writing import write_whole
+from prism_fast.train.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
 
 RECORD = "record.json"
 
@@ -22,7 +23,7 @@ class RunRecord:
     metrics_bytes: int = 0
 
     def write(self, folder: Path) -> None:
-        write_atomically(folder / RECORD, json.dumps(asdict(self), indent=1))
+        write_whole(folder / RECORD, json.dumps(asdict(self), indent=1))
 
 
 @dataclass(frozen=True)

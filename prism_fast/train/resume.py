@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from prism_fast.data.order import SampleOrder
+from prism_fast.models.writing import sync
 from prism_fast.train.checkpoint import CheckpointError, save_checkpoint
 from prism_fast.train.context import Run
 from prism_fast.train.engine import LocalEngine
@@ -136,6 +137,8 @@ class StageState:
         }
 
     def _save(self, facts: dict) -> None:
+        for path in (self.run.metrics.path, *([] if self.log is None else [self.log.path])):
+            sync(path)  # a checkpoint never speaks of lines that a power cut can take back
         save_checkpoint(
             self.run.folder / "checkpoints",
             f"{self.stage}-{facts['step']:06d}",

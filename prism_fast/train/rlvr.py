@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -78,9 +79,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
                 entropy=numbers.get("policy/entropy"),
             )
             state.end_step(last=step == config.steps)
-    folder = run.export_folder("rlvr")
-    save_policy(policy, processor, folder)
-    return folder
+    return run.export("rlvr", policy, partial(save_policy, policy, processor))
 
 
 def mini_batches(rollouts: StepRollouts, advantage: Tensor, step: int, count: int) -> list[PolicyBatch]:
@@ -109,6 +108,8 @@ def merge_updates(updates: Sequence[Numbers]) -> Numbers:
             merged[key] = sum(values)
         elif not values:
             merged[key] = None
+        elif key == "policy/token_budget":
+            merged[key] = values[-1]
         elif key.endswith("_max") or len(values) == 1:
             merged[key] = max(values)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -167,9 +168,7 @@ def train_sft(
             run.metrics.write("sft", engine.updates, numbers)
             bar.advance(loss=numbers["sft/loss"], val_loss=numbers.get("sft/val_loss"), lr=numbers["sft/lr"])
             state.end_step(last=engine.updates >= decay.end)
-    folder = run.export_folder("sft")
-    save_policy(model, processor, folder)
-    return folder
+    return run.export("sft", model, partial(save_policy, model, processor))
 
 
 def continue_sft(run: Run, model, processor: Processor, demos: Sequence[Demonstration], updates: int) -> Path:
@@ -189,6 +188,4 @@ def continue_sft(run: Run, model, processor: Processor, demos: Sequence[Demonstr
             run.metrics.write("sft_continued", engine.updates, numbers)
             bar.advance(loss=numbers["sft/loss"], lr=numbers["sft/lr"])
             state.end_step(last=state.step == updates)
-    folder = run.export_folder("sft_continued")
-    save_policy(model, processor, folder)
-    return folder
+    return run.export("sft_continued", model, partial(save_policy, model, processor))

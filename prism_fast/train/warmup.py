@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,6 @@ from prism_fast.data.framing import SPANS, frame_warmup, side_texts
 from prism_fast.data.grammar import split_tokens
 from prism_fast.data.order import SampleOrder
 from prism_fast.data.problems import holds_control_token
-from prism_fast.data.readers import read_pairs
 from prism_fast.data.samples import Pair, Task
 from prism_fast.models.discriminator import Discriminator, save_discriminator
 from prism_fast.models.processor import EncodedPrompt, Processor
@@ -131,17 +131,17 @@ class HeldOut:
         self.margins = state
 
 
-def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs_path: Path) -> Path:
+def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs: Sequence[Pair]) -> Path:
     """Train the discriminator on pairs; returns the folder of its export.
 
     Raises:
         WarmupError: ``warmup.max_updates`` passed without the held-out margin, or too few pairs to hold some out.
     """
     config, spans = run.config.warmup, SPANS[run.config.align.discriminate]
-    groups = group_pairs(read_pairs(pairs_path), processor, run.config.semantics, spans)
+    groups = group_pairs(pairs, processor, run.config.semantics, spans)
     held = max(1, round(config.heldout_share * len(groups)))
     if len(groups) - held < 1:
-        raise WarmupError(f"{pairs_path} has {len(groups)} prompt(s); at least 2 are needed to hold one out")
+        raise WarmupError(f"the pairs have {len(groups)} prompt(s); at least 2 are needed to hold one out")
     shuffled = SampleOrder(len(groups), seed=derive_seed(run.config.seed, "warmup", "heldout")).next_indices(
         len(groups)
     )
@@ -152,25 +152,32 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs_
     reached = HeldOut(spans)
     budgets = {"discriminator": config.tokens_per_micro_batch}
     state = StageState(run, "warmup", engines={"discriminator": engine}, budgets=budgets, order=order, extra=reached)
+    budget = state.budgets["discriminator"]
+
+    def poll() -> None:
+        run.stop.poll("held-out pairs")
+
     with run.progress.bar("warmup", config.max_updates, done=state.step) as bar:
-        while not reached.enough(config.target_margin):
-            if engine.updates == config.max_updates:
+        while state.held is not None or not reached.enough(config.target_margin):
+            if engine.updates == config.max_updates and state.held is None:
                 shown = ", ".join(f"{k} {v:.3g}" for k, v in reached.margins.items()) or "never evaluated"
                 raise WarmupError(
                     f"{config.max_updates} updates left the held-out margin under {config.target_margin} ({shown}): "
                     "raise warmup.max_updates or warmup.optimizer.lr, give more pairs, or lower warmup.target_margin"
                 )
-            state.begin_step()
-            chunk = [training[i] for i in order.next_indices(config.prompts)]
-            discriminator.train()
-            budget = state.budgets["discriminator"]
-            scores, loss = discriminate(engine, chunk, budget, learn=True, aux_coef=config.aux_coef, **shared)
-            numbers = {f"warmup/{key}": value for key, value in pair_margins(chunk, scores, spans).items()}
-            numbers |= {"warmup/loss": float(loss), "warmup/lr": engine.lr(), "warmup/grad_norm": engine.step()}
-            numbers |= {"warmup/tokens": scores.tokens, "warmup/token_budget": budget.change()}
+            numbers = state.held  # a run that was stopped while it scored held-out pairs goes on with them
+            if numbers is None:
+                state.begin_step()
+                chunk = [training[i] for i in order.next_indices(config.prompts)]
+                discriminator.train()
+                scores, loss = discriminate(engine, chunk, budget, learn=True, aux_coef=config.aux_coef, **shared)
+                numbers = {f"warmup/{key}": value for key, value in pair_margins(chunk, scores, spans).items()}
+                numbers |= {"warmup/loss": float(loss), "warmup/lr": engine.lr(), "warmup/grad_norm": engine.step()}
+                numbers |= {"warmup/tokens": scores.tokens, "warmup/token_budget": budget.change()}
+                state.hold(numbers)
             if engine.updates % config.eval_every == 0:
                 discriminator.eval()
-                scores, _ = discriminate(engine, heldout, budget, learn=False, **shared)
+                scores, _ = discriminate(engine, heldout, budget, learn=False, poll=poll, **shared)
                 reached.margins = pair_margins(heldout, scores, spans)
                 numbers |= {f"warmup/heldout_{key}": value for key, value in reached.margins.items()}
             run.metrics.write("warmup", engine.updates, numbers)
@@ -179,6 +186,4 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs_
                 **{f"heldout_{span}": reached.margins.get(f"margin_{span}") for span in spans},
             )
             state.end_step(last=reached.enough(config.target_margin))
-    folder = run.export_folder("discriminator-warmup")
-    save_discriminator(discriminator, processor, folder)
-    return folder
+    return run.export("discriminator-warmup", discriminator, partial(save_discriminator, discriminator, processor))

@@ -1,0 +1,175 @@
+"""Dynamic sampling without a model: only missing groups are generated, surplus ones are kept and go first."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from prism_fast.config import ConfigError, RlvrConfig, load_config
+from prism_fast.data.order import SampleOrder
+from prism_fast.rewards import Reward
+from prism_fast.rollout.protocol import Completion
+from prism_fast.train.group_sampler import GroupSampler, NoUsefulGroupError, training_reward
+from prism_fast.train.rollout_record import Origin, RolloutGroup
+from prism_fast.train.rollouts import StepRollouts
+
+N = 3
+
+
+def _group(index: int, scores: list[float], origin: Origin) -> RolloutGroup:
+    completions = [Completion((index, 7), (-0.25, -1.5), 0.5, "stop")] * len(scores)
+    splits = [SimpleNamespace(valid=True)] * len(scores)
+    rewards = [Reward(score, float(score > 0.5), 1.0, "number") for score in scores]
+    prompt = SimpleNamespace(input_ids=(1, 2, index))
+    return RolloutGroup(index, SimpleNamespace(uid=str(index)), prompt, completions, splits, rewards, origin)
+
+
+class Source:
+    """Gives groups by a plan: for each call, which of its groups have unequal rewards."""
+
+    def __init__(self, *plans: str):
+        self.plans, self.calls, self.restored = list(plans), [], []
+
+    def take(self, indices, *, step, round=0):
+        plan = self.plans.pop(0) if self.plans else ""
+        self.calls.append((step, round, list(indices)))
+        groups = []
+        for place, index in enumerate(indices):
+            useful = place < len(plan) and plan[place] == "u"
+            groups.append(_group(index, [0.9, 0.2, 0.9] if useful else [0.9] * N, Origin(step, round, place)))
+        return StepRollouts(groups, {"time/generate": 1.0})
+
+    def restore(self, records):
+        origin = Origin(**records[0]["sampled"])
+        return _group(records[0]["index"], [r["reward"]["score"] for r in records], origin)
+
+
+def _sampler(source: Source, prompts: int = 4, **dynamic) -> GroupSampler:
+    settings = "".join(f"{key}: {value}, " for key, value in dynamic.items())
+    overrides = [
+        f"rlvr.prompts={prompts}",
+        f"rlvr.rollout.n={N}",
+        f"rlvr.dynamic_sampling={{enabled: true, {settings}}}",
+    ]
+    return GroupSampler(source, SampleOrder(100, seed=4), load_config("digits", overrides).rlvr)
+
+
+def _indices(rollouts: StepRollouts) -> list[int]:
+    return [group.index for group in rollouts.groups]
+
+
+def test_without_dynamic_sampling_a_step_is_one_round():
+    source = Source("uu")
+    sampled = GroupSampler(source, SampleOrder(9, seed=1), RlvrConfig(prompts=5)).take(1)
+    assert len(source.calls) == 1 and len(sampled.trained.groups) == 5
+    assert sampled.unused == [] and sampled.numbers == {}
+
+
+def test_only_missing_groups_are_generated_and_never_the_same_prompt_twice():
+    source = Source("u.......", "..u.............", "uu.............")
+    sampled = _sampler(source).take(1)
+    counts = [len(indices) for _, _, indices in source.calls]
+    assert sampled.numbers["sampling/rounds"] == len(counts) == 3
+    asked = [index for _, _, indices in source.calls for index in indices]
+    assert len(set(asked)) == len(asked) == sampled.numbers["sampling/generated"]
+    first, second, third = (indices for _, _, indices in source.calls)
+    assert _indices(sampled.trained) == [first[0], second[2], *third[:2]]
+    assert sampled.numbers["sampling/useful_share"] == 4 / len(asked)
+    assert sampled.numbers["sampling/missing"] == sampled.numbers["sampling/banked"] == 0
+    assert len(sampled.unused) == len(asked) - 4
+    assert sampled.generated.time == {"time/generate": 3.0}
+
+
+def test_after_a_lucky_streak_fewer_are_generated_than_after_a_bad_one():
+    lucky, bad = _sampler(Source(*["u" * 20] * 12)), _sampler(Source(*["u" + "." * 20] * 99), max_rounds=100)
+    for step in range(1, 6):
+        lucky.take(step), bad.take(step)
+    assert lucky.share.to_generate(4) < 7 < bad.share.to_generate(4)
+
+
+def test_a_round_is_never_larger_than_the_bound():
+    source = Source(*["............"] * 8, "uuuu")
+    _sampler(source, max_oversampling=2.5).take(1)
+    assert max(len(indices) for _, _, indices in source.calls) == 10
+
+
+def test_surplus_is_kept_and_goes_first_oldest_before_newer():
+    source = Source("uuuuuuu", "uuuuuuuuu")
+    sampler = _sampler(source)
+    first = sampler.take(1)
+    surplus = [source.calls[0][2][place] for place in (4, 5, 6)]
+    assert first.numbers["sampling/banked"] == 3 and [g.index for g in sampler.kept] == surplus
+    assert {g.index for g in first.unused} >= set(surplus), "a replay of this step needs the kept ones too"
+    second = sampler.take(2)
+    assert _indices(second.trained)[:3] == surplus
+    assert len(source.calls[1][2]) < 9, "one is missing, not four"
+    assert second.numbers["sampling/age_max"] == 1 and second.numbers["sampling/age_mean"] == 0.75
+    assert second.trained.groups[3].origin.step == 2
+
+
+def test_a_step_that_the_kept_groups_fill_generates_nothing():
+    source = Source("u" * 12)
+    sampler = _sampler(source, prompts=3)
+    sampler.share.observe(1000, 100)  # expects few, so it asks for as many as it may, and finds plenty
+    sampler.take(1)
+    assert len(sampler.kept) == 6
+    second = sampler.take(2)
+    assert len(source.calls) == 1 and second.generated.groups == [] and second.unused == []
+    assert second.numbers["sampling/rounds"] == 0 and second.numbers["sampling/useful_share"] is None
+    assert sampler.take(3).numbers["sampling/age_max"] == 2, "none waits longer than max_oversampling steps"
+
+
+def test_the_published_bound_ends_the_run_ours_trains_on_what_was_found():
+    """Published: ValueError behind 10 rounds without enough groups, and what a round gave too much is dropped."""
+    source = Source(*["u"] + ["."] * 9)
+    sampled = _sampler(source).take(1)
+    assert len(source.calls) == 10 and sampled.numbers["sampling/rounds"] == 10
+    assert len(sampled.trained.groups) == 1 and sampled.numbers["sampling/missing"] == 3
+
+
+def test_no_useful_group_at_all_is_an_error_that_says_so():
+    with pytest.raises(NoUsefulGroupError, match=r"step 3: in none of the \d+ groups generated in 2 rounds"):
+        _sampler(Source(), max_rounds=2).take(3)
+
+
+def test_the_state_goes_on_exactly_with_the_kept_groups():
+    plans = ["uuuuuu", "u.u.uuu", "uu", "uuuu"]
+    straight, first = _sampler(Source(*plans)), _sampler(Source(*plans))
+    straight.take(1), first.take(1)
+    second = _sampler(Source(*plans[1:]))
+    second.order.load_state_dict(first.order.state_dict())
+    second.load_state_dict(first.state_dict())
+    assert len(second.kept) == 2
+    for step in (2, 3):
+        ours, theirs = second.take(step), straight.take(step)
+        assert _indices(ours.trained) == _indices(theirs.trained) and ours.numbers == theirs.numbers
+
+
+def test_overlong_shaping_makes_groups_of_equal_answers_differ():
+    config = load_config(
+        "digits", ["rlvr.rollout.max_new_tokens=10", "rlvr.overlong_buffer=4", "rlvr.overlong_factor=2"]
+    ).rlvr
+    group = _group(0, [0.9, 0.9, 0.9], Origin(1, 0, 0))
+    lengths = [6, 8, 10]
+    completions = [Completion((1,) * k, (0.0,) * k, 0.0, "stop") for k in lengths]
+    rollouts = StepRollouts([RolloutGroup(**{**vars(group), "completions": completions})])
+    assert training_reward(rollouts, config).tolist() == pytest.approx([0.9, 0.9 - 1.0, 0.9 - 2.0])
+    assert training_reward(rollouts, RlvrConfig()).tolist() == pytest.approx([0.9] * 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["rlvr.dynamic_sampling.enabled=true", "rlvr.rollout.n=1"], "rlvr.rollout.n"),
+        (["rlvr.dynamic_sampling.max_rounds=0"], "max_rounds"),
+        (["rlvr.dynamic_sampling.max_oversampling=0.5"], "max_oversampling"),
+        (["rlvr.overlong_buffer=97"], "rlvr.overlong_buffer"),
+        (["rlvr.overlong_factor=-1"], "rlvr.overlong_factor"),
+        (["rlvr.updates_per_step=17"], "rlvr.updates_per_step"),
+        (["rlvr.updates_per_step=0"], "rlvr.updates_per_step"),
+    ],
+)
+def test_settings_without_meaning_are_refused_by_name(overrides, key):
+    with pytest.raises(ConfigError, match=key):
+        load_config("digits", overrides)

@@ -104,11 +104,11 @@ def test_policy_loss_and_every_gradient_equal_the_unshared_ones(policy, processo
             part, packed = loss_of(hidden, row.predict, advantage[done : done + len(row.branches)])
             part.backward()
             images.finish(row, lambda surrogate: surrogate.backward())
-            done, total = done + len(row.branches), total + float(part)
+            done, total = done + len(row.branches), total + float(part.detach())
             found.append(packed)
     assert done == sum(n is not None for lengths in LENGTHS for n in lengths)
     torch.testing.assert_close(torch.cat(found), logp, rtol=tolerance, atol=tolerance)
-    assert total == pytest.approx(float(loss), rel=tolerance, abs=tolerance)
+    assert total == pytest.approx(float(loss.detach()), rel=tolerance, abs=tolerance)
     compare({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, want, tolerance)
 
 

@@ -195,6 +195,7 @@ def check(
     """Report every problem of data files with file, row and field. Exit code 1 if there are any."""
     from prism_fast.config import DataConfig
     from prism_fast.data.check import check_file
+    from prism_fast.rewards import known_sources
 
     processor = None
     if policy is not None:
@@ -207,6 +208,7 @@ def check(
             path,
             kind=None if kind is None else kind.value,
             require_teacher=require_teacher,
+            known_sources=known_sources(judge=True),
             max_image_pixels=pixels,
             processor=processor,
             max_prompt_tokens=max_prompt_tokens,

@@ -95,7 +95,55 @@ class DataConfig:
     eval: str | None = None  # parquet
     pairs: str | None = None  # pairwise jsonl; none: the policy samples its own
     max_image_pixels: int = 16_777_216  # a larger image is refused before it is decoded
+    max_prompt_tokens: int | None = None  # a longer prompt (image tokens counted) is a bad sample; none: no limit
+    # raise: name file, row and field and stop. skip: leave it out and count it under its reason in the metrics. With
+    # skip or a token limit every image is decoded once when a stage starts.
+    on_bad_sample: Literal["raise", "skip"] = "raise"
     digits: DigitsConfig = field(default_factory=DigitsConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.max_image_pixels >= 1, "data.max_image_pixels", "1 or more", self.max_image_pixels)
+        limit = self.max_prompt_tokens
+        _require(limit is None or limit >= 1, "data.max_prompt_tokens", "1 or more, or null for no limit", limit)
+
+
+@dataclass
+class JudgeConfig:
+    """A language model behind an OpenAI-compatible chat API. It grades the data sources that need one (mm_gad_llm),
+    where the rules find no agreement. Off without a ``url``."""
+
+    url: str | None = None  # base of the API, e.g. http://localhost:8000/v1
+    model: str | None = None  # its name there
+    api_key_env: str | None = None  # environment variable that holds the key; none: no key is sent
+    timeout_s: float = 30.0  # of one try, answer included
+    attempts: int = 3  # tries of one question; what none of them answers is counted as reward/judge_errors
+    concurrency: int = 8  # questions asked at the same time
+
+    def __post_init__(self) -> None:
+        allowed = "an http:// or https:// address, or null for no judge"
+        is_address = self.url is not None and self.url.startswith(("http://", "https://"))
+        _require(self.url is None or is_address, "reward.judge.url", allowed, self.url)
+        _require(self.url is None or bool(self.model), "reward.judge.model", "given with reward.judge.url", self.model)
+        _require(self.timeout_s > 0, "reward.judge.timeout_s", "positive", self.timeout_s)
+        _require(self.attempts >= 1, "reward.judge.attempts", "1 or more", self.attempts)
+        _require(self.concurrency >= 1, "reward.judge.concurrency", "1 or more", self.concurrency)
+
+
+@dataclass
+class RewardConfig:
+    """Limits of checking answers. Formulas are compared in worker processes that the kernel ends at their limits."""
+
+    workers: int = 1
+    timeout_s: float = 5.0  # CPU seconds of one comparison, and three times as many on the clock
+    memory_mb: int = 1024  # address space of a worker
+    max_answer_chars: int = 1024  # a longer answer is not right
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.workers >= 1, "reward.workers", "1 or more", self.workers)
+        _require(self.timeout_s > 0, "reward.timeout_s", "positive", self.timeout_s)
+        _require(self.memory_mb >= 256, "reward.memory_mb", "256 or more", self.memory_mb)
+        _require(self.max_answer_chars >= 1, "reward.max_answer_chars", "1 or more", self.max_answer_chars)
 
 
 @dataclass
@@ -275,6 +323,7 @@ class Config:
     replay: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     align: AlignConfig = field(default_factory=AlignConfig)

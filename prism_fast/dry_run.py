@@ -7,13 +7,13 @@ from pathlib import Path
 from rich.console import Console
 
 from prism_fast.config import Config, ConfigError, dump_config
-from prism_fast.data.readers import read_pairs, read_sharegpt, read_tasks
 from prism_fast.models.checkpoints import open_weights, read_model_type, weight_files
 from prism_fast.models.discriminator import read_head
 from prism_fast.models.processor import Processor
 from prism_fast.plan import discriminator_config, make_plan, policy_config, summary
 from prism_fast.train.context import resolve_device
 from prism_fast.train.pipeline import NEEDS, DataFiles
+from prism_fast.train.reading import open_samples
 
 DATA_KEYS = ("sft", "sft_val", "align", "rlvr", "eval", "pairs")
 
@@ -111,11 +111,8 @@ def _check_data(config: Config) -> list[str]:
     found = []
     for key, stage in needed.items():
         path = files.need(key, stage)
-        if key in ("sft", "sft_val"):
-            samples = read_sharegpt(path, max_image_pixels=data.max_image_pixels)
-        elif key == "pairs":
-            samples = read_pairs(path, max_image_pixels=data.max_image_pixels)
-        else:
-            samples = read_tasks(path, require_teacher=key == "align", max_image_pixels=data.max_image_pixels)
-        found.append(f"data.{key}: {path}, {len(samples)} samples")
+        problems = [] if data.on_bad_sample == "skip" else None
+        samples = open_samples(config, key, path, problems)
+        skipped = f", {len(problems)} rows to skip" if problems else ""
+        found.append(f"data.{key}: {path}, {len(samples)} samples{skipped}")
     return found

@@ -294,13 +294,14 @@ PAIR_RESPONSES = ("teacher_response", "student_response")
 def read_pairs(
     path: str | Path,
     *,
+    require: Sequence[str] = (),
     image_root: str | Path | None = None,
     max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
     problems: Problems = None,
 ) -> Samples[Pair]:
     """Discriminator warm-up pairs from jsonl: ``prompt`` (or ``question``), optional ``image`` (one path), and
     the texts ``teacher_caption``, ``student_caption``, ``teacher_cot``, ``student_cot``, or ``teacher_response`` and
-    ``student_response``, or all six.
+    ``student_response``, or all six; ``require`` names those that every line must have.
 
     The image stands before the text unless the prompt holds an ``<image>`` marker. ``system`` may give the system
     prompt of a line (null: none); lines without it get the published one.
@@ -322,7 +323,7 @@ def read_pairs(
         spans, whole = any(map(record.get, PAIR_SPANS)), list(map(record.get, PAIR_RESPONSES))
         keys = PAIR_SPANS if spans or not any(whole) else ()
         keys += PAIR_RESPONSES if all(whole) or not keys else ()
-        texts = {key: place.text(record.get(key), key) for key in keys}
+        texts = {key: place.text(record.get(key), key) for key in dict.fromkeys((*keys, *require))}
         uid = _uid(record, place)
 
         def build() -> Pair:

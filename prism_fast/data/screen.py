@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic
 
@@ -33,18 +34,20 @@ def screen(
     processor: Processor | None = None,
     max_prompt_tokens: int | None = None,
     problems: list[DataError] | None = None,
+    each: Callable[[], None] = lambda: None,
 ) -> Screened[T]:
     """Decode the images of every sample once and, with a ``processor``, measure its prompt with image tokens expanded.
 
     Prompts longer than ``max_prompt_tokens`` are problems; none is ever cut, which would part image tokens from their
     images. Without a ``problems`` list the first problem is raised; with one (which may hold those that reading found)
-    problems are appended and their samples left out.
+    problems are appended and their samples left out. ``each`` is called before every sample: it may raise to stop.
     """
     if max_prompt_tokens is not None and processor is None:
         raise ValueError("max_prompt_tokens needs a processor: tokens are those of a particular policy")
     kept: list[int] = []
     lengths: list[int] = []
     for index in range(len(samples)):
+        each()
         try:
             sample = samples[index]
             if processor is not None:

@@ -221,6 +221,8 @@ def _read_metrics(
         if record["stage"] == "eval":
             evals[str(record.get("after"))] = record
             continue
+        if record["stage"] == "data":  # what reading left out before a stage
+            continue
         if record["stage"] == "stage":  # not a stage but the note that one has ended
             finished[str(record.get("name"))] = float(record["time/seconds"])
             continue

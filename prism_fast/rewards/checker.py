@@ -7,22 +7,26 @@ from dataclasses import dataclass
 
 from prism_fast.data.grammar import split_text
 from prism_fast.rewards.compare import compare
+from prism_fast.rewards.judge import Judge, JudgeQuestion
 from prism_fast.rewards.pool import WorkerPool
-from prism_fast.rewards.published import judge_published
+from prism_fast.rewards.published import first_answer, judge_published
 from prism_fast.rewards.routes import NO_EQUIVALENT, Route, route_of
 from prism_fast.rewards.verdict import Question, Verdict
 
 SEMANTICS = ("prism_fast", "released")
 _REMEMBERED = 8192
 _ENDINGS = {"error": "unreadable", "timeout": "timeout", "worker_died": "worker_died", "too_large": "too_complex"}
+_NO_APPEAL = ("bad_format", "empty_answer", "overlong_answer", "not_a_number", "number", "unit")
+_FAILURES = {"timeouts": "timeout", "worker_deaths": "worker_died", "judge_errors": "judge_error"}
 
 
 @dataclass(frozen=True)
 class Reward:
     """`score` = accuracy weight · accuracy + format weight · format; `accuracy` and `format` are 0 or 1.
 
-    `decided_by`: `bad_format`, `empty_answer`, `overlong_answer`, a branch of the comparison (`compare.py`), or what
-    ended a symbolic check: `no_match`, `unreadable` (math-verify could not read a side), `timeout`, `worker_died`.
+    `decided_by`: `bad_format`, `empty_answer`, `overlong_answer`, a branch of the comparison (`compare.py`), what
+    ended a symbolic check: `no_match`, `unreadable` (math-verify could not read a side), `timeout`, `worker_died`; or,
+    where a judge was asked, `judge`, and `judge_error` when it gave no verdict.
     """
 
     score: float
@@ -39,6 +43,12 @@ class Judged:
     ground_truth: str
     data_source: str
     equivalent_answers: tuple[str, ...] = ()
+    question: str = ""  # only a judge reads it
+
+
+def failures(rewards: Sequence[Reward]) -> dict[str, int]:
+    """How many rewards are 0 only because checking them failed, by kind: none of them may pass unseen."""
+    return {name: sum(reward.decided_by == by for reward in rewards) for name, by in _FAILURES.items()}
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,9 @@ class AnswerChecker:
     `semantics="prism_fast"` grades the answer of the matched third section with the rules of `compare.py`, for every
     data source, against the ground truth and all equivalent answers. `semantics="released"` reproduces the published
     graders. README.md in this folder tells the differences.
+
+    A `judge` makes the data sources known that need one. By default it is asked where the rules find no agreement and
+    have not the last word (two plain numbers have); `released` asks it about every answer, without any rule.
     """
 
     def __init__(
@@ -75,6 +88,7 @@ class AnswerChecker:
         max_answer_chars: int = 1024,
         accuracy_weight: float | None = None,
         format_weight: float | None = None,
+        judge: Judge | None = None,
     ):
         if semantics not in SEMANTICS:
             raise ValueError(f"semantics = {semantics!r}; allowed: {', '.join(SEMANTICS)}")
@@ -88,6 +102,7 @@ class AnswerChecker:
         self._weights = None if accuracy_weight is None else (accuracy_weight, format_weight)
         self._pool = WorkerPool(workers=workers, timeout_s=timeout_s, memory_mb=memory_mb)
         self._known: dict[Question, str] = {}
+        self._judge = judge
 
     def __enter__(self) -> AnswerChecker:
         return self
@@ -106,13 +121,35 @@ class AnswerChecker:
 
     def score(self, responses: Sequence[Judged]) -> list[Reward]:
         """One reward per response, in order. NotImplementedError for an unknown data source, ValueError for an empty
-        ground truth."""
+        ground truth, JudgeError when the judge answers nothing at all."""
         plans = [self._plan(response, index) for index, response in enumerate(responses)]
         self._ask([verdict.question for plan in plans for verdict in _open(plan)])
-        return [self._reward(plan) for plan in plans]
+        rewards = [self._reward(plan) for plan in plans]
+        return rewards if self._judge is None else self._appeal(self._judge, responses, plans, rewards)
+
+    def _appeal(
+        self, judge: Judge, responses: Sequence[Judged], plans: Sequence[_Plan], rewards: list[Reward]
+    ) -> list[Reward]:
+        """The rewards after the judge has spoken on those that wait for it. It can only turn wrong into right."""
+        waiting = [
+            index
+            for index, (plan, reward) in enumerate(zip(plans, rewards, strict=True))
+            if plan.route.rules == "judge" and not reward.accuracy and reward.decided_by not in _NO_APPEAL
+        ]
+        read = first_answer if self.semantics == "released" else lambda text: split_text(text).answer
+        verdicts = judge.ask(
+            [JudgeQuestion(responses[i].question, _accepted(responses[i]), read(responses[i].text)) for i in waiting]
+        )
+        for index, verdict in zip(waiting, verdicts, strict=True):
+            reward, route = rewards[index], plans[index].route
+            accuracy = float(verdict is True)
+            accuracy_weight = (self._weights or (route.accuracy_weight, route.format_weight))[0]
+            by = "judge_error" if verdict is None else "judge"
+            rewards[index] = Reward(reward.score + accuracy_weight * accuracy, accuracy, reward.format, by)
+        return rewards
 
     def _plan(self, response: Judged, index: int) -> _Plan:
-        route = route_of(response.data_source)
+        route = route_of(response.data_source, judge=self._judge is not None)
         gold, equivalents = response.ground_truth, response.equivalent_answers
         if not gold.strip():
             raise ValueError(f"response {index}: the ground truth is empty (data_source {response.data_source!r})")
@@ -161,8 +198,16 @@ def _judge(
         return 1.0, (Verdict(False, "empty_answer"),)
     if len(split.answer) >= max_answer_chars:
         return 1.0, (Verdict(False, "overlong_answer"),)
-    golds = [gold, *(other for other in equivalents if other.strip() not in ("", NO_EQUIVALENT))]
-    return 1.0, tuple(compare(accepted, split.answer) for accepted in dict.fromkeys(golds))
+    return 1.0, tuple(compare(accepted, split.answer) for accepted in _golds(gold, equivalents))
+
+
+def _golds(gold: str, equivalents: Sequence[str]) -> list[str]:
+    real = (other for other in equivalents if other.strip() not in ("", NO_EQUIVALENT))
+    return list(dict.fromkeys([gold, *real]))
+
+
+def _accepted(response: Judged) -> tuple[str, ...]:
+    return tuple(_golds(response.ground_truth, response.equivalent_answers))
 
 
 def _open(plan: _Plan) -> list[Verdict]:

@@ -2,8 +2,8 @@
 accuracy counts, what is asked.
 
 The first `<answer>` anywhere is graded, even one inside the caption or the reasoning. `mm_gad` ignores equivalent
-answers; the math sources accept them, unless one of them is `__EMPTY__`; geometry3k has a loose format and grades the
-answer whether or not the format holds.
+answers; `mm_gad_llm` has no rules, a judge decides alone; the math sources accept equivalent answers, unless one of
+them is `__EMPTY__`; geometry3k has a loose format and grades the answer whether or not the format holds.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def judge_published(
         return 1.0, (Verdict(False, "empty_answer"),)
     if len(answer) >= max_answer_chars:
         return 1.0, (Verdict(False, "overlong_answer"),)
+    if route.rules == "judge":
+        return 1.0, (Verdict(False, "no_rule"),)
     if route.rules == "mm_gad":
         return 1.0, (compare_mm_gad(gold, answer),)
     golds = [gold] if NO_EQUIVALENT in equivalents else [gold, *equivalents]

@@ -10,7 +10,7 @@ from typing import Literal
 class Route:
     """`rules`: the published grader; the weights are the published ones of this grader."""
 
-    rules: Literal["mm_gad", "math", "geo3k"]
+    rules: Literal["mm_gad", "math", "geo3k", "judge"]
     accuracy_weight: float
     format_weight: float
 
@@ -24,18 +24,29 @@ ROUTES: dict[str, Route] = {
     "visual_logic-26k": _MATH,
     "hiyouga/geometry3k": Route("geo3k", 0.9, 0.1),
 }
-"""Known data sources. `vl_agent` and the judge variant of mm_gad are unregistered in the published router too: they
-need a language model as a judge."""
+"""Data sources that rules grade."""
+
+JUDGED: dict[str, Route] = {"mm_gad_llm": Route("judge", 1.0, 0.0)}
+"""Data sources that need a language model as a judge; known where one is configured. (`vl_agent`, the other one that
+the published router leaves unregistered, has another response format and a score per sentence: not supported.)"""
 
 NO_EQUIVALENT = "__EMPTY__"
 """Placeholder of the released data sets in the list of equivalent answers: there is none."""
 
 
-def route_of(data_source: str) -> Route:
+def known_sources(*, judge: bool) -> tuple[str, ...]:
+    """The data sources that can be graded, with or without a judge."""
+    return tuple(sorted(ROUTES | JUDGED if judge else ROUTES))
+
+
+def route_of(data_source: str, *, judge: bool) -> Route:
     """The route of a data source; NotImplementedError naming the known ones otherwise."""
-    if data_source not in ROUTES:
+    known = known_sources(judge=judge)
+    if data_source not in known:
+        cure = "Give the rows one of these names in their data_source column"
+        if data_source in JUDGED:
+            cure = "This one needs a judge: set reward.judge.url and reward.judge.model"
         raise NotImplementedError(
-            f"no reward is known for data_source {data_source!r}; known: {', '.join(sorted(ROUTES))}. "
-            "Give the rows one of these names in their data_source column"
+            f"no reward is known for data_source {data_source!r}; known: {', '.join(known)}. {cure}"
         )
-    return ROUTES[data_source]
+    return (ROUTES | JUDGED)[data_source]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_fast.rewards import JudgeError
 from prism_fast.train.checkpoint import CheckpointError
 from prism_fast.train.engine import NonFiniteError
 from prism_fast.train.group_sampler import NoUsefulGroupError
@@ -14,6 +15,7 @@ USER_ERRORS: tuple[type[Exception], ...] = (
     StepTooLargeError,
     WarmupError,
     CheckpointError,
+    JudgeError,
     FileNotFoundError,
     ValueError,
 )

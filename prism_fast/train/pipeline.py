@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,8 +12,7 @@ from rich.console import Console
 
 from prism_fast.config import Config, ConfigError
 from prism_fast.data.digits import DigitsFiles, DigitsSpec, tokenizer_corpus, write_digits
-from prism_fast.data.readers import read_sharegpt, read_tasks
-from prism_fast.data.samples import Demonstration, Task
+from prism_fast.data.samples import Demonstration
 from prism_fast.data.writers import write_pairs
 from prism_fast.models.discriminator import RELEASED_HEAD_DROPOUT, build_discriminator, load_discriminator
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy, load_policy
@@ -22,6 +21,7 @@ from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.train.align import align
 from prism_fast.train.context import Run, open_run
 from prism_fast.train.evaluate import evaluate
+from prism_fast.train.reading import DataReader
 from prism_fast.train.rlvr import rlvr
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.sft import continue_sft, train_sft
@@ -92,7 +92,7 @@ def _new_policy(run: Run, files: DataFiles):
     if run.config.data.source == "digits":
         corpus = tokenizer_corpus(DigitsFiles.in_folder(path.parent))
     else:
-        demos = read_sharegpt(path, max_image_pixels=run.config.data.max_image_pixels)
+        demos = DataReader(run, "sft").read("sft", path, None, tell=False)
         corpus = (text for demo in demos for text in demonstration_texts(demo))
     tokenizer = train_tokenizer(corpus, tiny.vocab_size)
     processor = Processor.build(tokenizer)
@@ -121,28 +121,23 @@ def _policy(run: Run, artifacts: Artifacts, stage: str):
     return _load_policy(run, artifacts.policy)
 
 
-def _tasks(run: Run, path: Path, *, require_teacher: bool) -> Sequence[Task]:
-    return read_tasks(path, require_teacher=require_teacher, max_image_pixels=run.config.data.max_image_pixels)
-
-
 def _evaluate(run: Run, folder: Path, files: DataFiles, after: str) -> None:
     if files.eval is not None:
         model, processor = _load_policy(run, folder)
-        evaluate(run, model, processor, _tasks(run, files.eval, require_teacher=False), after=after)
+        evaluate(run, model, processor, DataReader(run, "eval").read("eval", files.eval, processor), after=after)
 
 
 def _sft(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
-    limit = run.config.data.max_image_pixels
-    demos = read_sharegpt(files.need("sft", "sft"), max_image_pixels=limit)
-    val = read_sharegpt(files.need("sft_val", "sft"), max_image_pixels=limit)
     model, processor = _new_policy(run, files) if artifacts.policy is None else _load_policy(run, artifacts.policy)
+    reader = DataReader(run, "sft")
+    demos, val = (reader.read(name, files.need(name, "sft"), processor) for name in ("sft", "sft_val"))
     artifacts.policy = train_sft(run, model, processor, demos, val)
     _evaluate(run, artifacts.policy, files, "sft")
 
 
 def _sft_continued(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     model, processor = _policy(run, artifacts, "sft_continued")
-    demos = read_sharegpt(files.need("sft", "sft_continued"), max_image_pixels=run.config.data.max_image_pixels)
+    demos = DataReader(run, "sft_continued").read("sft", files.need("sft", "sft_continued"), processor)
     updates = sum(getattr(run.config, stage).steps for stage in ("align", "rlvr") if stage in run.config.stages)
     if updates == 0:
         raise ConfigError("sft_continued is the control of alignment and RLVR: at least one of them must be in stages")
@@ -151,12 +146,13 @@ def _sft_continued(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
 
 def _warmup(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     policy, processor = _policy(run, artifacts, "warmup")
+    reader = DataReader(run, "warmup")
     pairs = files.pairs
     if pairs is None:
         pairs = run.folder / "data" / "pairs" / "pairs.jsonl"
         if "pairs" not in run.record.completed:
             shutil.rmtree(pairs.parent, ignore_errors=True)  # of a run that stopped while it wrote them
-            tasks = _tasks(run, files.need("align", "warmup"), require_teacher=True)
+            tasks = reader.read("align", files.need("align", "warmup"), processor)
             write_pairs(pairs, sample_pairs(run, policy, processor, tasks))
             run.complete("pairs")
     if artifacts.discriminator is None:
@@ -172,7 +168,8 @@ def _warmup(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
         )
     else:
         discriminator = _load_discriminator(run, artifacts.discriminator)
-    artifacts.discriminator = warm_up(run, discriminator.to(run.device), processor, pairs)
+    samples = reader.read("pairs", pairs, processor)
+    artifacts.discriminator = warm_up(run, discriminator.to(run.device), processor, samples)
 
 
 def _head_dropout(run: Run) -> float:
@@ -189,7 +186,7 @@ def _align(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
         raise ConfigError(
             "stage align needs a warm discriminator: run warmup before it or give model.discriminator=PATH"
         )
-    tasks = _tasks(run, files.need("align", "align"), require_teacher=True)
+    tasks = DataReader(run, "align").read("align", files.need("align", "align"), processor)
     discriminator = _load_discriminator(run, artifacts.discriminator)
     artifacts.policy, artifacts.discriminator = align(run, policy, discriminator, processor, tasks)
     _evaluate(run, artifacts.policy, files, "align")
@@ -197,7 +194,8 @@ def _align(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
 
 def _rlvr(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     policy, processor = _policy(run, artifacts, "rlvr")
-    artifacts.policy = rlvr(run, policy, processor, _tasks(run, files.need("rlvr", "rlvr"), require_teacher=False))
+    tasks = DataReader(run, "rlvr").read("rlvr", files.need("rlvr", "rlvr"), processor)
+    artifacts.policy = rlvr(run, policy, processor, tasks)
     _evaluate(run, artifacts.policy, files, "rlvr")
 
 
@@ -257,5 +255,5 @@ def run_eval(config: Config, console: Console) -> tuple[Path, float]:
     with open_run(config, console) as run:
         artifacts = _start(config, run)
         model, processor = _policy(run, artifacts, "eval")
-        tasks = _tasks(run, prepare_data(run).need("eval", "eval"), require_teacher=False)
+        tasks = DataReader(run, "eval").read("eval", prepare_data(run).need("eval", "eval"), processor)
         return run.folder, evaluate(run, model, processor, tasks, after="eval")

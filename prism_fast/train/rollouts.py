@@ -15,7 +15,7 @@ from prism_fast.config import SamplingConfig
 from prism_fast.data.grammar import ResponseSplit, split_tokens
 from prism_fast.data.samples import Task
 from prism_fast.models.processor import EncodedPrompt, Processor
-from prism_fast.rewards import Judged, Reward
+from prism_fast.rewards import Judged, Reward, failures
 from prism_fast.rollout.hf import HFRollout
 from prism_fast.rollout.protocol import Completion, Sampling
 from prism_fast.train.context import Run
@@ -65,7 +65,7 @@ class StepRollouts:
             "reward/mean": sum(r.score for r in self.rewards) / count,
             "reward/acc": sum(r.accuracy for r in self.rewards) / count,
             "reward/format": sum(r.format for r in self.rewards) / count,
-            "reward/timeouts": sum(r.decided_by == "timeout" for r in self.rewards),
+            **{f"reward/{kind}": count for kind, count in failures(self.rewards).items()},
         }
 
 
@@ -131,7 +131,7 @@ class RolloutSource:
 
     def _reward(self, tasks: Sequence[Task], splits: Sequence[Sequence[ResponseSplit]]) -> list[list[Reward]]:
         judged = [
-            Judged(split.text, task.ground_truth, task.data_source, task.equivalent_answers)
+            Judged(split.text, task.ground_truth, task.data_source, task.equivalent_answers, task.question)
             for task, group in zip(tasks, splits, strict=True)
             for split in group
         ]

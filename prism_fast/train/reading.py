@@ -1,0 +1,91 @@
+"""Reading a run's data files: one place that knows which reader a file of the configuration needs, and what is done
+about samples that cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prism_fast.config import Config, ConfigError
+from prism_fast.data.problems import DataError
+from prism_fast.data.readers import PAIR_RESPONSES, PAIR_SPANS, Samples, read_pairs, read_sharegpt, read_tasks
+from prism_fast.data.screen import Screened, screen
+from prism_fast.models.processor import Processor
+from prism_fast.rewards.routes import known_sources
+from prism_fast.train.context import Run
+
+
+def open_samples(config: Config, name: str, path: Path, problems: list[DataError] | None = None) -> Samples:
+    """The samples of ``data.<name>``: every row parsed, no image decoded. Rows that cannot be used go to ``problems``;
+    without that list the first is raised (DataError)."""
+    limits: dict[str, Any] = dict(max_image_pixels=config.data.max_image_pixels, problems=problems)
+    if name in ("sft", "sft_val"):
+        return read_sharegpt(path, **limits)
+    if name == "pairs":
+        texts = PAIR_SPANS if config.align.discriminate == "spans" else PAIR_RESPONSES
+        return read_pairs(path, require=texts, **limits)
+    sources = known_sources(judge=config.reward.judge.url is not None)
+    return read_tasks(path, require_teacher=name == "align", known_sources=sources, **limits)
+
+
+class DataReader:
+    """Reads the files of one stage. ``data.on_bad_sample`` decides between an error and a counted omission.
+
+    With ``skip`` or ``data.max_prompt_tokens`` every image is decoded once, and what was left out is told on the
+    console and, under the stage ``data``, in the metrics; a resumed run that is past this point writes no second line.
+    """
+
+    def __init__(self, run: Run, stage: str):
+        self._run, self._stage = run, stage
+
+    def read(self, name: str, path: Path, processor: Processor | None, *, tell: bool = True) -> Samples:
+        """The usable samples of ``data.<name>``. Without a ``processor`` no length is known and none is limited.
+
+        Raises:
+            DataError: the file cannot be read, or it holds a bad sample and these are not to be skipped.
+            ConfigError: no sample is left.
+        """
+        found = self.screen(name, path, processor)
+        if found is None:
+            return open_samples(self._run.config, name, path)
+        if not len(found.samples):
+            raise ConfigError(
+                f"data.{name}: no usable sample is left of {path}: {_shown(found)}. First problem: {found.problems[0]}"
+            )
+        if tell:
+            self._tell(name, path, found)
+        return found.samples
+
+    def screen(self, name: str, path: Path, processor: Processor | None) -> Screened | None:
+        """What of the file can be used; None when neither skipping nor a limit was asked for."""
+        data = self._run.config.data
+        limit = data.max_prompt_tokens if processor is not None else None
+        if data.on_bad_sample == "raise" and limit is None:
+            return None
+        problems: list[DataError] | None = [] if data.on_bad_sample == "skip" else None
+        samples = open_samples(self._run.config, name, path, problems)
+        return screen(samples, processor=processor, max_prompt_tokens=limit, problems=problems, each=self._poll(name))
+
+    def _poll(self, name: str) -> Callable[[], None]:
+        return lambda: self._run.stop.poll(f"reading data.{name}")
+
+    def _tell(self, name: str, path: Path, found: Screened) -> None:
+        run = self._run
+        if run.resume.checkpoint_of(self._stage) is not None:
+            return
+        tokens = found.prompt_tokens
+        lengths = {"data/prompt_tokens_max": max(tokens), "data/prompt_tokens_mean": sum(tokens) / len(tokens)}
+        counts = {f"data/{key}": count for key, count in found.counts().items()}
+        record = {"name": name, "before": self._stage} | counts | (lengths if tokens else {})
+        run.metrics.write("data", 0, record)
+        if found.problems:
+            first = f"; first: {found.problems[0]}"
+            line = f"data.{name}: {_shown(found)} of {path}{first}"
+            run.console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def _shown(found: Screened) -> str:
+    return ", ".join(
+        f"{count} {key.replace('_', ' ')}" for key, count in found.counts().items() if count or key == "kept"
+    )

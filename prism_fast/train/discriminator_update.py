@@ -180,8 +180,7 @@ def discriminator_step(
     offsets = [0]
     for group in groups:
         offsets.append(offsets[-1] + len(group.students))
-    student_all = torch.zeros(rows_total, columns)
-    teacher_all = torch.zeros(len(groups), columns)
+    student_found, student_rows, teacher_found = [], [], []
     loss_total = torch.zeros((), dtype=torch.float64)
     tokens = 0
     layout = (discriminator.backbone.config, device, pad_id, positions)
@@ -218,11 +217,13 @@ def discriminator_step(
             if backward is not None:
                 backward(loss, teacher_scores=learned[0], student_scores=learned[1])
             loss_total += loss.detach().double().cpu()
-            teacher_all[part] = reward[0].float().cpu()
-            rows = [r for g in part for r in range(offsets[g], offsets[g + 1])]
-            student_all[rows] = reward[1].float().cpu()
+            teacher_found.append(reward[0].cpu())
+            student_found.append(reward[1].cpu())
+            student_rows += [r for g in part for r in range(offsets[g], offsets[g + 1])]
             tokens += int(batch.lengths.sum())
-    return GroupScores(student_all, teacher_all, tokens), loss_total
+    student = torch.cat(student_found).float()[torch.tensor(student_rows).argsort()]
+    teacher = torch.cat(teacher_found).float()[torch.tensor([g for part in parts for g in part]).argsort()]
+    return GroupScores(student, teacher, tokens), loss_total
 
 
 @torch.no_grad()

@@ -101,57 +101,9 @@ def test_equal_spans_are_computed_once_and_tie_exactly(critic):
     assert scores.student[3:].abs().max() == 0
 
 
-@pytest.mark.parametrize("budget", [1, 40])
-def test_the_cut_into_micro_batches_does_not_matter(critic, budget):
-    groups = _groups(critic[2])
-    whole_scores, whole_loss, whole = _step(critic, groups)
-    scores, loss, cut = _step(critic, groups, budget=budget)
-    torch.testing.assert_close(loss, whole_loss, rtol=1e-12, atol=0)
-    torch.testing.assert_close(scores.student, whole_scores.student)
-    assert set(cut) == set(whole)
-    largest = max(g.abs().max() for g in whole.values())
-    assert max((cut[n] - whole[n]).abs().max() for n in whole) < 1e-7 * largest  # the models' float32 islands
-
-
 def test_under_released_the_cut_matters_as_published(critic):
     groups = _groups(critic[2])
     assert _step(critic, groups, semantics="released")[1] != _step(critic, groups, budget=1, semantics="released")[1]
-
-
-@pytest.mark.parametrize("loss", ["prism", "grpo", "dapo", "gspo", "dr_grpo", "bnpo", "cispo", "sapo"])
-def test_the_policy_gradient_does_not_depend_on_the_cut(critic, loss):
-    _, processor, prompts = critic
-    policy = build_tiny_policy(processor, TinyPolicy(num_layers=2), seed=4).double()
-    generator = torch.Generator().manual_seed(9)
-    rows = [0, 0, 0, 1, 1, 2]
-    lengths = [3, 1, 7, 12, 2, 5]
-    completions = [
-        Completion(tuple(torch.randint(0, 200, (n,), generator=generator).tolist()), (0.0,) * n, 1.0, "stop")
-        for n in lengths
-    ]
-    advantage = torch.tensor([0.5, -1.0, 0.0, 2.0, -0.3, 0.7])
-    gradients = []
-    for budget in (10_000, 30, 1):
-        engine = LocalEngine(policy, OptimizerConfig(lr=1e-3))
-        engine.discard()
-        engine.step = lambda: 0.0  # keep the gradients
-        numbers = update_policy(
-            engine,
-            PolicyBatch(prompts, rows, completions, advantage),
-            policy_options(loss, max_response=12),
-            temperature=1.0,
-            pad_id=processor.pad_id,
-            budget=TokenBudget(budget, notify=pytest.fail),
-            device=torch.device("cpu"),
-        )
-        assert numbers["policy/rows"] == 5, "the row with advantage 0 is not computed"
-        gradients.append({n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None})
-    largest = max(g.abs().max() for g in gradients[0].values())
-    for cut in gradients[1:]:
-        assert set(cut) == set(gradients[0])
-        assert (
-            max((cut[n] - gradients[0][n]).abs().max() for n in cut) < 1e-7 * largest
-        )  # float32 islands of the models
 
 
 def test_a_step_without_any_advantage_updates_nothing(critic):

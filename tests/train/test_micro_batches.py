@@ -1,0 +1,204 @@
+"""The gradient of every stage is that of the whole step, however the step is cut into micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from prism_fast.algorithms.presets import PRESETS, policy_options
+from prism_fast.config import OptimizerConfig
+from prism_fast.data.samples import Demonstration
+from prism_fast.models.discriminator import build_discriminator
+from prism_fast.models.policy import TinyPolicy, build_tiny_policy
+from prism_fast.models.processor import Processor
+from prism_fast.models.tokenizer import train_tokenizer
+from prism_fast.rollout.protocol import Completion
+from prism_fast.train import sft
+from prism_fast.train.discriminator_update import SpanGroup, discriminate
+from prism_fast.train.engine import LocalEngine
+from prism_fast.train.microbatch import TokenBudget, by_tokens
+from prism_fast.train.policy_update import PolicyBatch, update_policy
+from tests.support.float64 import Float64Islands
+
+WHOLE = 10**6
+# Relative and normwise: of the whole gradient, of each parameter's. Where the contributions of rows cancel (routers,
+# biases of the vision tower), float32 itself leaves up to 3e-6 of a parameter's gradient open; float64 has the proof.
+TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-6, 1e-5)}
+SIZE = TinyPolicy(
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mrope_section=(2, 1, 1),
+    vision_depth=2,
+    vision_width=16,
+    vision_heads=2,
+    vision_intermediate_size=24,
+    vision_positions=16,
+    initializer_range=0.2,  # large enough for positions, images and experts to show
+)
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    return Processor.build(train_tokenizer(["<caption>\n- digits: 1 2\n</caption>"] * 9, 320))
+
+
+@pytest.fixture(scope="module")
+def prompts(processor):
+    """Two prompts with images of different sizes, one without; 20 to 60 tokens."""
+    rng = np.random.default_rng(3)
+    made = []
+    for text, size in (("what is this?", (64, 64)), ("and this one here?", (96, 64)), ("no image", None)):
+        images = [] if size is None else [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))]
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+        made.append(([{"role": "user", "content": content}], images))
+    return made
+
+
+def engine_of(model: nn.Module, dtype: torch.dtype) -> LocalEngine:
+    """An engine that keeps the gradients of a step instead of using them up."""
+    engine = LocalEngine(model.to(dtype), OptimizerConfig(lr=1e-3))
+    engine.step = lambda: 0.0
+    return engine
+
+
+def compare(dtype: torch.dtype, engine: LocalEngine, step: Callable[[TokenBudget], object], cuts: list[int]) -> None:
+    """The step's gradient at each budget equals that of the step in one piece."""
+    whole_tolerance, tolerance = TOLERANCE[dtype]
+
+    def gradients(budget: int) -> dict[str, Tensor]:
+        engine.discard()
+        step(TokenBudget(budget, notify=pytest.fail))
+        return {name: p.grad.clone() for name, p in engine.model.named_parameters() if p.grad is not None}
+
+    lifted = Float64Islands() if dtype == torch.float64 else nullcontext()
+    with lifted:
+        whole = gradients(WHOLE)
+        assert len(whole) > 30 and sum(float(g.norm()) > 0 for g in whole.values()) > 30
+        for cut in cuts:
+            found = gradients(cut)
+            assert set(found) == set(whole)
+            norm = {name: float(gradient.norm()) for name, gradient in whole.items()}
+            error = {name: float((found[name] - whole[name]).norm()) for name in whole}
+            worst = max(whole, key=lambda name: error[name] / max(norm[name], 1e-30))
+            relative = error[worst] / max(norm[worst], 1e-30)
+            assert relative < tolerance, f"{worst}: {relative:.1e} at {cut} tokens per micro-batch"
+            assert math.hypot(*error.values()) < whole_tolerance * math.hypot(*norm.values())
+    assert dtype == torch.float32 or lifted.lifted > 50, "the models' islands were not met"
+
+
+@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def dtype(request):
+    return request.param
+
+
+def test_sft(processor, prompts, dtype, generator):
+    engine = engine_of(build_tiny_policy(processor, SIZE, seed=1), dtype)
+    texts = ["1 2", "- digits: 1 2\n</caption> and a good deal more", "<caption>", "2"]
+    demos = [
+        Demonstration(str(n), messages, text, images)
+        for n, (text, (messages, images)) in enumerate(zip(texts, [*prompts, prompts[0]], strict=True))
+    ]
+    lengths = sft.EncodedDemos.of(demos, processor).lengths
+    assert [len(by_tokens(lengths, cut)) for cut in (WHOLE, 150, 1)] == [1, 2, 4]
+    run = SimpleNamespace(device=torch.device("cpu"))
+    compare(dtype, engine, lambda budget: sft._update(engine, demos, processor, run, budget), [150, 1])
+
+
+def spans(generator, *lengths: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(torch.randint(0, 200, (n,), generator=generator).tolist()) for n in lengths)
+
+
+def groups_of(processor, prompts, generator, columns: int) -> list[SpanGroup]:
+    """Three groups: one with a tie and an invalid student, one of long spans, one without a valid student."""
+    encoded = [processor.encode_prompt(*prompt) for prompt in prompts]
+    short, long = (3, 5)[:columns], (17, 9)[:columns]
+    first, second, third = (spans(generator, *short) for _ in range(3))
+    return [
+        SpanGroup(encoded[0], first, [second, None, (first[0], *third[1:])]),
+        SpanGroup(encoded[1], spans(generator, *long), [spans(generator, *long)]),
+        SpanGroup(encoded[2], spans(generator, *short), [None, None]),
+    ]
+
+
+def options_of(processor, **changed) -> dict:
+    options = {"pad_id": processor.pad_id, "device": torch.device("cpu"), "semantics": "prism_fast"}
+    return options | {"score_clip": 10.0, "score_reg": 0.001} | changed
+
+
+@pytest.mark.parametrize("columns", [2, 1], ids=["spans", "response"])
+@pytest.mark.parametrize("aux_coef", [0.0, 0.5], ids=["alignment", "warm-up"])
+def test_discriminator(processor, prompts, dtype, generator, columns, aux_coef):
+    engine = engine_of(build_discriminator(build_tiny_policy(processor, SIZE, seed=2), seed=3, head_std=0.2), dtype)
+    groups = groups_of(processor, prompts, generator, columns)
+    options = options_of(processor, aux_coef=aux_coef)
+    tokens = [group.tokens() for group in groups]
+    cuts = [2 * sorted(tokens)[1], 1]
+    assert [len(by_tokens(tokens, cut)) for cut in (WHOLE, *cuts)] == [1, 2, 3]
+    compare(dtype, engine, lambda budget: discriminate(engine, groups, budget, learn=True, **options), cuts)
+
+
+def test_held_out_scores(processor, prompts, generator):
+    engine = engine_of(
+        build_discriminator(build_tiny_policy(processor, SIZE, seed=2), seed=3, head_std=0.2), torch.float64
+    )
+    groups = groups_of(processor, prompts, generator, 2)
+    with Float64Islands():
+        (whole, loss), (cut, other) = (
+            discriminate(engine, groups, TokenBudget(tokens, notify=pytest.fail), learn=False, **options_of(processor))
+            for tokens in (WHOLE, 1)
+        )
+    torch.testing.assert_close(cut.student, whole.student, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(cut.teacher, whole.teacher, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(loss, other, rtol=1e-12, atol=0)
+    assert whole.tokens == cut.tokens
+    assert all(p.grad is None for p in engine.model.parameters())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_policy(processor, prompts, dtype, generator, preset):
+    engine = engine_of(build_tiny_policy(processor, SIZE, seed=4), dtype)
+    encoded = [processor.encode_prompt(*prompt) for prompt in prompts]
+    lengths = [3, 1, 7, 12, 2, 5]
+    completions = [Completion(ids, (-5.0,) * len(ids), 1.0, "stop") for ids in spans(generator, *lengths)]
+    # The row without advantage is left out but counts in the denominator; one row is of earlier weights.
+    advantage = torch.tensor([0.5, -1.0, 0.0, 2.0, -0.3, 0.7])
+    batch = PolicyBatch(encoded, [0, 0, 0, 1, 1, 2], completions, advantage, [False, True, False, False, False, False])
+    numbers = []
+
+    def step(budget: TokenBudget) -> None:
+        options = policy_options(preset, max_response=20)
+        shared = {"pad_id": processor.pad_id, "device": torch.device("cpu")}
+        numbers.append(update_policy(engine, batch, options, temperature=0.8, budget=budget, **shared))
+
+    compare(dtype, engine, step, [130, 1])
+    assert [n["policy/rows"] for n in numbers] == [5, 5, 5]
+    assert numbers[0]["policy/loss"] == pytest.approx(
+        numbers[2]["policy/loss"], rel=1e-12 if dtype == torch.float64 else 1e-5
+    )
+
+
+@pytest.mark.parametrize("aux_coef", [0.0, 0.5])
+def test_what_stands_in_the_padding_does_not_matter(processor, prompts, generator, aux_coef):
+    engine = engine_of(build_discriminator(build_tiny_policy(processor, SIZE, seed=2), seed=3), torch.float32)
+    groups = groups_of(processor, prompts, generator, 2)
+    found = []
+    for pad_id in (processor.pad_id, 7):
+        engine.discard()
+        budget = TokenBudget(WHOLE, notify=pytest.fail)
+        options = options_of(processor, pad_id=pad_id, aux_coef=aux_coef)
+        scores, loss = discriminate(engine, groups, budget, learn=True, **options)
+        found.append([scores.student, loss, *(p.grad.clone() for p in engine.model.parameters() if p.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)

@@ -17,7 +17,10 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 # A file stays on one worker, so that what its tests share is built once.
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile
 
-.PHONY: install test test-long test-gpu demo lint build clean
+# An interpreter that imports verl and torch; tests/integrations/README.md says how to make one.
+VERL_PYTHON ?=
+
+.PHONY: install test test-long test-gpu verl-parity demo lint build clean
 
 install: $(STAMP)
 
@@ -38,6 +41,10 @@ test-long: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(PY) -m pytest -m gpu
+
+verl-parity:
+	@test -n "$(VERL_PYTHON)" || { echo "name an interpreter that has verl: make verl-parity VERL_PYTHON=..." >&2; exit 2; }
+	PYTHONPATH=. OMP_NUM_THREADS=1 "$(VERL_PYTHON)" tests/integrations/verl_parity.py
 
 demo: $(STAMP)
 	$(VENV)/bin/prism-fast run digits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from prism_fast.data.grammar import split_text
 from prism_fast.data.samples import Task
@@ -12,23 +13,28 @@ from prism_fast.models.processor import Processor
 from prism_fast.models.writing import write_whole
 from prism_fast.rewards import Judged, Reward, failures
 from prism_fast.rollout.hf import HFRollout
-from prism_fast.rollout.protocol import Sampling
+from prism_fast.rollout.protocol import Completion, Sampling
+from prism_fast.train.chunks import ChunkLog
 from prism_fast.train.context import Run
 from prism_fast.train.seeds import derive_seed
 
 
 def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, after: str) -> float:
-    """Answer every task, write ``evals/<after>.jsonl`` and one ``eval`` line of metrics; returns the accuracy."""
+    """Answer every task, write ``evals/<after>.jsonl`` and one ``eval`` line of metrics; returns the accuracy.
+
+    A stop loses the batch that is being generated.
+    """
     config = run.config.eval
     count = len(tasks) if config.limit is None else min(config.limit, len(tasks))
     if count == 0:
         raise ValueError("the evaluation set is empty; give data.eval with at least one row or raise eval.limit")
     sampling = Sampling(n=1, temperature=config.temperature, max_new_tokens=config.max_new_tokens)
     engine = HFRollout(model, processor)
-    records: list[dict] = []
-    graded: list[Reward] = []
-    with run.progress.bar(f"eval {after}", -(-count // config.batch)) as bar:
-        for start in range(0, count, config.batch):
+    log = ChunkLog(
+        run.folder / "evals" / f"{after}.chunks", {**asdict(config), "seed": run.config.seed, "items": count}
+    )
+    with run.progress.bar(f"eval {after}", -(-count // config.batch), done=len(log.chunks)) as bar:
+        for start in range(len(log.chunks) * config.batch, count, config.batch):
             run.stop.poll(f"evaluation after {after}")
             chunk = [tasks[i] for i in range(start, min(start + config.batch, count))]
             prompts = [processor.encode_prompt(task.messages, task.images) for task in chunk]
@@ -44,28 +50,17 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
                     for x, t in zip(texts, chunk, strict=True)
                 ]
             )
-            graded += rewards
-            for task, text, completion, reward in zip(chunk, texts, completions, rewards, strict=True):
-                records.append(
-                    {
-                        "uid": task.uid,
-                        "kind": task.kind or "all",
-                        "cluster": task.cluster or task.uid,
-                        "question": task.question,
-                        "ground_truth": task.ground_truth,
-                        "text": text,
-                        "answer": split_text(text).answer,
-                        "correct": int(reward.accuracy > 0),
-                        "format": int(reward.format > 0),
-                        "length": len(completion.token_ids),
-                        "finish": completion.finish,
-                        "decided_by": reward.decided_by,
-                    }
-                )
-            bar.advance(accuracy=sum(r["correct"] for r in records) / len(records))
-    folder = run.folder / "evals"
-    folder.mkdir(exist_ok=True)
-    write_whole(folder / f"{after}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+            log.append(
+                [
+                    {"item": _item(task, text, completion, reward), "reward": asdict(reward)}
+                    for task, text, completion, reward in zip(chunk, texts, completions, rewards, strict=True)
+                ]
+            )
+            answered = [entry["item"] for done in log.chunks for entry in done]
+            bar.advance(accuracy=sum(item["correct"] for item in answered) / len(answered))
+    records = [entry["item"] for done in log.chunks for entry in done]
+    graded = [Reward(**entry["reward"]) for done in log.chunks for entry in done]
+    write_whole(run.folder / "evals" / f"{after}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     by_kind: dict[str, list[int]] = defaultdict(list)
     for record in records:
         by_kind[record["kind"]].append(record["correct"])
@@ -83,4 +78,23 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
             **{f"eval/accuracy/{kind}": sum(c) / len(c) for kind, c in sorted(by_kind.items())},
         },
     )
+    log.remove()
     return accuracy
+
+
+def _item(task: Task, text: str, completion: Completion, reward: Reward) -> dict:
+    """What stands in ``evals/<after>.jsonl`` of one answer."""
+    return {
+        "uid": task.uid,
+        "kind": task.kind or "all",
+        "cluster": task.cluster or task.uid,
+        "question": task.question,
+        "ground_truth": task.ground_truth,
+        "text": text,
+        "answer": split_text(text).answer,
+        "correct": int(reward.accuracy > 0),
+        "format": int(reward.format > 0),
+        "length": len(completion.token_ids),
+        "finish": completion.finish,
+        "decided_by": reward.decided_by,
+    }

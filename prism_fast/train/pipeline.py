@@ -25,7 +25,7 @@ from prism_fast.train.reading import DataReader
 from prism_fast.train.rlvr import rlvr
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.sft import continue_sft, train_sft
-from prism_fast.train.warmup import sample_pairs, warm_up
+from prism_fast.train.warmup import pair_log, sample_pairs, warm_up
 
 
 @dataclass
@@ -153,8 +153,10 @@ def _warmup(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
         if "pairs" not in run.record.completed:
             shutil.rmtree(pairs.parent, ignore_errors=True)  # of a run that stopped while it wrote them
             tasks = reader.read("align", files.need("align", "warmup"), processor)
-            write_pairs(pairs, sample_pairs(run, policy, processor, tasks))
+            log = pair_log(run, tasks)
+            write_pairs(pairs, sample_pairs(run, policy, processor, tasks, log))
             run.complete("pairs")
+            log.remove()
     if artifacts.discriminator is None:
         upcycle = run.config.warmup.upcycle
         discriminator = build_discriminator(

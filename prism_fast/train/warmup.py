@@ -22,7 +22,8 @@ from prism_fast.data.samples import Pair, Task
 from prism_fast.models.discriminator import Discriminator, save_discriminator
 from prism_fast.models.processor import EncodedPrompt, Processor
 from prism_fast.rollout.hf import HFRollout
-from prism_fast.rollout.protocol import Sampling
+from prism_fast.rollout.protocol import Completion, Sampling
+from prism_fast.train.chunks import ChunkLog
 from prism_fast.train.context import Run
 from prism_fast.train.discriminator_update import GroupScores, SpanGroup, discriminate, loss_options
 from prism_fast.train.engine import LocalEngine
@@ -34,16 +35,32 @@ class WarmupError(RuntimeError):
     """The discriminator did not reach the held-out margin."""
 
 
-def sample_pairs(run: Run, model, processor: Processor, tasks: Sequence[Task]) -> list[Pair]:
-    """Let the policy answer the alignment prompts: its valid responses beside the teacher's, as warm-up pairs."""
-    config = run.config.warmup
+def pair_log(run: Run, tasks: Sequence[Task]) -> ChunkLog:
+    """Where a run keeps what it has sampled so far, until the pairs are written."""
+    made_with = {"seed": run.config.seed, "batch": _pair_batch(run), "prompts": len(tasks)}
+    for key in ("pairs_per_prompt", "temperature", "max_new_tokens"):
+        made_with[key] = getattr(run.config.warmup, key)
+    return ChunkLog(run.folder / "data" / "pairs.chunks", made_with)
+
+
+def _pair_batch(run: Run) -> int:
+    """Prompts generated together."""
+    return max(1, run.config.eval.batch // run.config.warmup.pairs_per_prompt)
+
+
+def sample_pairs(run: Run, model, processor: Processor, tasks: Sequence[Task], log: ChunkLog) -> list[Pair]:
+    """Let the policy answer the alignment prompts: its valid responses beside the teacher's, as warm-up pairs.
+
+    ``log``: see :func:`pair_log`; a stop loses the batch that is being generated.
+
+    Raises:
+        WarmupError: no response was valid.
+    """
+    config, batch = run.config.warmup, _pair_batch(run)
     sampling = Sampling(config.pairs_per_prompt, config.temperature, config.max_new_tokens)
     engine = HFRollout(model, processor)
-    pairs: list[Pair] = []
-    sampled = 0
-    batch = max(1, run.config.eval.batch // config.pairs_per_prompt)
-    with run.progress.bar("pairs", -(-len(tasks) // batch)) as bar:
-        for start in range(0, len(tasks), batch):
+    with run.progress.bar("pairs", -(-len(tasks) // batch), done=len(log.chunks)) as bar:
+        for start in range(len(log.chunks) * batch, len(tasks), batch):
             run.stop.poll("sampling pairs")
             chunk = [tasks[i] for i in range(start, min(start + batch, len(tasks)))]
             prompts = [processor.encode_prompt(task.messages, task.images) for task in chunk]
@@ -51,29 +68,37 @@ def sample_pairs(run: Run, model, processor: Processor, tasks: Sequence[Task]) -
             groups = engine.generate(
                 prompts, sampling, seed=seed, on_token=lambda growing: run.stop.poll("sampling pairs")
             )
-            sampled += len(chunk) * config.pairs_per_prompt
-            for task, group in zip(chunk, groups, strict=True):
-                for k, completion in enumerate(group):
-                    split = split_tokens(completion.token_ids, processor.tokenizer)
-                    if split.valid and not holds_control_token(split.text):
-                        pairs.append(
-                            Pair(
-                                uid=f"{task.uid}-{k}",
-                                messages=task.messages,
-                                images=task.images,
-                                teacher_caption=task.teacher_caption,
-                                student_caption=split.caption,
-                                teacher_cot=task.teacher_cot,
-                                student_cot=split.reasoning,
-                                teacher_response=task.teacher_response,
-                                student_response=split.text,
-                            )
-                        )
-            bar.advance(pairs=len(pairs))
-    run.metrics.write("warmup", 0, {"pairs/kept": len(pairs), "pairs/dropped": sampled - len(pairs)})
+            log.append([[_student_texts(completion, processor) for completion in group] for group in groups])
+            bar.advance(pairs=sum(texts is not None for done in log.chunks for group in done for texts in group))
+    pairs, dropped = [], 0
+    for task, group in zip(tasks, (group for done in log.chunks for group in done), strict=True):
+        for k, texts in enumerate(group):
+            if texts is None:
+                dropped += 1
+                continue
+            pairs.append(
+                Pair(
+                    uid=f"{task.uid}-{k}",
+                    messages=task.messages,
+                    images=task.images,
+                    teacher_caption=task.teacher_caption,
+                    teacher_cot=task.teacher_cot,
+                    teacher_response=task.teacher_response,
+                    **texts,
+                )
+            )
+    run.metrics.write("warmup", 0, {"pairs/kept": len(pairs), "pairs/dropped": dropped})
     if not pairs:
         raise WarmupError("no sampled response had the caption-think-answer form; the policy needs (more) SFT first")
     return pairs
+
+
+def _student_texts(completion: Completion, processor: Processor) -> dict[str, str] | None:
+    """The student's side of a pair; None if the response is not valid or spells out a control token."""
+    split = split_tokens(completion.token_ids, processor.tokenizer)
+    if not split.valid or holds_control_token(split.text):
+        return None
+    return {"student_caption": split.caption, "student_cot": split.reasoning, "student_response": split.text}
 
 
 def group_pairs(pairs: Sequence[Pair], processor: Processor, semantics: str, spans: Sequence[str]) -> list[SpanGroup]:

@@ -1,0 +1,50 @@
+"""Finished pieces of a long loop that writes its result at the end: a stopped or killed run goes on behind them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from prism_fast.models.writing import disk_full
+
+
+class ChunkLog:
+    """One JSON value per line and piece, behind a line that says what they were made with."""
+
+    def __init__(self, path: Path, made_with: dict[str, Any]):
+        """Pieces made with something else are dropped, and so is a last line that a killed run has half written."""
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines, size = [], 0
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+            try:
+                value = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            lines.append(value)
+            size += len(line)
+        if not lines or lines[0] != made_with:
+            path.write_bytes(b"")
+            self._write(made_with)
+            lines = [made_with]
+        elif size < path.stat().st_size:
+            os.truncate(path, size)
+        self.chunks: list[Any] = lines[1:]
+
+    def append(self, chunk: Any) -> None:
+        """Keep a finished piece (raises DiskFullError; the pieces before it stay)."""
+        self._write(chunk)
+        self.chunks.append(chunk)
+
+    def _write(self, value: Any) -> None:
+        line = (json.dumps(value) + "\n").encode()
+        with disk_full(self._path, len(line)), self._path.open("ab") as file:
+            file.write(line)
+
+    def remove(self) -> None:
+        """The loop's result is written: the pieces are not needed any more."""
+        self._path.unlink(missing_ok=True)

@@ -2,120 +2,191 @@
 #include "route_experts.h"
 
 #include <algorithm>
+#include <memory>
 
+#include "lanes.h"
 #include "parallel.h"
 
 namespace prism {
 namespace {
 
-constexpr int kBlock = 1024;  // logits that are exponentiated in one loop; at least one row
+// Rows that are computed side by side, each in a lane of its own: loops over them vectorise whatever the number of experts.
+constexpr int kRows = 32;
+static_assert(kChunk % kRows == 0, "chunks are whole blocks");
 
-template <class S, class T>
-PRISM_INLINE void widen_rows(T* x, const S* logits, int64_t row_stride, int rows, int experts) {
-    for (int row = 0; row < rows; ++row) {
-        for (int e = 0; e < experts; ++e) x[row * experts + e] = widen(logits[row * row_stride + e]);
-    }
+template <class T>
+struct LogSeries;
+template <>
+struct LogSeries<float> {
+    using Bits = int32_t;
+    static constexpr int mantissa = 23, terms = 5;
+};
+template <>
+struct LogSeries<double> {
+    using Bits = int64_t;
+    static constexpr int mantissa = 52, terms = 12;
+};
+
+// ln x for 1 <= x < 2^100, NaN for NaN: x = m 2^n with sqrt(1/2) <= m < sqrt(2), and ln m = 2 artanh((m - 1) / (m + 1)).
+template <class T>
+PRISM_INLINE T log_of_sum(T x) {
+    using Series = LogSeries<T>;
+    using Bits = typename Series::Bits;
+    const Bits half = bits_as<Bits>(T(0.70710678118654752)), one = bits_as<Bits>(T(1));
+    const Bits above = bits_as<Bits>(x) - half, n = above >> Series::mantissa;
+    const T m = bits_as<T>(bits_as<Bits>(x) - (n << Series::mantissa));
+    // n is at most 100: its float has it in the highest bits of the mantissa after the addition of 1.5 * 2^mantissa.
+    const Bits magic = one + (Bits(Series::mantissa) << Series::mantissa) + (Bits(1) << (Series::mantissa - 1));
+    const T exponent = bits_as<T>(magic + n) - bits_as<T>(magic);
+    const T s = (m - T(1)) / (m + T(1)), square = s * s;
+    T p = T(0);
+    for (int i = Series::terms; i > 0; --i) p = p * square + T(2) / T(2 * i + 1);
+    return exponent * T(0.69314718055994531) + (T(2) * s + s * square * p) + (x - x);
 }
 
-// x - its row's maximum, exponentiated; a row with NaN or +infinity, or without any finite number, becomes NaN.
+// A block of rows, transposed: value of expert e in row r at [e][r]. Rows past the last hold zeros.
 template <class T>
-PRISM_INLINE void exponentials(T* e, T* top, const T* x, int rows, int experts) {
-    for (int row = 0; row < rows; ++row) {
-        T high = x[row * experts];
-        for (int i = 1; i < experts; ++i) high = x[row * experts + i] > high ? x[row * experts + i] : high;
-        top[row] = high;
-        for (int i = 0; i < experts; ++i) e[row * experts + i] = x[row * experts + i] - high;
-    }
-    for (int i = 0; i < rows * experts; ++i) e[i] = exponential(e[i]);
-}
+struct Block {
+    T x[kMaxExperts][kRows], e[kMaxExperts][kRows];  // logits; exponentials of logit - top
+    T top[kRows], total[kRows];                      // largest logit; sum of e, NaN where there is no softmax
 
-// The top_k largest, the lower expert first among equals. `bad`: nothing can be compared, the first experts are taken.
-template <class T>
-PRISM_INLINE void choose(int* best, const T* x, int experts, int top_k, bool bad) {
-    T held[kMaxChosen];
-    int count = 0;
-    for (int e = 0; e < experts; ++e) {
-        const T value = bad ? T(0) : x[e];
-        if (count == top_k && !(value > held[top_k - 1])) continue;
-        int at = count < top_k ? count++ : top_k - 1;
-        for (; at > 0 && value > held[at - 1]; --at) {
-            held[at] = held[at - 1];
-            best[at] = best[at - 1];
+    template <class S>
+    PRISM_INLINE void load(const S* logits, int64_t row_stride, int rows, int experts) {
+        for (int k = 0; k < experts; ++k) {
+            for (int r = 0; r < rows; ++r) x[k][r] = widen(logits[r * row_stride + k]);
+            for (int r = rows; r < kRows; ++r) x[k][r] = T(0);
         }
-        held[at] = value;
-        best[at] = e;
+        for (int r = 0; r < kRows; ++r) top[r] = x[0][r];
+        for (int k = 1; k < experts; ++k) {
+            for (int r = 0; r < kRows; ++r) top[r] = x[k][r] > top[r] ? x[k][r] : top[r];
+        }
+        for (int r = 0; r < kRows; ++r) total[r] = T(0);
+        for (int k = 0; k < experts; ++k) {
+            for (int r = 0; r < kRows; ++r) e[k][r] = exponential(x[k][r] - top[r]);
+            for (int r = 0; r < kRows; ++r) total[r] += e[k][r];
+        }
     }
-}
+    PRISM_INLINE T log_sum_exp(int r) const { return top[r] + log_of_sum(total[r]); }
+};
+
+// The top_k largest of each row in descending order, the lower expert first among equals: every logit goes down the list of
+// those held so far and changes places with each smaller one. Rows without a softmax take the first experts.
+template <class T>
+struct Choices {
+    using Bits = typename LogSeries<T>::Bits;
+    T value[kMaxChosen][kRows];
+    Bits expert[kMaxChosen][kRows];
+
+    PRISM_INLINE void choose(const Block<T>& block, int experts, int top_k) {
+        for (int j = 0; j < top_k; ++j) {
+            for (int r = 0; r < kRows; ++r) value[j][r] = T(0), expert[j][r] = -1;
+        }
+        for (int k = 0; k < experts; ++k) {
+            T moving[kRows];
+            Bits from[kRows];
+            for (int r = 0; r < kRows; ++r) {
+                moving[r] = block.total[r] == block.total[r] ? block.x[k][r] : T(0);
+                from[r] = k;
+            }
+            for (int j = 0; j < top_k; ++j) {
+                for (int r = 0; r < kRows; ++r) {
+                    const T held = value[j][r], comer = moving[r];
+                    const Bits holder = expert[j][r], visitor = from[r];
+                    const bool ahead = (comer > held) | ((comer == held) & (visitor < holder)) | (holder < 0);
+                    // Exchanged by their bits: a selection would become stores under a mask, which are slow.
+                    const Bits swap = -static_cast<Bits>(ahead);
+                    const Bits values = (bits_as<Bits>(held) ^ bits_as<Bits>(comer)) & swap;
+                    const Bits names = (holder ^ visitor) & swap;
+                    value[j][r] = bits_as<T>(bits_as<Bits>(held) ^ values);
+                    moving[r] = bits_as<T>(bits_as<Bits>(comer) ^ values);
+                    expert[j][r] = holder ^ names;
+                    from[r] = visitor ^ names;
+                }
+            }
+        }
+    }
+};
 
 template <class S, class T>
-PRISM_INLINE void route_chunk(const RouteArguments<S>& a, int64_t chunk) {
+PRISM_INLINE void route_chunk(const RouteArguments<S>& a, int64_t chunk, Block<T>& block) {
     const int experts = a.plan.experts, top_k = a.plan.top_k;
-    const int step = std::max(1, kBlock / experts);
     const int64_t begin = chunk * kChunk, end = std::min(a.plan.rows, begin + kChunk);
-    T x[kBlock], e[kBlock], top[kBlock];
-    double load[kMaxExperts] = {}, z = 0.0;
+    Choices<T> choices;
+    T load[kMaxExperts][kRows], z[kRows] = {};  // each lane adds up a few rows
+    std::fill(&load[0][0], &load[experts][0], T(0));
     int32_t count[kMaxExperts] = {};
-    for (int64_t first = begin; first < end; first += step) {
-        const int rows = static_cast<int>(std::min<int64_t>(step, end - first));
-        widen_rows(x, a.logits + first * a.row_stride, a.row_stride, rows, experts);
-        exponentials(e, top, x, rows, experts);
-        for (int i = 0; i < rows; ++i) {
-            const T* ei = e + i * experts;
-            T total = T(0);
-            for (int k = 0; k < experts; ++k) total += ei[k];
-            const bool bad = total != total;
-            const T inverse = T(1) / total, log_sum_exp = top[i] + std::log(total);
-            z += static_cast<double>(log_sum_exp) * static_cast<double>(log_sum_exp);
-            for (int k = 0; k < experts; ++k) load[k] += static_cast<double>(ei[k] * inverse);
-            int best[kMaxChosen] = {};
-            choose(best, x + i * experts, experts, top_k, bad);
-            T sum = T(0);
-            for (int j = 0; j < top_k; ++j) sum += ei[best[j]];
-            const T scale = a.renormalize ? T(1) / sum : inverse;
-            const int64_t at = (first + i) * top_k;
-            for (int j = 0; j < top_k; ++j) {
-                a.plan.chosen[at + j] = best[j];
-                a.weights[at + j] = ei[best[j]] * scale;
-                ++count[best[j]];
+    for (int64_t first = begin; first < end; first += kRows) {
+        const int rows = static_cast<int>(std::min<int64_t>(kRows, end - first));
+        block.load(a.logits + first * a.row_stride, a.row_stride, rows, experts);
+        choices.choose(block, experts, top_k);
+        T inverse[kRows], there[kRows], sum[kRows] = {};
+        for (int r = 0; r < kRows; ++r) {
+            inverse[r] = T(1) / block.total[r];
+            there[r] = flag<T>(r < rows);
+            const T log_sum_exp = block.log_sum_exp(r);
+            z[r] += there[r] * log_sum_exp * log_sum_exp;
+        }
+        for (int k = 0; k < experts; ++k) {
+            for (int r = 0; r < kRows; ++r) load[k][r] += block.e[k][r] * (inverse[r] * there[r]);
+        }
+        T weight[kMaxChosen][kRows];
+        for (int j = 0; j < top_k; ++j) {
+            for (int r = 0; r < kRows; ++r) {
+                const T found = exponential(choices.value[j][r] - block.top[r]);
+                weight[j][r] = block.total[r] == block.total[r] ? found : block.total[r];
+                sum[r] += weight[j][r];
+            }
+        }
+        for (int j = 0; j < top_k; ++j) {
+            for (int r = 0; r < kRows; ++r) weight[j][r] *= a.renormalize ? T(1) / sum[r] : inverse[r];
+            for (int r = 0; r < rows; ++r) {
+                const auto expert = choices.expert[j][r];
+                a.plan.chosen[(first + r) * top_k + j] = expert;
+                a.weights[(first + r) * top_k + j] = weight[j][r];
+                ++count[expert];
             }
         }
     }
     std::copy(count, count + experts, &a.plan.count(chunk, 0));
     double* sums = a.sums + chunk * (experts + 1);
-    std::copy(load, load + experts, sums);
-    sums[experts] = z;
+    for (int k = 0; k < experts; ++k) sums[k] = lane_sum(load[k], kRows);
+    sums[experts] = lane_sum(z, kRows);
 }
 
 template <class S, class T>
-PRISM_INLINE void backward_rows(const RouteGradientArguments<S>& a, int64_t begin, int64_t end) {
-    const int experts = a.experts, step = std::max(1, kBlock / experts);
-    T x[kBlock], e[kBlock], top[kBlock];
-    for (int64_t first = begin; first < end; first += step) {
-        const int rows = static_cast<int>(std::min<int64_t>(step, end - first));
-        if (a.needs_softmax()) {
-            widen_rows(x, a.logits + first * a.row_stride, a.row_stride, rows, experts);
-            exponentials(e, top, x, rows, experts);
+PRISM_INLINE void backward_rows(const RouteGradientArguments<S>& a, int64_t first, int rows, Block<T>& block) {
+    const int experts = a.experts;
+    T(&slope)[kMaxExperts][kRows] = block.e;
+    T mean[kRows] = {};
+    for (int r = 0; r < rows; ++r) mean[r] = a.mean_upstream(first + r);
+    if (a.needs_softmax()) {
+        block.load(a.logits + first * a.row_stride, a.row_stride, rows, experts);
+        const T z_grad = a.z_grad == nullptr ? T(0) : T(2) * *a.z_grad;
+        T inverse[kRows], z_slope[kRows], mean_load[kRows] = {};
+        for (int r = 0; r < kRows; ++r) {
+            inverse[r] = T(1) / block.total[r];
+            z_slope[r] = z_grad * block.log_sum_exp(r);
         }
-        for (int i = 0; i < rows; ++i) {
-            const int64_t row = first + i;
-            T* slope = e + i * experts;
-            const T mean = a.mean_upstream(row);
-            if (a.needs_softmax()) {
-                T total = T(0), mean_load = T(0);
-                for (int k = 0; k < experts; ++k) total += slope[k];
-                const T inverse = T(1) / total;
-                for (int k = 0; k < experts; ++k) {
-                    slope[k] *= inverse;
-                    mean_load += slope[k] * a.load_upstream(k);
-                }
-                const T z_slope = a.z_grad == nullptr ? T(0) : T(2) * *a.z_grad * (top[i] + std::log(total));
-                for (int k = 0; k < experts; ++k) slope[k] = a.through_softmax(slope[k], k, mean_load, z_slope, mean);
-            } else {
-                std::fill(slope, slope + experts, T(0));
+        for (int k = 0; k < experts; ++k) {
+            const T upstream = a.load_upstream(k);
+            for (int r = 0; r < kRows; ++r) {
+                slope[k][r] *= inverse[r];
+                mean_load[r] += slope[k][r] * upstream;
             }
-            for (int j = 0; j < a.top_k; ++j) slope[a.chosen[row * a.top_k + j]] += a.through_weight(row, j, mean);
-            for (int k = 0; k < experts; ++k) narrow(slope[k], a.gradient[row * experts + k]);
         }
+        for (int k = 0; k < experts; ++k) {
+            const T upstream = a.load_upstream(k);
+            for (int r = 0; r < kRows; ++r) {
+                slope[k][r] = a.through_softmax(slope[k][r], upstream, mean_load[r], z_slope[r], mean[r]);
+            }
+        }
+    } else {
+        std::fill(&slope[0][0], &slope[experts][0], T(0));
+    }
+    for (int r = 0; r < rows; ++r) {
+        const int64_t row = first + r;
+        for (int j = 0; j < a.top_k; ++j) slope[a.chosen[row * a.top_k + j]][r] += a.through_weight(row, j, mean[r]);
+        for (int k = 0; k < experts; ++k) narrow(slope[k][r], a.gradient[row * experts + k]);
     }
 }
 
@@ -142,10 +213,12 @@ void hand_out_places(const PlanArguments& a, int threads) {
 }
 
 // Loops compiled twice need a name without template parameters.
-#define PRISM_FOR(S, T)                                                                                                \
-    PRISM_CLONES void chunk_of(const RouteArguments<S>& a, int64_t chunk) { route_chunk<S, T>(a, chunk); }            \
-    PRISM_CLONES void rows_of(const RouteGradientArguments<S>& a, int64_t begin, int64_t end) {                       \
-        backward_rows<S, T>(a, begin, end);                                                                           \
+#define PRISM_FOR(S, T)                                                                                              \
+    PRISM_CLONES void chunk_of(const RouteArguments<S>& a, int64_t chunk, Block<T>& block) {                        \
+        route_chunk<S, T>(a, chunk, block);                                                                         \
+    }                                                                                                               \
+    PRISM_CLONES void rows_of(const RouteGradientArguments<S>& a, int64_t first, int rows, Block<T>& block) {       \
+        backward_rows<S, T>(a, first, rows, block);                                                                 \
     }
 PRISM_FOR(float, float)
 PRISM_FOR(double, double)
@@ -161,7 +234,8 @@ void route_experts_cpu(const RouteArguments<S>& a, int threads) {
     const int experts = a.plan.experts;
     const int64_t chunks = chunks_of(a.plan.rows);
     parallel_for(chunks, a.plan.rows * (experts + a.plan.top_k) * 8, threads, [&](int64_t begin, int64_t end) {
-        for (int64_t chunk = begin; chunk < end; ++chunk) chunk_of(a, chunk);
+        const auto block = std::make_unique<Block<T>>();
+        for (int64_t chunk = begin; chunk < end; ++chunk) chunk_of(a, chunk, *block);
     });
     double total[kMaxExperts + 1] = {};
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -193,8 +267,14 @@ void plan_experts_cpu(const GivenArguments<T>& a, int threads) {
 
 template <class S>
 void route_experts_backward_cpu(const RouteGradientArguments<S>& a, int threads) {
-    parallel_for(a.rows, a.rows * (a.experts + a.top_k) * 8, threads, [&](int64_t begin, int64_t end) {
-        rows_of(a, begin, end);
+    using T = typename ComputedIn<S>::type;
+    const int64_t blocks = (a.rows + kRows - 1) / kRows;
+    parallel_for(blocks, a.rows * (a.experts + a.top_k) * 8, threads, [&](int64_t begin, int64_t end) {
+        const auto block = std::make_unique<Block<T>>();
+        for (int64_t at = begin; at < end; ++at) {
+            const int64_t first = at * kRows;
+            rows_of(a, first, static_cast<int>(std::min<int64_t>(kRows, a.rows - first)), *block);
+        }
     });
 }
 

@@ -344,7 +344,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const RouteGradientA
         const T z_slope = a.z_grad == nullptr ? T(0) : T(2) * *a.z_grad * (spread.top + log(spread.total));
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
-            if (spread.holds(i)) slope[i] = a.through_softmax(slope[i], spread.expert(i), mean_load, z_slope, mean);
+            if (!spread.holds(i)) continue;
+            slope[i] = a.through_softmax(slope[i], a.load_upstream(spread.expert(i)), mean_load, z_slope, mean);
         }
     }
     if (!there) return;

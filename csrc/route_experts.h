@@ -85,8 +85,8 @@ struct RouteGradientArguments {
     // With p the softmax, w the weights, g, G, Z the gradients of weights, load and z_stat, the gradient of logit e is
     //     p_e (G_e - sum p G + 2 Z log-sum-exp) + ( w_j (g_j - sum w g)         where e was chosen as j, renormalised
     //                                             | [e chosen] w_j g_j - p_e sum w g                  otherwise ).
-    PRISM_HD T through_softmax(T p, int expert, T mean_load, T z_slope, T mean) const {
-        return p * (load_upstream(expert) - mean_load + z_slope - (renormalize ? T(0) : mean));
+    PRISM_HD T through_softmax(T p, T upstream_of_load, T mean_load, T z_slope, T mean) const {
+        return p * (upstream_of_load - mean_load + z_slope - (renormalize ? T(0) : mean));
     }
     PRISM_HD T through_weight(int64_t row, int j, T mean) const {
         return weights[row * top_k + j] * (upstream(row, j) - (renormalize ? mean : T(0)));

@@ -85,9 +85,7 @@ def _run(router_logits: Tensor, top_k: int, renormalize: bool) -> Parts:
     return out
 
 
-def into(
-    out: Parts, workspace: tuple[Tensor, Tensor], router_logits: Tensor, top_k: int, renormalize: bool
-) -> None:
+def into(out: Parts, workspace: tuple[Tensor, Tensor], router_logits: Tensor, top_k: int, renormalize: bool) -> None:
     """Write the fields of a Routing into ``out``."""
     logits = _rows(router_logits)
     weights, experts, permutation, offsets, load, z_stat = out

@@ -34,6 +34,7 @@ from prism_fast.models.experts import choose_experts_for_device
 from prism_fast.models.forward import TokenBatch, language_outputs
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
 from prism_fast.models.upcycle import refuse_square_experts, upcycle
+from prism_fast.models.vision_attention import use_batched_vision_attention
 
 if TYPE_CHECKING:
     from prism_fast.models.processor import Processor
@@ -159,6 +160,7 @@ def load_discriminator(
         )
     check_loading(folder, info, ignore_unexpected=frozenset({HEAD_KEY, "lm_head.weight"}))
     use_linear_patch_embedding(backbone)
+    use_batched_vision_attention(backbone)
     discriminator = Discriminator(backbone, head_dropout=head_dropout, head_in_float32=head_in_float32)
     head_dtype = dtype if dtype == torch.float64 or not head_in_float32 else torch.float32
     discriminator.v_head.to(head_dtype)

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalG
 from prism_fast.models.checkpoints import check_loading, read_model_type, without_load_report
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
 from prism_fast.models.tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+from prism_fast.models.vision_attention import use_batched_vision_attention
 
 if TYPE_CHECKING:
     from prism_fast.models.processor import Processor
@@ -135,6 +136,7 @@ def build_tiny_policy(processor: Processor, size: TinyPolicy, seed: int) -> Qwen
         torch.manual_seed(seed)
         model = Qwen3VLForConditionalGeneration._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     use_linear_patch_embedding(model)
+    use_batched_vision_attention(model)
     model.generation_config = GenerationConfig(
         eos_token_id=[processor.eos_id, processor.pad_id], pad_token_id=processor.pad_id, do_sample=True
     )
@@ -172,6 +174,7 @@ def load_policy(
         )
     check_loading(folder, info)
     use_linear_patch_embedding(model)
+    use_batched_vision_attention(model)
     return model.to(device)
 
 

@@ -14,6 +14,7 @@ from transformers.initialization import no_init_weights
 
 from prism_fast.models.experts import choose_experts_for_device
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
+from prism_fast.models.vision_attention import use_batched_vision_attention
 
 _COPIED_TEXT_FIELDS = (
     "vocab_size",
@@ -100,6 +101,7 @@ def upcycle(
         )
     model.tie_weights()  # left out together with the initialisation
     use_linear_patch_embedding(model)
+    use_batched_vision_attention(model)
     _copy_weights(policy, model, noise_std, router_std, torch.Generator().manual_seed(seed))
     model = model.to(parameter.device)
     choose_experts_for_device(model)

@@ -28,12 +28,18 @@ class Rows(NamedTuple):
     gather: Tensor | None
     real: Tensor | None
 
+    def tokens(self) -> Tensor:
+        """``[batch · length]`` int64, the token behind each slot, on the host."""
+        if self.start >= 0:
+            return torch.arange(self.start, self.start + self.batch * self.length)
+        return self.gather
+
     def read(self, x: Tensor) -> Tensor:
         """``[T, heads, D]`` to ``[batch, heads, length, D]``."""
         if self.start >= 0:
             x = x[self.start : self.start + self.batch * self.length]
         else:
-            x = x.index_select(0, self.gather)
+            x = x.index_select(0, self.gather.to(x.device))
         return x.view(self.batch, self.length, *x.shape[1:]).transpose(1, 2)
 
     def write(self, into: Tensor, x: Tensor) -> None:
@@ -46,13 +52,14 @@ class Rows(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def batches(segments: tuple[tuple[int, int], ...]) -> tuple[Rows, ...]:
-    """Group ``(start, length)`` segments of similar length; empty ones drop out. A pure function of its argument."""
+def batches(segments: tuple[tuple[int, int], ...], padding: float = PADDING) -> tuple[Rows, ...]:
+    """Group ``(start, length)`` segments of similar length (equal with ``padding=1``); empty ones drop out. A pure
+    function of its arguments."""
     order = sorted((s for s in segments if s[1]), key=lambda s: (-s[1], s[0]))
     groups: list[list[tuple[int, int]]] = []
     tokens = 0
     for segment in order:
-        if groups and groups[-1][0][1] * (len(groups[-1]) + 1) <= PADDING * (tokens + segment[1]):
+        if groups and groups[-1][0][1] * (len(groups[-1]) + 1) <= padding * (tokens + segment[1]):
             groups[-1].append(segment)
             tokens += segment[1]
         else:

@@ -51,6 +51,8 @@ def _answer(question: list, methods: dict) -> dict:
     def holds(probe: dict) -> bool:
         try:
             return bool(methods[probe["method"]](probe["gold"], probe["answer"]))
+        except MemoryError:  # the limit is met: what is left of this process is not worth trusting
+            os._exit(1)
         except Exception as error:  # the libraries raise anything on text they cannot read: sent back, never "correct"
             errors.append(f"{type(error).__name__}: {error}"[:200])
             return False

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,10 +23,11 @@ import prism_fast
 from prism_fast.config import Config, ConfigError, dump_config
 from prism_fast.models.writing import whole_folder, write_whole
 from prism_fast.rewards import AnswerChecker, Judge
+from prism_fast.train.engine import NonFiniteError
 from prism_fast.train.metrics import MetricsWriter
 from prism_fast.train.progress import Progress
 from prism_fast.train.record import Resume, RunRecord, fresh, read_resume
-from prism_fast.train.signals import StopRequest
+from prism_fast.train.signals import Stopped, StopRequest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -122,40 +124,66 @@ def open_run(config: Config, console: Console, *, resume: bool = False) -> Itera
     """Create the run directory (it must not exist or be empty), or with ``resume`` go on in it.
 
     Raises:
-        ConfigError: the folder holds something already, or the device is not there.
+        ConfigError: the folder holds something already, another process is at work in it, or the device is not there.
     """
     device = resolve_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(folder):
+        if not resume and any(folder.iterdir()):
+            raise ConfigError(
+                f"the run directory {folder} is not empty; give another with out=PATH, or go on in it: "
+                f"prism-fast resume {folder}"
+            )
+        try:
+            with _opened(config, console, folder, device, resume=resume) as run:
+                yield run
+        except Exception as error:
+            # Refused before the first step: nothing to keep, and nothing in the way of a second try.
+            if not resume and not isinstance(error, (Stopped, NonFiniteError)) and _nothing_done(folder):
+                shutil.rmtree(folder)
+            raise
+
+
+@contextmanager
+def _opened(config: Config, console: Console, folder: Path, device: torch.device, *, resume: bool) -> Iterator[Run]:
     if resume:
         resumed = read_resume(folder, tell=lambda text: console.print(text, style="yellow", highlight=False))
-    elif folder.exists() and any(folder.iterdir()):
-        raise ConfigError(
-            f"the run directory {folder} is not empty; give another with out=PATH, or go on in it: prism-fast resume"
-        )
     else:
         resumed = fresh()
-        folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.yaml", dump_config(config))
     write_whole(folder / "environment.json", json.dumps(environment(), indent=1))
     # CPU kernels are all deterministic; a CUDA kernel without a deterministic form is named in a warning.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     disable_progress_bar()  # transformers' bars for each load and save would tear ours
-    metrics = MetricsWriter(folder, keep_bytes=resumed.metrics_bytes())
+    with (
+        closing(MetricsWriter(folder, keep_bytes=resumed.metrics_bytes())) as metrics,
+        answer_checker(config) as checker,
+        Progress(console) as progress,
+        StopRequest() as stop,
+    ):
+        yield Run(
+            config, folder, device, DTYPES[config.model.dtype], metrics, checker, console, progress, stop, resumed
+        )
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold the run directory; the system lets go of it when the process ends, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        with (
-            answer_checker(config) as checker,
-            Progress(console) as progress,
-            StopRequest() as stop,
-        ):
-            dtype = DTYPES[config.model.dtype]
-            yield Run(config, folder, device, dtype, metrics, checker, console, progress, stop, resumed)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another process is at work in {folder}; stop it first (SIGTERM saves)") from error
+        yield
     finally:
-        empty = metrics.size() == 0
-        metrics.close()
-        if (
-            empty and not resume
-        ):  # refused before the first step: nothing to keep, and nothing in the way of a second try
-            shutil.rmtree(folder)
+        os.close(handle)
+
+
+def _nothing_done(folder: Path) -> bool:
+    metrics = folder / "metrics.jsonl"
+    return not metrics.exists() or metrics.stat().st_size == 0

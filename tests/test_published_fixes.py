@@ -1,0 +1,449 @@
+"""Every known fault of the published implementation: what it does, and what the default semantics does instead.
+
+One test per fault, numbered as in FAULTS; POINTERS names the tests elsewhere that show more, or all, of one.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch.utils.checkpoint import checkpoint
+from transformers import Qwen3VLMoeForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from prism_fast.algorithms.alignment_loss import FALLBACK, discriminator_loss
+from prism_fast.algorithms.presets import policy_options
+from prism_fast.algorithms.semantics import SEMANTICS
+from prism_fast.config import ConfigError, OptimizerConfig, load_config
+from prism_fast.data.framing import frame_student, frame_teacher
+from prism_fast.data.grammar import split_tokens
+from prism_fast.data.lengths import response_mask
+from prism_fast.data.problems import DataError
+from prism_fast.data.readers import read_pairs, read_tasks
+from prism_fast.data.samples import Pair, Task
+from prism_fast.data.writers import write_pairs, write_tasks
+from prism_fast.models.discriminator import HEAD_KEY, RELEASED_HEAD_DROPOUT, build_discriminator, save_discriminator
+from prism_fast.models.forward import collate
+from prism_fast.models.policy import TinyPolicy, build_tiny_policy
+from prism_fast.models.processor import Processor
+from prism_fast.models.tokenizer import train_tokenizer
+from prism_fast.ops import group_advantage, policy_loss
+from prism_fast.rewards import AnswerChecker, Judged
+from prism_fast.rollout.protocol import Completion
+from prism_fast.train import policy_update
+from prism_fast.train.discriminator_update import SpanGroup, discriminator_step
+from prism_fast.train.engine import LocalEngine
+from prism_fast.train.microbatch import TokenBudget
+from prism_fast.train.warmup import pair_margins
+from tests.ops.golden import group_ids, load
+
+TESTS = Path(__file__).parent
+CPU = torch.device("cpu")
+FAULTS = {
+    1: "teacher cut at 512 tokens",
+    2: "last token tells teacher from student",
+    3: "plain positions for image tokens",
+    4: "teacher's end found by searching for end tokens",
+    5: "dropout in the score head",
+    6: "scores in bfloat16",
+    7: "losses normalised per micro-batch",
+    8: "loss on teacher scores alone where no response is valid",
+    9: "placeholder accuracy, losses scaled and then averaged",
+    10: "invalid responses are computed and regularised",
+    11: "invalid responses score one raw unit below the worst valid one",
+    12: "a group without a valid response is pushed down",
+    13: "old log-probs computed and then ignored",
+    14: "clip ranges without effect",
+    15: "whole-response mode and vectorised GRPO crash",
+    16: "warm-up: wrong token, dead balance loss, dummy data, neighbours for bad images",
+    17: "a missing score head is drawn at random",
+    18: "the first answer anywhere is graded",
+    19: "exceptions in rewards and filters are swallowed",
+    20: "no seeds",
+    21: "dynamic sampling ends the run and throws surplus away",
+    22: "first update of a warm-up has learning rate 0",
+    23: "the sample's extra information is written to",
+    24: "the discriminator's export loses its head",
+    25: "images resized twice",
+    26: "a loss divided by the width of the padding",
+}
+POINTERS = {
+    7: ["train/test_micro_batches.py::test_discriminator", "train/test_micro_batches.py::test_policy"],
+    9: ["algorithms/test_alignment_loss.py::test_released_vectors"],
+    11: ["train/test_align_parts.py::test_an_invalid_response_does_not_squeeze_the_valid_ones"],
+    12: ["train/test_align_parts.py::test_a_group_without_a_valid_response_has_nothing_to_compare"],
+    14: ["train/test_rlvr_stale.py::test_stale_rows_follow_the_clipped_objective_and_fresh_ones_have_ratio_one"],
+    15: ["train/test_align_semantics.py::test_whole_responses_from_warm_up_to_report"],
+    16: [
+        "models/test_discriminator.py::test_released_index_is_wrong_exactly_when_the_first_row_is_the_longest",
+        "models/test_discriminator_vectors.py::test_warm_up_forward_with_the_published_choice_of_token",
+    ],
+    17: ["models/test_discriminator.py::test_a_missing_head_is_an_error_even_when_the_side_file_has_one"],
+    18: [
+        "rewards/test_differences.py::test_published_first_answer_anywhere_ours_matched_section",
+        "data/test_grammar.py::test_answer_is_read_from_the_third_section_only",
+    ],
+    19: [
+        "rewards/test_differences.py::test_published_swallows_errors_ours_counts",
+        "rewards/test_checker.py::test_a_timeout_is_a_reward_and_the_next_answer_is_checked",
+        "rewards/test_judge.py::test_a_question_without_a_verdict_is_counted_and_not_remembered",
+    ],
+    20: [
+        "data/test_order.py::test_epochs_and_seeds_differ_and_steps_do_not_matter",
+        "models/test_discriminator.py::test_the_seed_decides_the_head",
+        "models/test_policy.py::test_the_seed_alone_decides_the_weights_and_global_random_state_is_untouched",
+        "train/test_pipeline.py::test_one_seed_one_result_to_the_bit",
+    ],
+    21: [
+        "train/test_rlvr_sampler.py::test_the_published_bound_ends_the_run_ours_trains_on_what_was_found",
+        "train/test_rlvr_sampler.py::test_surplus_is_kept_and_goes_first_oldest_before_newer",
+    ],
+    24: ["models/test_discriminator.py::test_round_trip_keeps_every_bit"],
+    26: ["ops/test_policy_loss_vectors.py::test_aggregation_vectors"],
+}
+ELSEWHERE = {11, 12, 17, 18, 19, 20, 21}  # shown whole by the tests pointed to
+SIZE = TinyPolicy(
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mrope_section=(2, 1, 1),
+    vision_depth=1,
+    vision_width=16,
+    vision_heads=2,
+    vision_intermediate_size=24,
+    vision_positions=16,
+    initializer_range=0.2,
+)
+RESPONSE = "<caption>\n- digits: 1 2\n</caption>\n<think>\n1+2=3\n</think>\n<answer>\n3\n</answer>"
+
+
+def functions(path: Path) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_fault_has_its_test():
+    for pointers in POINTERS.values():
+        for path, name in (pointer.split("::") for pointer in pointers):
+            assert name in functions(TESTS / path), f"{path} has no {name}"
+    here = functions(Path(__file__))
+    shown = {int(name.split("_")[1]) for name in here if name.split("_")[1:2] and name.split("_")[1].isdigit()}
+    assert shown | ELSEWHERE == set(FAULTS) and not shown & ELSEWHERE and set(POINTERS) >= ELSEWHERE
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    return Processor.build(train_tokenizer([RESPONSE] * 20, 400))
+
+
+@pytest.fixture(scope="module")
+def policy(processor):
+    return build_tiny_policy(processor, SIZE, seed=1)
+
+
+@pytest.fixture
+def critic(policy):
+    return build_discriminator(policy, seed=2, head_std=0.2)
+
+
+@pytest.fixture(scope="module")
+def prompt(processor):
+    pixels = np.random.default_rng(4).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    content = [{"type": "image"}, {"type": "text", "text": "sum?"}]
+    return processor.encode_prompt([{"role": "user", "content": content}], [Image.fromarray(pixels)])
+
+
+def step(critic, processor, groups, *, semantics="prism_fast", budget=10**6, aux_coef=0.0, score_reg=0.001):
+    """Loss, scores and gradients of one discriminator step."""
+    critic.zero_grad()
+    scores, loss = discriminator_step(
+        critic,
+        groups,
+        backward=lambda value, **_: value.backward(),
+        pad_id=processor.pad_id,
+        device=CPU,
+        semantics=semantics,
+        score_clip=10.0,
+        score_reg=score_reg,
+        tokens_per_micro_batch=budget,
+        aux_coef=aux_coef,
+    )
+    return float(loss), scores, {n: p.grad.clone() for n, p in critic.named_parameters() if p.grad is not None}
+
+
+def test_1_long_teacher_texts(processor):
+    text = "<think>" + "1+2=3\n" * 600 + "</think><answer>7</answer>"
+    published, ours = (frame_teacher("reasoning", text, processor, s) for s in ("released", "prism_fast"))
+    assert len(published) == 512 and "<answer>" not in processor.decode(published)
+    assert processor.decode(ours) == text and ours[-1] == processor.eos_id
+
+
+def test_2_equal_texts_are_equal_rows(processor):
+    ids = (*processor.encode_text(RESPONSE), processor.eos_id)
+    split = split_tokens(ids, processor.tokenizer)
+    for span, text in (("caption", split.caption), ("reasoning", split.reasoning)):
+        teacher, student = {}, {}
+        for semantics in ("released", "prism_fast"):
+            teacher[semantics] = frame_teacher(span, text, processor, semantics)
+            student[semantics] = frame_student(span, split, ids, processor, semantics)
+        assert teacher["released"][-1] != student["released"][-1], "the token at which the score is read gives it away"
+        assert teacher["prism_fast"] == student["prism_fast"]
+
+
+def test_3_positions_of_image_tokens(policy, processor, prompt):
+    at_image = torch.tensor(prompt.input_ids) == policy.config.image_token_id
+    found = {}
+    for semantics in ("released", "prism_fast"):
+        positions = SEMANTICS[semantics].positions
+        batch = collate([prompt], [0], [(5,)], model_config=policy.config, pad_id=processor.pad_id, positions=positions)
+        found[semantics] = batch.position_ids[:, 0, :-1][:, at_image]  # [3, image tokens]
+    assert torch.equal(found["released"], found["released"][:1].expand(3, -1)) and len(found["released"].unique()) == 6
+    assert [len(axis.unique()) for axis in found["prism_fast"]] == [1, 2, 3], "64x96 pixels are 2 x 3 merged patches"
+
+
+def test_4_the_end_of_the_teachers_text(processor):
+    text = processor.encode_plain("<caption>short</caption>")
+    padded = [*text, *[processor.pad_id] * (512 - len(text))]
+    assert sum(response_mask(padded, [processor.eos_id, processor.pad_id])) == len(text) + 1, "read at the first pad"
+    assert sum(response_mask(padded, processor.eos_id)) == 512, "pad not among the end tokens: read at the last pad"
+    assert frame_teacher("caption", "<caption>short</caption>", processor, "prism_fast") == (*text, processor.eos_id)
+
+
+def test_5_head_dropout(policy, processor, prompt):
+    groups = [SpanGroup(prompt, ((5, 6), (7,)), [((8,), (9, 10))])]
+    gradient = {}
+    for rate in (RELEASED_HEAD_DROPOUT, 0.0):
+        model = build_discriminator(policy, seed=2, head_dropout=rate).train()
+        runs = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            runs.append(step(model, processor, groups)[2]["v_head.1.weight"])
+        gradient[rate] = runs
+    assert RELEASED_HEAD_DROPOUT == 0.1 and not torch.equal(*gradient[0.1])
+    assert torch.equal(*gradient[0.0])
+
+
+def test_6_scores_in_half_precision(critic):
+    hidden = torch.randn(1, 32, generator=torch.Generator().manual_seed(3)).bfloat16()
+    weight = critic.v_head[1].weight.detach()
+    hidden = torch.cat((hidden, hidden + 1e-2 * weight.sign())).bfloat16()  # another state, a slightly higher score
+    assert not torch.equal(*hidden)
+    scale = 3.0 / critic.score_hidden(hidden)[0].abs().item()
+    with torch.no_grad():
+        critic.v_head[1].weight.mul_(scale)
+        ours = critic.score_hidden(hidden)
+        critic.head_in_float32 = False
+        published = critic.v_head.bfloat16()[1](hidden).squeeze(-1)
+    assert ours.dtype == torch.float32 and ours[0] != ours[1]
+    assert published.dtype == torch.bfloat16 and all(float(64 * score).is_integer() for score in published)
+    assert torch.equal(torch.tensor(3.0 + 1 / 128).bfloat16(), torch.tensor(3.0).bfloat16()), "a tie that is none"
+
+
+def test_7_the_cut_into_micro_batches(critic, processor, prompt, generator):
+    groups = [
+        SpanGroup(prompt, ((5, 6), (7,)), [((8,), (9, 10)), None]),
+        SpanGroup(prompt, ((11,), (12,)), [((13,), (14,)), ((15,), (16,))]),
+    ]
+    loss = {
+        semantics: [step(critic, processor, groups, semantics=semantics, budget=budget)[0] for budget in (10**6, 1)]
+        for semantics in ("released", "prism_fast")
+    }
+    assert abs(loss["released"][0] - loss["released"][1]) > 1e-3
+    assert loss["prism_fast"][0] == pytest.approx(loss["prism_fast"][1], rel=1e-5)
+    # The policy: published, each micro-batch's token mean is weighted by its share of the sequences.
+    logp, advantage = torch.randn(10, generator=generator), torch.tensor([1.0, -1.0])
+    cuts = [(logp[:1], advantage[:1], torch.tensor([0, 1])), (logp[1:], advantage[1:], torch.tensor([0, 9]))]
+    published = sum(float(policy_loss(x, a, c.int(), aggregation="token_mean")[0]) / 2 for x, a, c in cuts)
+    count = torch.tensor(10.0)
+    ours = sum(float(policy_loss(x, a, c.int(), aggregation="token_mean", denominator=count)[0]) for x, a, c in cuts)
+    whole = float(policy_loss(logp, advantage, torch.tensor([0, 1, 10]).int(), aggregation="token_mean")[0])
+    assert published == pytest.approx(0.0) and ours == pytest.approx(whole) == pytest.approx(0.8)
+
+
+def test_8_no_valid_response(generator):
+    teacher = torch.randn(2, 2, generator=generator, requires_grad=True)
+    student, group, valid = torch.zeros(4, 2), torch.tensor([0, 0, 1, 1]), torch.zeros(4, dtype=torch.bool)
+    gradient = {}
+    for semantics in ("released", "prism_fast"):
+        loss, _ = discriminator_loss(teacher, student, group, valid, semantics=semantics, score_reg=0.0)
+        gradient[semantics] = torch.autograd.grad(loss, teacher)[0]
+    assert FALLBACK == 0.01 and (gradient["released"] < 0).all(), "descent raises the teacher's scores for nothing"
+    assert not gradient["prism_fast"].any()
+
+
+def test_9_metrics_are_counts_and_true_means(critic, processor, prompt):
+    cases = {case["name"]: case for case in load("discriminator_loss")["mm_gad_cases"]}
+    assert cases["dynamic_batches_all_invalid"]["metrics_per_micro_batch"]["critic/d_acc"] == [0.92]
+    logged = cases["dynamic_batches"]["metrics_per_micro_batch"]["critic/d_loss"]
+    assert len(logged) == 3 and np.mean(logged) == pytest.approx(sum(logged) / 3), "of parts that add up to the loss"
+    groups = [SpanGroup(prompt, ((5, 6), (7,)), [None, None])]
+    _, scores, _ = step(critic, processor, groups)
+    assert pair_margins(groups, scores, ("caption", "reasoning")) == {}, "no pair, no accuracy"
+    groups = [SpanGroup(prompt, ((i,), (i + 1,)), [((i + 20,), (i + 30,))]) for i in range(3)]
+    whole, cut = (step(critic, processor, groups, budget=budget)[0] for budget in (10**6, 1))
+    assert whole == pytest.approx(cut, rel=1e-5)
+
+
+def test_10_invalid_responses_cost_nothing(critic, processor, prompt, generator):
+    framed = ((8,), (9, 10))
+    one, many = (SpanGroup(prompt, ((5, 6), (7,)), [framed, *[None] * n]) for n in (0, 7))
+    assert one.tokens() == many.tokens()
+    (loss, _, gradient), (other, _, same) = (step(critic, processor, [group], score_reg=0.5) for group in (one, many))
+    assert loss == other and all(torch.equal(gradient[name], same[name]) for name in gradient)
+    teacher, student = torch.zeros(1, 2), torch.zeros(2, 2)
+    student[1] = 3.0  # published: the invalid response has scores, and their squares are in the loss
+    group, valid = torch.zeros(2, dtype=torch.int64), torch.tensor([True, False])
+    options = {"semantics": "released", "score_reg": 0.5}
+    with_it, _ = discriminator_loss(teacher, student, group, valid, **options)
+    assert with_it > discriminator_loss(teacher, student[:1], group[:1], valid[:1], **options)[0] + 1
+
+
+def rolled(processor, prompt, policy):
+    completions = [Completion((5, 6, 7), (-6.0,) * 3, 1.0, "stop"), Completion((8, 9), (-6.0,) * 2, 1.0, "stop")]
+    return policy_update.PolicyBatch([prompt], [0, 0], completions, torch.tensor([1.0, -0.5]))
+
+
+def test_13_one_forward_without_old_log_probs(policy, processor, prompt, monkeypatch, generator):
+    logp = torch.randn(5, generator=generator, dtype=torch.float64, requires_grad=True)
+    arguments = (logp, torch.tensor([1.0, -0.5]), torch.tensor([0, 3, 5], dtype=torch.int32))
+    published = torch.autograd.grad(policy_loss(*arguments, old_logp=logp.detach())[0], logp)[0]
+    torch.testing.assert_close(torch.autograd.grad(policy_loss(*arguments)[0], logp)[0], published, rtol=1e-12, atol=0)
+    forwards = []
+    real = policy_update.hidden_states
+    monkeypatch.setattr(policy_update, "hidden_states", lambda *args: forwards.append(args) or real(*args))
+    numbers = policy_update.update_policy(
+        LocalEngine(policy, OptimizerConfig(lr=1e-9)),
+        rolled(processor, prompt, policy),
+        policy_options("prism", max_response=8),
+        temperature=1.0,
+        pad_id=processor.pad_id,
+        budget=TokenBudget(10**6, notify=pytest.fail),
+        device=CPU,
+    )
+    assert len(forwards) == 1
+    assert numbers["rollout/logprob_gap_mean"] > 0, "what the old log-probs could have shown is measured for nothing"
+
+
+def test_14_clip_ranges(generator):
+    logp = torch.randn(6, generator=generator, requires_grad=True)
+    arguments = (logp, torch.tensor([2.0, -2.0]), torch.tensor([0, 3, 6], dtype=torch.int32))
+    narrow, wide = {"clip": (1e-6, 1e-6), "dual_clip": 1.5}, {"clip": (0.5, 0.9), "dual_clip": 50.0}
+    on_policy = [torch.autograd.grad(policy_loss(*arguments, **o)[0], logp)[0] for o in (narrow, wide)]
+    assert torch.equal(*on_policy), "one mini-batch per step, as in every published script"
+    old = logp.detach() - 0.4 * torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
+    stale = [torch.autograd.grad(policy_loss(*arguments, old_logp=old, **o)[0], logp)[0] for o in (narrow, wide)]
+    assert not torch.equal(*stale), "rows of earlier weights are clipped"
+
+
+def test_15_modes_that_crash(generator):
+    with pytest.raises(ConfigError, match="no whole-response mode"):  # KeyError 'teacher_response' in its first update
+        load_config("digits", ["semantics=released", "align.discriminate=response"])
+    assert load_config("digits", ["align.discriminate=response"]).align.discriminate == "response"
+    crashed = [case for case in load("grpo")["cases"] if case["estimator"] == "grpo_vectorized"]
+    refused = [case for case in crashed if case["advantages"] == "raises TypeError"]
+    assert refused, "prompts named by strings, as its own trainer names them"
+    for case in refused:
+        reward = torch.tensor(case["token_level_rewards"]).sum(1, keepdim=True)
+        assert group_advantage(reward, group_ids(case["index"]), weights=[1.0]).isfinite().all()
+    # Straight-through KL: the value of one form with the gradient of k2, which is there by its own name.
+    assert {case["raises"] for case in load("kl")["cases"] if case["kl_penalty"].endswith("+")} == {
+        "NotImplementedError"
+    }
+    logp, other = torch.zeros(2, requires_grad=True), torch.ones(2)
+    with pytest.raises(NotImplementedError, match=r"'k3\+' \(straight-through\).*use 'k2' or 'k3'"):
+        policy_loss(logp, torch.zeros(1), torch.tensor([0, 2]).int(), ref_logp=other, kl="k3+", kl_coef=0.1)
+
+
+def test_16_warm_up(critic, processor, prompt, tmp_path):
+    found = []
+
+    def layer(x):
+        found.append(x @ torch.ones(3, 3))  # router logits, as the published model collects them
+        return found[-1].sum(-1)
+
+    checkpoint(layer, torch.ones(2, 3, requires_grad=True), use_reentrant=True)
+    assert not found[0].requires_grad, "with its gradient checkpointing the balance loss has no gradient"
+    groups = [SpanGroup(prompt, ((5, 6), (7,)), [((8,), (9, 10))])]
+    _, _, plain = step(critic, processor, groups)
+    _, _, balanced = step(critic, processor, groups, aux_coef=1.0)
+    name = "backbone.language_model.layers.0.mlp.gate.weight"
+    assert (balanced[name] - plain[name]).norm() > 1e-3 * plain[name].norm()
+    with pytest.raises(DataError, match="does not exist"):  # published: 100 made-up text pairs
+        read_pairs(tmp_path / "missing.jsonl")
+    pairs = [
+        Pair(
+            f"p{n}", [{"role": "user", "content": [{"type": "image"}]}], [Image.new("RGB", (4, 4), (n, 0, 0))], *"abcd"
+        )
+        for n in range(2)
+    ]
+    write_pairs(tmp_path / "pairs.jsonl", pairs)
+    for broken in sorted((tmp_path / "pairs_images").iterdir()):
+        broken.write_bytes(b"no image")
+    with pytest.raises(DataError, match="line 1"):  # published: line 2 in its place
+        read_pairs(tmp_path / "pairs.jsonl")[0]
+
+
+def test_22_first_update_of_a_warm_up():
+    engine = LocalEngine(torch.nn.Linear(2, 1), OptimizerConfig(lr=0.1, warmup_steps=10))
+    published = 0.1 * engine.updates / 10
+    assert published == 0.0 and engine.lr() == pytest.approx(0.1 / 10)
+
+
+def test_23_extra_information_is_left_alone(tmp_path):
+    task = Task(
+        "t", [{"role": "user", "content": "q"}], [], "mm_gad", "4", ("IV",), "q", extra={"index": 3, "deep": "x"}
+    )
+    write_tasks(tmp_path / "a.parquet", [task])
+    (read,) = read_tasks(tmp_path / "a.parquet", require_teacher=False)
+    before = dict(read.extra)
+    assert before == {"index": 3, "deep": "x"}, "nothing injected: published, num_turns and equivalent_answers"
+    with AnswerChecker() as checker:
+        checker.score([Judged(RESPONSE, read.ground_truth, read.data_source, read.equivalent_answers)])
+    assert read.extra == before and read == task
+
+
+def test_24_the_export_keeps_the_head(critic, processor, tmp_path):
+    save_discriminator(critic, processor, tmp_path / "ours")
+    published = Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "ours")  # what its export loads
+    published.save_pretrained(tmp_path / "published")
+    keys = {}
+    for name in ("ours", "published"):
+        with safe_open(tmp_path / name / "model.safetensors", framework="pt") as file:
+            keys[name] = set(file.keys())
+    assert HEAD_KEY in keys["ours"] and HEAD_KEY not in keys["published"]
+
+
+def test_25_one_resize(processor):
+    limits = {"min_pixels": 32 * 32, "max_pixels": 512 * 512}
+    size = (250, 330)  # height, width
+    first = smart_resize(*size, factor=2 * 14, **limits)
+    published = smart_resize(*first, factor=2 * 16, **limits)
+    wanted = smart_resize(*size, factor=2 * 16, **limits)
+    assert first == (252, 336) and published != size
+    image = Image.fromarray(np.random.default_rng(5).integers(0, 256, (*size, 3), dtype=np.uint8))
+    content = [{"type": "image"}]
+    ours = processor.encode_prompt([{"role": "user", "content": content}], [image])
+    once = processor.encode_prompt([{"role": "user", "content": content}], [image.resize(wanted[::-1], Image.BICUBIC)])
+    twice = image.resize(first[::-1], Image.BICUBIC)
+    twice = processor.encode_prompt([{"role": "user", "content": content}], [twice])
+    assert (16 * ours.image_grid_thw[0, 1:]).tolist() == list(wanted)
+    torch.testing.assert_close(ours.pixel_values, once.pixel_values)
+    assert twice.pixel_values.shape != ours.pixel_values.shape or not torch.equal(twice.pixel_values, ours.pixel_values)
+
+
+def test_26_constant_length(generator):
+    logp, advantage = torch.randn(5, generator=generator), torch.tensor([1.0, -2.0])
+    borders = torch.tensor([0, 3, 5], dtype=torch.int32)
+    options = policy_options("dr_grpo", max_response=40).kwargs()
+    assert options["norm_length"] == 40.0, "the longest response of the run, whatever a step's padding"
+    published = [float(policy_loss(logp, advantage, borders, **(options | {"norm_length": w}))[0]) for w in (3.0, 6.0)]
+    assert published[0] == pytest.approx(2 * published[1]), "wider padding, smaller loss"
+    assert float(policy_loss(logp, advantage, borders, **options)[0]) == pytest.approx(published[0] * 3 / 40)

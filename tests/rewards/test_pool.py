@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import prism_fast.rewards.checker
 import prism_fast.rewards.pool
-from prism_fast.rewards import AnswerChecker
+from prism_fast.rewards import AnswerChecker, failures
 from prism_fast.rewards.pool import WorkerPool
-from prism_fast.rewards.verdict import Probe
+from prism_fast.rewards.verdict import Probe, ask
 from tests.rewards.cases import judged
 
 # Speaks the protocol and does what the question's gold text says: a stand-in that hangs, dies or answers on demand.
@@ -216,6 +217,32 @@ def test_memory_limit():
         with open(f"/proc/{pool.pids[0]}/limits") as file:
             (line,) = [line for line in file if line.startswith("Max address space")]
         assert line.split()[3:5] == [str(512 * 2**20)] * 2
+
+
+HUNGRY = r"""
+import runpy, sys
+worker = runpy.run_path(sys.argv[1])
+def eat(gold, answer):
+    return len(bytearray(2**30)) > 0 if gold == "much" else True
+worker["main"].__globals__["_methods"] = lambda: {"latex": eat}
+worker["main"](512)
+"""
+
+
+def test_a_worker_out_of_memory_is_replaced_and_counted(monkeypatch):
+    """The next question, of the same call and of a later one, gets a new process; the reward names the cause."""
+    program = Path(prism_fast.rewards.pool.__file__).with_name("worker.py")
+    with WorkerPool(command=[sys.executable, "-P", "-c", HUNGRY, str(program)]) as pool:
+        assert _ask(pool, "little", "much", "little") == ["holds", "worker_died", "holds"]
+        assert _ask(pool, "little") == ["holds"]
+        with AnswerChecker() as checker:
+            monkeypatch.setattr(checker, "_pool", pool)
+            monkeypatch.setattr(
+                prism_fast.rewards.checker, "compare", lambda gold, answer: ask([Probe(gold, "", "latex")])
+            )
+            rewards = checker.score([judged("x", "much"), judged("x", "little")])
+    assert [(reward.accuracy, reward.decided_by) for reward in rewards] == [(0.0, "worker_died"), (1.0, "math_verify")]
+    assert failures(rewards) == {"timeouts": 0, "worker_deaths": 1, "judge_errors": 0}
 
 
 def test_a_question_that_does_not_fit_is_not_sent():

@@ -46,8 +46,8 @@ __all__ = [
 _COMPILED = (
     "group_advantage", "policy_loss", "pairwise_loss", "selected_logprob", "route_experts", "plan_experts"
 )  # fmt: skip
-_TRITON = ("linear_logprob", "linear_policy_loss")
-_STOCK = ("shared_prefix_attention",)
+_TRITON = ("linear_logprob", "linear_policy_loss", "shared_prefix_attention")
+_STOCK = ("shared_prefix_attention", "moe_experts")
 
 
 def available() -> dict[str, tuple[str, ...]]:

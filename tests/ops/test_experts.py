@@ -8,6 +8,7 @@ from torch.nn.functional import silu
 
 from prism_fast.ops import moe_experts, plan_experts, route_experts
 from prism_fast.ops.reference.moe_experts import _dense
+from prism_fast.ops.stock import moe_experts as stock
 
 
 def by_loop(hidden, gate_up, down, weights, experts):
@@ -81,12 +82,13 @@ def test_plan_starts_where_a_router_ends(generator):
     assert bad.weights.isnan().tolist() == [[False, True], [False, False]]
 
 
+@pytest.mark.parametrize("backend", ["reference", "stock"])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_experts_equal_the_loop(top_k, recompute, generator):
+def test_experts_equal_the_loop(top_k, recompute, backend, generator):
     hidden, gate_up, down, logits = layer(generator)
     routing = route_experts(logits, top_k)
-    found = moe_experts(hidden, gate_up, down, routing, recompute=recompute)
+    found = moe_experts(hidden, gate_up, down, routing, recompute=recompute, backend=backend)
     wanted = by_loop(hidden, gate_up, down, routing.weights, routing.experts)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     g = torch.randn(found.shape, generator=generator, dtype=torch.float64)
@@ -97,12 +99,74 @@ def test_experts_equal_the_loop(top_k, recompute, generator):
     torch.testing.assert_close(_dense(hidden, gate_up, down, routing), wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_hub_layout_is_passed_as_a_view(generator):
+@pytest.mark.parametrize("backend", ["reference", "stock"])
+def test_hub_layout_is_passed_as_a_view(backend, generator):
     hidden, gate_up, down, logits = layer(generator)
     routing = route_experts(logits.detach(), 2)
-    stored = gate_up.detach().transpose(1, 2).contiguous()  # [E, H, 2I]
-    found = moe_experts(hidden, stored.transpose(1, 2), down, routing)
-    torch.testing.assert_close(found, moe_experts(hidden, gate_up, down, routing), rtol=1e-13, atol=1e-13)
+    stored = gate_up.detach().transpose(1, 2).contiguous().requires_grad_()  # [E, H, 2I]
+    found = moe_experts(hidden, stored.transpose(1, 2), down, routing, backend=backend)
+    wanted = moe_experts(hidden, gate_up, down, routing, backend=backend)
+    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
+    ours, theirs = torch.autograd.grad(found.sum(), stored)[0], torch.autograd.grad(wanted.sum(), gate_up)[0]
+    torch.testing.assert_close(ours.transpose(1, 2), theirs, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("frozen", range(4))
+def test_only_wanted_gradients_are_formed(frozen, generator):
+    hidden, gate_up, down, logits = layer(generator)
+    sources = [hidden, gate_up, down, logits]
+    sources[frozen] = sources[frozen].detach()
+    found, wanted = (
+        moe_experts(*sources[:3], route_experts(sources[3], 2), backend=backend) for backend in ("stock", "reference")
+    )
+    learning = [x for x in sources if x.requires_grad]
+    for ours, theirs in zip(
+        torch.autograd.grad(found.square().sum(), learning),
+        torch.autograd.grad(wanted.square().sum(), learning),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_backward_twice_and_bitwise_repeatable(generator):
+    sources = layer(generator, tokens=40, dtype=torch.float32)
+    runs = []
+    for _ in range(2):
+        out = moe_experts(*sources[:3], route_experts(sources[3], 2), backend="stock")
+        for keep in (True, False):
+            runs.append((out, *torch.autograd.grad(out.square().sum(), sources, retain_graph=keep)))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_recompute_keeps_only_the_inputs(generator):
+    hidden, gate_up, down, logits = layer(generator)
+    routing = route_experts(logits, 2)
+    sizes = {}
+    for recompute in (False, True):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
+            moe_experts(hidden, gate_up, down, routing, recompute=recompute, backend="stock")
+        sizes[recompute] = sum(x.numel() for x in kept)
+    assert sizes[False] - sizes[True] == 13 * 2 * 10  # the up-projection [M, 2I]
+
+
+def test_operators_are_registered_properly(generator):
+    hidden, gate_up, down, logits = layer(generator, tokens=5)
+    routing = route_experts(logits.detach(), 2)
+    plan = (routing.weights.requires_grad_(), routing.permutation, routing.offsets)
+    torch.library.opcheck(stock._operator, (hidden, gate_up, down, *plan, True))
+    out, kept = stock._forward(hidden.detach(), gate_up.detach(), down.detach(), *plan, True)
+    inputs = [x.detach() for x in (torch.ones_like(out), hidden, gate_up, down, *plan, kept)]
+    torch.library.opcheck(stock._backward_operator, (*inputs, [True, False, True, True]))
+
+
+def test_autocast_does_not_round(generator):
+    hidden, gate_up, down, logits = layer(generator, dtype=torch.float32)
+    routing = route_experts(logits, 2)
+    wanted = moe_experts(hidden, gate_up, down, routing)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(moe_experts(hidden, gate_up, down, routing), wanted)
 
 
 def test_gradcheck(generator):
@@ -123,9 +187,10 @@ def test_degenerate_shapes(tokens, experts, generator):
     assert gate_up.grad.isfinite().all() and hidden.grad.shape == hidden.shape
 
 
-def test_half_precision(generator):
+@pytest.mark.parametrize("backend", ["reference", "stock"])
+def test_half_precision(backend, generator):
     hidden, gate_up, down, logits = (x.detach() for x in layer(generator, dtype=torch.bfloat16))
-    out = moe_experts(hidden, gate_up, down, route_experts(logits, 2))
+    out = moe_experts(hidden, gate_up, down, route_experts(logits, 2), backend=backend)
     exact = moe_experts(hidden.double(), gate_up.double(), down.double(), route_experts(logits.double(), 2))
     assert out.dtype == torch.bfloat16
     assert (out.double() - exact).norm() <= 0.02 * exact.norm()

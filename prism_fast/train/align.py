@@ -22,7 +22,7 @@ from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor
 from prism_fast.train.context import Run
 from prism_fast.train.discriminator_update import SpanGroup, discriminate, loss_options
-from prism_fast.train.engine import LocalEngine, refuse_non_finite
+from prism_fast.train.engine import LocalEngine
 from prism_fast.train.policy_update import PolicyBatch, response_metrics, update_policy
 from prism_fast.train.resume import StageState
 from prism_fast.train.rollout_dump import dumped
@@ -69,8 +69,6 @@ def align(
                 )
                 kept.scores = dict(zip(spans, scores.student.unbind(dim=1), strict=True))
                 kept.teacher_scores = dict(zip(spans, scores.teacher.unbind(dim=1), strict=True))
-                # The clip range would make a number of an infinite score.
-                refuse_non_finite(critic_engine.where, student_scores=scores.student, teacher_scores=scores.teacher)
                 advantage = step_advantage(run.config, rollouts, scores.student)
                 kept.advantage = advantage
                 numbers: dict[str, float | int | None] = {

@@ -1,0 +1,81 @@
+"""A step that fails on its numbers leaves its rollouts, whatever was not finite and in whichever stage."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prism_fast.report.html import write_report
+from prism_fast.train import align as align_module
+from prism_fast.train import rlvr as rlvr_module
+from prism_fast.train.engine import NonFiniteError
+from prism_fast.train.rollout_log import RolloutReader, dump_path
+from tests.train.conftest import SMALL, run_small
+
+
+@pytest.fixture(scope="session")
+def stages_behind_sft(small_data, finished) -> list[str]:
+    export = finished / "export"
+    models = [f"model.policy={export / 'sft'}", f"model.discriminator={export / 'discriminator-warmup'}"]
+    return [*small_data, *SMALL, *models, "data.eval=null", "dump_rollouts_every=100", "align.steps=4", "rlvr.steps=4"]
+
+
+def _poison_policy(engine):
+    engine.model.lm_head.weight.data[3, 5] = torch.nan
+
+
+def _poison_gradient(engine):
+    parameter = engine.model.lm_head.weight
+    parameter.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+
+
+def _poison_critic(engine):
+    engine.model.v_head[1].weight.data.fill_(torch.nan)
+
+
+def _infinite_scores(engine):
+    dropout, linear = engine.model.v_head
+    linear.weight.data.fill_(1.0)
+    dropout.register_forward_hook(lambda module, inputs, output: output + torch.inf)
+
+
+INFINITE = "align step 2.*not finite: teacher_scores.*inf.*student_scores"  # the loss of clamped scores is finite
+CASES = [
+    ("align", "discriminate", _poison_critic, (), "align step 2, before the backward pass"),
+    ("align", "discriminate", _infinite_scores, ("align.discriminator.score_reg=0",), INFINITE),
+    ("align", "update_policy", _poison_policy, (), "align step 2.*logp"),
+    ("align", "update_policy", _poison_gradient, (), "align step 2: the gradient norm is"),
+    ("rlvr", "update_policy", _poison_policy, (), "rlvr step 2.*logp"),
+]
+
+
+@pytest.mark.parametrize(("stage", "function", "poison", "settings", "message"), CASES)
+def test_the_rollouts_of_a_failed_step_are_kept(
+    stage, function, poison, settings, message, stages_behind_sft, tmp_path, monkeypatch
+):
+    module = {"align": align_module, "rlvr": rlvr_module}[stage]
+    inner, calls = getattr(module, function), []
+
+    def poisoned(engine, *arguments, **options):
+        calls.append(engine.where)
+        if calls[-1].endswith("step 2"):
+            poison(engine)
+        return inner(engine, *arguments, **options)
+
+    monkeypatch.setattr(module, function, poisoned)
+    folder = tmp_path / "run"
+    more = [f"stages=[{stage}]", "rlvr.dynamic_sampling.enabled=true"]
+    with pytest.raises(NonFiniteError, match=f"{message}.*last ones in .*{stage}") as failure:
+        run_small(folder, [*stages_behind_sft, *more, *settings])
+    path = dump_path(folder, stage)
+    assert str(path) in str(failure.value)
+    records = RolloutReader(path).step(2)  # not due: neither the first nor the last step
+    assert len(records) >= 8
+    for record in records:
+        assert len(record["token_ids"]) == len(record["logprobs"]) == record["tokens"] > 0
+        assert record["finish"] in ("stop", "length") and record["reward"]["decided_by"]
+    if function == "update_policy":
+        assert sum(record.get("advantage") is not None for record in records) == 8
+    if function == "update_policy" and stage == "align":
+        assert all(set(r["scores"]) == {"caption", "reasoning"} for r in records if r["valid"])
+    assert write_report(folder).is_file(), "the report of a run that failed shows them"

@@ -7,14 +7,17 @@ of range are errors that name the key. The resolved configuration is written to 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from prism_fast.recipes.checks import check_numbers, check_yaml
 
 Loss = Literal["prism", "grpo", "dapo", "gspo", "dr_grpo", "bnpo", "cispo", "sapo"]
 STAGES = ("sft", "sft_continued", "warmup", "align", "rlvr")
@@ -369,15 +372,21 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
         text = resources.files("prism_fast.recipes").joinpath(f"{recipe}.yaml").read_text(encoding="utf-8")
         origin = f"recipe {recipe!r}"
     elif Path(recipe).is_file():
-        text, origin = Path(recipe).read_text(encoding="utf-8"), recipe
+        try:
+            text, origin = Path(recipe).read_text(encoding="utf-8-sig"), recipe
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{recipe}: not UTF-8 text ({error})") from error
     else:
         raise ConfigError(
             f"no recipe {recipe!r}: neither a file nor a shipped recipe "
             f"({', '.join(shipped)}){_nearest(recipe, shipped)}"
         )
     for override in overrides:
-        if "=" not in override:
+        key, equals, value = override.partition("=")
+        if not equals:
             raise ConfigError(f"override {override!r} must have the form key.sub=value")
+        _checked(lambda value=value: check_yaml(value, mapping=False), f"override {key!r}")
+    _checked(lambda: check_yaml(text, mapping=True), origin)
     try:
         config = OmegaConf.structured(Config)
         config = OmegaConf.merge(config, OmegaConf.create(text))
@@ -391,8 +400,18 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
         message = str(error.msg or error).strip().splitlines()[0]
         key = getattr(error, "full_key", None)
         raise ConfigError(f"{origin} with {list(overrides)}: {message}" + (f" (key {key})" if key else "")) from error
+    except (yaml.YAMLError, ValueError) as error:  # a duplicate key, a number of thousands of digits
+        raise ConfigError(f"{origin} with {list(overrides)}: {' '.join(str(error).split())}") from error
     assert isinstance(resolved, Config)
+    _checked(lambda: check_numbers(resolved), origin)
     return resolved
+
+
+def _checked(check: Callable[[], None], origin: str) -> None:
+    try:
+        check()
+    except ValueError as error:
+        raise ConfigError(f"{origin}: {error}") from error
 
 
 def dump_config(config: Config) -> str:

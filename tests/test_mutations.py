@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.autograd.gradcheck import GradcheckError
 
-from tests.algorithms import test_advantages, test_alignment_loss, test_schedule_numbers
+from tests.algorithms import test_advantages, test_alignment_loss, test_dynamic_sampling, test_schedule_numbers
 from tests.ops import (
     test_group_advantage,
     test_importance_weights,
@@ -119,6 +119,19 @@ def importance_formula() -> None:
 
 def overlong_vectors() -> None:
     test_schedule_numbers.test_overlong_vectors()
+
+
+def useful_groups() -> None:
+    test_dynamic_sampling.test_equal_rewards_are_not_useful_whatever_their_value(0.9, 7, torch.float32)
+    test_dynamic_sampling.test_useful_groups_are_those_with_an_advantage(seeded())
+
+
+def one_round_suffices() -> None:
+    test_dynamic_sampling.test_one_round_usually_suffices_and_wastes_little(0.4, 32)
+
+
+def share_follows() -> None:
+    test_dynamic_sampling.test_the_share_follows_a_change()
 
 
 class Mutation(NamedTuple):
@@ -264,6 +277,13 @@ MUTATIONS = {
     "wrong answers not turned round": Mutation(
         "algorithms.advantages", "(1.0 - 2.0 * wrong)", "(1.0 - 1.0 * wrong)", alignment_vectors
     ),
+    "useful by a deviation above an eps": Mutation(
+        "algorithms.dynamic_sampling", "return low < high", "return high - low > 1e-6", useful_groups
+    ),
+    "no reserve of groups": Mutation(
+        "algorithms.dynamic_sampling", "CONFIDENCE = 1.0", "CONFIDENCE = 0.0", one_round_suffices
+    ),
+    "a share that never forgets": Mutation("algorithms.dynamic_sampling", "DECAY = 0.8", "DECAY = 1.0", share_follows),
     "penalty from the limit on": Mutation(
         "algorithms.overlong",
         "to(torch.float32) - (max_length - buffer)",

@@ -10,9 +10,8 @@ import math
 
 from torch import Tensor
 
-DECAY = (
-    0.8  # what a round of generation leaves of the weight of the rounds before it: policies change over tens of steps
-)
+# What a round of generation leaves of the weight of the rounds before it: a policy changes over tens of steps.
+DECAY = 0.8
 PRIOR = (1.0, 0.5)  # groups and useful groups believed in before the first round; keeps the share above 0
 CONFIDENCE = 1.0  # standard deviations of reserve: one round gives enough in about 84 of 100 steps
 

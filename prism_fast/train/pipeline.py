@@ -22,6 +22,7 @@ from prism_fast.train.align import align
 from prism_fast.train.context import Run, open_run
 from prism_fast.train.evaluate import evaluate
 from prism_fast.train.reading import DataReader
+from prism_fast.train.replay import check_replay
 from prism_fast.train.rlvr import rlvr
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.sft import continue_sft, train_sft
@@ -228,6 +229,7 @@ def _check_files(config: Config, files: DataFiles) -> None:
                 files.need(name, stage)
     if files.eval is not None:
         files.need("eval", "eval")
+    check_replay(config)
 
 
 def run_stages(config: Config, console: Console, *, resume: bool = False) -> Path:

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from prism_fast.config import SamplingConfig, load_config
+from prism_fast.config import Config, SamplingConfig, load_config
 from prism_fast.data.samples import Task
 from prism_fast.models.processor import EncodedPrompt, Processor
 from prism_fast.train.rollout_log import RolloutLogError, RolloutReader, dump_path, image_digest
 from prism_fast.train.rollout_record import Origin, RolloutGroup, group_from_records
+
+
+def check_replay(config: Config) -> None:
+    """Raise RolloutLogError if the run that ``config.replay`` names cannot stand in for a stage of this one."""
+    for stage in ("align", "rlvr"):
+        if config.replay is not None and stage in config.stages:
+            Replay(Path(config.replay), stage, getattr(config, stage).rollout)
 
 
 class Replay:

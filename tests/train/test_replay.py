@@ -141,6 +141,15 @@ def test_another_configuration_is_refused(recorded, both_stages, tmp_path, forbi
         run_small(tmp_path / "again", [*both_stages, "stages=[align]", f"replay={recorded}", *settings])
 
 
+def test_a_run_that_cannot_be_replayed_is_refused_before_the_first_stage(recorded, small_run, tmp_path):
+    folder = tmp_path / "recorded"
+    shutil.copytree(recorded, folder)
+    dump_path(folder, "rlvr").unlink()
+    with pytest.raises(RolloutLogError, match=r"rlvr\.jsonl\.zst does not exist"):
+        run_small(tmp_path / "run", [*small_run, f"replay={folder}"])
+    assert not (tmp_path / "run").exists()
+
+
 def _log(folder: Path) -> tuple[Path, list[int]]:
     """A dump of steps 1, 3 and 4, and the byte where each ends."""
     log, ends = RolloutLog(folder, "rlvr"), []

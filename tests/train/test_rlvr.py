@@ -20,6 +20,8 @@ from prism_fast.train.engine import NonFiniteError
 from prism_fast.train.pipeline import run_stages
 from prism_fast.train.rlvr import merge_updates, mini_batches
 from prism_fast.train.rollout_log import RolloutReader, dump_path
+from prism_fast.train.rollouts import RolloutSource
+from prism_fast.train.signals import Stopped
 from tests.train.conftest import SMALL, run_small
 
 DYNAMIC = ["rlvr.dynamic_sampling.enabled=true", "rlvr.prompts=3"]
@@ -143,6 +145,24 @@ def test_a_resumed_run_goes_on_to_the_bit_with_its_kept_groups(dynamic_run, tmp_
     assert _steps(folder) == _steps(dynamic_run)
     ours, theirs = _weights(folder), _weights(dynamic_run)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert dump_path(folder, "rlvr").read_bytes() == dump_path(dynamic_run, "rlvr").read_bytes()
+
+
+def test_a_stop_while_generating_loses_only_that_step_and_no_kept_group(dynamic_run, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    config = load_config(str(dynamic_run / "config.yaml"), [f"out={folder}", "checkpoint_every=100"])
+    generate = RolloutSource._generate
+
+    def stopped(self, prompts, step, round):
+        self.run.stop.requested = step == 2
+        return generate(self, prompts, step, round)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="rlvr step 2, while generating"):
+        patch.setattr(RolloutSource, "_generate", stopped)
+        run_stages(config, Console(quiet=True))
+    assert _steps(folder) == _steps(dynamic_run)[:1] and _steps(folder)[0]["sampling/banked"]
+    run_stages(config, Console(quiet=True), resume=True)
+    assert _steps(folder) == _steps(dynamic_run)
     assert dump_path(folder, "rlvr").read_bytes() == dump_path(dynamic_run, "rlvr").read_bytes()
 
 

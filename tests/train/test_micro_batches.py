@@ -202,3 +202,32 @@ def test_what_stands_in_the_padding_does_not_matter(processor, prompts, generato
         found.append([scores.student, loss, *(p.grad.clone() for p in engine.model.parameters() if p.grad is not None)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_out_of_memory_repeats_the_discriminators_step_in_smaller_pieces(processor, prompts, generator):
+    engine = engine_of(build_discriminator(build_tiny_policy(processor, SIZE, seed=2), seed=3), torch.float32)
+    groups = groups_of(processor, prompts, generator, 2)
+    tokens = [group.tokens() for group in groups]
+    options, notes, calls = options_of(processor, aux_coef=0.5), [], []
+
+    def gradients(budget: TokenBudget) -> list[Tensor]:
+        engine.discard()
+        discriminate(engine, groups, budget, learn=True, **options)
+        return [p.grad.clone() for p in engine.model.parameters() if p.grad is not None]
+
+    backward = engine.backward
+    longest = max(tokens)
+    assert [len(by_tokens(tokens, budget)) for budget in (2 * longest, longest)] == [2, 3]
+    wanted = gradients(TokenBudget(longest, notify=pytest.fail))
+
+    def failing(loss: Tensor, **made_of: Tensor) -> None:
+        backward(loss, **made_of)
+        calls.append(loss)
+        if len(calls) == 2:  # with the gradients of two micro-batches already there
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    engine.backward = failing
+    budget = TokenBudget(2 * longest, notify=notes.append)
+    found = gradients(budget)
+    assert budget.tokens == longest and len(notes) == 1 and len(calls) == 2 + 3
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))

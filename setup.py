@@ -1,4 +1,4 @@
-"""Builds ``prism_fast._C`` (C++, CUDA where nvcc is found); maps ``kernels/<area>`` to ``prism_fast.kernels.<area>``.
+"""Builds ``prism_fast._C`` (C++, CUDA where nvcc is found); maps ``kernels/<area>``, ``bench/<area>`` into the package.
 
 Environment variables
     PRISM_FAST_CUDA         0: never build CUDA kernels; 1: fail if nvcc is missing; unset: build them if nvcc is found
@@ -151,19 +151,30 @@ def native_extension() -> Extension:
         # do not depend on whether the compiler fuses a multiplication with an addition. Nobody reads floating-point
         # exception flags or errno; as long as they count, gcc vectorises no loop with a selection in it.
         extra_compile_args=[
-            "-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno",
-            "-Wall", "-Wextra",
+            "-std=c++17",
+            "-O3",
+            "-fvisibility=hidden",
+            "-ffp-contract=off",
+            "-fno-trapping-math",
+            "-fno-math-errno",
+            "-Wall",
+            "-Wextra",
         ],
         extra_link_args=["-pthread"],
     )
 
 
-areas = find_packages("kernels")
+# Folders beside the package whose areas install as `prism_fast.<folder>.<area>`.
+areas = {
+    f"prism_fast.{folder}.{area}": f"{folder}/{area.replace('.', '/')}"
+    for folder in ("kernels", "bench")
+    for area in find_packages(folder)
+}
 packages = find_packages(include=["prism_fast", "prism_fast.*"])
 
 setup(
-    packages=sorted({*packages, *(f"prism_fast.kernels.{area}" for area in areas)}),
-    package_dir={f"prism_fast.kernels.{area}": f"kernels/{area.replace('.', '/')}" for area in areas},
+    packages=sorted({*packages, *areas}),
+    package_dir=areas,
     ext_modules=[native_extension()],
     cmdclass={"build_ext": BuildNative},
     zip_safe=False,

@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 
 import prism_fast
-from prism_fast.commands import Overrides, Recipe, register
+from prism_fast.bench.command import app as bench
+from prism_fast.commands import Overrides, Recipe, existing_run, register
 
 if TYPE_CHECKING:
     from prism_fast.config import Config
@@ -58,24 +59,41 @@ def _train(recipe: str, overrides: list[str] | None, stages: list[str] | None, d
 
 
 def _run(config: Config, *, resume: bool) -> None:
-    from prism_fast.report.html import write_report
-    from prism_fast.report.table import stage_table
+    from prism_fast.dry_run import check_space
     from prism_fast.train.context import run_folder
     from prism_fast.train.pipeline import run_stages
     from prism_fast.train.signals import Stopped
 
     folder = run_folder(config)
     ours = resume or not folder.exists() or not any(folder.iterdir())
+    check_space(config)
     try:
         run_stages(config, console, resume=resume)
     except Stopped as stopped:
-        console.print(f"stopped at {stopped}, saved; go on with: prism-fast resume {folder}", soft_wrap=True)
-    finally:  # a run that failed half-way deserves its report most
+        _say(f"stopped at {stopped}, saved; go on with: prism-fast resume {folder}")
+    except Exception:  # a run that failed half-way deserves its report most
         if ours and folder.exists():
-            report = write_report(folder)
-            console.print(stage_table(folder))
-            console.print(f"run directory: {folder}", highlight=False, soft_wrap=True)
-            console.print(f"report: {report}", highlight=False, soft_wrap=True)
+            try:
+                _show_report(folder)
+            except Exception as error:  # the failure of the run is the one to see
+                _say(f"no report: {error}")
+        raise
+    _show_report(folder)
+
+
+def _show_report(folder: Path) -> None:
+    from prism_fast.report.html import write_report
+    from prism_fast.report.table import stage_table
+
+    report = write_report(folder)
+    console.print(stage_table(folder))
+    _say(f"run directory: {folder}")
+    _say(f"report: {report}")
+
+
+def _say(text: str) -> None:
+    """A line with a path in it: not wrapped, and brackets in it mean nothing."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -89,12 +107,9 @@ def resume(
     run_dir: Annotated[Path, typer.Argument(help="A run directory that was stopped, killed or failed.")],
 ) -> None:
     """Go on in a run directory exactly where its newest complete checkpoint is."""
-    from prism_fast.config import ConfigError, load_config
+    from prism_fast.config import load_config
 
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{run_dir} is not a run directory: it has no config.yaml")
-    config = load_config(str(path))
+    config = load_config(str(existing_run(run_dir) / "config.yaml"))
     config.out = str(run_dir)  # the run may have been moved
     _run(config, resume=True)
 
@@ -130,23 +145,17 @@ def evaluate(recipe: Recipe, overrides: Overrides = None) -> None:
     from prism_fast.train.pipeline import run_eval
 
     folder, accuracy = run_eval(load_config(recipe, overrides or []), console)
-    console.print(
-        f"accuracy {accuracy:.4f}; items in {folder / 'evals' / 'eval.jsonl'}", highlight=False, soft_wrap=True
-    )
+    _say(f"accuracy {accuracy:.4f}; items in {folder / 'evals' / 'eval.jsonl'}")
 
 
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="A run directory, finished or not.")]) -> None:
     """Write report.html of a run and print its stage table."""
-    from prism_fast.report.html import write_report
-    from prism_fast.report.table import stage_table
-
-    path = write_report(run_dir)
-    console.print(stage_table(run_dir))
-    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    _show_report(existing_run(run_dir))
 
 
 register(app)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ FLOORS = [
     {"data", "rewards"},
     {"rollout"},
     {"train"},
-    {"report", "cli", "commands", "doctor", "plan", "dry_run", "integrations"},
+    {"report", "cli", "commands", "doctor", "plan", "dry_run", "integrations", "bench"},
 ]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 # `config` describes runs: only those who run them may read it.
@@ -31,6 +31,7 @@ SIDEWAYS = {
     ("cli", "report"),  # the command line shows what the report makes
     ("cli", "commands"),  # and holds the commands that do not train
     ("cli", "dry_run"),
+    ("cli", "bench"),
     ("commands", "doctor"),
     ("commands", "plan"),
     ("dry_run", "plan"),
@@ -39,13 +40,14 @@ SIDEWAYS = {
 
 
 def python_files() -> list[Path]:
-    return sorted(p for folder in ("prism_fast", "kernels") for p in (ROOT / folder).rglob("*.py"))
+    folders = ("prism_fast", "kernels", "bench/ops")
+    return sorted(p for folder in folders for p in (ROOT / folder).rglob("*.py"))
 
 
 def part_of(path: Path) -> str | None:
     relative = path.relative_to(ROOT)
-    if relative.parts[0] == "kernels":
-        return "kernels"
+    if relative.parts[0] in ("kernels", "bench"):
+        return relative.parts[0]
     name = relative.parts[1]
     return None if name == "__init__.py" else name.removesuffix(".py")
 
@@ -56,7 +58,7 @@ def imported_parts(path: Path) -> set[tuple[str, int]]:
     relative = path.relative_to(ROOT).with_suffix("").parts
     package = relative if path.name == "__init__.py" else relative[:-1]
     package = package[:-1] if path.name == "__init__.py" else package
-    if package and package[0] == "kernels":
+    if package and package[0] in ("kernels", "bench"):
         package = ("prism_fast", *package)
     for node in ast.walk(ast.parse(path.read_text())):
         names = []

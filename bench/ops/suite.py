@@ -1,0 +1,9 @@
+"""All benchmarked ops. A new area adds a file with ``OPS`` and its line here."""
+
+from __future__ import annotations
+
+from . import heads, losses
+from .op import Op
+
+OPS: dict[str, Op] = {op.name: op for area in (heads, losses) for op in area.OPS}
+# Still to come, each with its kernel: route_experts + moe_experts, shared_prefix_attention.

@@ -338,8 +338,7 @@ class _Planner:
         group = discriminator_tokens(1, n, self.prompt, response, spans=self.spans)
         together = max(1, min(prompts, budget // group))  # a group larger than the budget stands alone
         padded = together * self.spans * (n + 1) * (self.prompt + response)
-        experts = "eager" if self.device == "cpu" else "grouped_mm"
-        kept = language_activation_bytes(self.sparse.text_config, padded, self.dtype, experts=experts)
+        kept = language_activation_bytes(self.sparse.text_config, padded, self.dtype, sparse=True)
         return (
             Component("discriminator gradients", self.critic.weight_bytes),
             Component("discriminator activations", kept),

@@ -30,7 +30,7 @@ from prism_fast.models.checkpoints import (
     weight_files,
     without_load_report,
 )
-from prism_fast.models.experts import choose_experts_for_device
+from prism_fast.models.experts import use_prism_experts
 from prism_fast.models.forward import TokenBatch, language_outputs
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
 from prism_fast.models.upcycle import refuse_square_experts, upcycle
@@ -71,12 +71,7 @@ class Discriminator(nn.Module):
         self.v_head = nn.Sequential(nn.Dropout(head_dropout), head.to_empty(device=backbone.device))
         nn.init.zeros_(self.v_head[1].weight)
         self.head_in_float32 = head_in_float32
-        choose_experts_for_device(self.backbone)
-
-    def _apply(self, fn, recurse: bool = True):
-        moved = super()._apply(fn, recurse)
-        choose_experts_for_device(self.backbone)
-        return moved
+        use_prism_experts(self.backbone)
 
     def forward(self, batch: TokenBatch, *, last: Tensor | None = None) -> SpanScores:
         """Score every row of ``batch`` at ``last`` ``[B]`` (index into the right-padded row; default: its last

@@ -1,17 +1,108 @@
-"""Which of transformers' expert implementations a sparse model uses where."""
+"""Mixture-of-experts layers of transformers on our ops.
+
+transformers selects implementations of experts by name and hands them what its router decided. `register` adds ours to
+that registry, for any model. `use_prism_experts` goes further in a Qwen3-VL-MoE: its routers call ``route_experts``,
+whose plan reaches the experts as it is, and no softmax, top-k or sort of PyTorch runs.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
+    Qwen3VLMoeTextSparseMoeBlock,
+    Qwen3VLMoeTextTopKRouter,
+)
 
-# On the CPU the loop over hit experts wins: forward and backward of a block with T=13000, H=128, I=320, 4 experts,
-# top-2, one thread take 323 ms against 437 ms (grouped_mm, 1.35x, which also has no float64); batched_mm gathers a
-# weight per token and takes 110x. On CUDA the loop synchronises once per expert, grouped_mm does not.
-_BY_DEVICE = {"cpu": "eager", "cuda": "grouped_mm"}
+from prism_fast.ops import Routing, moe_experts, plan_experts, route_experts
+
+IMPLEMENTATION = "prism"
 
 
-def choose_experts_for_device(model: nn.Module) -> None:
-    """Select the implementation for the device that ``model`` (a Qwen3-VL-MoE model or backbone) is on, unless one from
-    outside this table has been selected by hand."""
-    if model.config.text_config._experts_implementation in (None, *_BY_DEVICE.values()):
-        model.set_experts_implementation(_BY_DEVICE.get(model.device.type, "grouped_mm"))
+def register() -> None:
+    """Add experts implementation ``"prism"`` to transformers' registry (idempotent)."""
+    ExpertsInterface.register(IMPLEMENTATION, experts_forward)
+
+
+def experts_forward(
+    module: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    routing: Routing | None = None,
+) -> Tensor:
+    """What the registry calls: hidden_states [T, H], top_k_index and top_k_weights [T, top_k], result [T, H].
+
+    ``module`` holds ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I] (the other way round if it says that it is
+    transposed). ``routing``: the plan, where the router has made one. Backends are those of ``prism_fast.ops``.
+
+    Raises:
+        NotImplementedError: experts with a bias, without a gate, with interleaved gate and up columns, with another
+            activation than SiLU or a gate function of their own.
+    """
+    refuse_other_experts(module)
+    gate_up, down = module.gate_up_proj, module.down_proj
+    if module.is_transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    if routing is None:
+        routing = plan_experts(top_k_index, top_k_weights, gate_up.shape[0])
+    kind = gate_up.dtype
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        kind = torch.get_autocast_dtype(hidden_states.device.type)
+    return moe_experts(hidden_states.to(kind), gate_up.to(kind), down.to(kind), routing)
+
+
+def refuse_other_experts(module: nn.Module) -> None:
+    """Raise NotImplementedError naming what ``moe_experts`` does not compute."""
+    activation = type(getattr(module, "act_fn", None)).__name__
+    found = {
+        "a bias": module.has_bias,
+        "no gate": not module.has_gate,
+        "interleaved gate and up columns": not module.is_concatenated,
+        f"activation {activation}": activation not in ("SiLU", "SiLUActivation"),
+        "a gate function of their own": type(module)._apply_gate is not _default_apply_gate,
+    }
+    wrong = [name for name, there in found.items() if there]
+    if wrong:
+        raise NotImplementedError(
+            f"experts implementation {IMPLEMENTATION!r} computes down(silu(gate x) * up x) without bias; "
+            f"{type(module).__name__} has {' and '.join(wrong)}: choose another experts_implementation"
+        )
+
+
+class Router(Qwen3VLMoeTextTopKRouter):
+    """The stock router's parameter, the choice by ``route_experts``. The raw logits come first, where transformers
+    records them."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Routing]:
+        """hidden_states [..., H]; logits [T, E] and the plan."""
+        logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)  # [T, E]
+        return logits, route_experts(logits, self.top_k)
+
+
+class SparseBlock(Qwen3VLMoeTextSparseMoeBlock):
+    """Router and experts of one layer."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [B, S, H]."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, routing = self.gate(flat)
+        if self.experts.config._experts_implementation == IMPLEMENTATION:
+            out = self.experts(flat, routing.experts, routing.weights, routing=routing)
+        else:  # chosen by hand: it gets what the stock router would give it
+            out = self.experts(flat, routing.experts, routing.weights.to(flat.dtype))
+        return out.view_as(hidden_states)
+
+
+def use_prism_experts(model: nn.Module) -> None:
+    """Select our routers and experts in ``model`` (a Qwen3-VL-MoE model or backbone). Parameters stay where they are
+    and keep their names. An implementation that ``model.set_experts_implementation`` selects later stays selected."""
+    register()
+    model.set_experts_implementation(IMPLEMENTATION)
+    for module in model.modules():
+        if type(module) is Qwen3VLMoeTextSparseMoeBlock:
+            module.__class__ = SparseBlock
+        elif type(module) is Qwen3VLMoeTextTopKRouter:
+            module.__class__ = Router

@@ -76,17 +76,14 @@ def kv_bytes_per_token(text: PreTrainedConfig, dtype: torch.dtype) -> int:
 
 
 def language_activation_bytes(
-    text: PreTrainedConfig, tokens: int, dtype: torch.dtype, *, experts: str | None = None
+    text: PreTrainedConfig, tokens: int, dtype: torch.dtype, *, sparse: bool = False
 ) -> int:
     """Bytes that autograd keeps for a backward pass of the text trunk over ``tokens`` padded tokens.
 
     Per layer: two norms (their input widened to float32, the normalised rows, the inverse deviation), the inputs of
     the linear layers, the norms of queries and keys, attention (queries, keys, values, output, one float32 log-sum
-    per head), and the MLP or, with ``experts`` (transformers' name of the experts implementation, ``eager`` or
-    ``grouped_mm``), router and experts for ``top_k`` rows per token.
-
-    Raises:
-        ValueError: another experts implementation: what it keeps is not known here.
+    per head), and the MLP or, with ``sparse``, our router (its logits, weights and choices) and experts (the plan and
+    the up-projection of ``top_k`` rows per token).
     """
     e, wide = dtype.itemsize, max(4, dtype.itemsize)
     hidden = text.hidden_size
@@ -96,18 +93,11 @@ def language_activation_bytes(
     head_norms = (wide + e) * (queries + keys) + wide * heads
     attention = 2 * e * (queries + keys) + 4 * text.num_attention_heads
     layer = 2 * norm + 2 * e * hidden + head_norms + attention
-    if experts is None:
+    if not sparse:
         layer += 4 * e * text.intermediate_size
     else:
         k, inner = text.num_experts_per_tok, text.moe_intermediate_size
-        per_row = {
-            "eager": 16 + 3 * e * hidden + 4 * e * inner + e,
-            "grouped_mm": 25 + 2 * e * hidden + 4 * e * inner + e,
-        }
-        if experts not in per_row:
-            raise ValueError(f"experts implementation {experts!r} is not known here; known: {', '.join(per_row)}")
-        router = 4 * text.num_experts + 4 + (8 + 4) * k
-        layer += router + k * per_row[experts]
+        layer += e * text.num_experts + k * (wide + 8 + 8 + 2 * e * inner)
     rotary, ids = 2 * e * text.head_dim, 8
     return tokens * (text.num_hidden_layers * layer + norm + rotary + ids)
 

@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from prism_fast.models.experts import choose_experts_for_device
+from prism_fast.models.experts import use_prism_experts
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
 from prism_fast.models.vision_attention import use_batched_vision_attention
 
@@ -104,7 +104,7 @@ def upcycle(
     use_batched_vision_attention(model)
     _copy_weights(policy, model, noise_std, router_std, torch.Generator().manual_seed(seed))
     model = model.to(parameter.device)
-    choose_experts_for_device(model)
+    use_prism_experts(model)
     return model
 
 

@@ -114,9 +114,9 @@ def test_the_seed_decides_the_head(policy):
     assert 0.01 < heads[0].std().item() < 0.03
 
 
-def test_experts_implementation_follows_the_device_and_respects_a_choice(discriminator):
+def test_experts_are_ours_and_a_choice_by_hand_is_respected(discriminator):
     text = discriminator.backbone.config.text_config
-    assert text._experts_implementation == "eager"
+    assert text._experts_implementation == "prism"
     other = copy.deepcopy(discriminator)
     other.backbone.set_experts_implementation("batched_mm")
     other.to(torch.float64)

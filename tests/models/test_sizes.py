@@ -102,25 +102,18 @@ SHAPES = [SMALL, replace(SMALL, num_layers=3, num_kv_heads=4, intermediate_size=
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", SHAPES, ids=["grouped-queries", "full-heads"])
-@pytest.mark.parametrize("experts", [None, "eager", "grouped_mm"])
-def test_text_activations_are_what_autograd_keeps(processor, make_prompt, make_rows, dtype, size, experts):
+@pytest.mark.parametrize("sparse", [False, True])
+def test_text_activations_are_what_autograd_keeps(processor, make_prompt, make_rows, dtype, size, sparse):
     model = build_tiny_policy(processor, size, 3).to(dtype)
-    if experts is None:
+    if not sparse:
         backbone, options = model.model, {}
     else:
         backbone, options = build_discriminator(model, seed=3).backbone, {"output_router_logits": True}
-        backbone.set_experts_implementation(experts)
     rows = make_rows([90, 40, 60])
     batch = collate([make_prompt()], [0] * 3, rows, model_config=model.config, pad_id=processor.pad_id)
     kept = kept_bytes(backbone, lambda: language_outputs(backbone, batch, **options))
-    computed = language_activation_bytes(backbone.config.text_config, batch.input_ids.numel(), dtype, experts=experts)
+    computed = language_activation_bytes(backbone.config.text_config, batch.input_ids.numel(), dtype, sparse=sparse)
     assert kept == pytest.approx(computed, rel=TOLERANCE)
-
-
-def test_an_unknown_experts_implementation_is_refused(policy):
-    config = sparse_config(policy.config, 4, 2).text_config
-    with pytest.raises(ValueError, match="'batched_mm' is not known here; known: eager, grouped_mm"):
-        language_activation_bytes(config, 10, torch.float32, experts="batched_mm")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

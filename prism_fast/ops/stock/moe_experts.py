@@ -2,8 +2,8 @@
 
 Autograd of the same loop would keep the gathered inputs and three activations per assignment, and form each expert's
 weight gradient in a zero tensor of all experts' size. Here the up-projection alone is kept, and every product writes to
-where its result belongs. A loop rather than ``torch.nn.functional.grouped_mm``: on the CPU that is a loop inside, has no float64,
-and its operands must be gathered for all experts at once.
+where its result belongs. A loop rather than ``torch.nn.functional.grouped_mm``: on the CPU that is a loop inside, has
+no float64, and its operands must be gathered for all experts at once.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from enum import StrEnum
 from pathlib import Path
@@ -53,6 +54,19 @@ def complete_override(incomplete: str) -> list[str]:
             ending = "." if dataclasses.is_dataclass(getattr(values, field.name)) else "="
             found.append(".".join([*path, field.name]) + ending)
     return found
+
+
+def existing_run(path: Path) -> Path:
+    """A run directory that was named on the command line; ConfigError with the nearest one if there is none."""
+    from prism_fast.config import ConfigError
+
+    if (path / "config.yaml").is_file() or (path / "metrics.jsonl").is_file():
+        return path
+    what = "is not a run directory: it has no config.yaml" if path.exists() else "does not exist"
+    runs = [file.parent for folder in {path.parent, Path("runs")} for file in sorted(folder.glob("*/config.yaml"))]
+    near = difflib.get_close_matches(path.name, [run.name for run in runs], n=1)
+    cure = next((f". Did you mean {str(run)!r}?" for run in runs if [run.name] == near), "")
+    raise ConfigError(f"{path} {what}{cure}")
 
 
 Recipe = Annotated[str, typer.Argument(help="Shipped recipe or path of a YAML file.", autocompletion=complete_recipe)]

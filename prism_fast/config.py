@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from prism_fast.recipes.checks import check_numbers, check_yaml
 
@@ -398,6 +398,8 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
         if isinstance(error.__cause__, ConfigError):
             raise ConfigError(f"{origin}: {error.__cause__}") from error
         message = str(error.msg or error).strip().splitlines()[0]
+        if isinstance(error, ConfigKeyError) and "Did you mean" not in message and is_dataclass(error.object_type):
+            message += f", which has {', '.join(entry.name for entry in fields(error.object_type))}"
         key = getattr(error, "full_key", None)
         raise ConfigError(f"{origin} with {list(overrides)}: {message}" + (f" (key {key})" if key else "")) from error
     except (yaml.YAMLError, ValueError) as error:  # a duplicate key, a number of thousands of digits

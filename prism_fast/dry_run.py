@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from rich.console import Console
@@ -10,8 +11,10 @@ from prism_fast.config import Config, ConfigError, dump_config
 from prism_fast.models.checkpoints import open_weights, read_model_type, weight_files
 from prism_fast.models.discriminator import read_head
 from prism_fast.models.processor import Processor
-from prism_fast.plan import discriminator_config, make_plan, policy_config, summary
-from prism_fast.train.context import resolve_device
+from prism_fast.models.sizes import discriminator_size, policy_size
+from prism_fast.models.writing import DiskFullError, shown_bytes
+from prism_fast.plan import adamw_bytes, discriminator_config, make_plan, policy_config, summary
+from prism_fast.train.context import DTYPES, resolve_device
 from prism_fast.train.pipeline import NEEDS, DataFiles
 from prism_fast.train.reading import open_samples
 
@@ -50,7 +53,60 @@ def check_run(config: Config) -> list[str]:
     found.append(f"run directory: {config.out or 'a new one under runs'}")
     _check_order(config)
     found += _check_models(config)
-    return found + _check_data(config)
+    return [*found, *_check_data(config), check_space(config)]
+
+
+def check_space(config: Config) -> str:
+    """Room on the disk for a run's checkpoints and exports, what a resumed run has there already counted in.
+
+    Returns:
+        A line that says what is needed and what is there.
+
+    Raises:
+        ConfigError: a model folder is wrong.
+        DiskFullError: there is too little.
+    """
+    needs = disk_needs(config)
+    folder = Path(config.out or "runs")
+    written = sum(
+        file.stat().st_size
+        for part in ("checkpoints", "export")
+        for file in (folder / part).rglob("*")
+        if file.is_file()
+    )
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    total = sum(needs.values())
+    parts = ", ".join(f"{name} {shown_bytes(count)}" for name, count in needs.items())
+    if total - written > free:
+        raise DiskFullError(
+            f"the run needs {shown_bytes(total)} in {folder} ({parts}), {shown_bytes(written)} are there and "
+            f"{shown_bytes(free)} are free: make room, keep fewer checkpoints (keep_checkpoints=1) or take another "
+            "disk (out=PATH)"
+        )
+    return f"disk: {shown_bytes(total)} ({parts}), {shown_bytes(free)} free"
+
+
+def disk_needs(config: Config) -> dict[str, int]:
+    """Bytes of what a run keeps, by kind: checkpoints (one more than are kept, while it is written) and exports.
+    Metrics, rollouts and the built-in data are small beside them."""
+    dtype = DTYPES[config.model.dtype]
+    dense = policy_config(config)
+    policy, critic = policy_size(dense, dtype), discriminator_size(discriminator_config(config, dense), dtype)
+    trained = {
+        "sft": [policy],
+        "sft_continued": [policy],
+        "warmup": [critic],
+        "align": [policy, critic],
+        "rlvr": [policy],
+    }
+    models = [trained[stage] for stage in config.stages]
+    largest = max((sum(size.weight_bytes + adamw_bytes(size) for size in sizes) for sizes in models), default=0)
+    kept = config.keep_checkpoints + 1
+    return {
+        f"{kept} checkpoints": kept * largest,
+        "exports": sum(size.weight_bytes for sizes in models for size in sizes),
+    }
 
 
 def _check_order(config: Config) -> None:

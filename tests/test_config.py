@@ -30,6 +30,7 @@ def test_overrides_win_over_the_recipe():
     [
         ("sft.optimiser.lr=1", ["optimiser", "optimizer"]),
         ("seeed=1", ["seeed", "seed"]),
+        ("sft.lerning_rate=1", ["lerning_rate", "max_updates", "tokens_per_micro_batch", "optimizer"]),
         ("align.rollout.temperatur=1", ["temperatur", "temperature"]),
         ("seed=one", ["one", "seed"]),
         ("semantics=papr", ["papr", "released"]),

@@ -11,7 +11,7 @@ from .reference.shared_prefix_attention import shared_prefix_attention as refere
 from .results import PrefixLayout
 
 OP = "shared_prefix_attention"
-BACKENDS = ("reference", "stock")
+BACKENDS = ("reference", "triton", "stock")
 INT32 = (torch.int32,)
 
 
@@ -28,8 +28,8 @@ def shared_prefix_attention(
             branches name it by its number in ``prefix_start``. A segment without prefix is an ordinary sequence.
             Several groups may follow each other; empty segments are allowed.
         scale: of the scores; None = 1 / sqrt(D).
-        backend: None, "reference" or "stock" (PyTorch's fused CPU attention, joined by log-sum-exp). None is "stock" on
-            the CPU.
+        backend: None, "reference", "stock" (PyTorch's fused CPU attention, joined by log-sum-exp) or "triton" (CUDA;
+            not float64; D = Dv <= 128). None is "stock" on the CPU and "triton" on CUDA.
 
     Returns:
         [T, Hq, Dv] in the dtype of ``q``, 0 on padding (tokens past ``cu_branch[-1]``). Softmax and sums run in float32
@@ -37,6 +37,8 @@ def shared_prefix_attention(
 
     Raises:
         ValueError: wrong shape, dtype, device or layout.
+        NotImplementedError: what "triton" does not take.
+        RuntimeError: a backend that this machine or device lacks.
 
     Source: equal to attention over every branch with its prefix repeated in front (arXiv 2506.05433, Prefix Grouper).
     """
@@ -62,7 +64,12 @@ def shared_prefix_attention(
     if scale is not None:
         checks.number(OP, "scale", scale)
     scale = width**-0.5 if scale is None else float(scale)
-    if choose(OP, BACKENDS, backend, q) == "stock":
+    chosen = choose(OP, BACKENDS, backend, q)
+    if chosen == "triton":
+        from .triton.shared_prefix_attention import shared_prefix_attention as fused
+
+        return fused(q, k, v, layout, scale=scale)
+    if chosen == "stock":
         from .stock.shared_prefix_attention import shared_prefix_attention as composed
 
         return composed(q, k, v, layout, scale=scale)

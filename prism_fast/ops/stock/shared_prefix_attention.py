@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..prefix_operator import attention_operator, dense_heads, sum_dtype
 from ..results import PrefixLayout
 from .pieces import Rows, batches
 
@@ -59,13 +60,7 @@ def _cut(
     return batches(segments), joined
 
 
-def _dense_rows(*tensors: Tensor) -> list[Tensor]:
-    """The kernels read heads without a stride."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
-@torch.library.custom_op("prism_fast::shared_prefix_attention_stock", mutates_args=())
-def _operator(
+def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -76,10 +71,10 @@ def _operator(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(out [T, Hq, D], joint log-sum-exp [T, Hq] in float32, float64 for float64)."""
-    q, k, v = _dense_rows(q, k, v)
+    q, k, v = dense_heads(q, k, v)
     tokens, heads = q.shape[:2]
     out = q.new_zeros(q.shape)
-    total = q.new_zeros((tokens, heads), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    total = q.new_zeros((tokens, heads), dtype=sum_dtype(q))
     own, joined = _cut(cu_branch, prefix_start, prefix_len, branch_prefix)
     for rows in own:
         part, lse = _forward(rows.read(q), rows.read(k), rows.read(v), 0.0, True, scale=scale)
@@ -97,14 +92,7 @@ def _operator(
     return out, total
 
 
-@_operator.register_fake
-def _(q, k, v, cu_branch, prefix_start, prefix_len, branch_prefix, scale):
-    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=kind)
-
-
-@torch.library.custom_op("prism_fast::shared_prefix_attention_stock_backward", mutates_args=())
-def _backward_operator(
+def _run_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -118,7 +106,7 @@ def _backward_operator(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    grad, q, k, v = _dense_rows(grad, q, k, v)
+    grad, q, k, v = dense_heads(grad, q, k, v)
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     own, joined = _cut(cu_branch, prefix_start, prefix_len, branch_prefix)
     for rows in own:
@@ -142,20 +130,4 @@ def _backward_operator(
     return dq, dk, dv
 
 
-@_backward_operator.register_fake
-def _(grad, q, k, v, *rest):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _save(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _differentiate(ctx, grad, _):
-    q, k, v, *layout, out, total = ctx.saved_tensors
-    return *_backward_operator(grad, q, k, v, out, total, *layout, ctx.scale), None, None, None, None, None
-
-
-_operator.register_autograd(_differentiate, setup_context=_save)
+_operator = attention_operator("shared_prefix_attention_stock", _run, _run_backward)

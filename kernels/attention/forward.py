@@ -1,0 +1,159 @@
+"""Output and log-sum-exp of shared-prefix attention.
+
+A program owns a tile of queries of one segment and one head. It walks over two ranges of keys: the whole prefix of its
+segment, where only the end needs a mask, and its own segment up to the diagonal. Each range is two scalars.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prism_fast.kernels.attention.tiles import MAX_WIDTH, Tile, cut, tile_for
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def segment_of(number, S, cu_ptr, prefix_start_ptr, prefix_len_ptr, branch_prefix_ptr):
+    """(first token, past the last, first token of the prefix, past its last); equal where there is no prefix."""
+    start = tl.load(cu_ptr + number)
+    stop = tl.load(cu_ptr + number + 1)
+    prefix = tl.load(branch_prefix_ptr + number)
+    has = prefix >= 0
+    first = tl.load(prefix_start_ptr + prefix, has, other=0)
+    return start, stop, first, first + tl.load(prefix_len_ptr + prefix, has, other=0)
+
+
+@triton.jit
+def load_rows(ptr, row, stop, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D] of one head; 0 outside."""
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(
+        ptr + row.to(tl.int64)[:, None] * stride + d[None, :], (row < stop)[:, None] & (d < D)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def absorb(
+    q, top, total, out, k_ptr, v_ptr, row, first, stop, k_stride, v_stride, scale,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys [first, stop): returns the new maximum, sum and unnormalised output."""
+    for at in range(first, stop, KEYS):
+        column = at + tl.arange(0, KEYS)
+        k = load_rows(k_ptr, column, stop, k_stride, D, BLOCK_D)
+        s = tl.dot(q, k.T, input_precision=PRECISION) * scale  # in units of log 2
+        seen = (column < stop)[None, :]
+        if CAUSAL:
+            seen = seen & (column[None, :] <= row[:, None])
+        s = tl.where(seen, s, float("-inf"))
+        # The first key of either range is seen by every row, so the maximum is finite from the first tile on.
+        new = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - new[:, None])
+        shrink = tl.exp2(top - new)
+        total = total * shrink + tl.sum(p, 1)
+        v = load_rows(v_ptr, column, stop, v_stride, D, BLOCK_D)
+        out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+        top = new
+    return top, total, out
+
+
+@triton.jit(do_not_specialize=["S", "scale"])
+def attend_kernel(
+    q_ptr,  # [T, Hq, D]
+    k_ptr,  # [T, Hk, D]
+    v_ptr,
+    out_ptr,  # [T, Hq, D]
+    lse_ptr,  # [T, Hq] natural logarithm
+    tile_segment_ptr,
+    tile_row_ptr,
+    cu_ptr,
+    prefix_start_ptr,
+    prefix_len_ptr,
+    branch_prefix_ptr,
+    S,
+    scale,  # times log2(e)
+    q_row, q_head, k_row, k_head, v_row, v_head,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    number = tl.load(tile_segment_ptr + tl.program_id(0))
+    if number >= S:
+        return
+    head = tl.program_id(1)
+    begin = tl.load(tile_row_ptr + tl.program_id(0))
+    start, stop, first, last = segment_of(number, S, cu_ptr, prefix_start_ptr, prefix_len_ptr, branch_prefix_ptr)
+    row = begin + tl.arange(0, QUERIES)
+    q = load_rows(q_ptr + head * q_head, row, stop, q_row, D, BLOCK_D)
+    k_ptr += head // GROUP * k_head
+    v_ptr += head // GROUP * v_head
+    top = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    out = tl.zeros((QUERIES, BLOCK_D), tl.float32)
+    top, total, out = absorb(
+        q, top, total, out, k_ptr, v_ptr, row, first, last, k_row, v_row, scale,
+        CAUSAL=False, PRECISION=PRECISION, KEYS=KEYS, D=D, BLOCK_D=BLOCK_D,
+    )  # fmt: skip
+    top, total, out = absorb(
+        q, top, total, out, k_ptr, v_ptr, row, start, tl.minimum(begin + QUERIES, stop), k_row, v_row, scale,
+        CAUSAL=True, PRECISION=PRECISION, KEYS=KEYS, D=D, BLOCK_D=BLOCK_D,
+    )  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    at = (row.to(tl.int64) * HEADS + head)[:, None] * D + d[None, :]
+    inside = row < stop
+    tl.store(out_ptr + at, (out / total[:, None]).to(out_ptr.dtype.element_ty), inside[:, None] & (d < D)[None, :])
+    tl.store(lse_ptr + row.to(tl.int64) * HEADS + head, (top + tl.log2(total)) * 0.6931471805599453, inside)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: Tensor,
+    prefix_start: Tensor,
+    prefix_len: Tensor,
+    branch_prefix: Tensor,
+    scale: float,
+    *,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output [T, Hq, D] in the dtype of ``q`` and log-sum-exp [T, Hq] float32; both 0 on padding.
+
+    q [T, Hq, D], k and v [T, Hk, D] with rows of heads of stride 1, D <= 128; the layout as in ``PrefixLayout``. Raises
+    NotImplementedError for a card without a tile.
+    """
+    tile = tile or tile_for(q)
+    tokens, heads = q.shape[:2]
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_zeros((tokens, heads), dtype=torch.float32)
+    segments = cu.shape[0] - 1
+    if tokens and segments:
+        tiles = cut(cu, tokens, tile.queries)
+        attend_kernel[(tiles.segment.shape[0], heads)](
+            q, k, v, out, lse, *tiles, cu, prefix_start, prefix_len, branch_prefix, segments, scale * LOG2E,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            **shapes(q, k), QUERIES=tile.queries, KEYS=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out, lse
+
+
+def shapes(q: Tensor, k: Tensor) -> dict[str, object]:
+    """What every kernel here is compiled for."""
+    heads, width = q.shape[1:]
+    if width > MAX_WIDTH:
+        raise NotImplementedError(f"shared-prefix attention: heads of {width}, at most {MAX_WIDTH} are supported")
+    return {
+        "HEADS": heads,
+        "GROUP": heads // k.shape[1],
+        "D": width,
+        "BLOCK_D": max(16, triton.next_power_of_2(width)),
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }

@@ -1,0 +1,49 @@
+"""Registration of a shared-prefix attention with PyTorch, the same for every backend that brings both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def attention_operator(name: str, forward: Callable, backward: Callable) -> Callable[..., tuple[Tensor, Tensor]]:
+    """``prism_fast::<name>`` with autograd and fake tensors: whole graphs hold it as one node.
+
+    ``forward(q, k, v, cu_branch, prefix_start, prefix_len, branch_prefix, scale)`` gives the output [T, Hq, D] and the
+    log-sum-exp [T, Hq]; ``backward(grad, q, k, v, out, lse, cu_branch, …, scale)`` gives dq, dk, dv. The log-sum-exp
+    has no gradient.
+    """
+    operator = torch.library.custom_op(f"prism_fast::{name}", forward, mutates_args=())
+    backward_operator = torch.library.custom_op(f"prism_fast::{name}_backward", backward, mutates_args=())
+
+    @operator.register_fake
+    def _(q, k, v, *rest):
+        return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=sum_dtype(q))
+
+    @backward_operator.register_fake
+    def _(grad, q, k, v, *rest):
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def save(ctx, inputs, output):
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.mark_non_differentiable(output[1])
+
+    def differentiate(ctx, grad, _):
+        q, k, v, *layout, out, lse = ctx.saved_tensors
+        return *backward_operator(grad, q, k, v, out, lse, *layout, ctx.scale), None, None, None, None, None
+
+    operator.register_autograd(differentiate, setup_context=save)
+    return operator
+
+
+def sum_dtype(q: Tensor) -> torch.dtype:
+    """In which sums over keys are kept."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def dense_heads(*tensors: Tensor) -> list[Tensor]:
+    """The kernels read a head's components one behind the other."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]

@@ -5,6 +5,7 @@
 
 namespace prism::bind::group_advantage_ {
 
+// By position, like the policy loss.
 template <class T>
 void run(
     Address scores, int64_t row_stride, int64_t column_stride, Address group, Address weights, Address valid, Address gate,
@@ -22,20 +23,9 @@ void run(
     );
 }
 
-template <class T>
-void define(py::module_& module, const char* name) {
-    module.def(
-        name, &run<T>, py::kw_only(), py::arg("scores"), py::arg("row_stride"), py::arg("column_stride"), py::arg("group"),
-        py::arg("weights"), py::arg("valid"), py::arg("gate"), py::arg("offset"), py::arg("out"), py::arg("workspace"),
-        py::arg("rows"), py::arg("columns"), py::arg("normalize"), py::arg("invalid"), py::arg("eps"),
-        py::arg("invalid_penalty"), py::arg("power"), py::arg("singleton_identity"), py::arg("per_score"),
-        py::arg("threads"), py::arg("stream").none(true)
-    );
-}
-
 inline void add(py::module_& module) {
-    define<float>(module, "group_advantage_float32");
-    define<double>(module, "group_advantage_float64");
+    module.def("group_advantage_float32", &run<float>);
+    module.def("group_advantage_float64", &run<double>);
 }
 
 }  // namespace prism::bind::group_advantage_

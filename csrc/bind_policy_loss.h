@@ -54,11 +54,7 @@ inline void add(py::module_& module) {
     module.attr("policy_stats") = static_cast<int>(stat_count);
     module.attr("policy_partials") = kPartials;
     py::class_<PolicyPlan>(module, "PolicyPlan");
-    module.def(
-        "policy_plan", &plan, py::kw_only(), py::arg("family"), py::arg("aggregation"), py::arg("divergence"),
-        py::arg("has_denominator"), py::arg("clip_low"), py::arg("clip_high"), py::arg("has_bound"), py::arg("bound"),
-        py::arg("tau_positive"), py::arg("tau_negative"), py::arg("kl_coef"), py::arg("entropy_coef")
-    );
+    module.def("policy_plan", &plan);
     module.def("policy_loss_float32", &run<float>);
     module.def("policy_loss_float64", &run<double>);
 }

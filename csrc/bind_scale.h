@@ -11,7 +11,14 @@ void run(Address x, Address upstream, Address factor, Address out, int64_t count
     dispatch(stream, [&] { scale_cpu(a); }, [&](void* cuda) { return scale_cuda(a, cuda); });
 }
 
+template <class T>
+bool is_one(Address upstream, Address factor) {
+    return scale_is_one(at<const T>(upstream), at<const T>(factor));
+}
+
 inline void add(py::module_& module) {
+    module.def("scale_is_one_float32", &is_one<float>);
+    module.def("scale_is_one_float64", &is_one<double>);
     module.def("scale_float32", &run<float>);
     module.def("scale_float64", &run<double>);
 }

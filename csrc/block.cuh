@@ -34,6 +34,11 @@ __device__ __forceinline__ T warp_all(T value, Op op) {
     return value;
 }
 
+// The one atomic of these kernels: a sum of whole numbers is the same in any order.
+__device__ __forceinline__ void count_one(int64_t* counter) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(counter), 1ull);
+}
+
 // All threads of the block call this together. `shared` holds at least blockDim.x / 32 elements; blockDim.x is a multiple of 32.
 template <class T, class Op>
 __device__ __forceinline__ T block_all(T value, T neutral, T* shared, Op op) {

@@ -1,14 +1,22 @@
 // CPU twin of the group-advantage kernel: rows are sorted by group (stable), groups are shared among threads.
 #include "group_advantage.h"
 
+#include <algorithm>
+#include <vector>
+
 #include "grouped_rows.h"
 #include "parallel.h"
 
 namespace prism {
 
 template <class T>
-void group_advantage_cpu(const AdvantageArguments<T>& a, int threads) {
+void group_advantage_cpu(AdvantageArguments<T> a, int threads) {
     const int64_t rows = a.rows;
+    thread_local std::vector<double> own;
+    if (a.workspace == nullptr) {
+        own.resize(std::max<size_t>(own.size(), (rows + 1) * a.terms()));
+        a.workspace = own.data();
+    }
     for (int64_t row = 0; row < rows; ++row) mark_unknown(a, row);
     const GroupedRows grouped(a.group, rows, rows);
 
@@ -33,7 +41,7 @@ void group_advantage_cpu(const AdvantageArguments<T>& a, int threads) {
     for_groups([&](const ListTeam& team) { finish_group(team, a); });
 }
 
-template void group_advantage_cpu<float>(const AdvantageArguments<float>&, int);
-template void group_advantage_cpu<double>(const AdvantageArguments<double>&, int);
+template void group_advantage_cpu<float>(AdvantageArguments<float>, int);
+template void group_advantage_cpu<double>(AdvantageArguments<double>, int);
 
 }  // namespace prism

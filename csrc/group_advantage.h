@@ -37,7 +37,7 @@ struct AdvantageArguments {
     const T* gate;         // [rows] or null: 1
     const T* offset;       // [rows] or null: 0
     T* out;                // [rows], or [rows, columns] with per_score
-    double* workspace;     // [rows, terms] values, then [terms] scales of the whole batch
+    double* workspace;     // [rows, terms] values, then [terms] scales of the whole batch; null: the CPU twin's own
     int64_t rows;
     int columns;
     AdvantageOptions options;
@@ -163,7 +163,7 @@ PRISM_HD void mark_unknown(const AdvantageArguments<T>& a, int64_t row) {
 
 // CPU twin, on at most `threads` threads.
 template <class T>
-void group_advantage_cpu(const AdvantageArguments<T>& a, int threads);
+void group_advantage_cpu(AdvantageArguments<T> a, int threads);
 
 // Enqueues the CUDA kernels on `stream` and returns a cudaError_t (0: enqueued). Never synchronises.
 template <class T>

@@ -3,6 +3,7 @@
 #include "policy_loss.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "lanes.h"
 #include "parallel.h"
@@ -97,28 +98,42 @@ PRISM_INLINE double largest(const T* ratio, int n, double so_far) {
     return so_far;
 }
 
+// Active tokens of a sequence.
 template <class T>
-PRISM_INLINE void one_sequence(const PolicyArguments<T>& a, int64_t sequence) {
+PRISM_INLINE double count_active(const PolicyArguments<T>& a, int64_t sequence) {
+    const int64_t begin = a.begin(sequence), end = a.end(sequence);
+    int64_t count = 0;
+    if (a.mask_kind == MaskKind::none) {
+        count = std::max<int64_t>(end - begin, 0);
+    } else if (a.mask_kind == MaskKind::boolean) {
+        const uint8_t* mask = static_cast<const uint8_t*>(a.mask);
+        for (int64_t at = begin; at < end; ++at) count += mask[at] != 0;
+    } else {
+        const T* mask = static_cast<const T*>(a.mask);
+        for (int64_t at = begin; at < end; ++at) count += mask[at] != T(0);
+    }
+    return static_cast<double>(count);
+}
+
+// `inverse`: 1 / denominator.
+template <class T>
+PRISM_INLINE void one_sequence(const PolicyArguments<T>& a, int64_t sequence, double inverse) {
     const PolicyOptions<T>& o = a.options;
     const int64_t begin = a.begin(sequence), end = a.end(sequence);
     Chunk<T> c;
     double sums[kPartials] = {};
     sums[sum_count] = -INFINITY;
+    sums[sum_tokens] = a.workspace[sequence * kPartials + sum_tokens];
     const bool spread = o.family == Family::sequence;
     double drift = 0.0;
-    if (a.mask_kind == MaskKind::none) sums[sum_tokens] = static_cast<double>(std::max<int64_t>(end - begin, 0));
-    if (spread || a.mask_kind != MaskKind::none) {
-        for (int64_t at = begin; at < end; at += kChunk) {
-            const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at)), whole = whole_lanes(n);
-            load_active(c, a, at, n);
-            if (a.mask_kind != MaskKind::none) sums[sum_tokens] += lane_sum(c.active, whole);
-            if (!spread) continue;
-            load_pair(c, a, at, n);
-            drift += lane_sum(whole, [&](int i) { return static_cast<double>(c.fresh[i]) - static_cast<double>(c.old[i]); });
-        }
+    for (int64_t at = begin; spread && at < end; at += kChunk) {
+        const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at)), whole = whole_lanes(n);
+        load_active(c, a, at, n);
+        load_pair(c, a, at, n);
+        drift += lane_sum(whole, [&](int i) { return static_cast<double>(c.fresh[i]) - static_cast<double>(c.old[i]); });
     }
     const SequenceRatio<T> all = spread ? sequence_ratio<T>(drift, sums[sum_tokens]) : SequenceRatio<T>{T(1), T(1)};
-    const T share = static_cast<T>(sequence_weight(a, sums[sum_tokens]));
+    const T share = static_cast<T>(sequence_weight(a, sums[sum_tokens]) * inverse);
     for (int64_t at = begin; at < end; at += kChunk) {
         const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at)), whole = whole_lanes(n);
         load_active(c, a, at, n);
@@ -180,28 +195,49 @@ PRISM_INLINE void one_sequence(const PolicyArguments<T>& a, int64_t sequence) {
     std::copy(sums, sums + kPartials, a.workspace + sequence * kPartials);
 }
 
-PRISM_CLONES void sequence_pass(const PolicyArguments<float>& a, int64_t sequence) { one_sequence(a, sequence); }
-PRISM_CLONES void sequence_pass(const PolicyArguments<double>& a, int64_t sequence) { one_sequence(a, sequence); }
+#define PRISM_PASSES(T)                                                                                                    \
+    PRISM_CLONES double count_pass(const PolicyArguments<T>& a, int64_t sequence) { return count_active(a, sequence); }     \
+    PRISM_CLONES void sequence_pass(const PolicyArguments<T>& a, int64_t s, double inverse) { one_sequence(a, s, inverse); }
+PRISM_PASSES(float)
+PRISM_PASSES(double)
+#undef PRISM_PASSES
 
 }  // namespace
 
 template <class T>
-void policy_loss_cpu(const PolicyArguments<T>& a, int threads) {
+void policy_loss_cpu(PolicyArguments<T> a, int threads) {
+    thread_local std::vector<double> own;  // the caller's: kept, because memory fresh from the system costs page faults
+    if (a.workspace == nullptr) {
+        own.resize(std::max<size_t>(own.size(), a.sequences * kPartials));
+        a.workspace = own.data();
+    }
+    double tokens = 0.0, sequences = 0.0;
+    bool ordered = true;
+    for (int64_t sequence = 0; sequence < a.sequences; ++sequence) {
+        const double count = a.workspace[sequence * kPartials + sum_tokens] = count_pass(a, sequence);
+        tokens += count;
+        sequences += count > 0.0 ? 1.0 : 0.0;
+        ordered = ordered && a.ordered(sequence);
+    }
+    const double inverse = inverse_denominator(a, tokens, sequences, ordered);
     parallel_for(a.sequences, a.tokens * 16, threads, [&](int64_t begin, int64_t end) {
-        for (int64_t sequence = begin; sequence < end; ++sequence) sequence_pass(a, sequence);
+        for (int64_t sequence = begin; sequence < end; ++sequence) sequence_pass(a, sequence, inverse);
     });
     const int64_t padding = a.sequences == 0 ? 0 : a.end(a.sequences - 1);
     for (T* slope : {a.slope, a.entropy_slope}) {
-        if (slope != nullptr) std::fill(slope + padding, slope + a.tokens, T(0));
+        if (slope == nullptr) continue;
+        std::fill(slope + padding, slope + a.tokens, T(0));
+        if (!ordered) std::fill(slope, slope + a.tokens, static_cast<T>(NAN));
     }
     Totals totals{};
     totals.largest = -INFINITY;
     totals.ordered = true;
     for (int64_t sequence = 0; sequence < a.sequences; ++sequence) add_sequence(totals, a, sequence);
     write_results(totals, a);
+    a.stats[stat_slope_factor] = T(1);
 }
 
-template void policy_loss_cpu<float>(const PolicyArguments<float>&, int);
-template void policy_loss_cpu<double>(const PolicyArguments<double>&, int);
+template void policy_loss_cpu<float>(PolicyArguments<float>, int);
+template void policy_loss_cpu<double>(PolicyArguments<double>, int);
 
 }  // namespace prism

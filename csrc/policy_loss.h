@@ -3,8 +3,9 @@
 // Meaning: prism_fast/ops/policy_loss.py; executable specification: prism_fast/ops/reference/policy_loss.py.
 //
 // The forward pass writes the loss, the statistics and, per token, the *slope*: the derivative of the loss with respect to
-// logp (and entropy) times the denominator. Only backward divides by the denominator, when it multiplies with the upstream
-// gradient anyway (scale.h): so no token waits for a count over the whole batch.
+// logp (and entropy), on a GPU times the denominator. There only backward divides by it, when it multiplies with the upstream
+// gradient anyway (scale.h), so no token waits for a count over the whole batch. The CPU twin counts first, which costs it
+// next to nothing: its slopes are the gradient where the upstream gradient is 1, and backward has nothing left to do.
 #pragma once
 
 #include "scalar.h"
@@ -17,10 +18,10 @@ enum class Aggregation : int { token_mean, seq_mean_token_mean, seq_mean_token_s
 enum class Divergence : int { k1, k2, k3, abs };
 enum class MaskKind : int { none, boolean, number };  // `number`: of the computing type, 0 = inactive
 
-// Statistics in the order of PolicyStats, then 1 / denominator.
+// Statistics in the order of PolicyStats, then what the slopes still have to be multiplied by.
 enum Stat : int {
     stat_tokens, stat_sequences, stat_policy_loss, stat_clip_low, stat_clip_high, stat_dual, stat_ratio_mean, stat_ratio_max,
-    stat_approx_kl, stat_kl, stat_entropy, stat_inverse_denominator, stat_count
+    stat_approx_kl, stat_kl, stat_entropy, stat_slope_factor, stat_count
 };
 // What is known of one sequence, summed over its active tokens, before its weight.
 enum Sum : int { sum_loss, sum_kl, sum_entropy, sum_ratio, sum_measured, sum_low, sum_high, sum_dual, sum_tokens, sum_count };
@@ -60,7 +61,7 @@ struct PolicyArguments {
     T* stats;                  // [stat_count]
     T* slope;                  // [tokens] or null: no gradient wanted
     T* entropy_slope;          // [tokens] or null
-    double* workspace;         // [sequences, kPartials]
+    double* workspace;         // [sequences, kPartials]; the CPU twin brings its own where it is null
     int64_t tokens, sequences;
     MaskKind mask_kind;
     Scalar denominator, norm_length;
@@ -225,12 +226,17 @@ PRISM_HD inline void add_sequence(Totals& t, const PolicyArguments<T>& a, int64_
     t.ordered = t.ordered && a.ordered(sequence);
 }
 
-// Offsets that descend leave tokens without a sequence: everything becomes NaN.
+// 1 / denominator. Offsets that descend leave tokens without a sequence: everything becomes NaN.
+template <class T>
+PRISM_HD inline double inverse_denominator(const PolicyArguments<T>& a, double tokens, double sequences, bool ordered) {
+    const bool by_token = a.options.aggregation == Aggregation::token_mean;
+    const double count = a.options.has_denominator ? a.denominator.load() : by_token ? tokens : sequences;
+    return !ordered ? static_cast<double>(NAN) : count == 0.0 ? 1.0 : 1.0 / count;
+}
+
 template <class T>
 PRISM_HD inline void write_results(const Totals& t, const PolicyArguments<T>& a) {
-    const bool by_token = a.options.aggregation == Aggregation::token_mean;
-    const double count = a.options.has_denominator ? a.denominator.load() : by_token ? t.tokens : t.sequences;
-    const double inverse = !t.ordered ? static_cast<double>(NAN) : count == 0.0 ? 1.0 : 1.0 / count;
+    const double inverse = inverse_denominator(a, t.tokens, t.sequences, t.ordered);
     const double unknown = NAN;
     *a.loss = static_cast<T>((t.loss + t.penalized) * inverse);
     auto put = [&](Stat stat, double value) { a.stats[stat] = static_cast<T>(value); };
@@ -245,12 +251,12 @@ PRISM_HD inline void write_results(const Totals& t, const PolicyArguments<T>& a)
     put(stat_approx_kl, -t.measured / t.tokens);
     put(stat_kl, a.ref_logp == nullptr ? unknown : t.kl / t.tokens);
     put(stat_entropy, a.entropy == nullptr ? unknown : t.entropy / t.tokens);
-    put(stat_inverse_denominator, inverse);
+    put(stat_slope_factor, inverse);
 }
 
 // CPU twin, on at most `threads` threads.
 template <class T>
-void policy_loss_cpu(const PolicyArguments<T>& a, int threads);
+void policy_loss_cpu(PolicyArguments<T> a, int threads);
 
 // Enqueues the CUDA kernel (one launch) on `stream` and returns a cudaError_t. Never synchronises.
 template <class T>

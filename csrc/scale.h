@@ -19,6 +19,12 @@ PRISM_HD inline T scale_factor(const ScaleArguments<T>& a) {
     return a.factor == nullptr ? *a.upstream : *a.upstream * *a.factor;
 }
 
+// On the host: whether scaling would change nothing, so that backward need not copy.
+template <class T>
+bool scale_is_one(const T* upstream, const T* factor) {
+    return *upstream * (factor == nullptr ? T(1) : *factor) == T(1);
+}
+
 // CPU twin. It moves memory and nothing else, so it stays on the caller's thread.
 template <class T>
 void scale_cpu(const ScaleArguments<T>& a);

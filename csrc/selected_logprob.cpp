@@ -101,6 +101,10 @@ PRISM_ROWS(Float16, float)
 
 template <class S>
 void selected_logprob_cpu(const LogprobArguments<S>& a, int threads) {
+    for (int64_t row = 0; row < a.rows; ++row) {
+        const int64_t token = a.target_of(row);
+        *a.bad += token != a.ignore_index && !a.known(token);
+    }
     parallel_for(a.rows, a.rows * a.vocabulary, threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) forward(a, row);
     });

@@ -55,7 +55,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const LogprobArgument
     const double total = block_all(static_cast<double>(sums.total), 0.0, shared, Add());
     const double weighted = entropy ? block_all(static_cast<double>(sums.weighted), 0.0, shared, Add()) : 0.0;
     const bool bad = __syncthreads_or(sums.bad);
-    if (threadIdx.x == 0) finish_row(a, row, top, total, weighted, bad);
+    if (threadIdx.x != 0) return;
+    finish_row(a, row, top, total, weighted, bad);
+    if (!a.known(a.target_of(row))) count_one(a.bad);
 }
 
 template <class S, class T>

@@ -35,6 +35,7 @@ struct LogprobArguments {
     const T* entropy_grad;  // [rows] or null: 0
     int64_t entropy_grad_stride;
     S* gradient;  // [rows, vocabulary], contiguous
+    int64_t* bad;  // []: forward adds the number of rows whose target is no column
 
     PRISM_HD int64_t target_of(int64_t row) const {
         return target_is_64 ? static_cast<const int64_t*>(target)[row] : static_cast<const int32_t*>(target)[row];

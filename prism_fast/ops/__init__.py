@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .backend import native_runs_here
+from .bad_values import bad_values
 from .group_advantage import group_advantage
 from .importance_weights import importance_weights
 from .linear_logprob import linear_logprob
@@ -35,6 +36,7 @@ __all__ = [
     "moe_experts",
     "shared_prefix_attention",
     "available",
+    "bad_values",
     "ImportanceWeights",
     "LogProb",
     "PairwiseStats",

@@ -6,8 +6,10 @@ Every message names the op, the argument, what it got and what is allowed.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,19 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
 NUMBERS = (int, float)
+
+
+def once(check: Callable[..., Any]) -> Callable[..., Any]:
+    """``check`` of options that need no tensor, run once for each set of them: what has passed passes again."""
+    remembered = functools.lru_cache(maxsize=256, typed=True)(check)
+
+    def checked(*options):
+        try:
+            return remembered(*options)
+        except TypeError:  # something unhashable, a list for example
+            return check(*options)
+
+    return checked
 
 
 def choice(op: str, name: str, value: object, allowed: Sequence[str]) -> None:
@@ -36,9 +51,11 @@ def tensor(
     if not isinstance(value, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     sizes = value.shape
+    if sizes == shape and value.dtype in dtypes and (like is None or value.device == like.device):
+        return  # these checks run on every call
     right = len(sizes) == len(shape)
     if right:
-        for have, want in zip(sizes, shape, strict=True):  # a plain loop: these checks run on every call
+        for have, want in zip(sizes, shape, strict=True):
             if want is not None and have != want:
                 right = False
     if not right:

@@ -82,29 +82,15 @@ def group_advantage(
     for name, value in (("gate", gate), ("offset", offset)):
         if value is not None:
             checks.tensor(OP, name, value, shape=(rows,), like=scores)
-    checks.choice(OP, "normalize", normalize, NORMALIZE)
-    checks.choice(OP, "invalid", invalid, INVALID)
-    checks.choice(OP, "singleton", singleton, SINGLETON)
-    checks.number(OP, "eps", eps, low=0.0)
-    checks.number(OP, "invalid_penalty", invalid_penalty)
-    checks.number(OP, "power", power, low=0.0, strict=True)
-    if power != 1.0 and normalize not in ("per_score", "combined"):
-        raise ValueError(f"{OP}: power={power} shapes z-scores; normalize={normalize!r} gives none: use 'per_score'")
-    if per_score and normalize == "combined":
-        raise ValueError(f"{OP}: per_score=True needs one term per score; normalize='combined' has only their sum")
-    if per_score and (offset is not None or invalid_penalty != 0.0):
-        raise ValueError(f"{OP}: offset and invalid_penalty belong to the sum; add them after per_score=True")
+    resolve = _resolve if torch.compiler.is_compiling() else _resolved  # compilers look through caches, with a warning
+    resolve(normalize, eps, invalid, invalid_penalty, singleton, power, per_score, offset is not None)
     weights = _weights(weights, columns, scores)
     kernel = reference
     if choose(OP, BACKENDS, backend, scores) == "native":
         from .native.group_advantage import run as kernel
-
-        group = group.long()
-        if scores.dtype != torch.float64:
-            scores = scores.float()
     return kernel(
-        scores,
-        group,
+        scores=scores,
+        group=group,
         weights=weights,
         valid=valid,
         gate=gate,
@@ -117,6 +103,34 @@ def group_advantage(
         power=power,
         per_score=per_score,
     )
+
+
+def _resolve(
+    normalize: str,
+    eps: float,
+    invalid: str,
+    invalid_penalty: float,
+    singleton: str,
+    power: float,
+    per_score: bool,
+    has_offset: bool,
+) -> None:
+    """Check the options that need no tensor. Raises ValueError."""
+    checks.choice(OP, "normalize", normalize, NORMALIZE)
+    checks.choice(OP, "invalid", invalid, INVALID)
+    checks.choice(OP, "singleton", singleton, SINGLETON)
+    checks.number(OP, "eps", eps, low=0.0)
+    checks.number(OP, "invalid_penalty", invalid_penalty)
+    checks.number(OP, "power", power, low=0.0, strict=True)
+    if power != 1.0 and normalize not in ("per_score", "combined"):
+        raise ValueError(f"{OP}: power={power} shapes z-scores; normalize={normalize!r} gives none: use 'per_score'")
+    if per_score and normalize == "combined":
+        raise ValueError(f"{OP}: per_score=True needs one term per score; normalize='combined' has only their sum")
+    if per_score and (has_offset or invalid_penalty != 0.0):
+        raise ValueError(f"{OP}: offset and invalid_penalty belong to the sum; add them after per_score=True")
+
+
+_resolved = checks.once(_resolve)
 
 
 def _weights(weights: Tensor | Sequence[float], columns: int, scores: Tensor) -> Tensor:

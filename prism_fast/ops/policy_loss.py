@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import checks
@@ -121,15 +122,11 @@ def policy_loss(
     checks.tensor(OP, "logp", logp, shape=(None,))
     checks.offsets(OP, cu_seqlens, logp)
     n, sequences = logp.shape[0], cu_seqlens.shape[0] - 1
-    aggregation = resolve_options(
-        loss=loss,
-        clip=clip,
-        delta=delta,
-        dual_clip=dual_clip,
-        sapo_temperature=sapo_temperature,
-        aggregation=aggregation,
-        has_norm_length=norm_length is not None,
-        kl=kl,
+    resolve = (
+        resolve_options if torch.compiler.is_compiling() else _resolved
+    )  # compilers look through caches, with a warning
+    aggregation = resolve(
+        loss, clip, delta, dual_clip, sapo_temperature, aggregation, norm_length is not None, kl, entropy_coef, kl_coef
     )
     if (advantage is None) == (token_advantage is None):
         raise ValueError(f"{OP}: pass exactly one of advantage [B] and token_advantage [N]")
@@ -155,13 +152,10 @@ def policy_loss(
             checks.number(OP, "denominator", denominator, low=0.0)
     if norm_length is not None:
         checks.scalar(OP, "norm_length", norm_length, logp)
-    for name, coefficient, source, value in (
-        ("entropy_coef", entropy_coef, "entropy", entropy),
-        ("kl_coef", kl_coef, "ref_logp", ref_logp),
-    ):
-        checks.number(OP, name, coefficient)
-        if coefficient != 0.0 and value is None:
-            raise ValueError(f"{OP}: {name}={coefficient} needs {source}")
+    if entropy_coef != 0.0 and entropy is None:
+        raise ValueError(f"{OP}: entropy_coef={entropy_coef} needs entropy")
+    if kl_coef != 0.0 and ref_logp is None:
+        raise ValueError(f"{OP}: kl_coef={kl_coef} needs ref_logp")
     kernel = reference
     if choose(OP, BACKENDS, backend, logp) == "native":
         from .native.policy_loss import run as kernel
@@ -190,7 +184,6 @@ def policy_loss(
 
 
 def resolve_options(
-    *,
     loss: str,
     clip: tuple[float, float] | None,
     delta: float | None,
@@ -199,6 +192,8 @@ def resolve_options(
     aggregation: str | None,
     has_norm_length: bool,
     kl: str,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
 ) -> str:
     """Check the options that need no tensor and return the aggregation. Raises ValueError, NotImplementedError."""
     if loss in ELSEWHERE:
@@ -231,7 +226,12 @@ def resolve_options(
     if kl == "full":
         raise NotImplementedError(f"{OP}: kl='full' needs both distributions over the vocabulary; use 'k3'")
     checks.choice(OP, "kl", kl, KL)
+    checks.number(OP, "entropy_coef", entropy_coef)
+    checks.number(OP, "kl_coef", kl_coef)
     return aggregation
+
+
+_resolved = checks.once(resolve_options)
 
 
 def _pair(name: str, value: object, *, strict: bool) -> tuple[float, float]:

@@ -27,7 +27,7 @@ def selected_logprob(
     Args:
         logits: [N, V] floating; not changed.
         target: [N] int64 or int32 in [0, V), or ``ignore_index``. Ignored rows give logp 0, entropy 0 and no gradient;
-            any other value outside [0, V) gives NaN.
+            any other value outside [0, V) gives NaN and is counted, see ``prism_fast.ops.bad_values``.
         temperature: number > 0, or a tensor [N] or [] of such; it gets no gradient.
         entropy: also compute the entropy of each row, differentiable.
         backend: None, "reference" or "native".

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .bad_values import counted
 from .reference import softmax_rows
 from .results import PolicyStats
 
@@ -78,6 +79,7 @@ class _WavePolicyLoss(torch.autograd.Function):
         logp = hidden.new_zeros(n, dtype=kind)  # rows that have not had their wave are not looked at
         entropy = torch.zeros_like(logp) if with_entropy else None
         _, ignored, outside = softmax_rows.target_rows(target, weight.shape[0], ignore_index)
+        outside = counted(outside)
         if any(wants):
             head.prepare(wants, weight_grad_out)
         for start, end in waves:

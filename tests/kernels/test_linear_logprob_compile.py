@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from prism_fast.ops import linear_logprob
-from prism_fast.ops.triton.linear_logprob import _operator as operator
+from prism_fast.ops.triton.linear_logprob import _forms as forms
 from tests.kernels.logprob_cases import inputs, small_tiles  # noqa: F401
 from tests.support.triton_device import DEVICE
 
@@ -59,5 +59,5 @@ def test_opcheck(save, generator):
     # check makes of every output, that cannot be; inside a graph it can, as the tests above show.
     last = () if save else ("test_aot_dispatch_dynamic",)
     torch.library.opcheck(
-        operator, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor", *last)
+        forms.operator, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor", *last)
     )

@@ -13,7 +13,8 @@ from prism_fast.ops.reference.pairwise_loss import pairwise_loss as reference
 if not native.available():
     pytest.skip(native.why_not(), allow_module_level=True)
 
-from prism_fast.ops.native.pairwise_loss import _operator, into, run
+from prism_fast.ops.native.pairwise_loss import _forms, run
+from tests.support.poison import poisoned
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OPTIONS = dict(
@@ -127,19 +128,10 @@ def test_quantiles_of_the_spread_term_reach_the_tails(generator):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_every_element_is_written_and_the_workspace_is_free(poison, device, generator):
     data = batch(generator, [3, 9, 1], 2, device=device)
-    x = {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in data.items()}
-    results = []
-    for value in (0.0, poison):
-        full = lambda *s, v=value: torch.full(s, v, dtype=torch.float64, device=device)  # noqa: E731
-        counts = torch.full((3, 2), -7, device=device)
-        out = (full(), counts, full(5, 2), full(16 * 2))
-        into(
-            out, full(13 * 2), x["teacher"], x["student"], x["group"], x["valid"], *x["lengths"], None, None,
-            x["length_penalty"], True, 3.0, 0.1, 0.1, False, 0.0, False, 0.0, True,
-        )  # fmt: skip
-        results.append(out)
-    assert all(a.equal(b) for a, b in zip(*results, strict=True)) and results[0][3].isfinite().all()
-    assert results[0][1].ge(0).all()
+    wanted = evaluate(run, data, clip=3.0, l2=0.1, spread=0.1)
+    with poisoned(poison):
+        found = evaluate(run, data, clip=3.0, l2=0.1, spread=0.1)
+    assert all(a.equal(b) and a.isfinite().all() for a, b in zip(found, wanted, strict=True))
 
 
 def test_half_precision_is_lifted_and_too_many_penalties_are_refused(generator):
@@ -159,7 +151,7 @@ def test_operator_registration(generator):
         data["length_penalty"], True, 3.0, 0.1, 0.1, False, 0.0, False, 0.0, True,
     )  # fmt: skip
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(_operator, arguments, test_utils=tests)
+    torch.library.opcheck(_forms.operator, arguments, test_utils=tests)
 
 
 def test_compiles_once_for_all_sizes(generator):

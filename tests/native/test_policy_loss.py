@@ -16,7 +16,8 @@ if not native.available():
     pytest.skip(native.why_not(), allow_module_level=True)
 
 from prism_fast.ops.native import calls
-from prism_fast.ops.native.policy_loss import PARTIALS, STATS, _operator, into, run
+from prism_fast.ops.native.policy_loss import _forms, run
+from tests.support.poison import poisoned
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PAIRS = [(loss, aggregation) for loss in OF_LOSS for aggregation in OF_LOSS[loss]]
@@ -165,19 +166,12 @@ def test_a_token_exactly_on_the_dual_bound_keeps_half_its_gradient(device):
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])
 def test_every_element_is_written_and_the_workspace_is_free(loss, poison, device, generator):
     data = batch(generator, device=device)
-    x = {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in data.items()}
-    constants = (
-        x["advantage"], x["cu_seqlens"], x["old_logp"], None, x["ref_logp"], x["is_weight"], x["mask"], None, None,
-        loss, "seq_mean_token_mean", "k3", False, 0.0, 0.0, 0.2, 0.28, False, 1.0, 1.0, 1.05, 0.3, 0.05,
-    )  # fmt: skip
-    outs = []
-    for value in (0.0, poison):
-        n, b = x["logp"].shape[0], x["cu_seqlens"].shape[0] - 1
-        out = tuple(torch.full(s, value, dtype=torch.float64, device=device) for s in ((), (STATS + 1,), (2, n)))
-        workspace = torch.full((b * PARTIALS,), value, dtype=torch.float64, device=device)
-        into(out, workspace, x["logp"], x["entropy"], *constants, 2)
-        outs.append(out)
-    assert all(a.equal(b) and a.isfinite().all() for a, b in zip(*outs, strict=True))
+    wanted = evaluate(run, data, loss=loss)
+    sick = {name: torch.full_like(data[name], poison) for name in ("old_logp", "ref_logp", "is_weight")}
+    evaluate(run, data | sick, loss=loss)  # the twin's own workspace keeps what was in it
+    with poisoned(poison):
+        found = evaluate(run, data, loss=loss)
+    assert all(a.equal(b) and a.isfinite().all() for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -242,10 +236,12 @@ def flat(data: dict, wanted: int = 2) -> tuple:
 def test_operator_registration(generator):
     data = batch(generator, (3, 0, 4))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(_operator, flat(data), test_utils=tests)
+    torch.library.opcheck(_forms.operator, flat(data), test_utils=tests)
     x = torch.randn(2, 5, generator=generator)
     torch.library.opcheck(calls._scale_operator, (x, torch.tensor(2.0), torch.tensor([5.0, 3.0]), 1))
-    assert calls.scaled(x, torch.tensor(2.0), torch.tensor([5.0, 3.0]), 1).equal(x * 6)
+    assert calls.scaled(x, torch.tensor(2.0), False, torch.tensor([5.0, 3.0]), 1).equal(x * 6)
+    assert calls.scaled(x, torch.tensor(2.0), False, torch.tensor([5.0, 0.5]), 1) is x
+    assert calls.scaled(x, torch.tensor(1.0), False, copy=True) is not x
 
 
 def test_compiles_once_for_all_lengths(generator):

@@ -13,7 +13,8 @@ from prism_fast.ops.reference.selected_logprob import selected_logprob as refere
 if not native.available():
     pytest.skip(native.why_not(), allow_module_level=True)
 
-from prism_fast.ops.native.selected_logprob import _gradient_operator, _operator, into, run
+from prism_fast.ops.native.selected_logprob import _forms, _gradient_operator, run
+from tests.support.poison import poisoned
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -167,16 +168,11 @@ def test_strides_and_alignment(dtype, device, generator):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_element_is_written(dtype, device, generator):
-    logits, target, g, ge = inputs(generator, 9, 131, dtype, device)
-    kind = torch.float64 if dtype == torch.float64 else torch.float32
-    g, ge, results = g.to(kind), ge.to(kind), []
-    for poison in (0.0, float("nan")):
-        rows = tuple(torch.full((9,), poison, dtype=kind, device=device) for _ in range(4))
-        into(rows, None, logits.detach(), target, None, 0.9, -100)
-        gradient = torch.full_like(logits, poison).detach()
-        into(rows, (gradient, g, ge), logits.detach(), target, None, 0.9, -100)
-        results.append((*rows, gradient))
-    assert all(a.equal(b) and b.isfinite().all() for a, b in zip(*results, strict=True))
+    x = inputs(generator, 9, 131, dtype, device)
+    wanted = evaluate(run, *x)
+    with poisoned(float("nan")):
+        found = evaluate(run, *x)
+    assert all(a.equal(b) and a.isfinite().all() for a, b in zip(found, wanted, strict=True))
 
 
 def test_threads_do_not_change_a_bit(generator):
@@ -226,8 +222,8 @@ def test_operator_registration(generator):
     logits, target, g, ge = inputs(generator, 7, 11, torch.float64)
     rows = torch.rand(7, generator=generator, dtype=torch.float64) + 0.5
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(_operator, (logits, target, rows, 1.0, True, -100), test_utils=tests)
-    _, h, top, log_sum = _operator(logits.detach(), target, rows, 1.0, True, -100)
+    torch.library.opcheck(_forms.operator, (logits, target, rows, 1.0, True, -100), test_utils=tests)
+    _, h, top, log_sum = _forms.operator(logits.detach(), target, rows, 1.0, True, -100)
     torch.library.opcheck(_gradient_operator, (logits.detach(), target, rows, 1.0, -100, h, top, log_sum, g, ge))
 
 

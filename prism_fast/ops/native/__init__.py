@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch  # noqa: F401  (the ops below register themselves with it)
 
 # Version of the binding's signatures that this Python code calls; csrc/binding.cpp carries the same number.
-INTERFACE = 5
+INTERFACE = 6
 
 _BUILD = "run `pip install -e . --no-build-isolation` or `python setup.py build_ext --inplace` in the checkout"
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from prism_fast.ops import native
+
+from ..forms import plain as plain
 
 # Positions in the C++ enum ScalarKind; 0 is a number that the host knows.
 SCALARS = {torch.float32: 1, torch.float64: 2, torch.int32: 3, torch.int64: 4}
@@ -23,7 +27,7 @@ def stream_of(x: Tensor) -> int | None:
 
 def column(x: Tensor | None, kind: torch.dtype) -> Tensor | None:
     """A constant input as the kernels read it: dense, in the type of the computation."""
-    if x is None or (x.dtype == kind and x.is_contiguous()):
+    if x is None or (x.dtype is kind and x.is_contiguous()):
         return x
     return x.to(kind).contiguous()
 
@@ -37,47 +41,64 @@ def number(tensor: Tensor | None, value: float, kind: torch.dtype) -> tuple[Tens
     return tensor, tensor.data_ptr(), SCALARS[tensor.dtype], 0.0
 
 
-def plain(x: Tensor) -> bool:
-    """Whether ``x`` is an ordinary tensor outside of compilation: then the dispatcher has nothing to add to a call."""
-    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+def split(value: Tensor | float | None) -> tuple[Tensor | None, float]:
+    """A 0-d tensor or a number as the operators take it: one of the two."""
+    if value is None or isinstance(value, Tensor):
+        return value, 0.0
+    return None, float(value)
+
+
+_ANYWHERE = nullcontext()
 
 
 def on_device(op: str, x: Tensor):
-    """Context in which kernels for ``x`` are enqueued. Raises RuntimeError where CUDA kernels are missing."""
+    """Context in which kernels for ``x`` run. Raises RuntimeError where CUDA kernels are missing."""
+    if not x.is_cuda:
+        return _ANYWHERE
     if not native.has_cuda():
         raise RuntimeError(f"{op}: {native.why_not()}")
     return torch.cuda.device(x.device)
 
 
-def scaled(x: Tensor, upstream: Tensor, factors: Tensor | None = None, at: int = 0) -> Tensor:
-    """``x * upstream * factors[at]`` in one launch; x dense float32 or float64, upstream 0-d, all of one dtype."""
-    return _scale(x, upstream, factors, at) if plain(x) else _scale_operator(x, upstream, factors, at)
+def workspace(x: Tensor, size: int) -> Tensor | None:
+    """float64 [size] on a GPU, contents do not matter; the twins on the CPU bring their own."""
+    return torch.empty(size, dtype=torch.float64, device=x.device) if stream_of(x) is not None else None
+
+
+def scaled(
+    x: Tensor, upstream: Tensor, traced: bool, factors: Tensor | None = None, at: int = 0, copy: bool = False
+) -> Tensor:
+    """``x * upstream * factors[at]`` in at most one launch; x dense float32 or float64, upstream 0-d, all of one dtype.
+
+    Where the CPU sees that nothing would change, the result is ``x`` itself unless ``copy``: backward of a loss usually
+    starts with 1.
+    """
+    if traced:
+        return _scale_operator(x, upstream, factors, at)
+    if not copy and stream_of(x) is None:
+        module, factor = native.module(), _at(factors, at)
+        is_one = module.scale_is_one_float64 if x.dtype == torch.float64 else module.scale_is_one_float32
+        if is_one(upstream.data_ptr(), factor):
+            return x
+    return _scale(x, upstream, factors, at)
+
+
+def _at(factors: Tensor | None, at: int) -> int:
+    return 0 if factors is None else factors.data_ptr() + at * factors.element_size()
 
 
 def _scale(x: Tensor, upstream: Tensor, factors: Tensor | None, at: int) -> Tensor:
-    if x.is_cuda:
-        with on_device("backward", x):
-            return _scale_here(x, upstream, factors, at)
-    return _scale_here(x, upstream, factors, at)
-
-
-def _scale_here(x: Tensor, upstream: Tensor, factors: Tensor | None, at: int) -> Tensor:
     module = native.module()
+    x = x.contiguous()
     out = torch.empty_like(x)
-    (module.scale_float64 if x.dtype == torch.float64 else module.scale_float32)(
-        x.data_ptr(),
-        upstream.data_ptr(),
-        0 if factors is None else factors.data_ptr() + at * factors.element_size(),
-        out.data_ptr(),
-        x.numel(),
-        stream_of(x),
-    )
+    with on_device("backward", x):
+        (module.scale_float64 if x.dtype == torch.float64 else module.scale_float32)(
+            x.data_ptr(), upstream.data_ptr(), _at(factors, at), out.data_ptr(), x.numel(), stream_of(x)
+        )
     return out
 
 
-@torch.library.custom_op("prism_fast::scale", mutates_args=())
-def _scale_operator(x: Tensor, upstream: Tensor, factors: Tensor | None, at: int) -> Tensor:
-    return _scale(x.contiguous(), upstream, factors, at)
+_scale_operator = torch.library.custom_op("prism_fast::scale", _scale, mutates_args=())
 
 
 @_scale_operator.register_fake

@@ -5,50 +5,28 @@ Semantics and validation stand in ``prism_fast.ops.group_advantage``; the arithm
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
 from prism_fast.ops import native
 
+from ..forms import plain
 from . import calls
 
 # Positions in the C++ enums.
-NORMALIZE = ("per_score", "combined", "mean_only", "leave_one_out", "batch")
-INVALID = ("below_min", "exclude", "as_is")
+NORMALIZE = {"per_score": 0, "combined": 1, "mean_only": 2, "leave_one_out": 3, "batch": 4}
+INVALID = {"below_min": 0, "exclude": 1, "as_is": 2}
 
 
-def run(
-    scores: Tensor,
-    group: Tensor,
-    *,
-    weights: Tensor,
-    valid: Tensor | None,
-    gate: Tensor | None,
-    offset: Tensor | None,
-    normalize: str,
-    eps: float,
-    invalid: str,
-    invalid_penalty: float,
-    singleton: str,
-    power: float,
-    per_score: bool,
-) -> Tensor:
-    """scores [B, K] float32 or float64, group [B] int64; arguments are already validated by the public op.
+def run(**arguments) -> Tensor:
+    """Arguments of `_run`, already validated by the public op.
 
-    Returns [B], or [B, K] with ``per_score``, in the dtype of the scores, without gradient. Does not synchronise, and
-    can be captured in a CUDA graph. Raises RuntimeError where the kernels are missing.
+    The result has no gradient. Does not synchronise, and can be captured in a CUDA graph. Raises RuntimeError where the
+    kernels are missing.
     """
-    weights, gate, offset = (
-        x if x is None or (x.dtype == scores.dtype and not x.requires_grad) else x.detach().to(scores.dtype)
-        for x in (weights, gate, offset)
-    )
-    call = _run if calls.plain(scores) else _operator
-    return call(
-        scores.detach(), group, weights, valid, gate, offset, normalize, float(eps), invalid, float(invalid_penalty),
-        singleton, float(power), per_score,
-    )  # fmt: skip
+    if plain(arguments["scores"]):
+        return _run(**arguments)
+    return _operator(**{name: x.detach() if isinstance(x, Tensor) else x for name, x in arguments.items()})
 
 
 def _run(
@@ -66,65 +44,32 @@ def _run(
     power: float,
     per_score: bool,
 ) -> Tensor:
+    """[B], or [B, K] with ``per_score``; float64 for float64 scores, else float32."""
+    module, column, address = native.module(), calls.column, calls.address
+    kind = _kind(scores)
+    if scores.dtype is not kind:
+        scores = scores.to(kind)
+    group, valid = column(group, torch.int64), column(valid, torch.bool)
+    weights, gate, offset = column(weights, kind), column(gate, kind), column(offset, kind)
     rows, columns = scores.shape
-    out = scores.new_empty((rows, columns) if per_score else (rows,))
-    terms = 1 if normalize == "combined" else columns
-    workspace = torch.empty(rows * terms + terms, dtype=torch.float64, device=scores.device)
-    with calls.on_device("group_advantage", scores) if scores.is_cuda else nullcontext():
-        into(
-            out, workspace, scores, group, weights, valid, gate, offset, normalize, eps, invalid, invalid_penalty,
-            singleton, power, per_score,
+    out = _allocate(scores, per_score)
+    workspace = calls.workspace(scores, (rows + 1) * columns)
+    with calls.on_device("group_advantage", scores):
+        (module.group_advantage_float64 if kind is torch.float64 else module.group_advantage_float32)(
+            scores.data_ptr(), scores.stride(0), scores.stride(1), group.data_ptr(), weights.data_ptr(), address(valid),
+            address(gate), address(offset), out.data_ptr(), address(workspace), rows, columns, NORMALIZE[normalize],
+            INVALID[invalid], eps, invalid_penalty, power, singleton == "identity", per_score, torch.get_num_threads(),
+            calls.stream_of(scores),
         )  # fmt: skip
     return out
 
 
-def into(
-    out: Tensor,
-    workspace: Tensor,
-    scores: Tensor,
-    group: Tensor,
-    weights: Tensor,
-    valid: Tensor | None,
-    gate: Tensor | None,
-    offset: Tensor | None,
-    normalize: str,
-    eps: float,
-    invalid: str,
-    invalid_penalty: float,
-    singleton: str,
-    power: float,
-    per_score: bool,
-) -> None:
-    """Write the advantages into ``out``; ``workspace`` is float64 ``[(B + 1) · terms]``, its contents do not matter."""
-    module = native.module()
-    kernel = module.group_advantage_float64 if scores.dtype == torch.float64 else module.group_advantage_float32
-    group, weights, valid, gate, offset = (
-        x if x is None else x.contiguous() for x in (group, weights, valid, gate, offset)
-    )
-    rows, columns = scores.shape
-    kernel(
-        scores=scores.data_ptr(),
-        row_stride=scores.stride(0),
-        column_stride=scores.stride(1),
-        group=group.data_ptr(),
-        weights=weights.data_ptr(),
-        valid=calls.address(valid),
-        gate=calls.address(gate),
-        offset=calls.address(offset),
-        out=out.data_ptr(),
-        workspace=workspace.data_ptr(),
-        rows=rows,
-        columns=columns,
-        normalize=NORMALIZE.index(normalize),
-        invalid=INVALID.index(invalid),
-        eps=eps,
-        invalid_penalty=invalid_penalty,
-        power=power,
-        singleton_identity=singleton == "identity",
-        per_score=per_score,
-        threads=torch.get_num_threads(),
-        stream=calls.stream_of(scores),
-    )
+def _kind(scores: Tensor) -> torch.dtype:
+    return torch.float64 if scores.dtype == torch.float64 else torch.float32
+
+
+def _allocate(scores: Tensor, per_score: bool) -> Tensor:
+    return scores.new_empty(scores.shape if per_score else scores.shape[:1], dtype=_kind(scores))
 
 
 _operator = torch.library.custom_op("prism_fast::group_advantage", _run, mutates_args=())
@@ -132,5 +77,4 @@ _operator = torch.library.custom_op("prism_fast::group_advantage", _run, mutates
 
 @_operator.register_fake
 def _(scores: Tensor, *arguments) -> Tensor:
-    per_score = arguments[-1]
-    return scores.new_empty(tuple(scores.shape) if per_score else (scores.shape[0],))
+    return _allocate(scores, arguments[-1])

@@ -5,23 +5,20 @@ Semantics and validation stand in ``prism_fast.ops.selected_logprob``; the arith
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from prism_fast.ops import native
 
+from ..bad_values import counter
+from ..forms import TwoForms
 from ..results import LogProb
 from . import calls
 
 KERNEL = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def run(
-    logits: Tensor, target: Tensor, *, temperature: float | Tensor, entropy: bool, ignore_index: int
-) -> LogProb:
+def run(logits: Tensor, target: Tensor, *, temperature: float | Tensor, entropy: bool, ignore_index: int) -> LogProb:
     """Arguments are already validated by the public op.
 
     Differentiable once, in ``logits``. Keeps the logits and two or three numbers per row for backward. Does not
@@ -29,11 +26,7 @@ def run(
     """
     heat = temperature.detach() if isinstance(temperature, Tensor) else None
     arguments = (logits, target, heat, 1.0 if heat is not None else float(temperature), entropy, ignore_index)
-    if not calls.plain(logits):
-        return LogProb(*_operator(*arguments)[:2])
-    if torch.is_grad_enabled() and logits.requires_grad:
-        return LogProb(*_Eager.apply(*arguments))
-    return LogProb(*_run(*arguments)[:2])
+    return LogProb(*_forms(*arguments)[:2])
 
 
 def _run(
@@ -41,8 +34,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp [N], entropy [N] or [0], row maximum [N], log-sum [N]), in the type of the computation."""
     out = _allocate(logits, entropy)
-    with calls.on_device("selected_logprob", logits) if logits.is_cuda else nullcontext():
-        into(out, None, logits, target, heat, one_heat, ignore_index)
+    _call(out, None, logits, target, heat, one_heat, ignore_index)
     return out
 
 
@@ -71,13 +63,12 @@ def _gradient(
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if entropy.shape[0] != logits.shape[0]:
         entropy_grad = None
-    with calls.on_device("selected_logprob", logits) if logits.is_cuda else nullcontext():
-        kept, upstream = (None, entropy, top, log_sum), (gradient, logp_grad, entropy_grad)
-        into(kept, upstream, logits, target, heat, one_heat, ignore_index)
+    kept, upstream = (None, entropy, top, log_sum), (gradient, logp_grad, entropy_grad)
+    _call(kept, upstream, logits, target, heat, one_heat, ignore_index)
     return gradient
 
 
-def into(
+def _call(
     rows: tuple[Tensor | None, Tensor, Tensor, Tensor],
     backward: tuple[Tensor, Tensor | None, Tensor | None] | None,
     logits: Tensor,
@@ -99,66 +90,52 @@ def into(
         heat = heat.to(kind)
     logp, entropy, top, log_sum = rows
     gradient, logp_grad, entropy_grad = (None, None, None) if backward is None else backward
-    getattr(module, f"selected_logprob_{KERNEL[logits.dtype]}")(
-        logits=logits.data_ptr(),
-        row_stride=logits.stride(0),
-        target=target.data_ptr(),
-        target_is_64=target.dtype == torch.int64,
-        temperature=calls.address(heat),
-        temperature_stride=_stride(heat),
-        one_temperature=one_heat,
-        ignore_index=ignore_index,
-        rows=logits.shape[0],
-        vocabulary=logits.shape[1],
-        logp=calls.address(logp),
-        entropy=entropy.data_ptr(),
-        top=top.data_ptr(),
-        log_sum=log_sum.data_ptr(),
-        logp_grad=calls.address(logp_grad),
-        logp_grad_stride=_stride(logp_grad),
-        entropy_grad=calls.address(entropy_grad),
-        entropy_grad_stride=_stride(entropy_grad),
-        gradient=calls.address(gradient),
-        backward=backward is not None,
-        threads=torch.get_num_threads(),
-        stream=calls.stream_of(logits),
-    )
+    with calls.on_device("selected_logprob", logits):
+        getattr(module, f"selected_logprob_{KERNEL[logits.dtype]}")(
+            logits=logits.data_ptr(),
+            row_stride=logits.stride(0),
+            target=target.data_ptr(),
+            target_is_64=target.dtype == torch.int64,
+            temperature=calls.address(heat),
+            temperature_stride=_stride(heat),
+            one_temperature=one_heat,
+            ignore_index=ignore_index,
+            rows=logits.shape[0],
+            vocabulary=logits.shape[1],
+            logp=calls.address(logp),
+            entropy=entropy.data_ptr(),
+            top=top.data_ptr(),
+            log_sum=log_sum.data_ptr(),
+            logp_grad=calls.address(logp_grad),
+            logp_grad_stride=_stride(logp_grad),
+            entropy_grad=calls.address(entropy_grad),
+            entropy_grad_stride=_stride(entropy_grad),
+            gradient=calls.address(gradient),
+            bad=counter(logits.device).data_ptr(),
+            backward=backward is not None,
+            threads=torch.get_num_threads(),
+            stream=calls.stream_of(logits),
+        )
 
 
 def _stride(x: Tensor | None) -> int:
     return 0 if x is None or x.dim() == 0 else x.stride(0)
 
 
-class _Eager(torch.autograd.Function):
-    """The op without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx, logits, target, heat, one_heat, entropy, ignore_index):
-        logp, entropies, top, log_sum = _run(logits, target, heat, one_heat, entropy, ignore_index)
-        ctx.save_for_backward(logits, target, heat, entropies, top, log_sum)
-        ctx.one_heat, ctx.ignore_index = one_heat, ignore_index
-        ctx.set_materialize_grads(False)
-        return logp, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, logp_grad, entropy_grad):
-        if logp_grad is None and entropy_grad is None:
-            return (None,) * 6
-        logits, target, heat, entropies, top, log_sum = ctx.saved_tensors
-        gradient = _gradient(
-            logits, target, heat, ctx.one_heat, ctx.ignore_index, entropies, top, log_sum, logp_grad, entropy_grad
-        )
-        return gradient, None, None, None, None, None
+def _save(ctx, inputs, output) -> None:
+    logits, target, heat, one_heat, _, ignore_index = inputs
+    _, entropies, top, log_sum = output
+    ctx.save_for_backward(logits, target, heat, entropies, top, log_sum)
+    ctx.one_heat, ctx.ignore_index = one_heat, ignore_index
 
 
-_operator = torch.library.custom_op("prism_fast::selected_logprob", _run, mutates_args=())
+def _gradients(ctx, traced: bool, logp_grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor]:
+    logits, target, heat, *kept = ctx.saved_tensors
+    gradient = _gradient_operator if traced else _gradient
+    return (gradient(logits, target, heat, ctx.one_heat, ctx.ignore_index, *kept, logp_grad, entropy_grad),)
+
+
 _gradient_operator = torch.library.custom_op("prism_fast::selected_logprob_gradient", _gradient, mutates_args=())
-
-
-@_operator.register_fake
-def _(logits: Tensor, target: Tensor, heat: Tensor | None, one_heat: float, entropy: bool, ignore_index: int):
-    return _allocate(logits, entropy)
 
 
 @_gradient_operator.register_fake
@@ -166,22 +143,12 @@ def _(logits: Tensor, *arguments) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _keep(ctx, inputs, output) -> None:
-    logits, target, heat, one_heat, _, ignore_index = inputs
-    _, entropies, top, log_sum = output
-    ctx.save_for_backward(logits, target, heat, entropies, top, log_sum)
-    ctx.one_heat, ctx.ignore_index = one_heat, ignore_index
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, logp_grad, entropy_grad, *_):
-    if logp_grad is None and entropy_grad is None:
-        return (None,) * 6
-    logits, target, heat, entropies, top, log_sum = ctx.saved_tensors
-    gradient = _gradient_operator(
-        logits, target, heat, ctx.one_heat, ctx.ignore_index, entropies, top, log_sum, logp_grad, entropy_grad
-    )
-    return gradient, None, None, None, None, None
-
-
-_operator.register_autograd(_backward, setup_context=_keep)
+_forms = TwoForms(
+    "prism_fast::selected_logprob",
+    _run,
+    fake=lambda logits, target, heat, one_heat, entropy, ignore_index: _allocate(logits, entropy),
+    leading=1,
+    results=2,
+    save=_save,
+    gradients=_gradients,
+)

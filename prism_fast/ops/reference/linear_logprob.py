@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..bad_values import counted
 from ..results import LogProb
 from . import softmax_rows as rows
 
@@ -59,7 +60,7 @@ class Found(NamedTuple):
 class Rows:
     """Operands of a head, and the gradients it has collected. The kernels' counterpart: ``ops.triton.head.Rows``.
 
-    hidden [N, H], weight [V, H], bias [V] or None, target [N] int64 that is safe to gather, heat [N, 1].
+    hidden [N, H], weight [V, H], bias [V] or None, target [N] int64, a column or -1, heat [N, 1].
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class _LinearLogProb(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, target, temperature, softcap, entropy, ignore_index, save, weight_grad_out):
         n, vocabulary = hidden.shape[0], weight.shape[0]
         column, ignored, outside = rows.target_rows(target, vocabulary, ignore_index)
+        outside = counted(outside)
         heat = rows.temperature_rows(temperature, n, hidden.new_empty(0, dtype=_computed(hidden)))
         head = Rows(hidden, weight, bias, column, heat, softcap, entropy)
         x = head.hidden

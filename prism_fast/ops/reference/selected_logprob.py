@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..bad_values import counted
 from ..results import LogProb
 from . import softmax_rows as rows
 from .linear_logprob import block_rows
@@ -26,6 +27,7 @@ class _SelectedLogProb(torch.autograd.Function):
         n, vocabulary = logits.shape
         kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
         column, ignored, outside = rows.target_rows(target, vocabulary, ignore_index)
+        outside = counted(outside)
         logp, log_sum = logits.new_empty(n, dtype=kind), logits.new_empty(n, dtype=kind)
         entropies = logits.new_empty(n if entropy else 0, dtype=kind)
         heat = rows.temperature_rows(temperature, n, logp)

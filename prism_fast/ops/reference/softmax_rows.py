@@ -38,11 +38,11 @@ def shifted_(z: Tensor, temperature: Tensor, softcap: float | None) -> tuple[Ten
 
 
 def statistics(z: Tensor, column: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp [n], log-sum [n], entropy [n] or empty) of shifted scores z [n, V]."""
+    """(logp [n], log-sum [n], entropy [n] or empty) of shifted scores z [n, V]; logp means nothing for column -1."""
     e = z.exp()
     total = e.sum(-1)
     log_sum = total.log()
-    logp = z.gather(-1, column[:, None])[:, 0] - log_sum
+    logp = z.gather(-1, column.clamp(min=0)[:, None])[:, 0] - log_sum
     if not entropy:
         return logp, log_sum, z.new_empty(0)
     return logp, log_sum, log_sum - e.mul_(z).sum(-1) / total  # H = log(sum e) - sum e z / sum e
@@ -76,7 +76,8 @@ def gradient_(
         idle = idle & (entropy_grad == 0.0)
         coefficient = (z + entropy[:, None]).mul_(entropy_grad[:, None]).add_(logp_grad[:, None])
         z.exp_().mul_(coefficient).neg_()
-    z.scatter_add_(-1, column[:, None], logp_grad[:, None])
+    at_target = torch.where(column < 0, 0.0, logp_grad)  # -1: the target is no column here
+    z.scatter_add_(-1, column.clamp(min=0)[:, None], at_target[:, None])
     z.div_(temperature)
     if slope is not None:
         z.mul_(slope)

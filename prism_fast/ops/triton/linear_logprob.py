@@ -1,4 +1,4 @@
-"""linear_logprob by the Triton kernels: eager autograd, and the same as operators that a compiler can trace."""
+"""linear_logprob by the Triton kernels."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..bad_values import counted
+from ..forms import TwoForms
 from ..reference import softmax_rows
 from ..results import LogProb
 from .head import STATISTICS_ROWS, Rows, heat_rows, wave_rows
@@ -38,125 +39,7 @@ def linear_logprob(
         hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save, compact_rows,
         tile_skip_mass,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
-        return LogProb(*_operator(*arguments)[:2])
-    return LogProb(*_LinearLogProb.apply(*arguments))
-
-
-def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    heat: Tensor,
-    softcap: float | None,
-    entropy: bool,
-    ignore_index: int,
-    save: bool,
-    tile_skip_mass: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N] or [0], row maximum, log-sum, kept, tile maxima, tile sums).
-
-    The last five are empty unless saved, the tile sums also where nobody will skip tiles.
-    """
-    rows = Rows(hidden, weight, bias, target, heat, softcap, entropy)
-    n = hidden.shape[0]
-    _, ignored, outside = softmax_rows.target_rows(target, weight.shape[0], ignore_index)
-    step = max(n, 1) if save else STATISTICS_ROWS
-    found = [rows.forward(slice(at, min(n, at + step)), save) for at in range(0, max(n, 1), step)]
-    logp, spread = softmax_rows.finish(_joined(found, "logp"), _joined(found, "entropy"), ignored, outside)
-    nothing = logp.new_empty(0)
-    spread = spread if entropy else nothing.clone()
-    if not save:
-        return logp, spread, *(nothing.clone() for _ in range(2)), hidden.new_empty(0), nothing.clone(), nothing
-    (whole,) = found
-    sums = whole.tile_sum if tile_skip_mass > 0.0 else nothing
-    return logp, spread, whole.row_max, whole.log_sum, whole.kept, whole.tile_max, sums
-
-
-def backward(
-    logp_grad: Tensor | None,
-    entropy_grad: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    heat: Tensor,
-    logp: Tensor,
-    spread: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    kept: Tensor | None,
-    tile_max: Tensor,
-    tile_sum: Tensor,
-    weight_grad_out: Tensor | None,
-    softcap: float | None,
-    ignore_index: int,
-    compact_rows: bool,
-    tile_skip_mass: float,
-    wants: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias, None where not wanted. Uses up ``kept``; adds to ``weight_grad_out``."""
-    n, vocabulary = hidden.shape[0], weight.shape[0]
-    entropy = spread.shape[0] == n and entropy_grad is not None
-    _, ignored, outside = softmax_rows.target_rows(target, vocabulary, ignore_index)
-    g = softmax_rows.upstream(logp_grad, logp, ignored)
-    g = torch.where(outside & (g != 0.0), math.nan, g).contiguous()
-    h = softmax_rows.upstream(entropy_grad, logp, ignored).contiguous() if entropy else None
-    rows = Rows(hidden, weight, bias, target, heat, softcap, entropy, compact_rows, tile_skip_mass)
-    saved = kept is not None
-    step = max(n, 1) if saved else wave_rows(weight)
-    rows.prepare(wants, weight_grad_out, waves=-(-n // step))
-    for at in range(0, n, step):
-        block = slice(at, min(n, at + step))
-        if saved:
-            found = _found(row_max, log_sum, logp, spread if entropy else logp, kept, tile_max, tile_sum, rows)
-        else:
-            found = rows.forward(block, keep=True)
-        rows.backward(block, found, g[block], None if h is None else h[block])
-        del found  # its buffer serves the next wave
-    return rows.gradients(with_weight=weight_grad_out is None)
-
-
-def _joined(found: list[Scores], name: str) -> Tensor:
-    parts = [getattr(part, name) for part in found]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _found(row_max, log_sum, logp, spread, kept, tile_max, tile_sum, rows: Rows) -> Scores:
-    from prism_fast.kernels import logprob
-
-    width = logprob.tile_width(rows.hidden, rich=rows.bias is not None or rows.softcap is not None)
-    return logprob.Scores(row_max, log_sum, logp, spread, kept, tile_max, tile_sum, width)
-
-
-class _LinearLogProb(torch.autograd.Function):
-    """The operator below without the dispatcher, which costs an eager call tens of microseconds."""
-
-    @staticmethod
-    def forward(
-        ctx, hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save, compact_rows,
-        tile_skip_mass,
-    ):  # fmt: skip
-        found = forward(hidden, weight, bias, target, heat, softcap, entropy, ignore_index, save, tile_skip_mass)
-        ctx.save_for_backward(hidden, weight, bias, target, heat, *found)
-        ctx.weight_grad_out, ctx.options = weight_grad_out, (softcap, ignore_index, compact_rows, tile_skip_mass)
-        ctx.set_materialize_grads(False)
-        return found[:2]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, logp_grad, entropy_grad):
-        *saved, kept, tile_max, tile_sum = ctx.saved_tensors
-        kept = kept if kept.dim() == 2 else None
-        gradients = backward(
-            logp_grad, entropy_grad, *saved, kept, tile_max, tile_sum, ctx.weight_grad_out, *ctx.options,
-            ctx.needs_input_grad[:3],
-        )  # fmt: skip
-        # The kernels wrote into what was kept behind autograd's back: a second backward has to notice.
-        if kept is not None:
-            torch.autograd.graph.increment_version(kept)
-        return *gradients, *[None] * 9
+    return LogProb(*_forms(*arguments)[:2])
 
 
 def _run(
@@ -173,36 +56,25 @@ def _run(
     compact_rows: bool,
     tile_skip_mass: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return forward(hidden, weight, bias, target, heat, softcap, entropy, ignore_index, save, tile_skip_mass)
+    """(logp [N], entropy [N] or [0], row maximum, log-sum, kept, tile maxima, tile sums).
 
-
-_operator = torch.library.custom_op("prism_fast::linear_logprob", _run, mutates_args=())
-
-
-@_operator.register_fake
-def _(
-    hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save, compact_rows,
-    tile_skip_mass,
-):  # fmt: skip
-    n, vocabulary = hidden.shape[0], weight.shape[0]
-    wide = {"dtype": torch.float32}
-    kept = m = hidden.new_empty(0)
-    if save:
-        from prism_fast.kernels import logprob
-
-        width = logprob.tile_width(hidden, rich=bias is not None or softcap is not None)
-        kept = logprob.keep_buffer(n, weight)
-        m = hidden.new_empty((-(-vocabulary // width), n))
-    statistics = n if save else 0
-    return (
-        hidden.new_empty(n, **wide),
-        hidden.new_empty(n if entropy else 0, **wide),
-        hidden.new_empty(statistics, **wide),
-        hidden.new_empty(statistics, **wide),
-        kept,
-        torch.empty_like(m, **wide),
-        torch.empty_like(m, **wide) if tile_skip_mass > 0.0 else hidden.new_empty(0, **wide),
-    )
+    The last five are empty unless saved, the tile sums also where nobody will skip tiles. What only backward looks at
+    is passed along for it.
+    """
+    rows = Rows(hidden, weight, bias, target, heat, softcap, entropy)
+    n = hidden.shape[0]
+    _, ignored, outside = softmax_rows.target_rows(target, weight.shape[0], ignore_index)
+    outside = counted(outside)
+    step = max(n, 1) if save else STATISTICS_ROWS
+    found = [rows.forward(slice(at, min(n, at + step)), save) for at in range(0, max(n, 1), step)]
+    logp, spread = softmax_rows.finish(_joined(found, "logp"), _joined(found, "entropy"), ignored, outside)
+    nothing = logp.new_empty(0)
+    spread = spread if entropy else nothing.clone()
+    if not save:
+        return logp, spread, *(nothing.clone() for _ in range(2)), hidden.new_empty(0), nothing.clone(), nothing
+    (whole,) = found
+    sums = whole.tile_sum if tile_skip_mass > 0.0 else nothing
+    return logp, spread, whole.row_max, whole.log_sum, whole.kept, whole.tile_max, sums
 
 
 def _run_backward(
@@ -229,12 +101,64 @@ def _run_backward(
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = backward(
-        logp_grad, entropy_grad, hidden, weight, bias, target, heat, logp, spread, row_max, log_sum, kept, tile_max,
-        tile_sum, weight_grad_out, softcap, ignore_index, compact_rows, tile_skip_mass,
-        (want_hidden, want_weight, want_bias),
-    )  # fmt: skip
-    return tuple(hidden.new_empty(0) if x is None else x for x in gradients)
+    """Gradients of hidden, weight and bias, [0] where not wanted. Uses up ``kept``; adds to ``weight_grad_out``."""
+    n, vocabulary = hidden.shape[0], weight.shape[0]
+    entropy = spread.shape[0] == n and entropy_grad is not None
+    _, ignored, outside = softmax_rows.target_rows(target, vocabulary, ignore_index)
+    g = softmax_rows.upstream(logp_grad, logp, ignored)
+    g = torch.where(outside & (g != 0.0), math.nan, g).contiguous()
+    h = softmax_rows.upstream(entropy_grad, logp, ignored).contiguous() if entropy else None
+    rows = Rows(hidden, weight, bias, target, heat, softcap, entropy, compact_rows, tile_skip_mass)
+    saved = kept is not None
+    step = max(n, 1) if saved else wave_rows(weight)
+    rows.prepare((want_hidden, want_weight, want_bias), weight_grad_out, waves=-(-n // step))
+    for at in range(0, n, step):
+        block = slice(at, min(n, at + step))
+        if saved:
+            found = _found(row_max, log_sum, logp, spread if entropy else logp, kept, tile_max, tile_sum, rows)
+        else:
+            found = rows.forward(block, keep=True)
+        rows.backward(block, found, g[block], None if h is None else h[block])
+        del found  # its buffer serves the next wave
+    found = rows.gradients(with_weight=weight_grad_out is None)
+    return tuple(hidden.new_empty(0) if x is None else x for x in found)
+
+
+def _joined(found: list[Scores], name: str) -> Tensor:
+    parts = [getattr(part, name) for part in found]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _found(row_max, log_sum, logp, spread, kept, tile_max, tile_sum, rows: Rows) -> Scores:
+    from prism_fast.kernels import logprob
+
+    width = logprob.tile_width(rows.hidden, rich=rows.bias is not None or rows.softcap is not None)
+    return logprob.Scores(row_max, log_sum, logp, spread, kept, tile_max, tile_sum, width)
+
+
+def _fake(
+    hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save, compact_rows,
+    tile_skip_mass,
+):  # fmt: skip
+    n, vocabulary = hidden.shape[0], weight.shape[0]
+    wide = {"dtype": torch.float32}
+    kept = m = hidden.new_empty(0)
+    if save:
+        from prism_fast.kernels import logprob
+
+        width = logprob.tile_width(hidden, rich=bias is not None or softcap is not None)
+        kept = logprob.keep_buffer(n, weight)
+        m = hidden.new_empty((-(-vocabulary // width), n))
+    statistics = n if save else 0
+    return (
+        hidden.new_empty(n, **wide),
+        hidden.new_empty(n if entropy else 0, **wide),
+        hidden.new_empty(statistics, **wide),
+        hidden.new_empty(statistics, **wide),
+        kept,
+        torch.empty_like(m, **wide),
+        torch.empty_like(m, **wide) if tile_skip_mass > 0.0 else hidden.new_empty(0, **wide),
+    )
 
 
 _backward_operator = torch.library.custom_op(
@@ -253,20 +177,27 @@ def _(logp_grad, entropy_grad, hidden, weight, bias, *rest):
     )
 
 
-def _setup(ctx, inputs, output) -> None:
+def _save(ctx, inputs, output) -> None:
     hidden, weight, bias, target, heat, weight_grad_out, softcap, _, ignore_index, _, compact_rows, skip = inputs
-    ctx.save_for_backward(hidden, weight, bias, target, heat, *output, weight_grad_out)
-    ctx.options = (softcap, ignore_index, compact_rows, skip)
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, target, heat, *output)
+    # Not saved: it is written to between forward and backward, by design.
+    ctx.weight_grad_out, ctx.options = weight_grad_out, (softcap, ignore_index, compact_rows, skip)
 
 
-def _autograd(ctx, logp_grad, entropy_grad, *_):
-    wants = ctx.needs_input_grad[:3]
-    *saved, kept, tile_max, tile_sum, into = ctx.saved_tensors
+def _gradients(ctx, traced: bool, logp_grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    wants, into = ctx.needs_input_grad[:3], ctx.weight_grad_out
+    *saved, kept, tile_max, tile_sum = ctx.saved_tensors
     kept = kept if kept.dim() == 2 else None  # an operator that changes nothing must not seem to
-    found = _backward_operator(logp_grad, entropy_grad, *saved, kept, tile_max, tile_sum, into, *ctx.options, *wants)
+    arguments = (logp_grad, entropy_grad, *saved, kept, tile_max, tile_sum, into, *ctx.options)
+    found = (_backward_operator if traced else _run_backward)(*arguments, *wants)
+    if (
+        kept is not None and not traced
+    ):  # the kernels wrote into it behind autograd's back: a second backward must notice
+        torch.autograd.graph.increment_version(kept)
     given = (wants[0], wants[1] and into is None, wants[2])
-    return *(x if there else None for x, there in zip(found, given, strict=True)), *[None] * 9
+    return tuple(x if there else None for x, there in zip(found, given, strict=True))
 
 
-_operator.register_autograd(_autograd, setup_context=_setup)
+_forms = TwoForms(
+    "prism_fast::linear_logprob", _run, fake=_fake, leading=3, results=2, save=_save, gradients=_gradients
+)

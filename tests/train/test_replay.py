@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prism_fast.rewards import AnswerChecker
+from prism_fast.rewards import AnswerChecker, Reward
 from prism_fast.rollout.hf import HFRollout
 from prism_fast.train.rollout_log import RolloutLog, RolloutLogError, RolloutReader, dump_path
 from tests.train.conftest import SMALL, run_small
+from tests.train.test_rlvr import by_letters
 
 
 def _metrics(folder: Path) -> list[dict]:
@@ -32,12 +33,11 @@ def both_stages(small_data, finished) -> list[str]:
 @pytest.fixture(scope="session")
 def recorded(both_stages, tmp_path_factory) -> Path:
     """A run that kept every step; now and then the answer checker ran out of time."""
-    folder, score, count = tmp_path_factory.mktemp("recorded") / "run", AnswerChecker.score, iter(range(10**6))
+    folder, count = tmp_path_factory.mktemp("recorded") / "run", iter(range(10**6))
 
     def sometimes_late(self, judged):
-        rewards = score(self, judged)
-        late = {"accuracy": 0.0, "score": 0.2, "decided_by": "timeout"}
-        return [type(r)(**{**vars(r), **late}) if next(count) % 5 == 0 else r for r in rewards]
+        late = Reward(0.2, 0.0, 1.0, "timeout")
+        return [late if next(count) % 5 == 0 else reward for reward in by_letters(self, judged)]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AnswerChecker, "score", sometimes_late)

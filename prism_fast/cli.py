@@ -111,7 +111,7 @@ def resume(
 
     config = load_config(str(existing_run(run_dir) / "config.yaml"))
     config.out = str(run_dir)  # the run may have been moved
-    _run(config, resume=True)
+    (_run if config.stages else _evaluate)(config, resume=True)
 
 
 @app.command()
@@ -142,10 +142,24 @@ def rlvr(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -
 def evaluate(recipe: Recipe, overrides: Overrides = None) -> None:
     """Held-out accuracy of model.policy=PATH."""
     from prism_fast.config import load_config
-    from prism_fast.train.pipeline import run_eval
 
-    folder, accuracy = run_eval(load_config(recipe, overrides or []), console)
-    _say(f"accuracy {accuracy:.4f}; items in {folder / 'evals' / 'eval.jsonl'}")
+    config = load_config(recipe, overrides or [])
+    config.stages = []  # so that `resume` of its folder evaluates
+    _evaluate(config, resume=False)
+
+
+def _evaluate(config: Config, *, resume: bool) -> None:
+    from prism_fast.train.context import run_folder
+    from prism_fast.train.pipeline import run_eval
+    from prism_fast.train.signals import Stopped
+
+    folder = run_folder(config)
+    try:
+        accuracy = run_eval(config, console, resume=resume)
+    except Stopped as stopped:
+        _say(f"stopped at {stopped}, what is answered is kept; go on with: prism-fast resume {folder}")
+    else:
+        _say(f"accuracy {accuracy:.4f}; items in {folder / 'evals' / 'eval.jsonl'}")
 
 
 @app.command()

@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import prism_fast
 from prism_fast.config import Config, ConfigError, dump_config
-from prism_fast.models.writing import whole_folder, write_whole
+from prism_fast.models.writing import clear_partial, whole_folder, write_whole
 from prism_fast.rewards import AnswerChecker, Judge
 from prism_fast.train.engine import NonFiniteError
 from prism_fast.train.metrics import MetricsWriter
@@ -132,6 +132,8 @@ def open_run(config: Config, console: Console, *, resume: bool = False) -> Itera
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(folder):
+        for part in (folder, folder / "export", folder / "evals"):
+            clear_partial(part)  # of a run that was killed while it wrote
         if not resume and any(folder.iterdir()):
             raise ConfigError(
                 f"the run directory {folder} is not empty; give another with out=PATH, or go on in it: "

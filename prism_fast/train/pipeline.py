@@ -254,10 +254,14 @@ def run_stages(config: Config, console: Console, *, resume: bool = False) -> Pat
     return run.folder
 
 
-def run_eval(config: Config, console: Console) -> tuple[Path, float]:
-    """Evaluate ``model.policy`` on ``data.eval``; returns the run directory and the accuracy."""
-    with open_run(config, console) as run:
+def run_eval(config: Config, console: Console, *, resume: bool = False) -> float:
+    """Evaluate ``model.policy`` on ``data.eval`` in the run directory ``config.out``; returns the accuracy.
+
+    Raises:
+        Stopped: SIGTERM or SIGINT asked to stop; ``resume=True`` goes on behind the last finished batch.
+    """
+    with open_run(config, console, resume=resume) as run:
         artifacts = _start(config, run)
         model, processor = _policy(run, artifacts, "eval")
         tasks = DataReader(run, "eval").read("eval", prepare_data(run).need("eval", "eval"), processor)
-        return run.folder, evaluate(run, model, processor, tasks, after="eval")
+        return evaluate(run, model, processor, tasks, after="eval")

@@ -65,17 +65,39 @@ def test_killed_and_stopped_in_several_stages_a_run_ends_the_same(finished, smal
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_killed_at_twenty_random_moments_a_run_ends_the_same(finished, small_run, tmp_path):
+    """Fifteen kills at random lines of the metrics, which lie in all stages, and five at random times after a start."""
     rng, folder = random.Random(5), tmp_path / "run"
+    lines = sorted(rng.randrange(1, len(_metrics(finished))) for _ in range(15))
+    moments: list[int | None] = [*lines, *[None] * 5]
+    rng.shuffle(moments)
+    targets = iter(lines)
     arguments = ["run", "digits", f"out={folder}", *small_run, "checkpoint_every=7"]
-    for _ in range(20):
+    for moment in moments:
         process = _start(arguments)
-        time.sleep(rng.uniform(4.0, 16.0))
+        if moment is None:
+            time.sleep(rng.uniform(0.0, 15.0))
+        else:
+            _wait_for_lines(folder, next(targets), process)
+            time.sleep(rng.uniform(0.0, 1.5))
         process.kill()
         shown, _ = process.communicate()
         assert process.returncode in (-signal.SIGKILL, 0), shown
         if (folder / "config.yaml").exists():
             arguments = ["resume", str(folder)]
+        else:
+            assert not folder.exists() or not list(folder.glob("[!.]*")), (
+                "a folder without a configuration holds nothing"
+            )
     process = _start(arguments)
     shown, _ = process.communicate(timeout=600)
     assert process.returncode == 0, shown
     _assert_equal(folder, finished)
+
+
+def _wait_for_lines(folder: Path, count: int, process: subprocess.Popen) -> None:
+    """Until the metrics have so many lines."""
+    path, deadline = folder / "metrics.jsonl", time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.02)

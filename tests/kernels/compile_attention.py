@@ -1,7 +1,7 @@
 """Runs the launch code of the attention kernels under a recording driver; one JSON line per kernel and architecture.
 
-A program for a process of its own: `python -m tests.kernels.compile_attention 80 90 100`. Every shipped tile at every
-head width that a model of ours has; `--bf16` leaves out float32.
+A program for a process of its own: `python -m tests.kernels.compile_attention 80 90 100` compiles every shipped tile at
+every head width that a model of ours has; `--small` only bfloat16 at 128.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from prism_fast.kernels.attention import attend, gradients
 from tests.ops.test_shared_prefix_attention import layout_of
 from tests.support.triton_aot import RecordingDriver
 
-WIDTHS = (64, 96, 128)
-
 
 def launch(width: int, dtype: torch.dtype, segments: list[tuple[int, int]]) -> None:
     layout = layout_of(segments)[:4]
@@ -26,11 +24,11 @@ def launch(width: int, dtype: torch.dtype, segments: list[tuple[int, int]]) -> N
     gradients(q, q, k, v, out, lse, *layout, 0.1)
 
 
-def main(archs: list[int], dtypes: tuple[torch.dtype, ...]) -> None:
+def main(archs: list[int], widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     for sm in archs:
         driver = RecordingDriver(sm)
         driver.install()
-        for width in WIDTHS:
+        for width in widths:
             for dtype in dtypes:
                 # Other lengths and numbers of segments, a multiple of 16 among them, must not compile anew.
                 launch(width, dtype, [(40, -1), (30, 0), (1, 0)])
@@ -44,5 +42,8 @@ def main(archs: list[int], dtypes: tuple[torch.dtype, ...]) -> None:
 
 
 if __name__ == "__main__":
-    chosen = (torch.bfloat16,) if "--bf16" in sys.argv else (torch.bfloat16, torch.float32)
-    main([int(a) for a in sys.argv[1:] if a != "--bf16"], chosen)
+    archs = [int(a) for a in sys.argv[1:] if a != "--small"]
+    if "--small" in sys.argv:
+        main(archs, (128,), (torch.bfloat16,))
+    else:
+        main(archs, (64, 96, 128), (torch.bfloat16, torch.float32))

@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from prism_fast.models.checkpoints import check_loading, read_model_type, without_load_report
+from prism_fast.models.logprob_head import LogProbHead
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
 from prism_fast.models.tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from prism_fast.models.vision_attention import use_batched_vision_attention
@@ -137,6 +138,7 @@ def build_tiny_policy(processor: Processor, size: TinyPolicy, seed: int) -> Qwen
         model = Qwen3VLForConditionalGeneration._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     use_linear_patch_embedding(model)
     use_batched_vision_attention(model)
+    LogProbHead.install(model)
     model.generation_config = GenerationConfig(
         eos_token_id=[processor.eos_id, processor.pad_id], pad_token_id=processor.pad_id, do_sample=True
     )
@@ -175,6 +177,7 @@ def load_policy(
     check_loading(folder, info)
     use_linear_patch_embedding(model)
     use_batched_vision_attention(model)
+    LogProbHead.install(model)
     return model.to(device)
 
 

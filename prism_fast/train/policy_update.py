@@ -14,7 +14,7 @@ from prism_fast.algorithms.presets import PolicyLossOptions
 from prism_fast.models.forward import collate, hidden_states, response_rows
 from prism_fast.models.processor import EncodedPrompt
 from prism_fast.rollout.protocol import Completion
-from prism_fast.train.engine import LocalEngine, refuse_non_finite
+from prism_fast.train.engine import LocalEngine, NonFiniteError, refuse_non_finite
 from prism_fast.train.microbatch import TokenBudget, by_tokens
 
 
@@ -30,7 +30,7 @@ class PolicyBatch:
 
 
 def token_logprobs(model, batch, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs of the continuation tokens of a batch.
+    """Log-probs of the continuation tokens of a batch, by the model's :class:`LogProbHead`: no other row reaches it.
 
     Returns:
         ``logp`` [N] float32 with gradient, and ``cu_seqlens`` [B+1] int32, the continuations' offsets.
@@ -38,7 +38,7 @@ def token_logprobs(model, batch, *, temperature: float) -> tuple[Tensor, Tensor]
     rows = response_rows(batch)
     hidden = hidden_states(model.model, batch)  # [B, S, H]
     hidden = hidden.flatten(0, 1).index_select(0, rows.index)  # [N, H]
-    result = ops.linear_logprob(hidden, model.lm_head.weight, rows.target, temperature=temperature)
+    result = model.lm_head(hidden, rows.target, temperature=temperature)
     return result.logp, rows.cu_seqlens
 
 
@@ -59,7 +59,8 @@ def update_policy(
     Rows with advantage exactly 0 have a gradient of exactly 0 and are not computed; they count in the denominator.
 
     Raises:
-        NonFiniteError: an advantage, a log-prob, the loss or the gradient is NaN or infinite; nothing was updated.
+        NonFiniteError: an advantage, a log-prob, the loss or the gradient is NaN or infinite, or a token lies outside
+            the vocabulary; nothing was updated.
         StepTooLargeError: the longest row alone does not fit into memory.
     """
     refuse_non_finite(engine.where, advantage=batch.advantage)
@@ -98,12 +99,23 @@ def update_policy(
                 denominator=denominator,
                 **options.kwargs(),
             )
-            engine.backward(loss, logp=logp)
+            try:
+                engine.backward(loss, logp=logp)
+            except NonFiniteError as error:
+                bad = ops.bad_values(device)
+                if not bad:
+                    raise
+                rows = model.lm_head.out_features
+                raise NonFiniteError(
+                    f"{error}: {bad} response tokens lie outside the {rows} rows of the output matrix; do tokenizer "
+                    f"and model belong together?"
+                ) from None
             loss_sum += float(loss.detach())
             gaps.append((logp.detach() - sampled).abs()[~old].float().cpu())
             ratios.append(stats)
         return loss_sum, gaps, ratios
 
+    ops.bad_values(device)  # what anybody met before is not of this step
     loss_sum, gaps, ratios = budget.run(accumulate, discard=engine.discard, longest=max(total, default=1))
     active = sum(contributes)
     gap = torch.cat(gaps) if gaps else torch.empty(0)
@@ -114,6 +126,7 @@ def update_policy(
         "policy/lr": engine.lr() if active else None,
         "policy/grad_norm": engine.step() if active else None,
         "policy/token_budget": budget.change(),
+        "policy/bad_values": ops.bad_values(device),
         "rollout/logprob_gap_mean": float(gap.mean()) if len(gap) else None,
         "rollout/logprob_gap_max": float(gap.max()) if len(gap) else None,
         **(_ratio_metrics(ratios) if any(stale[i] and contributes[i] for i in range(len(stale))) else {}),

@@ -14,6 +14,7 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancin
 from prism_fast.models.discriminator import (
     HEAD_KEY,
     build_discriminator,
+    expert_choices,
     load_balance_loss,
     load_discriminator,
     released_last_index,
@@ -260,6 +261,21 @@ def test_load_balance_is_joint_over_layers_and_has_a_gradient(generator):
     logits = torch.randn(50, 4, generator=generator, dtype=torch.float64).requires_grad_()
     load_balance_loss((logits,), 4, 2).backward()
     assert logits.grad.abs().max() > 1e-4
+
+
+def test_load_balance_of_micro_batches_adds_up_with_the_choices_of_the_whole(generator):
+    logits = [torch.randn(40, 4, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    mask = torch.rand(40, generator=generator) > 0.3
+    whole = load_balance_loss(tuple(logits), 4, 2, mask)
+    gradients = torch.autograd.grad(whole, logits)
+    parts = [slice(0, 7), slice(7, 31), slice(31, 40)]
+    choices = sum(expert_choices(tuple(x[part] for x in logits), 4, 2, mask[part]) for part in parts)
+    assert choices.sum() == 2 * 2 * mask.sum(), "two choices per token and layer"
+    cut = sum(load_balance_loss(tuple(x[p] for x in logits), 4, 2, mask[p], choices=choices) for p in parts)
+    torch.testing.assert_close(cut, whole, rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(cut, logits), gradients, rtol=1e-12, atol=1e-16)
+    alone = sum(load_balance_loss(tuple(x[p] for x in logits), 4, 2, mask[p]) for p in parts) / 3
+    assert abs(alone.item() - whole.item()) > 1e-3, "means of its own would make another loss of each micro-batch"
 
 
 def test_double_softmax_flattens_the_probabilities_but_not_the_choice(generator):

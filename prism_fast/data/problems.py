@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+_MAX_SHOWN = 600  # characters of what is wrong; a value can be a megabyte long
 _CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|image_pad|video_pad)\|>")
 
 
@@ -43,7 +44,7 @@ class Place:
     def error(self, field: str, wrong: str, cure: str, *, kind: type[DataError] = DataError) -> DataError:
         where = f"{self.file}, {self.row}" if self.row else str(self.file)
         about = f" field '{field}':" if field else ""
-        return kind(f"{where}:{about} {' '.join(wrong.split())}. {cure}.")  # libraries' messages span lines
+        return kind(_shown(f"{where}:{about} {' '.join(wrong.split())[:_MAX_SHOWN]}. {cure}."))
 
     def text(self, value: object, field: str, *, empty: bool = False) -> str:
         """``value`` if it is a (non-empty, unless ``empty``) string that can be tokenised as plain text.
@@ -52,7 +53,7 @@ class Place:
         """
         if not isinstance(value, str):
             raise self.error(field, f"is {_kind(value)}, wanted a string", "Write the value as text")
-        if not empty and not value.strip():
+        if not empty and not any(character.isprintable() and not character.isspace() for character in value):
             raise self.error(field, "is empty", "Fill it in or leave the row out")
         control = _CONTROL.search(value)
         if control:
@@ -74,6 +75,11 @@ class Place:
         if not isinstance(value, dict):
             raise self.error(field, f"is {_kind(value)}, wanted an object with named fields", "Write {name: value, …}")
         return value
+
+
+def _shown(message: str) -> str:
+    """``message`` for a terminal: values of a file may hold control characters that would steer it."""
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in message)
 
 
 def _kind(value: object) -> str:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 from prism_fast.data.images import DEFAULT_MAX_IMAGE_PIXELS, image_source, load_image
-from prism_fast.data.messages import plain_text, prompt_messages, read_turns
+from prism_fast.data.messages import IMAGE_MARKER, VIDEO_MARKER, plain_text, prompt_messages, read_turns
 from prism_fast.data.parquet import TEACHER_COLUMNS, EncodedImages, TaskFile
 from prism_fast.data.problems import DataError, Place
-from prism_fast.data.samples import Demonstration, Pair, Task
+from prism_fast.data.samples import MAX_TRUTH_CHARS, Demonstration, Pair, Task
 
 PUBLISHED_SYSTEM_PROMPT = """You are a helpful scientific assistant.
 Answer the user's question based on the image provided.
@@ -166,6 +166,8 @@ def read_sharegpt(
         if not turns or turns[-1]["role"] != "assistant":
             raise place.error(name, "the last turn is not the assistant's", "A demonstration ends with its response")
         response = place.text(turns.pop()["content"], f"{name}[{len(turns)}]")
+        if IMAGE_MARKER in response or VIDEO_MARKER in response:
+            raise place.error(f"{name}[{len(turns)}]", "a response holds an image marker", "Move it to a user turn")
         if record.get("system"):
             if turns and turns[0]["role"] == "system":
                 raise place.error("system", "is given here and as the first turn", "Keep one")
@@ -259,7 +261,7 @@ def _parse_task(
         uid=uid,
         messages=messages,
         data_source=source,
-        ground_truth=place.text(reward.get("ground_truth"), "reward_model.ground_truth"),
+        ground_truth=_truth(reward.get("ground_truth"), place, "reward_model.ground_truth"),
         equivalent_answers=_equivalents(reward.get("equivalent_answers"), place),
         question=named["question"] or plain_text(messages[-1]["content"]),
         kind=named["kind"],
@@ -277,13 +279,21 @@ def _parse_task(
     return uid, build
 
 
+def _truth(value: Any, place: Place, field: str) -> str:
+    text = place.text(value, field)
+    if len(text) > MAX_TRUTH_CHARS:
+        wrong = f"has {len(text)} characters; answers are compared up to {MAX_TRUTH_CHARS}"
+        raise place.error(field, wrong, "Give the final answer only")
+    return text
+
+
 def _equivalents(value: Any, place: Place) -> tuple[str, ...]:
     """Other accepted answers; null, an empty list and the published placeholder alone mean none. A placeholder among
     real ones stays: the published rules discard them all then, the default does not."""
     if value is None:
         return ()
     field = "reward_model.equivalent_answers"
-    texts = [place.text(item, f"{field}[{n}]") for n, item in enumerate(place.listing(value, field))]
+    texts = [_truth(item, place, f"{field}[{n}]") for n, item in enumerate(place.listing(value, field))]
     return () if set(texts) <= {NO_EQUIVALENTS} else tuple(texts)
 
 

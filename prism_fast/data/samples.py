@@ -12,6 +12,9 @@ from typing import Any
 
 from PIL.Image import Image
 
+MAX_TRUTH_CHARS = 4096
+"""Longest ground truth or equivalent answer: comparing answers takes more than linear time."""
+
 
 @dataclass(frozen=True)
 class Demonstration:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prism_fast.data.grammar import split_text
+from prism_fast.data.samples import MAX_TRUTH_CHARS
 from prism_fast.rewards.compare import compare
 from prism_fast.rewards.judge import Judge, JudgeQuestion
 from prism_fast.rewards.pool import WorkerPool
@@ -153,6 +154,10 @@ class AnswerChecker:
         gold, equivalents = response.ground_truth, response.equivalent_answers
         if not gold.strip():
             raise ValueError(f"response {index}: the ground truth is empty (data_source {response.data_source!r})")
+        if (longest := max(map(len, (gold, *equivalents)))) > MAX_TRUTH_CHARS:  # comparing is not linear in it
+            raise ValueError(
+                f"response {index}: an accepted answer has {longest} characters, more than {MAX_TRUTH_CHARS}"
+            )
         judge = judge_published if self.semantics == "released" else _judge
         return _Plan(route, *judge(route, response.text, gold, equivalents, self.max_answer_chars))
 

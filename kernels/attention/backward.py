@@ -26,11 +26,11 @@ def absorb_keys(
         column = at + tl.arange(0, KEYS)
         k = load_rows(k_ptr, column, stop, k_stride, D, BLOCK_D)
         v = load_rows(v_ptr, column, stop, v_stride, D, BLOCK_D)
-        p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale - lse[:, None])
+        s = tl.dot(q, k.T, input_precision=PRECISION) * scale - lse[:, None]
         seen = (column < stop)[None, :]
         if CAUSAL:
             seen = seen & (column[None, :] <= row[:, None])
-        p = tl.where(seen, p, 0.0)
+        p = tl.exp2(tl.where(seen, s, float("-inf")))
         ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
@@ -89,11 +89,11 @@ def absorb_queries(
     do = load_rows(do_ptr, row, stop, do_row, D, BLOCK_D)
     lse = tl.load(lse_ptr + row.to(tl.int64) * HEADS, inside, other=0.0) * 1.4426950408889634
     delta = tl.load(delta_ptr + row.to(tl.int64) * HEADS, inside, other=0.0)
-    p = tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * scale - lse[None, :])  # [keys, queries]
+    s = tl.dot(k, q.T, input_precision=PRECISION) * scale - lse[None, :]  # [keys, queries]
     seen = inside[None, :]
     if CAUSAL:
         seen = seen & (column[:, None] <= row[None, :])
-    p = tl.where(seen, p, 0.0)
+    p = tl.exp2(tl.where(seen, s, float("-inf")))
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     ds = p * (tl.dot(v, do.T, input_precision=PRECISION) - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)

@@ -12,6 +12,7 @@ from tests.ops.test_shared_prefix_attention import layout_of
 SEGMENTS = [(37, -1), (50, 0), (1, 0), (20, 0), (45, -1), (33, 4), (0, 4), (9, -1)]
 
 
+@pytest.mark.long  # loading FlexAttention takes seconds
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("backend", ["reference", "stock"])
 def test_equals_flex_attention(backend, generator):

@@ -173,3 +173,24 @@ def test_overlong_shaping_makes_groups_of_equal_answers_differ():
 def test_settings_without_meaning_are_refused_by_name(overrides, key):
     with pytest.raises(ConfigError, match=key):
         load_config("digits", overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "tokens", "weight_decay", "warmup_steps"),
+    [
+        ("rlvr_grpo", "grpo", 10240, 0.01, 0),
+        ("rlvr_dapo", "dapo", 10240, 0.1, 10),
+        ("rlvr_gspo", "gspo", 20480, 0.1, 75),
+    ],
+)
+def test_recipes_hold_the_published_settings(name, loss, tokens, weight_decay, warmup_steps):
+    config = load_config(name)
+    stage = config.rlvr
+    assert (stage.loss, stage.prompts, stage.rollout.n, stage.steps) == (loss, 32, 16, 1500)
+    assert (stage.rollout.max_new_tokens, stage.tokens_per_micro_batch, stage.updates_per_step) == (8192, tokens, 1)
+    assert (stage.optimizer.lr, stage.optimizer.weight_decay) == (1e-6, weight_decay)
+    assert stage.optimizer.warmup_steps == warmup_steps and config.stages == ["rlvr"]
+    assert stage.dynamic_sampling.enabled == (loss == "dapo") and stage.overlong_factor == 1.0
+    assert stage.overlong_buffer == (4096 if loss == "dapo" else 0)
+    # 96 prompts at once at most, 10 times
+    assert stage.dynamic_sampling.max_oversampling * stage.prompts == 96 and stage.dynamic_sampling.max_rounds == 10

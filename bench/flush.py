@@ -1,33 +1,15 @@
-"""Writes one section's result of gpu_suite.sh as JSON and prints its line of the summary."""
+"""Writes one section's result of gpu_suite.sh as JSON, and prints its lines of the summary."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
+import re
 import time
 from pathlib import Path
 
-import torch
-
-
-def machine() -> dict:
-    """What the numbers belong to: card, versions, commit."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    found = {
-        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "commit": done.stdout.strip() or None,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    try:
-        import triton
-    except ImportError:
-        return found | {"triton": None}
-    return found | {"triton": triton.__version__}
+from ops.machine import machine
+from ops.short import short
 
 
 def main() -> None:
@@ -50,8 +32,14 @@ def main() -> None:
         "machine": machine(),
         "data": json.loads(a.data.read_text()) if a.data.is_file() else None,
     }
-    a.out.write_text(json.dumps(result, indent=1) + "\n")
+    text = json.dumps(result, indent=1) + "\n"
+    a.out.write_text(text)
+    if result["machine"]["card"] and result["data"]:  # measured on a card: this is what gets committed
+        card = re.sub(r"[^a-z0-9]+", "_", result["machine"]["card"].lower())
+        (a.out.parent / f"record-{a.section}-{card}-{result['machine']['date']}.json").write_text(text)
     print(f"{a.section:<8} {status:<7} {result['seconds']:>6} s of {a.cap:.0f} s   {a.out.name}")
+    if a.section == "ops" and result["data"]:
+        print(*(f"  {line}" for line in short(result["data"]["rows"])), sep="\n")
 
 
 if __name__ == "__main__":

@@ -142,7 +142,10 @@ def measure(
         for mode in MODES:
             row = Row(op.name, name, mode, "x".join(map(str, shape)), str(dtype).removeprefix("torch."), **fields[name])
             if row.status == "ok":
-                _fill(row, [spent[mode] for spent in times[name]], op, op.work(shape, dtype, mode), ceiling)
+                spent, eager = ([turn[mode] for turn in times.get(who, ())] for who in (name, "eager"))
+                _fill(row, spent, op, op.work(shape, dtype, mode), ceiling)
+                if eager:
+                    row.of_eager = statistics.median(a / b for a, b in zip(spent, eager, strict=True))
             rows.append(row)
     return rows
 

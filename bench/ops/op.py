@@ -77,6 +77,9 @@ class Row:
     ms_p50: float | None = None
     ms_p80: float | None = None
     runs: int = 0
+    of_eager: float | None = (
+        None  # median over the rounds of this time / eager's in the same round: outlives a busy machine
+    )
     rate: float | None = None
     unit: str = ""
     ceiling_percent: float | None = None

@@ -71,6 +71,7 @@ def test_every_provider_has_a_row_in_every_mode_and_a_status(name):
         assert (row.ms_p50 is not None) == (row.status == "ok") and bool(row.note) == (row.status != "ok")
         if row.status == "ok":
             assert 0 < row.ms_p20 <= row.ms_p50 <= row.ms_p80 and row.runs >= 3 and row.rate > 0
+            assert row.of_eager > 0 and (row.provider != "eager" or row.of_eager == 1)
             assert 0 <= row.error <= LIMITS[torch.float32] and set(row.errors) >= {f"d_{x}" for x in op.leaves}
     reference = {status for p, status in statuses.items() if p.startswith("prism_fast reference")}
     assert statuses["eager"] == "ok" and reference == {"ok"}
@@ -163,6 +164,7 @@ def test_inputs_are_no_zeros_and_spread():
         assert all(torch.equal(x[name], again[name]) for name in x), op.name
 
 
+@pytest.mark.long
 def test_memory_of_a_process():
     from prism_fast.bench.ops.memory import peak_on_cpu
 

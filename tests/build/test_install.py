@@ -20,7 +20,7 @@ def tree(tmp_path_factory) -> Path:
     """A copy of what is needed to build, without anything built."""
     copy = tmp_path_factory.mktemp("tree")
     skip = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
-    for name in ("csrc", "kernels", "prism_fast"):
+    for name in ("bench", "csrc", "kernels", "prism_fast"):
         shutil.copytree(ROOT / name, copy / name, ignore=skip)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "constraints.txt"):
         shutil.copy(ROOT / name, copy)
@@ -42,16 +42,17 @@ USE = """
 import torch, prism_fast
 from prism_fast import ops
 from prism_fast.ops import native
-import prism_fast.kernels.gemm, prism_fast.kernels.logprob
+import prism_fast.kernels.gemm, prism_fast.kernels.logprob, prism_fast.bench.ops.suite
 a = ops.group_advantage(torch.tensor([[1.0], [3.0]]), torch.tensor([1, 1]), weights=[1.0])
-print(prism_fast.__file__, prism_fast.kernels.gemm.__file__, sep="\\n")
+print(prism_fast.__file__, prism_fast.kernels.gemm.__file__, prism_fast.bench.ops.suite.__file__, sep="\\n")
 print(native.available(), native.has_cuda(), a.sum().item(), sep="\\n")
 print(native.why_not())
 """
 
 
 def test_bare_checkout_works_and_says_what_is_missing(tree):
-    package, gemm, available, cuda, total, why = python(USE, tree).splitlines()
+    package, gemm, suite, available, cuda, total, why = python(USE, tree).splitlines()
+    assert Path(suite) == tree / "bench" / "ops" / "suite.py"
     assert Path(package).is_relative_to(tree) and Path(gemm) == tree / "kernels" / "gemm" / "__init__.py"
     assert (available, cuda, float(total)) == ("False", "False", 0.0)
     assert "prism_fast._C" in why and "build_ext --inplace" in why
@@ -72,7 +73,8 @@ def installed(tree, tmp_path_factory) -> Path:
 
 @needs_compiler
 def test_wheel_without_cuda_serves_the_cpu(installed, tmp_path):
-    package, gemm, available, cuda, total, why = python(USE, tmp_path, PYTHONPATH=str(installed)).splitlines()
+    package, gemm, suite, available, cuda, total, why = python(USE, tmp_path, PYTHONPATH=str(installed)).splitlines()
+    assert Path(suite) == installed / "prism_fast" / "bench" / "ops" / "suite.py"
     assert Path(package).is_relative_to(installed)
     assert Path(gemm) == installed / "prism_fast" / "kernels" / "gemm" / "__init__.py"
     assert (available, cuda, float(total)) == ("True", "False", 0.0)

@@ -27,7 +27,7 @@ def test_it_parses():
 def test_sections_and_caps():
     done = suite("--list")
     caps = {name: int(seconds) for name, seconds in map(str.split, done.stdout.splitlines())}
-    assert list(caps) == ["build", "tests", "gemm", "digits"]
+    assert list(caps) == ["build", "tests", "ops", "gemm", "digits"]
     assert caps["digits"] <= 120 and sum(caps.values()) < 9 * 60 - 30  # the rest is start-up and killing what is cut
 
 
@@ -43,7 +43,9 @@ def test_a_failing_section_fails_the_suite_and_is_flushed(tmp_path):
     result = json.loads((tmp_path / "gemm.json").read_text())
     assert result["status"] == "failed" and result["exit_code"] == 2 and result["data"] is None
     assert result["machine"]["torch"] and "no-such-option" in (tmp_path / "suite.log").read_text()
-    assert done.stdout.rstrip().endswith((ROOT / "bench" / "UNMEASURED.md").read_text().rstrip())
+    assert (ROOT / "bench" / "UNMEASURED.md").read_text() in done.stdout
+    assert done.stdout.rstrip().splitlines()[-1].split()[:2] == ["gemm", "failed"]  # the short table stands last
+    assert not list(tmp_path.glob("record-*"))
 
 
 def test_status_of_a_section_that_ran_out_of_time(tmp_path):
@@ -53,6 +55,29 @@ def test_status_of_a_section_that_ran_out_of_time(tmp_path):
     subprocess.run([*command, "--started", "0", "--data", str(data), "--out", str(out)], check=True)
     result = json.loads(out.read_text())
     assert result["status"] == "cut" and result["data"] == {"rows": [1]}
+
+
+def test_the_op_section_runs_without_a_gpu_and_its_table_stands_last(tmp_path):
+    arguments = "--op pairwise --provider eager --provider prism_fast"
+    done = suite("--cpu", "--only", "ops", OUT=str(tmp_path), BENCH_OPS_ARGS=arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "ops.json").read_text())
+    assert result["status"] == "ok" and {row["op"] for row in result["data"]["rows"]} == {"pairwise_loss"}
+    section, line = done.stdout.rstrip().splitlines()[-2:]
+    assert section.split()[:2] == ["ops", "ok"] and line.split()[0] == "pairwise_loss" and " x eager " in line
+
+
+def test_what_was_measured_on_a_card_is_kept_as_a_record(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import flush
+
+    monkeypatch.setattr(flush, "machine", lambda: {"card": "NVIDIA H200", "date": "2030-01-02"})
+    (tmp_path / "data.json").write_text('{"rows": []}')
+    out, data = tmp_path / "gemm.json", tmp_path / "data.json"
+    command = ["flush", "--section", "gemm", "--exit-code", "0", "--cap", "5", "--started", "0"]
+    monkeypatch.setattr(sys, "argv", [*command, "--data", str(data), "--out", str(out)])
+    flush.main()
+    assert (tmp_path / "record-gemm-nvidia_h200-2030-01-02.json").read_text() == out.read_text()
 
 
 def test_product_probe_computes_the_right_thing_on_cpu(tmp_path):
@@ -73,5 +98,5 @@ def test_product_probe_computes_the_right_thing_on_cpu(tmp_path):
 def test_unmeasured_names_every_section():
     text = (ROOT / "bench" / "UNMEASURED.md").read_text()
     measured = {p.name.split("-")[1] for p in (ROOT / "bench" / "results").glob("record-*.json")}
-    for section in {"tests", "gemm", "digits"} - measured:
+    for section in {"tests", "ops", "gemm", "digits"} - measured:
         assert f"--only {section}" in text, section

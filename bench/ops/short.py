@@ -1,0 +1,25 @@
+"""The few lines of a result that one looks at first. Needs the rows as they stand in the file, and nothing else."""
+
+from __future__ import annotations
+
+
+def short(rows: list[dict]) -> list[str]:
+    """Per op and shape: our fastest forward and backward together, the fastest other, and who did not run."""
+    lines = []
+    for key in dict.fromkeys((row["op"], row["shape"], row["dtype"]) for row in rows):
+        full = [row for row in rows if (row["op"], row["shape"], row["dtype"]) == key and row["mode"] == "full"]
+        ok = sorted((row for row in full if row["status"] == "ok"), key=lambda row: row["ms_p50"])
+        ours = next((row for row in ok if row["provider"].startswith("prism_fast")), None)
+        other = next((row for row in ok if not row["provider"].startswith("prism_fast")), None)
+        text = f"{' '.join(key):<66}"
+        text += f" {_line(ours)}" if ours else "  none of ours"
+        if ours and other:
+            text += f"   {other['ms_p50'] / ours['ms_p50']:5.2f} x {_line(other)}"
+        missing = [f"{row['provider']} {row['status']}" for row in full if row["status"] != "ok"]
+        lines.append(text + (f"   ({', '.join(missing)})" if missing else ""))
+    return lines
+
+
+def _line(row: dict) -> str:
+    peak = f" {row['peak_mib']:.0f} MiB" if row["peak_mib"] is not None else ""
+    return f"{row['provider']} {row['ms_p50']:.3f} ms{peak}"

@@ -283,10 +283,12 @@ class _Planner:
     def _rlvr(self) -> StagePlan:
         rlvr = self.config.rlvr
         response, rows = rlvr.rollout.max_new_tokens, rlvr.prompts * rlvr.rollout.n
+        dynamic = rlvr.dynamic_sampling
+        round_of = int(dynamic.max_oversampling * rlvr.prompts) if dynamic.enabled else rlvr.prompts
         held = self._held("policy", self.policy)
         policy = self._policy_update(rows, rlvr.prompts, response, rlvr.tokens_per_micro_batch)
         phases = (
-            Phase("rollout", (*held, *self._generation(rows, response))),
+            Phase("rollout", (*held, *self._generation(round_of * rlvr.rollout.n, response))),
             Phase("policy update", (*held, *policy)),
             *self._eval(),
         )

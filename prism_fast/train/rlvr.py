@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prism_fast.algorithms.advantages import outcome_advantage
 from prism_fast.algorithms.presets import policy_options, reward_normalization
+from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import RlvrConfig
 from prism_fast.data.order import SampleOrder
 from prism_fast.data.samples import Task
@@ -34,7 +35,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
     """Run the stage; returns the folder of the exported policy."""
     config = run.config.rlvr
     options = policy_options(config.loss, max_response=config.rollout.max_new_tokens)
-    singleton = "identity" if run.config.semantics == "released" else "zero"
+    singleton = SEMANTICS[run.config.semantics].singleton
     engine = LocalEngine(policy, config.optimizer)
     order = SampleOrder(len(tasks), seed=derive_seed(run.config.seed, "rlvr", "order"))
     sampler = GroupSampler(RolloutSource(run, "rlvr", policy, processor, tasks, config.rollout), order, config)

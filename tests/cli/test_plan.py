@@ -107,6 +107,12 @@ def test_cache_of_a_rollout_is_a_real_cache(policy, config, dtype):
     assert growth == tensors[0].numel() * tensors[0].element_size()
 
 
+def test_dynamic_sampling_may_generate_a_multiple_at_once(config):
+    one = part(make_plan(config), "rlvr", "rollout", "KV cache")
+    config.rlvr.dynamic_sampling = replace(config.rlvr.dynamic_sampling, enabled=True, max_oversampling=2.5)
+    assert part(make_plan(config), "rlvr", "rollout", "KV cache") == 2.5 * one
+
+
 @pytest.mark.parametrize("lengths", [(7, 11), (18,)])
 def test_discriminator_tokens_are_those_of_distinct_spans(prompt, lengths):
     n, ids = 5, iter(range(10_000))

@@ -221,7 +221,9 @@ def _read_metrics(
         if record["stage"] == "eval":
             evals[str(record.get("after"))] = record
             continue
-        if record["stage"] == "data":  # what reading left out before a stage
+        if record["stage"] == "data":  # not a stage but what reading left out before one
+            if (note := _left_out(record)) is not None and note not in problems:
+                problems.append(note)
             continue
         if record["stage"] == "stage":  # not a stage but the note that one has ended
             finished[str(record.get("name"))] = float(record["time/seconds"])
@@ -240,6 +242,18 @@ def _read_metrics(
             f"{repeated} lines of metrics.jsonl repeat a step (a resumed run does that); the later line counts."
         )
     return {stage: [by_step[step] for step in sorted(by_step)] for stage, by_step in merged.items()}, evals, finished
+
+
+def _left_out(record: dict[str, Any]) -> str | None:
+    """A sentence about the samples that a run skipped, None if it used them all."""
+    reasons = {
+        key.removeprefix("data/skipped_"): n for key, n in record.items() if key.startswith("data/skipped_") and n
+    }
+    if not reasons:
+        return None
+    shown = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+    total = record["data/kept"] + sum(reasons.values())
+    return f"{sum(reasons.values())} of {total} samples of data.{record['name']} were left out ({shown})."
 
 
 def _read_eval(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]], bool]:

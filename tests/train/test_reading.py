@@ -19,6 +19,7 @@ from prism_fast.data.problems import DataError
 from prism_fast.data.screen import screen
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
+from prism_fast.report.rundir import read_run
 from prism_fast.rewards import known_sources
 from prism_fast.train.pipeline import run_stages
 from prism_fast.train.reading import DataReader, open_samples
@@ -183,4 +184,7 @@ def test_a_run_with_bad_rows(small_data, files, tmp_path):
         ("eval", 3, 2),
     ]
     assert lines[5]["eval/items"] == 3
+    notes = [problem for problem in read_run(folder).problems if "left out" in problem]
+    assert len(notes) == 3 and "3 of 6 samples of data.sft were left out (1 bad, 2 image)." in notes
+    assert list(read_run(folder).steps) == ["sft"]  # the counts are no stage
     assert {f"eval/{kind}" for kind in ("timeouts", "worker_deaths", "judge_errors")} <= lines[5].keys()

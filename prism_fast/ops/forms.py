@@ -56,9 +56,10 @@ class TwoForms:
         self.operator.register_autograd(traced_backward, setup_context=keep)
 
         def eager_backward(ctx, *upstream):
-            if all(g is None for g in upstream):
-                return *nothing, None, None
-            return *gradients(ctx, False, *upstream), None, None
+            for g in upstream:
+                if g is not None:
+                    return *gradients(ctx, False, *upstream), None, None
+            return *nothing, None, None
 
         # It refuses to be differentiated again; its bookkeeping is wasted on the usual backward, which cannot be.
         refusing_backward = once_differentiable(eager_backward)
@@ -92,8 +93,10 @@ class TwoForms:
         if not plain(first[0]):
             outputs = self.operator(*arguments)
             return *outputs[: self.results], *(x.detach() for x in outputs[self.results :])
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in first):
-            return self._eager(arguments)
+        if torch.is_grad_enabled():
+            for x in first:
+                if x is not None and x.requires_grad:
+                    return self._eager(arguments)
         return self.run(*arguments)
 
 

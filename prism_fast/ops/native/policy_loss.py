@@ -162,16 +162,20 @@ def _plan(
 
 def _save(ctx, inputs, output) -> None:
     _, stats, slopes = output
-    ctx.save_for_backward(slopes, stats)
+    if slopes.is_cuda:
+        ctx.save_for_backward(slopes, stats)
+    else:  # the twin has divided already, its last factor is 1
+        ctx.save_for_backward(slopes)
 
 
 def _gradients(ctx, traced: bool, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of logp and entropy."""
-    slopes, stats = ctx.saved_tensors
+    slopes, *stats = ctx.saved_tensors
+    factor = (stats[0], STATS) if stats else ()
     if slopes.dim() == 1:
-        return calls.scaled(slopes, upstream, traced, stats, STATS), None
+        return calls.scaled(slopes, upstream, traced, *factor), None
     # Two halves of one tensor never pass as gradients uncopied: whoever accumulates into one would change what is kept.
-    gradient = calls.scaled(slopes, upstream, traced, stats, STATS, copy=True)
+    gradient = calls.scaled(slopes, upstream, traced, *factor, copy=True)
     of_logp, of_entropy = ctx.needs_input_grad[:2]
     return gradient[0] if of_logp else None, gradient[1] if of_entropy else None
 

@@ -75,9 +75,7 @@ def kv_bytes_per_token(text: PreTrainedConfig, dtype: torch.dtype) -> int:
     return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
 
 
-def language_activation_bytes(
-    text: PreTrainedConfig, tokens: int, dtype: torch.dtype, *, sparse: bool = False
-) -> int:
+def language_activation_bytes(text: PreTrainedConfig, tokens: int, dtype: torch.dtype, *, sparse: bool = False) -> int:
     """Bytes that autograd keeps for a backward pass of the text trunk over ``tokens`` padded tokens.
 
     Per layer: two norms (their input widened to float32, the normalised rows, the inverse deviation), the inputs of

@@ -10,7 +10,7 @@ from .reference.moe_experts import moe_experts as reference
 from .results import Routing
 
 OP = "moe_experts"
-BACKENDS = ("reference", "stock")
+BACKENDS = ("reference", "stock", "triton")
 
 
 def moe_experts(
@@ -31,8 +31,8 @@ def moe_experts(
         down: [E, H, I], dtype of ``hidden``.
         routing: of ``route_experts`` or ``plan_experts`` over the same T tokens and E experts.
         recompute: keep only the inputs for backward and form the products again.
-        backend: None, "reference" or "stock" (a loop of PyTorch's products with its backward written out; the default
-            on the CPU).
+        backend: None, "reference", "triton" (the default on CUDA) or "stock" (a loop of PyTorch's products with its
+            backward written out, the default on the CPU).
 
     Returns:
         [T, H] in the dtype of ``hidden``; differentiable in hidden, gate_up, down and routing.weights. Products run in
@@ -40,6 +40,8 @@ def moe_experts(
 
     Raises:
         ValueError: wrong shape, dtype or device.
+        NotImplementedError: float64 on ``triton``, or a card older than its tiles.
+        RuntimeError: the backend is missing on this machine.
 
     Source: Qwen3-VL-MoE experts in transformers.
     """
@@ -57,8 +59,11 @@ def moe_experts(
     checks.tensor(OP, "routing.experts", routing.experts, shape=(tokens, None), dtypes=checks.INTEGERS, like=hidden)
     checks.tensor(OP, "routing.weights", routing.weights, shape=tuple(routing.experts.shape), like=hidden)
     checks.tensor(OP, "routing.offsets", routing.offsets, shape=(experts + 1,), dtypes=checks.INTEGERS, like=hidden)
-    if choose(OP, BACKENDS, backend, hidden) == "stock":
-        from .stock.moe_experts import run
-
-        return run(hidden, gate_up, down, routing, recompute=recompute)
-    return reference(hidden, gate_up, down, routing, recompute=recompute)
+    match choose(OP, BACKENDS, backend, hidden):
+        case "stock":
+            from .stock.moe_experts import run
+        case "triton":
+            from .triton.moe_experts import run
+        case _:
+            run = reference
+    return run(hidden, gate_up, down, routing, recompute=recompute)

@@ -12,6 +12,7 @@ import sys
 
 import torch
 
+from prism_fast.kernels import moe
 from prism_fast.kernels.gemm import TILES, matmul, sparse
 from prism_fast.kernels.logprob import TILES as SCORE_TILES
 from prism_fast.kernels.logprob import combine_partials, gradient_, scores
@@ -59,6 +60,31 @@ def launch_sparse(shipped: bool) -> None:
             sparse.product_of_columns(weight.float(), dz, hidden, order, count, lists, accumulate=True)
 
 
+def launch_experts(sm: int, shipped: bool) -> None:
+    """Every product of the experts at the tiles of the card, with weights in either orientation."""
+    tokens, hidden, inner, experts, top_k = 300, 256, 512, 4, 2
+    slots = tokens * top_k
+    permutation, offsets = torch.zeros(slots, dtype=torch.int64), torch.zeros(experts + 1, dtype=torch.int32)
+    weights, plan = torch.zeros(tokens, top_k), (permutation, offsets)
+    for dtype in (torch.bfloat16, torch.float32) if shipped else (torch.bfloat16,):
+        tiles = moe.TILES[sm, dtype.itemsize]
+        zeros = lambda *shape, dtype=dtype: torch.zeros(shape, dtype=dtype)  # noqa: E731
+        x, pre, act = zeros(tokens, hidden), zeros(slots, 2 * inner), zeros(slots, inner)
+        for hub in (False, True) if shipped else (False,):
+            gate_up, down = zeros(experts, 2 * inner, hidden), zeros(experts, hidden, inner)
+            if hub:
+                gate_up, down = (w.transpose(1, 2).contiguous().transpose(1, 2) for w in (gate_up, down))
+            for outputs in ((pre, act), (None, act), (pre, None)) if shipped else ((pre, act),):
+                moe.up_product(x, gate_up, *plan, top_k, tiles.up, pre=outputs[0], act=outputs[1])
+            parts = moe.rows_product(act, down, *plan, tiles.rows)
+            moe.combine(parts, weights, top_k)
+            moe.combine(parts, None, top_k)
+            moe.act_gradient(x, down, pre, weights, *plan, tiles.act)
+            moe.rows_product(pre, gate_up.transpose(1, 2), *plan, tiles.rows)
+            moe.weight_gradient(down, x, act, *plan, top_k, tiles.weights, gather_a=True, gather_b=False)
+            moe.weight_gradient(gate_up, pre, x, *plan, top_k, tiles.weights, gather_a=False, gather_b=True)
+
+
 def main(archs: list[int], shipped: bool) -> None:
     for sm in archs:
         driver = RecordingDriver(sm)
@@ -67,6 +93,7 @@ def main(archs: list[int], shipped: bool) -> None:
         if shipped or sm == 90:
             launch_scores(sm, shipped)
             launch_sparse(shipped)
+            launch_experts(sm, shipped)
         for c in driver.compiled:
             fields = {k: getattr(c, k) for k in ("kernel", "arch", "registers", "shared", "stack", "spills")}
             uses = {"wgmma": "wgmma.mma_async" in c.ptx, "tcgen05": "tcgen05.mma" in c.ptx}

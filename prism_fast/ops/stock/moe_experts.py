@@ -12,22 +12,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..results import Routing
-
-
-def run(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, *, recompute: bool) -> Tensor:
-    """See ``prism_fast.ops.moe_experts``; arguments are already validated by the public op.
-
-    Differentiable once. Keeps its inputs and, without ``recompute``, the up-projection of every assignment
-    [T · top_k, 2I].
-    """
-    keep = not recompute and torch.is_grad_enabled()
-    arguments = (hidden, gate_up, down, routing.weights, routing.permutation, routing.offsets, keep)
-    if torch.compiler.is_compiling():
-        return _operator(*arguments)[0]
-    return _Eager.apply(*arguments)
+from ..moe_operator import operator
 
 
 def _experts(permutation: Tensor, offsets: Tensor, top_k: int) -> list[tuple[int, slice, Tensor, Tensor]]:
@@ -125,48 +111,4 @@ def _backward(
     return [d_hidden.to(hidden.dtype), d_gate_up, d_down, d_weights]
 
 
-class _Eager(torch.autograd.Function):
-    """The operator below without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        out, kept = _forward(*arguments)
-        ctx.save_for_backward(*arguments[:-1], kept)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        wants = list(ctx.needs_input_grad[:4])
-        found = _backward(upstream, *ctx.saved_tensors, wants)
-        return *(x if wanted else None for x, wanted in zip(found, wants, strict=True)), None, None, None
-
-
-_operator = torch.library.custom_op("prism_fast::moe_experts_stock", _forward, mutates_args=())
-_backward_operator = torch.library.custom_op("prism_fast::moe_experts_stock_backward", _backward, mutates_args=())
-
-
-@_operator.register_fake
-def _(hidden, gate_up, down, weights, permutation, offsets, keep):
-    kept = hidden.new_empty((permutation.shape[0] if keep else 0, 2 * down.shape[2]))
-    return hidden.new_empty((hidden.shape[0], down.shape[1])), kept
-
-
-@_backward_operator.register_fake
-def _(upstream, hidden, gate_up, down, weights, permutation, offsets, kept, wants):
-    dense = torch.empty_like(weights, memory_format=torch.contiguous_format)
-    shapes = (hidden.new_empty(hidden.shape), torch.empty_like(gate_up), torch.empty_like(down), dense)
-    return [x if wanted else hidden.new_empty(0) for x, wanted in zip(shapes, wants, strict=True)]
-
-
-def _keep(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:-1], output[1])
-
-
-def _autograd(ctx, upstream, _):
-    wants = list(ctx.needs_input_grad[:4])
-    found = _backward_operator(upstream, *ctx.saved_tensors, wants)
-    return *(x if wanted else None for x, wanted in zip(found, wants, strict=True)), None, None, None
-
-
-_operator.register_autograd(_autograd, setup_context=_keep)
+run, _operator, _backward_operator = operator("moe_experts_stock", _forward, _backward)

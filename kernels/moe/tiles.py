@@ -1,0 +1,69 @@
+"""Tile shapes of the expert products, by card and width of the numbers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from prism_fast.kernels.gemm.persistent import card
+
+
+class Tile(NamedTuple):
+    """Output tile ``m × n``, depth ``k`` per step, pipeline stages, warps."""
+
+    m: int
+    n: int
+    k: int
+    stages: int
+    warps: int
+
+
+class Tiles(NamedTuple):
+    """One tile per product. ``up`` counts gate and up columns apart: its tile holds ``n`` of each."""
+
+    up: Tile
+    rows: Tile
+    act: Tile  # its epilogue reads gate and up and writes three tiles: half as wide
+    weights: Tile
+
+
+_HALF = Tiles(
+    up=Tile(128, 128, 64, 3, 8),
+    rows=Tile(128, 256, 64, 3, 8),
+    act=Tile(128, 64, 64, 4, 8),
+    weights=Tile(128, 256, 64, 3, 8),
+)
+_AMPERE = Tiles(
+    up=Tile(128, 64, 32, 4, 8),
+    rows=Tile(128, 128, 32, 4, 8),
+    act=Tile(128, 64, 32, 4, 8),
+    weights=Tile(128, 128, 32, 4, 8),
+)
+# One register too many with the hub's orientation at depth 64.
+_BLACKWELL = _HALF._replace(up=Tile(128, 128, 32, 4, 8))
+# fp32 products run on the plain arithmetic units: small tiles, one number at a time.
+_FLOAT32 = Tiles(
+    up=Tile(64, 32, 16, 2, 8), rows=Tile(64, 64, 16, 2, 8), act=Tile(64, 32, 16, 2, 8), weights=Tile(64, 64, 16, 2, 8)
+)
+# By (compute capability, bytes per number).
+TILES = {
+    (80, 2): _AMPERE,
+    (90, 2): _HALF,
+    (100, 2): _BLACKWELL,
+    (80, 4): _FLOAT32,
+    (90, 4): _FLOAT32,
+    (100, 4): _FLOAT32,
+}
+
+
+def tiles_for(x: torch.Tensor) -> Tiles:
+    """Of the newest card in the table that is not newer than the one ``x`` is on. NotImplementedError before Ampere."""
+    capability = card(x.device)[1]
+    known = [c for c, size in TILES if size == x.element_size() and c <= capability]
+    if not known:
+        raise NotImplementedError(
+            f"moe_experts: no Triton tiles for compute capability {capability / 10} and {x.dtype}; "
+            "pass backend='reference'"
+        )
+    return TILES[max(known), x.element_size()]

@@ -13,6 +13,8 @@ import pytest
 import prism_fast
 from prism_fast import cli, commands
 from prism_fast.config import Config, load_config, shipped_recipes
+from prism_fast.train import pipeline
+from prism_fast.train.signals import Stopped
 
 ROOT = Path(prism_fast.__file__).resolve().parents[1]
 
@@ -96,6 +98,47 @@ def test_errors_a_user_can_cure(command, monkeypatch, error, words):
     monkeypatch.setenv("PRISM_FAST_TRACEBACK", "1")
     with pytest.raises(type(error)):
         cli.main()
+
+
+def test_an_unknown_run_directory_names_the_nearest(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").mkdir()
+    for name in ("runs/digits-1", "other/mine"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text("")
+    for name in ("resume", "report"):
+        for typed, words in (
+            ("runs/digit-1", "Did you mean 'runs/digits-1'"),
+            ("digits-1", "Did you mean 'runs/digits-1'"),
+            ("other/mien", "Did you mean 'other/mine'"),
+            ("notes", "notes is not a run directory: it has no config.yaml"),
+            ("entirely/else", "entirely/else does not exist"),
+        ):
+            code, message = command(name, typed)
+            assert code == 1 and words in message and ("Did you mean" in words) == ("Did you mean" in message)
+
+
+def _ends(error: BaseException):
+    def run(config, console, resume):
+        Path(config.out).mkdir()
+        (Path(config.out) / "config.yaml").write_text("[" if isinstance(error, ValueError) else "")
+        raise error
+
+    return run
+
+
+def test_a_stopped_run_says_how_to_go_on_and_a_failed_one_why(tmp_path, monkeypatch, invoke, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "run_stages", _ends(Stopped("align step 3")))
+    code, shown = invoke("run", "digits", "out=a[red]b")
+    assert code == 0 and "stopped at align step 3, saved; go on with: prism-fast resume a[red]b" in shown
+    assert (tmp_path / "a[red]b" / "report.html").exists()
+    monkeypatch.setattr(pipeline, "run_stages", _ends(ValueError("why it failed")))
+    code, message = command("run", "digits", "out=failed")
+    assert code == 1 and "why it failed" in message, "an unreadable run has no report, which hides nothing"
+    monkeypatch.setattr(pipeline, "run_eval", _ends(Stopped("evaluation after eval")))
+    code, shown = invoke("eval", "digits", "out=graded")
+    assert code == 0 and "prism-fast resume graded" in shown
 
 
 @pytest.mark.parametrize("error", [ImportError("x", name="prism_fast.nothing"), ZeroDivisionError("x"), KeyError("x")])

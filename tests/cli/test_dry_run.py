@@ -9,7 +9,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from prism_fast.config import load_config
-from prism_fast.models.discriminator import HEAD_KEY
+from prism_fast.dry_run import check_space, disk_needs
+from prism_fast.models.discriminator import HEAD_KEY, load_discriminator
+from prism_fast.models.policy import load_policy
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +60,27 @@ def test_what_a_run_needs_is_shown(invoke, everything, printed, stage, data_file
         used = stage in ("run", name) or (stage == "warmup" and name == "align")
         assert (f"data.{name}: {data_files[name]}, {count} samples" in rest) == used
     assert "policy: " in rest and "discriminator: " in rest and "nothing was written" in rest
+
+
+def test_room_on_the_disk_is_looked_for_before_a_run_and_in_a_dry_run(command, everything, monkeypatch):
+    config = load_config("digits", everything)
+    policy = load_policy(config.model.policy)
+    critic = load_discriminator(config.model.discriminator)
+    weights, scores = (sum(p.nbytes for p in model.parameters()) for model in (policy, critic))
+    needs = disk_needs(config)
+    assert needs["exports"] == 4 * weights + 2 * scores
+    steps = 4 * (len(list(policy.parameters())) + len(list(critic.parameters())))
+    assert needs["3 checkpoints"] == 3 * (3 * weights + 3 * scores + steps), "alignment trains both"
+    total = sum(needs.values())
+    assert "needs" not in check_space(config)
+    for free, well in ((total, True), (total - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(1 << 50, 0, free))
+        if well:
+            assert "free" in check_space(config)
+            continue
+        for dry in ([], ["--dry-run"]):
+            code, message = command("run", "digits", "out=out", *everything, *dry)
+            assert code == 1 and "the run needs" in message and "keep_checkpoints" in message and "out" in message
 
 
 def test_the_shipped_recipe_is_ready(invoke):

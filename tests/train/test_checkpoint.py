@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import random
 
 import pytest
 import torch
 
 from prism_fast.config import OptimizerConfig
+from prism_fast.models.writing import DiskFullError
 from prism_fast.train import checkpoint as checkpoint_module
 from prism_fast.train.checkpoint import CheckpointError, latest_checkpoint, read_checkpoint, save_checkpoint
 from prism_fast.train.engine import LocalEngine
+from prism_fast.train.metrics import MetricsWriter
 from prism_fast.train.record import RunRecord, read_resume
+from tests.models.test_writing import CRASHED, DONE, die_at
 
 
 def _save(folder, step, *, stage="align", keep=2):
@@ -56,6 +62,63 @@ def test_damage_in_any_part_is_named_and_the_previous_checkpoint_used(tmp_path, 
     assert len(told) == 1 and "align-000002" in told[0]
     with pytest.raises(CheckpointError):
         read_checkpoint(file.parent)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_anywhere_is_found(tmp_path, name):
+    """Every byte of the small files, and of the tensors' headers and contents."""
+    file = _save(tmp_path, 1) / name
+    content = file.read_bytes()
+    rng = random.Random(7)
+    for position in range(len(content)):
+        bent = bytearray(content)
+        bent[position] ^= 1 << rng.randrange(8)
+        file.write_bytes(bent)
+        told: list[str] = []
+        assert latest_checkpoint(tmp_path, tell=told.append) is None, position
+        assert len(told) == 1 and "align-000001" in told[0], position
+    file.write_bytes(content)
+    assert latest_checkpoint(tmp_path, tell=pytest.fail) is not None
+
+
+def test_a_crash_at_any_step_of_saving_leaves_a_whole_checkpoint(tmp_path):
+    """The one before or the new one, never a damaged one, and the next save clears what was left."""
+    for n in range(1, 200):
+        folder = tmp_path / str(n)
+        _save(folder, 1, keep=1)
+        code = die_at(n, folder, lambda folder=folder: _save(folder, 2, keep=1))
+        assert latest_checkpoint(folder, tell=pytest.fail).state["step"] in (1, 2)
+        if code == DONE:
+            break
+        assert code == CRASHED
+        if n % 4 == 0:
+            _save(folder, 3, keep=1)
+            assert [p.name for p in folder.iterdir()] == ["align-000003"]
+    assert code == DONE and n > 15
+
+
+def test_metrics_on_a_full_disk_keep_their_whole_lines(tmp_path, monkeypatch):
+    writer = MetricsWriter(tmp_path)
+    writer.write("sft", 1, {"a": 1.0})
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, line):
+            self.file.write(line[:9])  # some of it fits
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_file", Full(writer._file))
+        with pytest.raises(DiskFullError, match=r"no space left for .*metrics\.jsonl \(it takes"):
+            writer.write("sft", 2, {"a": 2.0})
+    writer.write("sft", 3, {"a": 3.0})
+    writer.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 3]
 
 
 def test_a_full_disk_leaves_older_checkpoints_and_no_half_one(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from prism_fast.models.processor import Processor
 from prism_fast.models.sizes import discriminator_size, policy_size
 from prism_fast.models.writing import DiskFullError, shown_bytes
 from prism_fast.plan import adamw_bytes, discriminator_config, make_plan, policy_config, summary
-from prism_fast.train.context import DTYPES, resolve_device
+from prism_fast.train.context import DTYPES, answer_checker, resolve_device
 from prism_fast.train.pipeline import NEEDS, DataFiles
 from prism_fast.train.reading import open_samples
 
@@ -52,6 +52,7 @@ def check_run(config: Config) -> list[str]:
             raise ConfigError(f"the run directory {folder} is not empty; give another with out=PATH")
     found.append(f"run directory: {config.out or 'a new one under runs'}")
     _check_order(config)
+    answer_checker(config).close()  # a judge's key must be set
     found += _check_models(config)
     return [*found, *_check_data(config), check_space(config)]
 

@@ -12,7 +12,7 @@ import pytest
 
 import prism_fast
 from prism_fast import cli, commands
-from prism_fast.config import Config, load_config, shipped_recipes
+from prism_fast.config import Config, dump_config, load_config, shipped_recipes
 from prism_fast.train import pipeline
 from prism_fast.train.signals import Stopped
 
@@ -120,8 +120,10 @@ def test_an_unknown_run_directory_names_the_nearest(command, tmp_path, monkeypat
 
 def _ends(error: BaseException):
     def run(config, console, resume):
-        Path(config.out).mkdir()
-        (Path(config.out) / "config.yaml").write_text("[" if isinstance(error, ValueError) else "")
+        folder = Path(config.out)
+        folder.mkdir()
+        (folder / "config.yaml").write_text("[" if isinstance(error, ValueError) else dump_config(config))
+        (folder / "metrics.jsonl").write_text("")
         raise error
 
     return run

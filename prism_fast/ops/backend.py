@@ -60,7 +60,7 @@ def _triton_or_default(op: str, requested: str | None, tensor: Tensor) -> str:
 
 
 def _native_or_default(op: str, requested: str | None, tensor: Tensor) -> str:
-    from prism_fast.ops import native
+    import prism_fast.ops.native as native  # this form costs no call of the import machinery
 
     if tensor.device.type == "cpu":
         if native.available():
@@ -82,6 +82,6 @@ def _native_or_default(op: str, requested: str | None, tensor: Tensor) -> str:
 
 def native_runs_here() -> bool:
     """Whether the compiled backend can serve at least one device type of this machine."""
-    from prism_fast.ops import native
+    import prism_fast.ops.native as native
 
     return native.available() and (not torch.cuda.is_available() or native.has_cuda())

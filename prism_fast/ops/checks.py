@@ -68,6 +68,16 @@ def tensor(
         raise ValueError(f"{op}: {name} is on {value.device}, the other tensors are on {like.device}; move it there")
 
 
+def rows(op: str, like: Tensor, count: int, **values: Tensor | None) -> None:
+    """`tensor` for floating columns [count] that may be missing. Raises ValueError."""
+    shape, device = (count,), like.device
+    for name, value in values.items():
+        if value is not None and not (
+            isinstance(value, Tensor) and value.shape == shape and value.dtype in FLOATS and value.device == device
+        ):
+            tensor(op, name, value, shape=shape, like=like)
+
+
 def number(
     op: str, name: str, value: object, *, low: float = -math.inf, high: float = math.inf, strict: bool = False
 ) -> None:

@@ -79,15 +79,13 @@ def group_advantage(
     checks.tensor(OP, "group", group, shape=(rows,), dtypes=checks.INTEGERS, like=scores)
     if valid is not None:
         checks.tensor(OP, "valid", valid, shape=(rows,), dtypes=(torch.bool,), like=scores)
-    for name, value in (("gate", gate), ("offset", offset)):
-        if value is not None:
-            checks.tensor(OP, name, value, shape=(rows,), like=scores)
+    checks.rows(OP, scores, rows, gate=gate, offset=offset)
     resolve = _resolve if torch.compiler.is_compiling() else _resolved  # compilers look through caches, with a warning
     resolve(normalize, eps, invalid, invalid_penalty, singleton, power, per_score, offset is not None)
     weights = _weights(weights, columns, scores)
     kernel = reference
     if choose(OP, BACKENDS, backend, scores) == "native":
-        from .native.group_advantage import run as kernel
+        from prism_fast.ops.native.group_advantage import run as kernel
     return kernel(
         scores=scores,
         group=group,

@@ -130,19 +130,19 @@ def policy_loss(
     )
     if (advantage is None) == (token_advantage is None):
         raise ValueError(f"{OP}: pass exactly one of advantage [B] and token_advantage [N]")
-    if advantage is not None:
-        checks.tensor(OP, "advantage", advantage, shape=(sequences,), like=logp)
     if token_advantage is not None and loss == "gspo":
         raise ValueError(f"{OP}: loss='gspo' has one advantage per sequence; use loss='gspo_token'")
-    for name, value in (
-        ("old_logp", old_logp),
-        ("token_advantage", token_advantage),
-        ("entropy", entropy),
-        ("ref_logp", ref_logp),
-        ("is_weight", is_weight),
-    ):
-        if value is not None:
-            checks.tensor(OP, name, value, shape=(n,), like=logp)
+    checks.rows(OP, logp, sequences, advantage=advantage)
+    checks.rows(
+        OP,
+        logp,
+        n,
+        old_logp=old_logp,
+        token_advantage=token_advantage,
+        entropy=entropy,
+        ref_logp=ref_logp,
+        is_weight=is_weight,
+    )
     if mask is not None:
         checks.mask(OP, mask, n, logp)
     if denominator is not None:
@@ -158,7 +158,7 @@ def policy_loss(
         raise ValueError(f"{OP}: kl_coef={kl_coef} needs ref_logp")
     kernel = reference
     if choose(OP, BACKENDS, backend, logp) == "native":
-        from .native.policy_loss import run as kernel
+        from prism_fast.ops.native.policy_loss import run as kernel
     return kernel(
         logp,
         advantage,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -32,6 +33,20 @@ def column(x: Tensor | None, kind: torch.dtype) -> Tensor | None:
     return x.to(kind).contiguous()
 
 
+def columns(kind: torch.dtype, *inputs: Tensor | None) -> tuple[list[int], list[Tensor]]:
+    """(addresses of constant inputs as `column` makes them, 0 for None; tensors to keep alive until the call)."""
+    addresses, kept = [], []
+    for x in inputs:
+        if x is None:
+            addresses.append(0)
+            continue
+        if x.dtype is not kind or not x.is_contiguous():
+            x = x.to(kind).contiguous()
+            kept.append(x)
+        addresses.append(x.data_ptr())
+    return addresses, kept
+
+
 def number(tensor: Tensor | None, value: float, kind: torch.dtype) -> tuple[Tensor | None, int, int, float]:
     """(tensor to keep alive until the call, its address, its kind, the number that counts where there is none)."""
     if tensor is None:
@@ -60,9 +75,19 @@ def on_device(op: str, x: Tensor):
     return torch.cuda.device(x.device)
 
 
-def workspace(x: Tensor, size: int) -> Tensor | None:
-    """float64 [size] on a GPU, contents do not matter; the twins on the CPU bring their own."""
-    return torch.empty(size, dtype=torch.float64, device=x.device) if stream_of(x) is not None else None
+def launch(op: str, kernel: Callable[..., None], like: Tensor, size: int, before: Sequence, after: Sequence) -> None:
+    """``kernel(*before, workspace, *after, threads, stream)`` on the device of ``like``; workspace is float64 [size].
+
+    The contents of the workspace do not matter; the twins on the CPU bring their own. Raises RuntimeError where CUDA
+    kernels are missing.
+    """
+    stream = stream_of(like)
+    if stream is None:
+        kernel(*before, 0, *after, torch.get_num_threads(), None)
+        return
+    with on_device(op, like):
+        workspace = torch.empty(size, dtype=torch.float64, device=like.device)
+        kernel(*before, workspace.data_ptr(), *after, torch.get_num_threads(), stream)
 
 
 def scaled(

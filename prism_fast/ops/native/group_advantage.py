@@ -45,22 +45,23 @@ def _run(
     per_score: bool,
 ) -> Tensor:
     """[B], or [B, K] with ``per_score``; float64 for float64 scores, else float32."""
-    module, column, address = native.module(), calls.column, calls.address
-    kind = _kind(scores)
+    module, kind = native.module(), _kind(scores)
     if scores.dtype is not kind:
         scores = scores.to(kind)
-    group, valid = column(group, torch.int64), column(valid, torch.bool)
-    weights, gate, offset = column(weights, kind), column(gate, kind), column(offset, kind)
+    group, valid = calls.column(group, torch.int64), calls.column(valid, torch.bool)
+    (weights_at, gate_at, offset_at), _kept = calls.columns(kind, weights, gate, offset)
     rows, columns = scores.shape
     out = _allocate(scores, per_score)
-    workspace = calls.workspace(scores, (rows + 1) * columns)
-    with calls.on_device("group_advantage", scores):
-        (module.group_advantage_float64 if kind is torch.float64 else module.group_advantage_float32)(
-            scores.data_ptr(), scores.stride(0), scores.stride(1), group.data_ptr(), weights.data_ptr(), address(valid),
-            address(gate), address(offset), out.data_ptr(), address(workspace), rows, columns, NORMALIZE[normalize],
-            INVALID[invalid], eps, invalid_penalty, power, singleton == "identity", per_score, torch.get_num_threads(),
-            calls.stream_of(scores),
-        )  # fmt: skip
+    calls.launch(
+        "group_advantage",
+        module.group_advantage_float64 if kind is torch.float64 else module.group_advantage_float32,
+        scores,
+        (rows + 1) * columns,
+        (scores.data_ptr(), *scores.stride(), group.data_ptr(), weights_at, calls.address(valid), gate_at, offset_at,
+         out.data_ptr()),
+        (rows, columns, NORMALIZE[normalize], INVALID[invalid], eps, invalid_penalty, power, singleton == "identity",
+         per_score),
+    )  # fmt: skip
     return out
 
 

@@ -110,35 +110,33 @@ def _run(
     Slopes are gradients before the last factor: of logp [N], with ``wanted`` 2 of logp and entropy [2, N], else [0].
     """
     module, kind = native.module(), logp.dtype
-    column = calls.column
-    logp, cu_seqlens = column(logp, kind), cu_seqlens.contiguous()
-    old_logp, token_advantage, advantage = (
-        column(old_logp, kind),
-        column(token_advantage, kind),
-        column(advantage, kind),
-    )
-    ref_logp, entropy, is_weight = column(ref_logp, kind), column(entropy, kind), column(is_weight, kind)
-    mask_kind = 0
-    if mask is not None:
-        mask_kind = 1 if mask.dtype == torch.bool else 2
-        mask = column(mask, torch.bool if mask_kind == 1 else kind)
+    inputs, _kept = calls.columns(kind, logp, old_logp, token_advantage, advantage, ref_logp, entropy, is_weight)
+    if mask is None:
+        mask_kind = mask_at = 0
+    else:
+        mask_kind, how = (1, torch.bool) if mask.dtype == torch.bool else (2, kind)
+        mask = calls.column(mask, how)
+        mask_at = mask.data_ptr()
+    cu_seqlens = cu_seqlens.contiguous()
     plan = _plan(
         loss, aggregation, kl, has_denominator, clip_low, clip_high, has_bound, bound, tau_positive, tau_negative,
         kl_coef, entropy_coef,
     )  # fmt: skip
     denominator, *count = calls.number(denominator, denominator_number, kind)
     norm_length, *norm = calls.number(norm_length, norm_number, kind)
-    tokens, sequences, address = logp.shape[0], cu_seqlens.shape[0] - 1, calls.address
+    tokens, sequences = logp.shape[0], cu_seqlens.shape[0] - 1
     value, stats, slopes = out = _allocate(logp, wanted)
     slope = slopes.data_ptr() if wanted else 0
-    workspace = calls.workspace(logp, sequences * PARTIALS)
-    with calls.on_device("policy_loss", logp):
-        (module.policy_loss_float64 if kind is torch.float64 else module.policy_loss_float32)(
-            plan, logp.data_ptr(), address(old_logp), address(token_advantage), address(advantage), address(ref_logp),
-            address(entropy), address(is_weight), address(mask), mask_kind, cu_seqlens.data_ptr(), value.data_ptr(),
-            stats.data_ptr(), slope, slope + tokens * logp.element_size() if wanted == 2 else 0, address(workspace),
-            tokens, sequences, *count, *norm, torch.get_num_threads(), calls.stream_of(logp),
-        )  # fmt: skip
+    entropy_slope = slope + tokens * logp.element_size() if wanted == 2 else 0
+    calls.launch(
+        "policy_loss",
+        module.policy_loss_float64 if kind is torch.float64 else module.policy_loss_float32,
+        logp,
+        sequences * PARTIALS,
+        (plan, *inputs, mask_at, mask_kind, cu_seqlens.data_ptr(), value.data_ptr(), stats.data_ptr(), slope,
+         entropy_slope),
+        (tokens, sequences, *count, *norm),
+    )  # fmt: skip
     return out
 
 

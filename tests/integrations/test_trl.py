@@ -110,6 +110,33 @@ def test_loss_and_its_gradient_in_float64(name, training, tmp_path, generator, m
         assert metrics["clip_ratio/region_mean"] > 0  # the bounds were met
 
 
+@pytest.mark.parametrize("width", [1, T])
+def test_rollout_correction_and_tool_tokens(width, tmp_path, generator, monkeypatch):
+    """Weights of tokens or of sequences, and tokens that tools wrote: attended to, not learnt from."""
+    ours = trainer(Trainer, tmp_path, loss_type="bnpo")
+    ours.use_vllm = ours.vllm_importance_sampling_correction = True  # no engine here: the weights are given
+    ours.current_gradient_accumulation_steps = 2
+    inputs = batch(generator, torch.float64)
+    inputs["tool_mask"] = (torch.rand(B, T, generator=generator) < 0.7).long()
+    inputs["importance_sampling_ratio"] = torch.rand(B, width, generator=generator).double() + 0.5
+    start = -3.0 + torch.randn(B, T, generator=generator).double() * 0.3
+    found = []
+    for kind in (Trainer, GRPOTrainer):
+        logp = start.clone().requires_grad_()
+        asked = []
+
+        def answer(model, ids, attention, *_, logp=logp, asked=asked, **__):
+            asked.append(attention)
+            return logp, logp.detach(), None
+
+        monkeypatch.setattr(ours, "_get_per_token_logps_and_entropies", answer)
+        loss = kind._compute_loss(ours, ours.model, dict(inputs))
+        found.append((loss.detach(), *torch.autograd.grad(loss, logp), asked[0]))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-16)
+    assert found[0][1][inputs["tool_mask"] == 0].eq(0).all()
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_and_gradients_of_a_model(name, tmp_path, generator):
     """TRL's head computes in float32 whatever its inputs: both sides differ from float64 by rounding."""

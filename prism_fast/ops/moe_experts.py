@@ -10,7 +10,7 @@ from .reference.moe_experts import moe_experts as reference
 from .results import Routing
 
 OP = "moe_experts"
-BACKENDS = ("reference", "stock", "triton")
+BACKENDS = ("reference", "triton", "stock")
 
 
 def moe_experts(

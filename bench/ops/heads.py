@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from prism_fast import ops
 
 from . import rivals
-from .op import Inputs, Op, Provider, Unsupported
+from .op import Inputs, Op, Provider, require
 
 SHAPES = {
     "cuda": ((8192, 2560, 151936), (8192, 4096, 151936)),
@@ -72,16 +72,11 @@ def compiled(x: Inputs, entropy: bool) -> tuple[Tensor, ...]:
 
 def ours(backend: str, save: str) -> Callable[[Inputs, bool], tuple[Tensor, ...]]:
     def run(x: Inputs, entropy: bool) -> tuple[Tensor, ...]:
-        _needs_card(backend, x)
+        require(backend, x["hidden"])
         found = ops.linear_logprob(x["hidden"], x["weight"], x["target"], entropy=entropy, save=save, backend=backend)
         return found if entropy else found[:1]
 
     return run
-
-
-def _needs_card(backend: str, x: Inputs) -> None:
-    if backend == "triton" and x["hidden"].device.type != "cuda":
-        raise Unsupported("Triton's interpreter is no benchmark: needs CUDA tensors")
 
 
 LOGPROB: dict[str, Callable[[Inputs, bool], tuple[Tensor, ...]]] = {
@@ -118,7 +113,7 @@ def policy_of(logp: Callable[[Inputs, bool], tuple[Tensor, ...]]) -> Provider:
 
 def ours_policy(backend: str) -> Provider:
     def run(x: Inputs) -> tuple[Tensor, ...]:
-        _needs_card(backend, x)
+        require(backend, x["hidden"])
         loss, _ = ops.linear_policy_loss(
             x["hidden"], x["weight"], x["target"], x["advantage"], x["cu_seqlens"], old_logp=x["old_logp"],
             backend=backend,

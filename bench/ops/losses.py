@@ -15,7 +15,7 @@ from torch import Tensor
 from prism_fast import ops
 
 from . import rivals
-from .op import Inputs, Op, Provider
+from .op import Inputs, Op, Provider, require
 
 GROUP = 8  # responses per prompt
 CLIP = {"grpo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}
@@ -47,7 +47,11 @@ def eager_selected(x: Inputs) -> tuple[Tensor, ...]:
 
 
 def ours_selected(backend: str) -> Provider:
-    return lambda x: ops.selected_logprob(x["logits"], x["target"], backend=backend)[:1]
+    def run(x: Inputs) -> tuple[Tensor, ...]:
+        require(backend, x["logits"])
+        return ops.selected_logprob(x["logits"], x["target"], backend=backend)[:1]
+
+    return run
 
 
 def logits_bytes(shape: tuple[int, ...], dtype: torch.dtype, mode: str) -> float:
@@ -79,6 +83,7 @@ def policy_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> In
 
 def ours_policy(mode: str, backend: str) -> Provider:
     def run(x: Inputs) -> tuple[Tensor, ...]:
+        require(backend, x["logp"])
         advantage = ops.group_advantage(
             x["scores"], x["group"], weights=x["weights"], valid=x["valid"], invalid_penalty=PENALTY, eps=EPS,
             backend=backend,
@@ -176,9 +181,13 @@ def eager_pairs(x: Inputs) -> tuple[Tensor, ...]:
 
 
 def ours_pairs(backend: str) -> Provider:
-    return lambda x: ops.pairwise_loss(
-        x["teacher"], x["student"], x["group"], valid=x["valid"], clip=10.0, l2=1e-3, backend=backend
-    )[:1]
+    def run(x: Inputs) -> tuple[Tensor, ...]:
+        require(backend, x["teacher"])
+        return ops.pairwise_loss(
+            x["teacher"], x["student"], x["group"], valid=x["valid"], clip=10.0, l2=1e-3, backend=backend
+        )[:1]
+
+    return run
 
 
 def pair_bytes(shape: tuple[int, ...], dtype: torch.dtype, mode: str) -> float:

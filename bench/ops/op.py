@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from prism_fast.ops import native
+
 MODES = ("inference", "forward", "backward", "full")
 STATUSES = ("ok", "wrong", "oom", "unsupported", "absent")
 Inputs = dict[str, Tensor]
@@ -21,6 +23,15 @@ class Absent(Exception):
 
 class Unsupported(Exception):
     """The provider cannot do this: device, shape, dtype or option."""
+
+
+def require(backend: str, like: Tensor) -> None:
+    """Raises Absent or Unsupported where our ``backend`` is missing or cannot run on the device of ``like``."""
+    cuda = like.device.type == "cuda"
+    if backend == "triton" and not cuda:
+        raise Unsupported("Triton's interpreter is no benchmark: needs CUDA tensors")
+    if backend == "native" and not (native.has_cuda() if cuda else native.available()):
+        raise Absent(native.why_not())
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from . import heads, losses
+from . import experts, heads, losses
 from .op import Op
 
-OPS: dict[str, Op] = {op.name: op for area in (heads, losses) for op in area.OPS}
-# Still to come, each with its kernel: route_experts + moe_experts, shared_prefix_attention.
+OPS: dict[str, Op] = {op.name: op for area in (heads, losses, experts) for op in area.OPS}
+# Still to come: shared_prefix_attention.

@@ -116,6 +116,13 @@ def test_errors_find_what_is_wrong():
         small(replace(op, providers={"dead card": lambda x: (_ for _ in ()).throw(RuntimeError("CUDA error: x"))}))
 
 
+def test_a_backend_that_is_not_built_is_absent_and_not_wrong(monkeypatch):
+    monkeypatch.setattr("prism_fast.ops.native.available", lambda: False)
+    monkeypatch.setattr("prism_fast.ops.native.why_not", lambda: "not built")
+    rows = small(OPS["pairwise_loss"], only=lambda name: name.endswith("native"))
+    assert {(row.status, row.note) for row in rows} == {("absent", "not built")}
+
+
 def test_providers_take_turns(monkeypatch):
     order = []
 

@@ -124,6 +124,18 @@ def test_blocks_in_memory_are_bounded_by_their_bytes(tmp_path, monkeypatch):
     assert parquet.EncodedImages(keep_bytes=0).entries(file, 5)[0]["bytes"] == png_bytes(5)
 
 
+def test_going_forward_decodes_a_group_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "ROWS_PER_BATCH", 1)
+    path = write(tmp_path, [row(images=[{"bytes": png_bytes(n), "path": None}]) for n in range(8)], row_group_size=6)
+    file = parquet.TaskFile(path, require_teacher=False)
+    opened = []
+    monkeypatch.setattr(file, "_blocks", lambda g: opened.append(g) or parquet.TaskFile._blocks(file, g))
+    images = parquet.EncodedImages(keep_bytes=0)
+    for index in (0, 1, 2, 5, 6, 7, 6, 3, 4):
+        assert images.entries(file, index)[0]["bytes"] == png_bytes(index)
+    assert opened == [0, 1, 1, 0]  # forward, the next group, back inside it, back to the first
+
+
 MEASURE = """
 import sys
 from pathlib import Path

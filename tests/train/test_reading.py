@@ -21,6 +21,7 @@ from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.report.rundir import read_run
 from prism_fast.rewards import known_sources
+from prism_fast.train import pipeline
 from prism_fast.train.pipeline import run_stages
 from prism_fast.train.reading import DataReader, open_samples
 
@@ -164,7 +165,7 @@ def test_a_missing_file_and_missing_columns_are_errors_in_either_mode(files, pro
                 reader.read("align", path, processor)
 
 
-def test_a_run_with_bad_rows(small_data, files, tmp_path):
+def test_a_run_with_bad_rows(small_data, files, tmp_path, monkeypatch):
     """SFT and its evaluation on files with bad rows: refused by default; with skip the counts stand in front."""
     settings = ["threads=1", "model.tiny.vocab_size=600", "model.tiny.num_layers=1", "sft.batch=2", "sft.max_updates=2"]
     settings += ["sft.eval_every=1", "stages=[sft]", "eval.max_new_tokens=2", *small_data]
@@ -188,3 +189,12 @@ def test_a_run_with_bad_rows(small_data, files, tmp_path):
     assert len(notes) == 3 and "3 of 6 samples of data.sft were left out (1 bad, 2 image)." in notes
     assert list(read_run(folder).steps) == ["sft"]  # the counts are no stage
     assert {f"eval/{kind}" for kind in ("timeouts", "worker_deaths", "judge_errors")} <= lines[5].keys()
+
+    crashed = load_config("digits", [*settings, skip[0], f"out={tmp_path / 'crashed'}", "checkpoint_every=1"])
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="power cut"):
+        broken.setattr(pipeline, "evaluate", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("power cut")))
+        run_stages(crashed, console)
+    run_stages(crashed, console, resume=True)  # behind the last checkpoint: what was counted before it stands once
+    again = [json.loads(line) for line in (tmp_path / "crashed" / "metrics.jsonl").read_text().splitlines()]
+    untimed = [[{k: v for k, v in line.items() if not k.startswith("time/")} for line in run] for run in (lines, again)]
+    assert untimed[0] == untimed[1]

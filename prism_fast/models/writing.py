@@ -67,17 +67,31 @@ def whole_folder(path: Path, *, replace: bool = False, needs: int = 0) -> Iterat
             raise
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a small file in one step: readers see the old or the new text, never a half (raises DiskFullError)."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace a small file in one step: readers see the old or the new content, never a half (raises DiskFullError).
+    Text is written as UTF-8."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with disk_full(path, len(text)):
+    data = content.encode() if isinstance(content, str) else content
+    with disk_full(path, len(data)):
         try:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(data)
             sync(temporary)
             os.replace(temporary, path)
             sync(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
+            raise
+
+
+def append_whole(path: Path, data: bytes) -> None:
+    """Append to a file, all of ``data`` or nothing (raises DiskFullError); a crash meanwhile may leave a part of it."""
+    with disk_full(path, len(data)), path.open("ab", buffering=0) as file:  # what a write did not take is known at once
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(size)
             raise
 
 

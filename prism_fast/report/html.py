@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from prism_fast.models.writing import write_whole
 from prism_fast.report import figures, samples
 from prism_fast.report.rundir import TRAINED, RunDirectory, read_run
 from prism_fast.report.summary import (
@@ -54,9 +54,7 @@ def write_report(run_dir: str | Path, *, now: float | None = None) -> Path:
     run = read_run(run_dir)
     page = render(run, time.time() if now is None else now)
     path = run.path / "report.html"
-    temporary = path.with_suffix(".html.tmp")
-    temporary.write_bytes(page.encode("utf-8"))
-    os.replace(temporary, path)
+    write_whole(path, page)
     return path
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from prism_fast.models.writing import disk_full
+from prism_fast.models.writing import append_whole
 
 
 class ChunkLog:
@@ -41,9 +41,7 @@ class ChunkLog:
         self.chunks.append(chunk)
 
     def _write(self, value: Any) -> None:
-        line = (json.dumps(value) + "\n").encode()
-        with disk_full(self._path, len(line)), self._path.open("ab") as file:
-            file.write(line)
+        append_whole(self._path, (json.dumps(value) + "\n").encode())
 
     def remove(self) -> None:
         """The loop's result is written: the pieces are not needed any more."""

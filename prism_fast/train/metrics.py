@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from prism_fast.models.writing import disk_full
+from prism_fast.models.writing import append_whole, disk_full
 from prism_fast.train.checkpoint import CheckpointError
 
 
@@ -32,11 +32,18 @@ class MetricsWriter:
                 f"{self.path} is shorter than when the checkpoint was saved ({keep_bytes} bytes); "
                 "put the whole file back or start a new run"
             )
-        self._file = self.path.open("ab", buffering=0)  # what a write did not take is known at once
-        self._file.truncate(keep_bytes)
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self.path.touch()
+        os.truncate(self.path, keep_bytes)
+        self._board_folder = folder / "tensorboard"
+        self._board = SummaryWriter(str(self._board_folder))
 
     def write(self, stage: str, step: int, values: dict[str, float | int | str | None]) -> None:
+        """Add a line.
+
+        Raises:
+            ValueError: a number is not finite.
+            DiskFullError: no room for it; the lines before it stay and nothing of it is left.
+        """
         record: dict[str, float | int | str] = {"stage": stage, "step": step}
         for key, value in values.items():
             if value is None:
@@ -45,24 +52,14 @@ class MetricsWriter:
                 raise ValueError(f"metric {key!r} of {stage} step {step} is {value}")
             record[key] = value
             if not isinstance(value, str):
-                self._board.add_scalar(f"{stage}/{key}", value, step)
-        self._append((json.dumps(record) + "\n").encode())
-
-    def _append(self, line: bytes) -> None:
-        """Raises DiskFullError, with the lines before untouched and nothing of this one left."""
-        size = self.size()
-        with disk_full(self.path, len(line)):
-            try:
-                while line:
-                    line = line[self._file.write(line) :]
-            except OSError:
-                self._file.truncate(size)
-                raise
+                with disk_full(self._board_folder):  # what its thread met while it wrote comes up here
+                    self._board.add_scalar(f"{stage}/{key}", value, step)
+        append_whole(self.path, (json.dumps(record) + "\n").encode())
 
     def size(self) -> int:
         """Bytes written so far."""
-        return self._file.seek(0, os.SEEK_END)
+        return self.path.stat().st_size
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        with disk_full(self._board_folder):
+            self._board.close()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import zstandard
 from PIL import Image
+
+from prism_fast.models.writing import append_whole, write_whole
 
 
 class RolloutLogError(ValueError):
@@ -42,7 +45,9 @@ class RolloutLog:
         digest = image_digest(image)
         path = self._images / f"{digest}.png"
         if not path.exists():
-            image.save(path)
+            png = io.BytesIO()
+            image.save(png, format="PNG")
+            write_whole(path, png.getvalue())  # half a file would count as stored for ever
         return digest
 
     def size(self) -> int:
@@ -51,8 +56,7 @@ class RolloutLog:
 
     def write(self, step: int, records: list[dict]) -> None:
         lines = "".join(json.dumps({"stage": self._stage, "step": step, **record}) + "\n" for record in records)
-        with self.path.open("ab") as file:
-            file.write(zstandard.ZstdCompressor(level=3, write_checksum=True).compress(lines.encode()))
+        append_whole(self.path, zstandard.ZstdCompressor(level=3, write_checksum=True).compress(lines.encode()))
 
 
 class RolloutReader:

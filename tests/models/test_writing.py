@@ -151,6 +151,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_what_was_there(tmp_path, monkeypa
             patch.setattr(Path, "mkdir", full)
         elif place == "content":
             patch.setattr(Path, "write_text", full)
+            patch.setattr(Path, "write_bytes", full)
         elif place == "sync":
             patch.setattr(os, "fsync", full)
         else:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,19 +103,14 @@ def test_metrics_on_a_full_disk_keep_their_whole_lines(tmp_path, monkeypatch):
     writer = MetricsWriter(tmp_path)
     writer.write("sft", 1, {"a": 1.0})
 
-    class Full:
-        def __init__(self, file):
-            self.file = file
-
+    class Full(io.FileIO):
         def write(self, line):
-            self.file.write(line[:9])  # some of it fits
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
+            if len(line) < 20:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(line[:-10])  # most of it fits
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_file", Full(writer._file))
+        patch.setattr(Path, "open", lambda path, mode, buffering: Full(path, mode))
         with pytest.raises(DiskFullError, match=r"no space left for .*metrics\.jsonl \(it takes"):
             writer.write("sft", 2, {"a": 2.0})
     writer.write("sft", 3, {"a": 3.0})

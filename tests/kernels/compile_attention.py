@@ -11,17 +11,17 @@ import sys
 
 import torch
 
-from prism_fast.kernels.attention import attend, gradients
+from prism_fast.kernels.attention import TILES, Tile, attend, gradients
 from tests.ops.test_shared_prefix_attention import layout_of
 from tests.support.triton_aot import RecordingDriver
 
 
-def launch(width: int, dtype: torch.dtype, segments: list[tuple[int, int]]) -> None:
+def launch(width: int, dtype: torch.dtype, segments: list[tuple[int, int]], tile: Tile) -> None:
     layout = layout_of(segments)[:4]
     tokens = int(layout[0][-1])
     q, k, v = (torch.zeros((tokens, heads, width), dtype=dtype) for heads in (8, 2, 2))
-    out, lse = attend(q, k, v, *layout, 0.1)
-    gradients(q, q, k, v, out, lse, *layout, 0.1)
+    out, lse = attend(q, k, v, *layout, 0.1, tile=tile)
+    gradients(q, q, k, v, out, lse, *layout, 0.1, tile=tile)
 
 
 def main(archs: list[int], widths: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
@@ -31,8 +31,9 @@ def main(archs: list[int], widths: tuple[int, ...], dtypes: tuple[torch.dtype, .
         for width in widths:
             for dtype in dtypes:
                 # Other lengths and numbers of segments, a multiple of 16 among them, must not compile anew.
-                launch(width, dtype, [(40, -1), (30, 0), (1, 0)])
-                launch(width, dtype, [(33, -1), *[(16, 0)] * 15])
+                tile = TILES[sm // 10, dtype.itemsize]
+                launch(width, dtype, [(40, -1), (30, 0), (1, 0)], tile)
+                launch(width, dtype, [(33, -1), *[(16, 0)] * 15], tile)
                 for c in driver.compiled:
                     fields = {k: getattr(c, k) for k in ("kernel", "arch", "registers", "shared", "stack", "spills")}
                     uses = {"wgmma": "wgmma.mma_async" in c.ptx, "tcgen05": "tcgen05.mma" in c.ptx}

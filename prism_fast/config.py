@@ -317,6 +317,7 @@ class Config:
     out: str | None = None  # run directory; none: runs/<recipe>-<time>
     # prism_fast; released: what the published code does; paper: PRISM's equations as printed (algorithms/semantics.py)
     semantics: Literal["prism_fast", "released", "paper"] = "prism_fast"
+    layout: Literal["shared_prefix", "padded"] = "shared_prefix"  # of updates: a prompt once for all, or for each
     stages: list[str] = field(default_factory=lambda: list(STAGES))
     checkpoint_every: int = 50  # updates or steps; a stage's last one is always kept
     keep_checkpoints: int = 2

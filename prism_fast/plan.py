@@ -31,14 +31,16 @@ from prism_fast.models.upcycle import sparse_config
 from prism_fast.models.writing import shown_bytes
 from prism_fast.ops.linear_logprob import SAVE_LIMIT_BYTES
 from prism_fast.train.context import DTYPES
+from prism_fast.train.layouts import Layout
 
 # Expanded prompt and the image tokens in it, where nothing is said: of the built-in dataset, and of anybody's.
 DEFAULT_TOKENS = {"digits": (48, 4), "files": (1024, 512)}
 ASSUMPTIONS = (
     "Optimizer: AdamW with two moments in the weights' dtype and one step count per tensor. Gradients have the "
     "weights' dtype and are freed after each update.",
-    "Activations: everything autograd keeps for the largest micro-batch, sdpa attention, no gradient checkpointing; "
-    "rows are padded to the longest. Images of the micro-batch's prompts go through the vision tower once each.",
+    "Activations: everything autograd keeps for the largest micro-batch, attention without stored scores, no gradient "
+    "checkpointing; with layout=padded rows are padded to the longest. Images of the micro-batch's prompts go through "
+    "the vision tower once each.",
     "A response is as long as its limit allows; a demonstration's response is taken as eval.max_new_tokens long, a "
     "teacher's as long as a rollout. Caption and reasoning of one response share its length, padded each to all of it.",
     "Rollouts and evaluation keep one cache for all rows at once; while it grows, one layer's keys or values exist "
@@ -103,11 +105,16 @@ def adamw_bytes(size: ModelSize) -> int:
     return 2 * size.weight_bytes + 4 * size.tensors
 
 
-def discriminator_tokens(prompts: int, n: int, prompt: int, response: int, *, spans: int = 2) -> int:
+def discriminator_tokens(prompts: int, n: int, prompt: int, response: int, *, spans: int, layout: Layout) -> int:
     """Tokens of one discriminator forward over a step: for each prompt, the scored ``spans`` (caption and reasoning, or
-    the whole response) of ``n`` students and of the teacher, the prompt before each of them. ``response``: tokens of
-    one response in all."""
-    return prompts * (n + 1) * (spans * prompt + response)
+    the whole response) of ``n`` students and of the teacher, the prompt once for all or before each of them.
+    ``response``: tokens of one response in all."""
+    return prompts * (n + 1) * response + prompt * prompts * (1 if layout == "shared_prefix" else spans * (n + 1))
+
+
+def policy_tokens(prompts: int, n: int, prompt: int, response: int, *, layout: Layout) -> int:
+    """Tokens of one policy update: ``n`` responses to each prompt, the prompt once for all or before each of them."""
+    return prompts * n * response + prompt * prompts * (1 if layout == "shared_prefix" else n)
 
 
 def policy_config(config: Config) -> Qwen3VLConfig:
@@ -241,7 +248,7 @@ class _Planner:
 
     def _sft(self, name: str = "sft") -> StagePlan:
         sft, response = self.config.sft, self.config.eval.max_new_tokens
-        update = self._policy_update(sft.batch, sft.batch, response, sft.tokens_per_micro_batch)
+        update = self._policy_update(sft.batch, 1, response, sft.tokens_per_micro_batch, layout="padded")
         tokens = {"policy update": sft.batch * (self.prompt + response)}
         return StagePlan(name, (Phase("update", (*self._held("policy", self.policy), *update)), *self._eval()), tokens)
 
@@ -259,9 +266,7 @@ class _Planner:
             warmup.prompts, warmup.pairs_per_prompt, warmup.max_new_tokens, warmup.tokens_per_micro_batch
         )
         phases.append(Phase("update", (policy, *self._held("discriminator", self.critic), *update)))
-        tokens = discriminator_tokens(
-            warmup.prompts, warmup.pairs_per_prompt, self.prompt, warmup.max_new_tokens, spans=self.spans
-        )
+        tokens = self._discriminator_tokens(warmup.prompts, warmup.pairs_per_prompt, warmup.max_new_tokens)
         return StagePlan("warmup", tuple(phases), {"discriminator": tokens})
 
     def _align(self) -> StagePlan:
@@ -269,30 +274,30 @@ class _Planner:
         n, response, rows = align.rollout.n, align.rollout.max_new_tokens, align.prompts * align.rollout.n
         held = (*self._held("policy", self.policy), *self._held("discriminator", self.critic))
         critic = self._critic_update(align.prompts, n, response, align.discriminator.tokens_per_micro_batch)
-        policy = self._policy_update(rows, align.prompts, response, align.tokens_per_micro_batch)
+        policy = self._policy_update(align.prompts, n, response, align.tokens_per_micro_batch)
         phases = (
             Phase("rollout", (*held, *self._generation(rows, response))),
             Phase("discriminator update", (*held, *critic)),
             Phase("policy update", (*held, *policy)),
             *self._eval(),
         )
-        tokens = self._rollout_tokens(rows, align.prompts, response)
-        tokens["discriminator"] = discriminator_tokens(align.prompts, n, self.prompt, response, spans=self.spans)
+        tokens = self._rollout_tokens(align.prompts, n, response)
+        tokens["discriminator"] = self._discriminator_tokens(align.prompts, n, response)
         return StagePlan("align", phases, tokens)
 
     def _rlvr(self) -> StagePlan:
         rlvr = self.config.rlvr
-        response, rows = rlvr.rollout.max_new_tokens, rlvr.prompts * rlvr.rollout.n
+        response, n = rlvr.rollout.max_new_tokens, rlvr.rollout.n
         dynamic = rlvr.dynamic_sampling
         round_of = int(dynamic.max_oversampling * rlvr.prompts) if dynamic.enabled else rlvr.prompts
         held = self._held("policy", self.policy)
-        policy = self._policy_update(rows, rlvr.prompts, response, rlvr.tokens_per_micro_batch)
+        policy = self._policy_update(rlvr.prompts, n, response, rlvr.tokens_per_micro_batch)
         phases = (
-            Phase("rollout", (*held, *self._generation(round_of * rlvr.rollout.n, response))),
+            Phase("rollout", (*held, *self._generation(round_of * n, response))),
             Phase("policy update", (*held, *policy)),
             *self._eval(),
         )
-        return StagePlan("rlvr", phases, self._rollout_tokens(rows, rlvr.prompts, response))
+        return StagePlan("rlvr", phases, self._rollout_tokens(rlvr.prompts, n, response))
 
     # Parts of phases.
 
@@ -319,42 +324,63 @@ class _Planner:
             Component("sampling scores", 4 * 4 * rows * text.vocab_size),
         )
 
-    def _policy_update(self, rows: int, prompts: int, response: int, budget: int) -> tuple[Component, ...]:
+    def _policy_update(
+        self, prompts: int, n: int, response: int, budget: int, *, layout: Layout | None = None
+    ) -> tuple[Component, ...]:
         text = self.dense.text_config
-        length = self.prompt + response
-        together = max(1, min(rows, budget // length))  # a row longer than the budget stands alone
+        layout = self.config.layout if layout is None else layout
+        images, rows = self._micro_batch(prompts, n, response, budget, layout)
+        computed = rows * response + self.prompt * (images if layout == "shared_prefix" else rows)
         # The kernels keep exponentials in the weights' dtype, the reference on a CPU computes in float32.
         width = max(4, self.dtype.itemsize) if self.device == "cpu" else self.dtype.itemsize
-        scores = together * response * text.vocab_size * width
+        scores = rows * response * text.vocab_size * width
         recomputed = scores > SAVE_LIMIT_BYTES
         return (
             Component("policy gradients", self.policy.weight_bytes),
-            Component("policy activations", language_activation_bytes(text, together * length, self.dtype)),
-            self._vision(min(together, prompts)),
+            Component("policy activations", language_activation_bytes(text, computed, self.dtype)),
+            self._vision(images),
             Component(
                 "scores of the vocabulary, " + ("recomputed" if recomputed else "kept"), 0 if recomputed else scores
             ),
         )
 
+    def _micro_batch(self, prompts: int, n: int, response: int, budget: int, layout: Layout) -> tuple[int, int]:
+        """Prompts and responses in the largest micro-batch of a policy update; one that is longer than the budget
+        stands alone."""
+        group = self.prompt + n * response
+        if layout == "padded":
+            rows = max(1, min(prompts * n, budget // (self.prompt + response)))
+            return min(rows, prompts), rows
+        if group <= budget:
+            together = min(prompts, budget // group)
+            return together, together * n
+        return 1, max(1, (budget - self.prompt) // response)
+
     def _critic_update(self, prompts: int, n: int, response: int, budget: int) -> tuple[Component, ...]:
-        group = discriminator_tokens(1, n, self.prompt, response, spans=self.spans)
-        together = max(1, min(prompts, budget // group))  # a group larger than the budget stands alone
-        padded = together * self.spans * (n + 1) * (self.prompt + response)
-        kept = language_activation_bytes(self.sparse.text_config, padded, self.dtype, sparse=True)
+        group = self._discriminator_tokens(1, n, response)
+        together = max(1, min(prompts, budget // group))
+        if self.config.layout == "shared_prefix":  # a group larger than the budget is cut
+            computed = together * group if group <= budget else max(budget, self.prompt + response)
+        else:  # it stands alone, each span padded to the longest
+            computed = together * self.spans * (n + 1) * (self.prompt + response)
+        kept = language_activation_bytes(self.sparse.text_config, computed, self.dtype, sparse=True)
         return (
             Component("discriminator gradients", self.critic.weight_bytes),
             Component("discriminator activations", kept),
             self._vision(together),
         )
 
+    def _discriminator_tokens(self, prompts: int, n: int, response: int) -> int:
+        return discriminator_tokens(prompts, n, self.prompt, response, spans=self.spans, layout=self.config.layout)
+
     def _vision(self, prompts: int) -> Component:
         vision = self.dense.vision_config
         patches = prompts * self.images * vision.spatial_merge_size**2
         return Component("vision activations", vision_activation_bytes(vision, patches, self.dtype))
 
-    def _rollout_tokens(self, rows: int, prompts: int, response: int) -> dict[str, int]:
+    def _rollout_tokens(self, prompts: int, n: int, response: int) -> dict[str, int]:
         return {
             "prompts read": prompts * self.prompt,
-            "tokens generated": rows * response,
-            "policy update": rows * (self.prompt + response),
+            "tokens generated": prompts * n * response,
+            "policy update": policy_tokens(prompts, n, self.prompt, response, layout=self.config.layout),
         }

@@ -23,6 +23,7 @@ from prism_fast.models.processor import Processor
 from prism_fast.train.context import Run
 from prism_fast.train.discriminator_update import SpanGroup, discriminate, loss_options
 from prism_fast.train.engine import LocalEngine
+from prism_fast.train.layouts import prepare
 from prism_fast.train.policy_update import PolicyBatch, response_metrics, update_policy
 from prism_fast.train.resume import StageState
 from prism_fast.train.rollout_dump import dumped
@@ -37,6 +38,8 @@ def align(
     """Run the stage; returns the folders of the exported policy and discriminator."""
     config, semantics, spans = run.config.align, run.config.semantics, SPANS[run.config.align.discriminate]
     options = policy_options(config.loss, max_response=config.rollout.max_new_tokens)
+    for model in (policy, discriminator.backbone):
+        prepare(run.config.layout, model)
     policy_engine = LocalEngine(policy, config.optimizer)
     critic_engine = LocalEngine(discriminator, config.discriminator.optimizer)
     order = SampleOrder(len(tasks), seed=derive_seed(run.config.seed, "align", "order"))
@@ -64,6 +67,7 @@ def align(
                     learn=learns,
                     pad_id=processor.pad_id,
                     device=run.device,
+                    layout=run.config.layout,
                     positions=SEMANTICS[semantics].positions,
                     **loss_options(run.config),
                 )
@@ -74,7 +78,7 @@ def align(
                 numbers: dict[str, float | int | None] = {
                     "disc/loss": float(loss) if learns else None,
                     "disc/grad_norm": critic_engine.step() if learns else None,
-                    "disc/tokens": scores.tokens,
+                    **{f"disc/{key}": value for key, value in scores.numbers().items()},
                     "disc/token_budget": state.budgets["discriminator"].change(),
                 }
                 rollouts.time["time/discriminator"] = time.perf_counter() - started
@@ -92,6 +96,7 @@ def align(
                     pad_id=processor.pad_id,
                     budget=state.budgets["policy"],
                     device=run.device,
+                    layout=run.config.layout,
                 )
                 rollouts.time["time/update"] = time.perf_counter() - started
                 numbers |= rollouts.reward_metrics() | response_metrics(rollouts.completions) | rollouts.time

@@ -1,14 +1,19 @@
 """Scoring and updating the discriminator in one forward: the scores are the rewards, their graph is the update.
 
 Equal spans of one prompt are computed once. The teacher's spans therefore cost one pass per prompt, not one per
-rollout, and a student span that equals the teacher's gets exactly the teacher's score: a tie.
+rollout, and a student span that equals the teacher's gets exactly the teacher's score: a tie. In packed rows the prompt
+and its image are computed once as well: a step costs P + all its spans' tokens per prompt.
+
+The loss couples the spans of a group. A packed group that is cut into several rows is therefore scored first without
+gradient; the loss of its head's inputs gives every row's gradient there, and the rows are computed again to send it
+on. `GroupScores.repeated` counts those tokens; a larger token budget avoids them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +22,11 @@ from prism_fast.algorithms.alignment_loss import discriminator_loss
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import Config
 from prism_fast.models.discriminator import Discriminator, expert_choices, load_balance_loss
-from prism_fast.models.forward import TokenBatch, collate, language_outputs
+from prism_fast.models.packing import PromptGroup
 from prism_fast.models.processor import EncodedPrompt
 from prism_fast.train.engine import LocalEngine
-from prism_fast.train.microbatch import TokenBudget, by_tokens
+from prism_fast.train.layouts import Forward, Layout, PackedStep, PaddedStep, lay_out, longest_item, self_check
+from prism_fast.train.microbatch import TokenBudget
 
 Span = tuple[int, ...]
 
@@ -40,19 +46,25 @@ class SpanGroup:
         """Distinct spans in order of first use."""
         return list(dict.fromkeys([*self.teacher, *(span for framed in self.students if framed for span in framed)]))
 
-    def tokens(self) -> int:
-        """Tokens of one forward of this group, prompt repeated per distinct span."""
-        return sum(len(self.prompt.input_ids) + len(span) for span in self.unique_spans())
+    def computed(self) -> PromptGroup:
+        """What a forward computes: the prompt and its distinct spans."""
+        return PromptGroup(self.prompt, self.unique_spans())
 
 
-@dataclass(frozen=True)
-class GroupScores:
+class GroupScores(NamedTuple):
     """Scores of a step, float32, on the CPU: ``student`` [B, K], ``teacher`` [G, K]; ``tokens`` of the forward that
-    made them."""
+    made them, ``repeated`` those of them that were computed twice because their group was cut; ``packing_error``: what
+    ``layouts.self_check`` found."""
 
     student: Tensor
     teacher: Tensor
     tokens: int
+    repeated: int
+    packing_error: float | None = None
+
+    def numbers(self) -> dict[str, float | int | None]:
+        """What the forward cost, for the metrics."""
+        return {"tokens": self.tokens, "tokens_repeated": self.repeated, "packing_error": self.packing_error}
 
 
 def loss_options(config: Config) -> dict[str, Any]:
@@ -67,75 +79,65 @@ def loss_options(config: Config) -> dict[str, Any]:
 
 
 def discriminate(
-    engine: LocalEngine, groups: Sequence[SpanGroup], budget: TokenBudget, *, learn: bool, **options: Any
+    engine: LocalEngine,
+    groups: Sequence[SpanGroup],
+    budget: TokenBudget,
+    *,
+    learn: bool,
+    layout: Layout,
+    **options: Any,
 ) -> tuple[GroupScores, Tensor]:
     """:func:`discriminator_step` within the token budget: scores all groups and, with ``learn``, leaves the gradient in
     the engine.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
-        StepTooLargeError: the largest group alone does not fit into memory.
+        StepTooLargeError: the largest piece that cannot be cut does not fit into memory.
     """
+    computed = [group.computed() for group in groups]
+    checked = {"pad_id": options["pad_id"], "positions": options.get("positions", "mrope")}
+    error = self_check(engine, layout, engine.model.backbone, computed, **checked)
     backward = engine.backward if learn else None
-    return budget.run(
+    scores, loss = budget.run(
         lambda tokens: discriminator_step(
-            engine.model, groups, backward=backward, tokens_per_micro_batch=tokens, **options
+            engine.model, groups, backward=backward, tokens_per_micro_batch=tokens, layout=layout, **options
         ),
         discard=engine.discard,
-        longest=max(group.tokens() for group in groups),
+        longest=longest_item(layout, computed, whole_groups=True),
     )
+    return scores._replace(packing_error=error), loss
 
 
-def _lay_out(
-    groups: Sequence[SpanGroup], model_config: Any, device: torch.device, pad_id: int, positions: str
-) -> tuple[TokenBatch, list[list[int]], list[list[int]]]:
-    """A row per distinct span of each group; the rows [G][K] of the teachers and [B][K] of the students (-1: none)."""
-    prompt_of_row: list[int] = []
-    spans: list[Span] = []
-    teacher_rows: list[list[int]] = []
-    student_rows: list[list[int]] = []
-    for g, group in enumerate(groups):
-        row_of = {span: len(spans) + i for i, span in enumerate(group.unique_spans())}
-        prompt_of_row.extend([g] * len(row_of))
-        spans.extend(row_of)
-        teacher_rows.append([row_of[span] for span in group.teacher])
-        nothing = [-1] * len(group.teacher)
-        student_rows.extend([row_of[span] for span in framed] if framed else nothing for framed in group.students)
-    batch = collate(
-        [group.prompt for group in groups],
-        prompt_of_row,
-        spans,
-        model_config=model_config,
-        pad_id=pad_id,
-        positions=positions,
-    )
-    return batch.to(device), teacher_rows, student_rows
-
-
-def _forward(
-    discriminator: Discriminator, batch: TokenBatch, teacher_rows: list[list[int]], student_rows: list[list[int]]
-) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...] | None]:
-    """One forward.
+def _scores(
+    discriminator: Discriminator, hidden: Tensor, spans: list[tuple[int, Span]], groups: Sequence[SpanGroup]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The head on the last hidden states [M, H] of ``spans``, (group, span) each, of whole ``groups`` (by number).
 
     Returns:
-        The scores to learn from (teacher [G, K], student [B, K], with gradient), the same without gradient and head
-        dropout (the rewards), and the raw router logits.
+        The scores to learn from (teacher [G, K], student [B, K], with gradient), and the same without gradient and
+        head dropout (the rewards).
     """
-    out = discriminator(batch)
-    learned = _gather(out.score, teacher_rows, student_rows)
+    place = {span: i for i, span in enumerate(spans)}
+    members = list(dict.fromkeys(g for g, _ in spans))
+    teacher = [[place[g, span] for span in groups[g].teacher] for g in members]
+    student = [
+        [place[g, span] for span in framed] if framed else [-1] * len(groups[g].teacher)
+        for g in members
+        for framed in groups[g].students
+    ]
+    learned = _gather(discriminator.score_hidden(hidden), teacher, student)
     if discriminator.training and discriminator.v_head[0].p > 0:
         # The published head drops hidden units while it learns, never while it scores; the backbone is the same.
         with torch.no_grad():
             discriminator.v_head.eval()
-            reward = _gather(discriminator.score_hidden(out.hidden), teacher_rows, student_rows)
+            reward = _gather(discriminator.score_hidden(hidden), teacher, student)
             discriminator.v_head.train()
-    else:
-        reward = [scores.detach() for scores in learned]
-    return learned, reward, out.router_logits
+        return learned, reward
+    return learned, [scores.detach() for scores in learned]
 
 
 def _gather(score: Tensor, teacher_rows: list[list[int]], student_rows: list[list[int]]) -> list[Tensor]:
-    """Scores per row of the batch to teacher [G, K] and student [B, K]; a student row of -1 (invalid) scores 0."""
+    """Scores [M] to teacher [G, K] and student [B, K]; a student's -1 (invalid) scores 0."""
     teacher = score[torch.tensor(teacher_rows, device=score.device)]
     index = torch.tensor(student_rows, device=score.device)
     return [teacher, torch.where(index >= 0, score[index.clamp(min=0)], 0.0)]
@@ -152,6 +154,7 @@ def discriminator_step(
     score_clip: float | None,
     score_reg: float,
     tokens_per_micro_batch: int,
+    layout: Layout,
     aux_coef: float = 0.0,
     positions: str = "mrope",
     poll: Callable[[], None] = lambda: None,
@@ -168,7 +171,6 @@ def discriminator_step(
     Returns:
         The scores before the update, and the loss (0-d float64, detached).
     """
-    parts = by_tokens([group.tokens() for group in groups], tokens_per_micro_batch)
     columns = len(groups[0].teacher)
     valid_total = sum(1 for group in groups for framed in group.students if framed)
     rows_total = sum(len(group.students) for group in groups)
@@ -177,29 +179,53 @@ def discriminator_step(
     counts: dict[str, float] = {}
     if semantics != "released":
         counts = {"denominator": max(1, valid_total), "l2_denominator": columns * (len(groups) + valid_total)}
-    offsets = [0]
-    for group in groups:
-        offsets.append(offsets[-1] + len(group.students))
-    student_found, student_rows, teacher_found = [], [], []
-    loss_total = torch.zeros((), dtype=torch.float64)
-    tokens = 0
-    layout = (discriminator.backbone.config, device, pad_id, positions)
+    step = lay_out(
+        layout,
+        discriminator.backbone,
+        [group.computed() for group in groups],
+        tokens_per_micro_batch,
+        pad_id=pad_id,
+        positions=positions,
+        whole_groups=True,
+    )
+    unique = [group.unique_spans() for group in groups]
     text = discriminator.backbone.config.text_config
     experts = (text.num_experts, text.num_experts_per_tok)
+    wanted = {"output_router_logits": True} if aux_coef else {}
     choices = None
-    if aux_coef and len(parts) > 1:
+    if aux_coef and len(step.parts) > 1:
         # The load-balancing loss is a product of means over the step. Each micro-batch can add its share of the second
         # mean, which the gradient flows through, only once the first, the experts' shares of the choices, is known.
-        batches = (_lay_out([groups[g] for g in part], *layout)[0] for part in parts)
-        choices = torch.stack([_choices(discriminator, batch, experts) for batch in batches]).sum(0)
+        choices = _choices(step, experts)
+
+    def balance(computed: Forward) -> Tensor | float:
+        if not aux_coef:
+            return 0.0
+        return aux_coef * load_balance_loss(computed.router_logits, *experts, computed.weight, choices=choices)
+
+    found: dict[int, tuple[Tensor, Tensor]] = {}  # per group: rewards of the teacher [K] and of the students [n, K]
+    loss_total = torch.zeros((), dtype=torch.float64)
+    tokens = repeated = 0
     with torch.set_grad_enabled(backward is not None):
-        for part in parts:
-            poll()
-            members = [groups[g] for g in part]
-            batch, *rows_of = _lay_out(members, *layout)
-            learned, reward, router_logits = _forward(discriminator, batch, *rows_of)
-            group_of_row = torch.tensor([i for i, m in enumerate(members) for _ in m.students], device=device)
-            valid = torch.tensor([framed is not None for m in members for framed in m.students], device=device)
+        for unit in step.units():
+            spans = [(g, unique[g][k]) for part in unit for g, k in part.branches]
+            again = backward is not None and len(unit) > 1
+            aux, hidden = 0.0, []
+            with torch.set_grad_enabled(backward is not None and not again):
+                rehearsal = step.rehearse(unit) if again else step
+                for part in unit:
+                    poll()
+                    computed = rehearsal.forward(part, **wanted)
+                    hidden.append(computed.hidden[computed.span_end])
+                    aux = aux if again else aux + balance(computed)
+                    tokens += part.tokens
+            ends = torch.cat(hidden)  # [M, H]
+            if again:
+                ends.requires_grad_()
+            learned, reward = _scores(discriminator, ends, spans, groups)
+            members = list(dict.fromkeys(g for g, _ in spans))
+            group_of_row = torch.tensor([i for i, g in enumerate(members) for _ in groups[g].students], device=device)
+            valid = torch.tensor([framed is not None for g in members for framed in groups[g].students], device=device)
             loss, _ = discriminator_loss(
                 *learned,
                 group_of_row,
@@ -211,23 +237,37 @@ def discriminator_step(
             )
             if semantics == "released":
                 loss = loss * (len(valid) / rows_total)
-            if aux_coef:
-                balance = load_balance_loss(router_logits, *experts, batch.attention_mask, choices=choices)
-                loss = loss + aux_coef * balance
+            loss = loss + aux
             if backward is not None:
                 backward(loss, teacher_scores=learned[0], student_scores=learned[1])
             loss_total += loss.detach().double().cpu()
-            teacher_found.append(reward[0].cpu())
-            student_found.append(reward[1].cpu())
-            student_rows += [r for g in part for r in range(offsets[g], offsets[g + 1])]
-            tokens += int(batch.lengths.sum())
-    student = torch.cat(student_found).float()[torch.tensor(student_rows).argsort()]
-    teacher = torch.cat(teacher_found).float()[torch.tensor([g for part in parts for g in part]).argsort()]
-    return GroupScores(student, teacher, tokens), loss_total
+            if again:
+                upstream = ends.grad.split([len(part.branches) for part in unit])
+                for part, gradient in zip(unit, upstream, strict=True):
+                    poll()
+                    computed = step.forward(part, **wanted)
+                    aux = balance(computed)
+                    backward((computed.hidden[computed.span_end] * gradient).sum() + aux)
+                    step.finish(part, backward)
+                    loss_total += torch.as_tensor(aux).detach().double().cpu()
+                    repeated += part.tokens
+            else:
+                for part in unit:
+                    step.finish(part, backward)
+            students = reward[1].float().cpu().split([len(groups[g].students) for g in members])
+            for g, teacher, student in zip(members, reward[0].float().cpu(), students, strict=True):
+                found[g] = (teacher, student)
+    teacher = torch.stack([found[g][0] for g in range(len(groups))])
+    student = torch.cat([found[g][1] for g in range(len(groups))])
+    return GroupScores(student, teacher, tokens, repeated), loss_total
 
 
 @torch.no_grad()
-def _choices(discriminator: Discriminator, batch: TokenBatch, experts: tuple[int, int]) -> Tensor:
-    """[E] how often each expert is chosen for the tokens of a batch: one forward without gradient or head."""
-    out = language_outputs(discriminator.backbone, batch, output_router_logits=True)
-    return expert_choices(out.router_logits, *experts, batch.attention_mask)
+def _choices(step: PackedStep | PaddedStep, experts: tuple[int, int]) -> Tensor:
+    """[E] how often each expert is chosen for the tokens of a step: one forward without gradient or head."""
+    passes = step.rehearse(step.parts)
+    counts = []
+    for part in step.parts:
+        computed = passes.forward(part, output_router_logits=True)
+        counts.append(expert_choices(computed.router_logits, *experts, computed.weight))
+    return torch.stack(counts).sum(0)

@@ -42,6 +42,7 @@ class LocalEngine:
         self.config = config
         self.schedule = schedule
         self.updates = 0
+        self.packing_checked = False  # set by train.layouts.self_check
         self.where = "an update"  # for errors; a stage puts its name and step here
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         decayed = [p for name, p in trainable if p.ndim >= 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prism_fast.models.packing_check import PackingError
 from prism_fast.rewards import JudgeError
 from prism_fast.train.checkpoint import CheckpointError
 from prism_fast.train.engine import NonFiniteError
@@ -13,6 +14,7 @@ USER_ERRORS: tuple[type[Exception], ...] = (
     NonFiniteError,
     NoUsefulGroupError,
     StepTooLargeError,
+    PackingError,
     WarmupError,
     CheckpointError,
     JudgeError,

@@ -11,11 +11,12 @@ from torch import Tensor
 from prism_fast import ops
 from prism_fast.algorithms.denominators import loss_denominator
 from prism_fast.algorithms.presets import PolicyLossOptions
-from prism_fast.models.forward import collate, hidden_states, response_rows
+from prism_fast.models.packing import PromptGroup
 from prism_fast.models.processor import EncodedPrompt
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train.engine import LocalEngine, NonFiniteError, refuse_non_finite
-from prism_fast.train.microbatch import TokenBudget, by_tokens
+from prism_fast.train.layouts import Forward, Layout, lay_out, longest_item, self_check
+from prism_fast.train.microbatch import TokenBudget
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,23 @@ class PolicyBatch:
     advantage: Tensor  # [B] float32 on the CPU
     stale: Sequence[bool] | None = None  # rows that earlier weights sampled; None: the weights of now sampled all
 
+    def groups(self, active: Sequence[bool]) -> tuple[list[PromptGroup], list[list[int]]]:
+        """The prompts with their continuations, None for rows that are not ``active``, and which row each one is."""
+        rows: list[list[int]] = [[] for _ in self.prompts]
+        for b, p in enumerate(self.prompt_of_row):
+            rows[p].append(b)
+        groups = [
+            PromptGroup(prompt, [self.completions[b].token_ids if active[b] else None for b in rows[p]])
+            for p, prompt in enumerate(self.prompts)
+        ]
+        return groups, rows
 
-def token_logprobs(model, batch, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs of the continuation tokens of a batch, by the model's :class:`LogProbHead`: no other row reaches it.
 
-    Returns:
-        ``logp`` [N] float32 with gradient, and ``cu_seqlens`` [B+1] int32, the continuations' offsets.
-    """
-    rows = response_rows(batch)
-    hidden = hidden_states(model.model, batch)  # [B, S, H]
-    hidden = hidden.flatten(0, 1).index_select(0, rows.index)  # [N, H]
-    result = model.lm_head(hidden, rows.target, temperature=temperature)
-    return result.logp, rows.cu_seqlens
+def token_logprobs(model, computed: Forward, *, temperature: float) -> Tensor:
+    """Log-probs [N] float32 of the continuation tokens of a forward, with gradient, by the model's
+    :class:`LogProbHead`: no other row reaches it."""
+    hidden = computed.hidden.index_select(0, computed.predict.index)  # [N, H]
+    return model.lm_head(hidden, computed.predict.target, temperature=temperature).logp
 
 
 def update_policy(
@@ -51,6 +57,7 @@ def update_policy(
     pad_id: int,
     budget: TokenBudget,
     device: torch.device,
+    layout: Layout,
 ) -> dict[str, float | int | None]:
     """One optimizer step on the batch. No old-log-prob and no reference pass.
 
@@ -68,33 +75,26 @@ def update_policy(
     lengths = torch.tensor([len(c.token_ids) for c in batch.completions])
     denominator = loss_denominator(options.loss, lengths, aggregation=options.aggregation).to(device)
     contributes = (batch.advantage != 0).tolist()
-    total = [
-        (len(batch.prompts[p].input_ids) + len(c.token_ids)) if active else 0
-        for p, c, active in zip(batch.prompt_of_row, batch.completions, contributes, strict=True)
-    ]
+    groups, row_of = batch.groups(contributes)
     stale = [False] * len(batch.completions) if batch.stale is None else list(batch.stale)
     model.train()
 
-    def accumulate(tokens: int) -> tuple[float, list[Tensor], list[ops.PolicyStats]]:
-        loss_sum, gaps, ratios = 0.0, [], []
-        for part in by_tokens(total, tokens):
-            micro = collate(
-                batch.prompts,
-                [batch.prompt_of_row[i] for i in part],
-                [batch.completions[i].token_ids for i in part],
-                model_config=model.config,
-                pad_id=pad_id,
-            ).to(device)
-            logp, cu_seqlens = token_logprobs(model, micro, temperature=temperature)
-            sampled = torch.tensor([lp for i in part for lp in batch.completions[i].logprobs], device=device)  # [N]
+    def accumulate(tokens: int) -> tuple[float, int, list[Tensor], list[ops.PolicyStats]]:
+        loss_sum, computed_tokens, gaps, ratios = 0.0, 0, [], []
+        step = lay_out(layout, model.model, groups, tokens, pad_id=pad_id)
+        for part in step.parts:
+            rows = [row_of[p][k] for p, k in part.branches]
+            computed = step.forward(part)
+            logp = token_logprobs(model, computed, temperature=temperature)
+            sampled = torch.tensor([lp for b in rows for lp in batch.completions[b].logprobs], device=device)  # [N]
             old = torch.tensor(
-                [stale[i] for i in part for _ in batch.completions[i].token_ids], device=device
+                [stale[b] for b in rows for _ in batch.completions[b].token_ids], device=device
             )  # [N] bool
             sampled = sampled.to(logp.dtype)
             loss, stats = ops.policy_loss(
                 logp,
-                batch.advantage[part].to(device),
-                cu_seqlens,
+                batch.advantage[rows].to(device),
+                computed.predict.cu_seqlens,
                 old_logp=torch.where(old, sampled, logp.detach()) if old.any() else None,
                 denominator=denominator,
                 **options.kwargs(),
@@ -105,27 +105,32 @@ def update_policy(
                 bad = ops.bad_values(device)
                 if not bad:
                     raise
-                rows = model.lm_head.out_features
                 raise NonFiniteError(
-                    f"{error}: {bad} response tokens lie outside the {rows} rows of the output matrix; do tokenizer "
-                    f"and model belong together?"
+                    f"{error}: {bad} response tokens lie outside the {model.lm_head.out_features} rows of the output "
+                    "matrix; do tokenizer and model belong together?"
                 ) from None
+            step.finish(part, engine.backward)
+            computed_tokens += part.tokens
             loss_sum += float(loss.detach())
             gaps.append((logp.detach() - sampled).abs()[~old].float().cpu())
             ratios.append(stats)
-        return loss_sum, gaps, ratios
+        return loss_sum, computed_tokens, gaps, ratios
 
+    error = self_check(engine, layout, model.model, groups, pad_id=pad_id)
     ops.bad_values(device)  # what anybody met before is not of this step
-    loss_sum, gaps, ratios = budget.run(accumulate, discard=engine.discard, longest=max(total, default=1))
+    loss_sum, computed_tokens, gaps, ratios = budget.run(
+        accumulate, discard=engine.discard, longest=longest_item(layout, groups)
+    )
     active = sum(contributes)
     gap = torch.cat(gaps) if gaps else torch.empty(0)
     return {
         "policy/loss": loss_sum,
         "policy/rows": active,
-        "policy/tokens": sum(total),
+        "policy/tokens": computed_tokens,
         "policy/lr": engine.lr() if active else None,
         "policy/grad_norm": engine.step() if active else None,
         "policy/token_budget": budget.change(),
+        "policy/packing_error": error,
         "policy/bad_values": ops.bad_values(device),
         "rollout/logprob_gap_mean": float(gap.mean()) if len(gap) else None,
         "rollout/logprob_gap_max": float(gap.max()) if len(gap) else None,

@@ -22,6 +22,7 @@ from prism_fast.models.processor import Processor
 from prism_fast.train.context import Run
 from prism_fast.train.engine import LocalEngine
 from prism_fast.train.group_sampler import GroupSampler, length_penalty, training_reward
+from prism_fast.train.layouts import prepare
 from prism_fast.train.policy_update import PolicyBatch, response_metrics, update_policy
 from prism_fast.train.resume import StageState
 from prism_fast.train.rollout_dump import dumped
@@ -36,6 +37,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
     config = run.config.rlvr
     options = policy_options(config.loss, max_response=config.rollout.max_new_tokens)
     singleton = SEMANTICS[run.config.semantics].singleton
+    prepare(run.config.layout, policy)
     engine = LocalEngine(policy, config.optimizer)
     order = SampleOrder(len(tasks), seed=derive_seed(run.config.seed, "rlvr", "order"))
     sampler = GroupSampler(RolloutSource(run, "rlvr", policy, processor, tasks, config.rollout), order, config)
@@ -64,6 +66,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
                         pad_id=processor.pad_id,
                         budget=state.budgets["policy"],
                         device=run.device,
+                        layout=run.config.layout,
                     )
                     for batch in mini_batches(rollouts, advantage, step, config.updates_per_step)
                 ]
@@ -105,7 +108,7 @@ def merge_updates(updates: Sequence[Numbers]) -> Numbers:
     merged: Numbers = {}
     for key in dict.fromkeys(key for numbers in updates for key in numbers):
         values = [numbers[key] for numbers in updates if numbers.get(key) is not None]
-        if key in ("policy/rows", "policy/tokens"):
+        if key in ("policy/rows", "policy/tokens", "policy/bad_values"):
             merged[key] = sum(values)
         elif not values:
             merged[key] = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,13 @@ import torch
 from prism_fast.config import SftConfig
 from prism_fast.data.order import SampleOrder
 from prism_fast.data.samples import Demonstration
-from prism_fast.models.forward import TokenBatch, collate
+from prism_fast.models.packing import PromptGroup
 from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import EncodedPrompt, Processor
 from prism_fast.train.context import Run
 from prism_fast.train.engine import LocalEngine
-from prism_fast.train.microbatch import TokenBudget, by_tokens
+from prism_fast.train.layouts import PaddedStep
+from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.policy_update import token_logprobs
 from prism_fast.train.resume import StageState
 from prism_fast.train.seeds import derive_seed
@@ -46,16 +47,10 @@ class EncodedDemos:
     def response_tokens(self) -> int:
         return sum(map(len, self.responses))
 
-    def micro_batches(self, tokens: int, model, pad_id: int) -> Iterator[TokenBatch]:
-        """Batches of at most ``tokens`` padded tokens, on the CPU."""
-        for part in by_tokens(self.lengths, tokens):
-            yield collate(
-                [self.prompts[i] for i in part],
-                range(len(part)),
-                [self.responses[i] for i in part],
-                model_config=model.config,
-                pad_id=pad_id,
-            )
+    def cut(self, tokens: int, model, pad_id: int) -> PaddedStep:
+        """Forwards of at most ``tokens`` padded tokens. Demonstrations seldom share a prompt, so nothing is packed."""
+        groups = [PromptGroup(p, [r]) for p, r in zip(self.prompts, self.responses, strict=True)]
+        return PaddedStep(model.model, groups, tokens, pad_id=pad_id)
 
 
 def _validation_loss(run: Run, model, demos: EncodedDemos, pad_id: int, budget: TokenBudget) -> float:
@@ -64,10 +59,11 @@ def _validation_loss(run: Run, model, demos: EncodedDemos, pad_id: int, budget: 
 
     def evaluate(tokens: int) -> float:
         total = 0.0
-        for batch in demos.micro_batches(tokens, model, pad_id):
+        step = demos.cut(tokens, model, pad_id)
+        for part in step.parts:
             run.stop.poll("SFT validation")
             with torch.no_grad():
-                logp, _ = token_logprobs(model, batch.to(run.device), temperature=1.0)
+                logp = token_logprobs(model, step.forward(part), temperature=1.0)
             total -= float(logp.sum())
         return total
 
@@ -85,8 +81,9 @@ def _update(
 
     def accumulate(limit: int) -> float:
         loss_sum = 0.0
-        for batch in encoded.micro_batches(limit, engine.model, processor.pad_id):
-            logp, _ = token_logprobs(engine.model, batch.to(run.device), temperature=1.0)
+        step = encoded.cut(limit, engine.model, processor.pad_id)
+        for part in step.parts:
+            logp = token_logprobs(engine.model, step.forward(part), temperature=1.0)
             loss = -logp.sum() / tokens
             engine.backward(loss, logp=logp)
             loss_sum += float(loss.detach())

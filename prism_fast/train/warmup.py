@@ -27,6 +27,7 @@ from prism_fast.train.chunks import ChunkLog
 from prism_fast.train.context import Run
 from prism_fast.train.discriminator_update import GroupScores, SpanGroup, discriminate, loss_options
 from prism_fast.train.engine import LocalEngine
+from prism_fast.train.layouts import prepare
 from prism_fast.train.resume import StageState
 from prism_fast.train.seeds import derive_seed
 
@@ -173,7 +174,13 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs:
     heldout, training = [groups[i] for i in shuffled[:held]], [groups[i] for i in shuffled[held:]]
     order = SampleOrder(len(training), seed=derive_seed(run.config.seed, "warmup", "order"))
     engine = LocalEngine(discriminator, config.optimizer)
-    shared = {"pad_id": processor.pad_id, "device": run.device, **loss_options(run.config)}
+    prepare(run.config.layout, discriminator.backbone)
+    shared = {
+        "pad_id": processor.pad_id,
+        "device": run.device,
+        "layout": run.config.layout,
+        **loss_options(run.config),
+    }
     reached = HeldOut(spans)
     budgets = {"discriminator": config.tokens_per_micro_batch}
     state = StageState(run, "warmup", engines={"discriminator": engine}, budgets=budgets, order=order, extra=reached)
@@ -198,7 +205,8 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs:
                 scores, loss = discriminate(engine, chunk, budget, learn=True, aux_coef=config.aux_coef, **shared)
                 numbers = {f"warmup/{key}": value for key, value in pair_margins(chunk, scores, spans).items()}
                 numbers |= {"warmup/loss": float(loss), "warmup/lr": engine.lr(), "warmup/grad_norm": engine.step()}
-                numbers |= {"warmup/tokens": scores.tokens, "warmup/token_budget": budget.change()}
+                numbers |= {f"warmup/{key}": value for key, value in scores.numbers().items()}
+                numbers["warmup/token_budget"] = budget.change()
                 state.hold(numbers)
             if engine.updates % config.eval_every == 0:
                 discriminator.eval()

@@ -16,13 +16,14 @@ from prism_fast.config import ConfigError, OptimizerConfig, load_config
 from prism_fast.data.digits import DigitsSpec, tokenizer_corpus, write_digits
 from prism_fast.data.readers import read_tasks
 from prism_fast.models.discriminator import build_discriminator
-from prism_fast.models.forward import collate
+from prism_fast.models.packing import PromptGroup
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.plan import DEFAULT_TOKENS, adamw_bytes, discriminator_tokens, make_plan
 from prism_fast.train.discriminator_update import SpanGroup, discriminator_step
 from prism_fast.train.engine import LocalEngine
+from prism_fast.train.layouts import lay_out, prepare
 from prism_fast.train.policy_update import token_logprobs
 from tests.models.test_sizes import kept_bytes
 
@@ -121,11 +122,15 @@ def test_discriminator_tokens_are_those_of_distinct_spans(prompt, lengths):
         return tuple(tuple(next(ids) for _ in range(length)) for length in lengths)
 
     groups = [SpanGroup(prompt, framed(), [framed() for _ in range(n)]) for _ in range(3)]
-    computed = discriminator_tokens(3, n, len(prompt.input_ids), sum(lengths), spans=len(lengths))
-    assert computed == sum(group.tokens() for group in groups)
+    for layout in ("shared_prefix", "padded"):
+        computed = discriminator_tokens(3, n, len(prompt.input_ids), sum(lengths), spans=len(lengths), layout=layout)
+        prompts = [1 if layout == "shared_prefix" else len(group.unique_spans()) for group in groups]
+        spans = sum(len(span) for group in groups for span in group.unique_spans())
+        assert computed == sum(prompts) * len(prompt.input_ids) + spans
 
 
 def test_whole_responses_cost_one_prompt_each(config):
+    config.layout = "padded"
     align = make_plan(config, prompt_tokens=11).stages[-2]
     config.align.discriminate = "response"
     whole = make_plan(config, prompt_tokens=11).stages[-2]
@@ -137,35 +142,42 @@ def test_whole_responses_cost_one_prompt_each(config):
 def test_tokens_per_step_at_the_limits(config):
     config.align.prompts, config.align.rollout = 3, replace(config.align.rollout, n=5, max_new_tokens=7)
     stage = next(s for s in make_plan(config, prompt_tokens=11).stages if s.stage == "align")
-    assert stage.tokens == {
-        "prompts read": 3 * 11,
-        "tokens generated": 3 * 5 * 7,
-        "policy update": 3 * 5 * (11 + 7),
-        "discriminator": 3 * (2 * 6 * 11 + 6 * 7),
-    }
+    generated = {"prompts read": 3 * 11, "tokens generated": 3 * 5 * 7}
+    assert stage.tokens == generated | {"policy update": 3 * (11 + 5 * 7), "discriminator": 3 * (11 + 6 * 7)}
+    config.layout = "padded"
+    stage = next(s for s in make_plan(config, prompt_tokens=11).stages if s.stage == "align")
+    repeated = {"policy update": 3 * 5 * (11 + 7), "discriminator": 3 * (2 * 6 * 11 + 6 * 7)}
+    assert stage.tokens == generated | repeated
 
 
-def test_a_real_policy_micro_batch_keeps_what_is_planned(policy, processor, config, prompt):
-    response, rows = 60, 6
-    config.align.prompts, config.align.rollout = 2, replace(config.align.rollout, n=4, max_new_tokens=response)
-    config.align.tokens_per_micro_batch = rows * (len(prompt.input_ids) + response) + 5
+@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
+def test_a_real_policy_micro_batch_keeps_what_is_planned(policy, processor, config, prompt, layout):
+    response, n = 60, 3
+    config.layout = layout
+    config.align.prompts, config.align.rollout = 2, replace(config.align.rollout, n=n, max_new_tokens=response)
+    config.align.tokens_per_micro_batch = 2 * n * (len(prompt.input_ids) + response)
     plan = planned(config, prompt, processor)
     model = copy.deepcopy(policy)
-    prompts = [prompt, copy.copy(prompt)]
-    batch = collate(
-        prompts, [0, 0, 0, 1, 1, 1], [[5] * response] * rows, model_config=model.config, pad_id=processor.pad_id
-    )
-    kept = kept_bytes(model, lambda: token_logprobs(model, batch, temperature=1.0))
+    prepare(layout, model)
+    groups = [PromptGroup(p, [[5] * response] * n) for p in (prompt, copy.copy(prompt))]
+    step = lay_out(layout, model.model, groups, config.align.tokens_per_micro_batch, pad_id=processor.pad_id)
+    assert len(step.parts) == 1
+    kept = kept_bytes(model, lambda: token_logprobs(model, step.forward(step.parts[0]), temperature=1.0))
     names = ("policy activations", "vision activations", "scores of the vocabulary, kept")
     assert kept == pytest.approx(sum(part(plan, "align", "policy update", name) for name in names), rel=0.03)
 
 
-def test_a_real_discriminator_micro_batch_keeps_what_is_planned(policy, processor, config, prompt):
+@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
+def test_a_real_discriminator_micro_batch_keeps_what_is_planned(policy, processor, config, prompt, layout):
     n, response = 3, 60
+    config.layout = layout
     config.align.prompts, config.align.rollout = 2, replace(config.align.rollout, n=n, max_new_tokens=response)
-    config.align.discriminator.tokens_per_micro_batch = 10  # a group larger than the budget stands alone
+    # Room for one packed group; a padded one is larger than that and stands alone.
+    budget = len(prompt.input_ids) + (n + 1) * response
+    config.align.discriminator.tokens_per_micro_batch = budget
     plan = planned(config, prompt, processor)
     model = build_discriminator(policy, seed=1)
+    prepare(layout, model.backbone)
     ids = iter(range(256))
 
     def pair():
@@ -184,7 +196,8 @@ def test_a_real_discriminator_micro_batch_keeps_what_is_planned(policy, processo
             semantics="prism_fast",
             score_clip=10.0,
             score_reg=0.001,
-            tokens_per_micro_batch=10,
+            layout=layout,
+            tokens_per_micro_batch=budget,
         ),
     )
     names = ("discriminator activations", "vision activations")

@@ -88,6 +88,7 @@ def _step(critic, groups, *, budget=10_000, semantics="prism_fast"):
         score_clip=10.0,
         score_reg=0.001,
         tokens_per_micro_batch=budget,
+        layout="padded",
     )
     return scores, loss, {n: p.grad.clone() for n, p in discriminator.named_parameters() if p.grad is not None}
 
@@ -96,7 +97,7 @@ def test_equal_spans_are_computed_once_and_tie_exactly(critic):
     groups = _groups(critic[2])
     assert [len(group.unique_spans()) for group in groups] == [4, 4, 2]
     scores, _, _ = _step(critic, groups)
-    assert scores.tokens == sum(group.tokens() for group in groups)
+    assert scores.tokens == sum(len(g.prompt.input_ids) + len(span) for g in groups for span in g.unique_spans())
     assert scores.student[0, 0] == scores.teacher[0, 0] and scores.student[1, 1] == scores.teacher[0, 1]
     assert scores.student[3:].abs().max() == 0
 
@@ -119,6 +120,7 @@ def test_a_step_without_any_advantage_updates_nothing(critic):
         pad_id=processor.pad_id,
         budget=TokenBudget(100, notify=pytest.fail),
         device=torch.device("cpu"),
+        layout="padded",
     )
     assert numbers["policy/rows"] == 0 and numbers["policy/grad_norm"] is None and engine.updates == 0
     assert all(torch.equal(before[n], p) for n, p in policy.named_parameters())

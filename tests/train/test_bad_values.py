@@ -36,6 +36,7 @@ def test_named_and_nothing_updated():
             pad_id=processor.pad_id,
             budget=TokenBudget(1000, notify=pytest.fail),
             device=torch.device("cpu"),
+            layout="padded",
         )
 
     with pytest.raises(NonFiniteError, match="2 response tokens lie outside the 90 rows of the output matrix"):

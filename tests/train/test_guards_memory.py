@@ -79,6 +79,7 @@ def _policy_step(setup, tokens: int, fail_at: int = 0):
         pad_id=processor.pad_id,
         budget=budget,
         device=torch.device("cpu"),
+        layout="padded",
     )
     return engine, numbers, told, budget
 

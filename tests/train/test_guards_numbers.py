@@ -51,6 +51,7 @@ def _update(engine: LocalEngine, setup, advantage: list[float]) -> None:
         pad_id=processor.pad_id,
         budget=TokenBudget(10_000, notify=pytest.fail),
         device=torch.device("cpu"),
+        layout="padded",
     )
 
 
@@ -103,6 +104,7 @@ def test_scores_of_a_spoiled_discriminator(setup, value):
             semantics="prism_fast",
             score_clip=10.0,
             score_reg=0.001,
+            layout="padded",
         )
     _assert_untouched(engine, spoiled)
 

@@ -76,6 +76,7 @@ def _update(setup, completions, stale, loss="dapo", budget=10_000):
         pad_id=processor.pad_id,
         budget=TokenBudget(budget, notify=pytest.fail),
         device=torch.device("cpu"),
+        layout="padded",
     )
     return numbers, {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 

@@ -1,0 +1,215 @@
+"""How prompts and their continuations are laid out for a forward, and how a step is cut into forwards.
+
+``shared_prefix``: packed rows, a prompt and its image computed once for all its continuations (``models.packing``).
+``padded``: a right-padded batch with the prompt repeated in front of each continuation (``models.forward``). Both give
+the same hidden states and gradients; tests hold them together, and :func:`self_check` on a run's own data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prism_fast.models.forward import ResponseRows, collate, language_outputs, response_rows
+from prism_fast.models.packing import Branch, PackedRow, PromptGroup, SharedImages, pack, packed_outputs
+from prism_fast.models.packing_check import TOLERANCE, check_packing
+from prism_fast.models.shared_prefix import use_shared_prefix
+from prism_fast.train.engine import LocalEngine
+from prism_fast.train.microbatch import by_tokens
+
+Layout = Literal["shared_prefix", "padded"]
+
+
+class Forward(NamedTuple):
+    """One micro-batch computed: ``X`` rows of hidden states, ``M`` continuations.
+
+    ``hidden`` [X, H] final-norm; ``predict``: the rows that predict the continuations' tokens; ``span_end`` [M] the
+    last row of each continuation; ``weight`` [X] how often a row's token stands in the unshared computation (0:
+    padding); ``router_logits`` per sparse layer [X, E], None unless asked for.
+    """
+
+    hidden: Tensor
+    predict: ResponseRows
+    span_end: Tensor
+    weight: Tensor
+    router_logits: tuple[Tensor, ...] | None
+
+
+class PackedStep:
+    """A step in packed rows. ``parts``: the rows, those of a group that was cut behind each other."""
+
+    def __init__(self, backbone: nn.Module, groups: Sequence[PromptGroup], budget: int, *, positions: str = "mrope"):
+        self.backbone = backbone
+        self.parts: list[PackedRow] = pack(groups, budget, model_config=backbone.config, positions=positions)
+        self.images = SharedImages(self.parts)
+
+    def units(self) -> list[list[PackedRow]]:
+        """The parts, those that hold branches of a common group together."""
+        units: list[list[PackedRow]] = []
+        seen: set[int] = set()
+        for row in self.parts:
+            here = {g for g, _ in row.branches}
+            if units and here & seen:
+                units[-1].append(row)
+                seen |= here
+            else:
+                units.append([row])
+                seen = here
+        return units
+
+    def rehearse(self, unit: Sequence[PackedRow]) -> PackedStep:
+        """These rows as a pass of its own: a forward without gradient before the one that is learned from."""
+        step = object.__new__(PackedStep)
+        step.backbone, step.parts, step.images = self.backbone, list(unit), SharedImages(unit)
+        return step
+
+    def forward(self, row: PackedRow, **kwargs: bool) -> Forward:
+        row = row.to(self.backbone.device)
+        out = packed_outputs(self.backbone, row, self.images, **kwargs)
+        logits = out.router_logits if kwargs else None
+        return Forward(out.last_hidden_state[0], row.predict, row.span_end, row.copies, logits)
+
+    def finish(self, row: PackedRow, backward: Callable[[Tensor], object] | None) -> None:
+        """After a part's own backward (None: there was none): the gradient of images that several rows share."""
+        self.images.finish(row, backward if backward is not None else _no_gradient)
+
+
+def _no_gradient(loss: Tensor) -> None:
+    raise AssertionError("a pass without a backward left gradients at its images")
+
+
+@dataclass(frozen=True, eq=False)
+class PaddedPart:
+    branches: tuple[Branch, ...]
+    tokens: int  # without padding
+
+
+class PaddedStep:
+    """A step in padded batches; ``whole_groups``: the continuations of a group stay together."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        groups: Sequence[PromptGroup],
+        budget: int,
+        *,
+        pad_id: int,
+        positions: str = "mrope",
+        whole_groups: bool = False,
+    ):
+        self.backbone, self.groups, self.pad_id, self.positions = backbone, groups, pad_id, positions
+        items: list[list[Branch]] = []
+        for g, group in enumerate(groups):
+            branches = [(g, b) for b, branch in enumerate(group.branches) if branch is not None]
+            items += [branches] if whole_groups else [[branch] for branch in branches]
+        lengths = [sum(self._length(branch) for branch in item) for item in items]
+        self.parts = [
+            PaddedPart(tuple(branch for i in part for branch in items[i]), sum(lengths[i] for i in part))
+            for part in by_tokens(lengths, budget)
+        ]
+
+    def _length(self, branch: Branch) -> int:
+        group = self.groups[branch[0]]
+        return len(group.prompt.input_ids) + len(group.branches[branch[1]])
+
+    def units(self) -> list[list[PaddedPart]]:
+        return [[part] for part in self.parts]
+
+    def rehearse(self, unit: Sequence[PaddedPart]) -> PaddedStep:
+        """Forwards of padded batches share nothing: any number of passes may run."""
+        return self
+
+    def forward(self, part: PaddedPart, **kwargs: bool) -> Forward:
+        used = sorted({g for g, _ in part.branches})
+        batch = collate(
+            [self.groups[g].prompt for g in used],
+            [used.index(g) for g, _ in part.branches],
+            [self.groups[g].branches[b] for g, b in part.branches],
+            model_config=self.backbone.config,
+            pad_id=self.pad_id,
+            positions=self.positions,
+        ).to(self.backbone.device)
+        out = language_outputs(self.backbone, batch, **kwargs)
+        width = batch.input_ids.shape[1]
+        start = torch.arange(len(batch.lengths), device=batch.lengths.device) * width
+        logits = out.router_logits if kwargs else None
+        hidden = out.last_hidden_state.flatten(0, 1)  # [B·S, H]
+        return Forward(
+            hidden, response_rows(batch), start + batch.lengths - 1, batch.attention_mask.reshape(-1), logits
+        )
+
+    def finish(self, part: PaddedPart, backward: Callable[[Tensor], object] | None) -> None:
+        """Nothing is shared between padded batches."""
+
+
+def lay_out(
+    layout: Layout,
+    backbone: nn.Module,
+    groups: Sequence[PromptGroup],
+    budget: int,
+    *,
+    pad_id: int,
+    positions: str = "mrope",
+    whole_groups: bool = False,
+) -> PackedStep | PaddedStep:
+    """Cut a step into forwards of at most ``budget`` tokens.
+
+    ``whole_groups`` keeps a padded group in one forward whatever its size. A packed group that does not fit is cut;
+    ``units`` then says which rows belong together.
+    """
+    if layout == "padded":
+        return PaddedStep(backbone, groups, budget, pad_id=pad_id, positions=positions, whole_groups=whole_groups)
+    if layout != "shared_prefix":
+        raise ValueError(f"layout must be 'shared_prefix' or 'padded', got {layout!r}")
+    return PackedStep(backbone, groups, budget, positions=positions)
+
+
+def longest_item(layout: Layout, groups: Sequence[PromptGroup], *, whole_groups: bool = False) -> int:
+    """Tokens of the largest piece of a step that cannot be cut further."""
+    whole = whole_groups and layout == "padded"
+    sizes = [0]
+    for group in groups:
+        lengths = [len(group.prompt.input_ids) + len(branch) for branch in group.branches if branch is not None]
+        sizes.append(sum(lengths) if whole else max(lengths, default=0))
+    return max(1, *sizes)
+
+
+def prepare(layout: Layout, model: nn.Module) -> None:
+    """Select the attention that a layout needs (idempotent)."""
+    if layout == "shared_prefix":
+        use_shared_prefix(model)
+
+
+#: Relative difference that rounding alone may give a sparse model: at a near-tie its two paths choose another expert.
+#: A wrong layout is off by tenths.
+SPARSE_TOLERANCE = 2e-2
+CHECKED_BRANCHES = 4
+
+
+def self_check(
+    engine: LocalEngine, layout: Layout, backbone: nn.Module, groups: Sequence[PromptGroup], **options: Any
+) -> float | None:
+    """Once per engine: compare packed with unshared computation on the first branches of the first group that has any.
+
+    Returns:
+        The relative difference of the hidden states at a stage's first update, for its metrics; otherwise None (an
+        engine that goes on from a checkpoint is checked as well, without a number: it must repeat the metrics of a run
+        that was never stopped).
+
+    Raises:
+        PackingError: they differ by more than rounding explains.
+    """
+    found = next((group for group in groups if any(branch is not None for branch in group.branches)), None)
+    if layout == "padded" or engine.packing_checked or found is None:
+        return None
+    some = [branch for branch in found.branches if branch is not None][:CHECKED_BRANCHES]
+    budget = len(found.prompt.input_ids) + sum(len(branch) for branch in some)
+    sparse = getattr(backbone.config.text_config, "num_experts", None) is not None
+    tolerance = max(TOLERANCE[backbone.dtype], SPARSE_TOLERANCE) if sparse else None
+    errors = check_packing(backbone, [PromptGroup(found.prompt, some)], budget=budget, tolerance=tolerance, **options)
+    engine.packing_checked = True
+    return errors.hidden if engine.updates == 0 else None

@@ -99,7 +99,7 @@ def _backward(
             if want_weights:
                 d_weights.view(-1)[mine] = torch.mul(d_act, product, out=d_pre[:, :inner]).sum(1, dtype=weights.dtype)
             if want_down:
-                torch.mm(g.t(), product.mul_(share), out=d_down[e])
+                torch.mm(g.mul_(share).t(), product, out=d_down[e])
             if not want_hidden and not want_gate_up:
                 continue
             torch.mul(d_act.mul_(share), act, out=d_pre[:, inner:])

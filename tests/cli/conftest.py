@@ -53,7 +53,9 @@ def data_files(tmp_path_factory) -> dict[str, Path]:
     teacher = {"teacher_caption": "<caption>x</caption>", "teacher_cot": "<think>y</think>", "teacher_response": "z"}
     tasks = [Task(f"t{i}", prompt, [], "math-77k", "2", question="What?", **teacher) for i in range(4)]
     write_tasks(folder / "align.parquet", tasks)
-    write_tasks(folder / "rlvr.parquet", [Task(f"t{i}", prompt, [], "math-77k", "2", question="What?") for i in range(5)])
+    write_tasks(
+        folder / "rlvr.parquet", [Task(f"t{i}", prompt, [], "math-77k", "2", question="What?") for i in range(5)]
+    )
     sft, rlvr = folder / "sft.json", folder / "rlvr.parquet"
     return {"sft": sft, "sft_val": sft, "align": folder / "align.parquet", "rlvr": rlvr, "eval": rlvr}
 

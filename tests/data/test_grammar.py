@@ -134,9 +134,6 @@ def small_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-
-
-
 def test_pieces_join_to_what_the_tokenizer_decodes():
     tokenizer = small_tokenizer()
     rng = np.random.default_rng(11)

@@ -44,7 +44,11 @@ def tasks() -> list[Task]:
 def pairs() -> list[Pair]:
     bare = [{"role": "user", "content": "no system, no image"}]
     whole = Pair("p2", bare, [], teacher_response="a", student_response="b")
-    return [Pair("p0", messages(1), [image(1)], "a", "b", "c", "d"), Pair("p1", bare, [], "a\n", "é", "c", "d", "e", "f"), whole]
+    return [
+        Pair("p0", messages(1), [image(1)], "a", "b", "c", "d"),
+        Pair("p1", bare, [], "a\n", "é", "c", "d", "e", "f"),
+        whole,
+    ]
 
 
 def test_sharegpt_round_trip(tmp_path):

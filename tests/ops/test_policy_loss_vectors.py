@@ -124,7 +124,7 @@ def test_kl_vectors(case):
             kl_coef=1.0,
             aggregation="token_mean",
             denominator=1.0,
-            )[0]
+        )[0]
 
     kind = case["kl_penalty"]
     if "raises" in case:

@@ -25,7 +25,7 @@ FLOORS = [
 ]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 # `config` describes runs: only those who run them may read it.
-CONFIG_READERS = {"train", "report", "cli", "commands", "plan", "dry_run", "config"}
+CONFIG_READERS = {"train", "report", "cli", "commands", "plan", "dry_run", "bench", "config"}
 # Neighbours of one floor that may look at each other, in this direction only.
 SIDEWAYS = {
     ("cli", "report"),  # the command line shows what the report makes
@@ -40,7 +40,7 @@ SIDEWAYS = {
 
 
 def python_files() -> list[Path]:
-    folders = ("prism_fast", "kernels", "bench/ops")
+    folders = ("prism_fast", "kernels", "bench/ops", "bench/step")
     return sorted(p for folder in folders for p in (ROOT / folder).rglob("*.py"))
 
 

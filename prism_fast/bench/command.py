@@ -16,11 +16,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Benchmarks; none of their numbers comes without a check in the same run.", no_args_is_help=True)
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps `ops` a subcommand while it is the only one."""
-
-
 @app.command()
 def ops(
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: cuda where there is one.")] = None,
@@ -66,6 +61,75 @@ def ops(
     wrong = [row for row in rows if row.status == "wrong"]
     for row in {(row.op, row.provider): row for row in wrong}.values():
         typer.echo(f"wrong: {row.op}, {row.provider}, {row.shape}: {row.note} {_worst(row)}", err=True)
+    if wrong:
+        raise typer.Exit(1)
+
+
+STEP_EXAMPLES = """Examples:
+
+  prism-fast bench step                                            tiny models, prompt 256, response 256, 16 rollouts
+
+  prism-fast bench step --prompt 256 --response 256 --prompt 512 --response 128 --json step.json        two shapes
+
+  prism-fast bench step --device cuda --depth 8 --checkpointing --prompt 1024 --response 1024 --teacher 768
+"""
+
+
+@app.command(epilog=STEP_EXAMPLES)
+def step(
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: cuda where there is one.")] = None,
+    prompt: Annotated[list[int] | None, typer.Option(help="Tokens of the prompt, image included [256].")] = None,
+    response: Annotated[list[int] | None, typer.Option(help="Tokens of a response [256].")] = None,
+    teacher: Annotated[list[int] | None, typer.Option(help="Tokens of the teacher's [as the response].")] = None,
+    rollouts: Annotated[int, typer.Option(help="Responses to the prompt.")] = 16,
+    depth: Annotated[
+        int | None,
+        typer.Option(help="Layers at the widths of the 4B policy and the 2B x 4 discriminator [cuda 4, cpu: tiny]."),
+    ] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Gradient checkpointing.")] = False,
+    rounds: Annotated[int, typer.Option(help="Timed steps of every column, an optimizer update each.")] = 3,
+    json: Annotated[Path | None, typer.Option(help="Result file, written anew after every shape.")] = None,
+) -> None:
+    """Time one alignment step: discriminator scoring, its update, the policy's update.
+
+    Three columns over the same weights and rollouts take turns: the published schedule with stock kernels, the
+    published schedule with our kernels, and ours. Scores, losses and every parameter's gradient are compared in
+    float32 in the same run; exit code 1 if they differ. Lengths may be repeated, a shape each. On a GPU bfloat16 is
+    timed, on the CPU float32.
+    """
+    import torch
+
+    from prism_fast.bench.step.run import run
+    from prism_fast.bench.step.work import Shape
+
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise typer.BadParameter(f"--device {kind}: use cpu, or cuda on a machine that has one")
+    if rounds < 1:
+        raise typer.BadParameter(f"--rounds must be 1 or more, got {rounds}")
+    prompts, responses = prompt or [256], response or [256]
+    teachers = teacher or responses
+    if not len(prompts) == len(responses) == len(teachers):
+        raise typer.BadParameter(
+            f"a shape is a prompt, a response and a teacher: got {len(prompts)}, {len(responses)} and {len(teachers)}"
+        )
+    try:
+        shapes = [Shape(*sizes, rollouts) for sizes in zip(prompts, responses, teachers, strict=True)]
+        rows = run(
+            shapes,
+            device=kind,
+            depth=4 if depth is None and kind == "cuda" else depth,
+            dtype=torch.bfloat16 if kind == "cuda" else torch.float32,
+            checkpointing=checkpointing,
+            rounds=rounds,
+            out=json,
+            show=Console(width=220, highlight=False, soft_wrap=True).print,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    wrong = [row for row in rows if row.status == "wrong"]
+    for row in wrong:
+        typer.echo(f"wrong: {row.column}, prompt {row.prompt}, response {row.response}: {row.note}", err=True)
     if wrong:
         raise typer.Exit(1)
 

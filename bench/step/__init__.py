@@ -1,0 +1,1 @@
+"""One alignment step: the published schedule beside ours, over the same weights and rollouts, compared and timed."""

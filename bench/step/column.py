@@ -1,0 +1,75 @@
+"""What every column of the step does, and what it leaves to be compared."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from prism_fast.config import OptimizerConfig
+from prism_fast.train.engine import LocalEngine
+
+from .work import Models, Work
+
+PHASES = ("score", "discriminator", "policy")
+
+
+class Outcome(NamedTuple):
+    """Of one step: scores before the update (``student`` [n, 2], ``teacher`` [2], float32, CPU), both losses, and the
+    largest distance in nats between a response token's log-prob and the one that was sampled with."""
+
+    student: Tensor
+    teacher: Tensor
+    discriminator_loss: float
+    policy_loss: float
+    gap: float
+
+
+class Engine(LocalEngine):
+    """The trainer's engine; ``gradient``: a copy of what the last update was made of, while ``keep`` is set."""
+
+    keep = False
+    gradient: dict[str, Tensor]
+
+    def step(self) -> float:
+        if self.keep:
+            named = self.model.named_parameters()
+            self.gradient = {name: p.grad.detach().cpu().clone() for name, p in named if p.grad is not None}
+        return super().step()
+
+
+class Column(ABC):
+    """One alignment step in three phases, each to be called in the order of ``PHASES``."""
+
+    def __init__(self, name: str, models: Models, work: Work) -> None:
+        self.name, self.work = name, work
+        self.policy, self.discriminator = models
+        self.device = next(self.policy.parameters()).device
+        self.policy_engine, self.critic_engine = (Engine(model, OptimizerConfig()) for model in models)
+
+    @abstractmethod
+    def score(self) -> None: ...
+
+    @abstractmethod
+    def update_discriminator(self) -> None: ...
+
+    @abstractmethod
+    def update_policy(self) -> None: ...
+
+    @abstractmethod
+    def outcome(self) -> Outcome: ...
+
+    def phases(self):
+        """(name, call) in order."""
+        return zip(PHASES, (self.score, self.update_discriminator, self.update_policy), strict=True)
+
+    def engines(self) -> dict[str, Engine]:
+        return {"discriminator": self.critic_engine, "policy": self.policy_engine}
+
+    def models(self) -> dict[str, tuple[nn.Module, nn.Module | None]]:
+        """Backbone and output matrix by name."""
+        return {
+            "discriminator": (self.discriminator.backbone, None),
+            "policy": (self.policy.model, self.policy.lm_head),
+        }

@@ -363,7 +363,8 @@ class _Planner:
             computed = together * group if group <= budget else max(budget, self.prompt + response)
         else:  # it stands alone, each span padded to the longest
             computed = together * self.spans * (n + 1) * (self.prompt + response)
-        kept = language_activation_bytes(self.sparse.text_config, computed, self.dtype, sparse=True)
+        scored = together * self.spans * (n + 1)
+        kept = language_activation_bytes(self.sparse.text_config, computed, self.dtype, sparse=True, scored=scored)
         return (
             Component("discriminator gradients", self.critic.weight_bytes),
             Component("discriminator activations", kept),

@@ -8,6 +8,7 @@ memory), and a ``value_head.pt`` for TRL-style readers that is written but never
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,6 +34,7 @@ from prism_fast.models.checkpoints import (
 from prism_fast.models.experts import use_prism_experts
 from prism_fast.models.forward import TokenBatch, language_outputs
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
+from prism_fast.models.score_rows import states_at, use_score_rows
 from prism_fast.models.upcycle import refuse_square_experts, upcycle
 from prism_fast.models.vision_attention import use_batched_vision_attention
 
@@ -72,14 +74,15 @@ class Discriminator(nn.Module):
         nn.init.zeros_(self.v_head[1].weight)
         self.head_in_float32 = head_in_float32
         use_prism_experts(self.backbone)
+        use_score_rows(self.backbone)
 
     def forward(self, batch: TokenBatch, *, last: Tensor | None = None) -> SpanScores:
         """Score every row of ``batch`` at ``last`` ``[B]`` (index into the right-padded row; default: its last
         token)."""
-        out = language_outputs(self.backbone, batch, output_router_logits=True)
         last = batch.lengths - 1 if last is None else last
-        row = torch.arange(len(last), device=last.device)
-        hidden = out.last_hidden_state[row, last]  # [B, H]
+        rows = torch.arange(len(last), device=last.device) * batch.input_ids.shape[1] + last  # [B], into B·S
+        run = partial(language_outputs, self.backbone, batch, output_router_logits=True)
+        hidden, out = states_at(self.backbone, rows, run)  # [B, H]
         return SpanScores(self.score_hidden(hidden), hidden, out.router_logits)
 
     def score_hidden(self, hidden: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ whose plan reaches the experts as it is, and no softmax, top-k or sort of PyTorc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,24 +79,51 @@ class Router(Qwen3VLMoeTextTopKRouter):
     """The stock router's parameter, the choice by ``route_experts``. The raw logits come first, where transformers
     records them."""
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Routing]:
-        """hidden_states [..., H]; logits [T, E] and the plan."""
+    def forward(self, hidden_states: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """hidden_states [..., H]; logits [T, E] of all tokens, and the plan for all of them or for ``rows`` [M]."""
         logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)  # [T, E]
-        return logits, route_experts(logits, self.top_k)
+        return logits, route_experts(logits if rows is None else logits[rows], self.top_k)
 
 
 class SparseBlock(Qwen3VLMoeTextSparseMoeBlock):
-    """Router and experts of one layer."""
+    """Router and experts of one layer.
+
+    ``rows`` [M] int64, distinct, is set by ``models.score_rows`` for one call of the last layer: the experts then
+    compute these tokens alone and the others get 0.
+    """
+
+    rows: Tensor | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [B, S, H]."""
-        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, routing = self.gate(flat)
+        flat, rows = hidden_states.reshape(-1, hidden_states.shape[-1]), self.rows
+        _, routing = self.gate(flat) if rows is None else self.gate(flat, rows)
+        tokens = flat if rows is None else flat[rows]  # [T or M, H]
         if self.experts.config._experts_implementation == IMPLEMENTATION:
-            out = self.experts(flat, routing.experts, routing.weights, routing=routing)
+            out = self.experts(tokens, routing.experts, routing.weights, routing=routing)
         else:  # chosen by hand: it gets what the stock router would give it
-            out = self.experts(flat, routing.experts, routing.weights.to(flat.dtype))
+            out = self.experts(tokens, routing.experts, routing.weights.to(flat.dtype))
+        if rows is not None:
+            out = torch.zeros(flat.shape, dtype=out.dtype, device=out.device).index_copy(0, rows, out)
         return out.view_as(hidden_states)
+
+
+@contextmanager
+def chosen_experts(model: nn.Module) -> Iterator[list[Tensor]]:
+    """What the routers of ``model`` choose for the forwards within: one ``[T, top_k]`` int64 tensor per call that
+    routes all its tokens, layer by layer. They are the tensors of the forward itself; nothing is computed or copied."""
+    found: list[Tensor] = []
+
+    def keep(router: Router, args: tuple, output: tuple[Tensor, Routing]) -> None:
+        if len(args) == 1:
+            found.append(output[1].experts)
+
+    hooks = [module.register_forward_hook(keep) for module in model.modules() if isinstance(module, Router)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def use_prism_experts(model: nn.Module) -> None:

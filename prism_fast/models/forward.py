@@ -180,7 +180,7 @@ def continuation_ids(index: int, continuation: Sequence[int], config: PreTrained
     return ids
 
 
-def language_outputs(backbone: nn.Module, batch: TokenBatch, **kwargs: bool) -> NamedTuple:
+def language_outputs(backbone: nn.Module, batch: TokenBatch, **kwargs: bool | Tensor) -> NamedTuple:
     """Output of ``backbone.language_model`` (``last_hidden_state`` ``[B, S, H]`` after the final norm) for a batch.
 
     ``backbone`` is a ``Qwen3VLModel`` or ``Qwen3VLMoeModel``. It is not called as a whole: its own forward would encode

@@ -280,7 +280,7 @@ def _encode(backbone: nn.Module, prompts: Sequence[EncodedPrompt], device: torch
 
 
 def packed_outputs(
-    backbone: nn.Module, row: PackedRow, images: SharedImages | None = None, **kwargs: bool
+    backbone: nn.Module, row: PackedRow, images: SharedImages | None = None, **kwargs: bool | Tensor
 ) -> NamedTuple:
     """Output of ``backbone.language_model`` for a packed row; ``last_hidden_state`` ``[1, T, H]`` is final-norm.
 

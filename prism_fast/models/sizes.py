@@ -75,13 +75,16 @@ def kv_bytes_per_token(text: PreTrainedConfig, dtype: torch.dtype) -> int:
     return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
 
 
-def language_activation_bytes(text: PreTrainedConfig, tokens: int, dtype: torch.dtype, *, sparse: bool = False) -> int:
+def language_activation_bytes(
+    text: PreTrainedConfig, tokens: int, dtype: torch.dtype, *, sparse: bool = False, scored: int | None = None
+) -> int:
     """Bytes that autograd keeps for a backward pass of the text trunk over ``tokens`` padded tokens.
 
     Per layer: two norms (their input widened to float32, the normalised rows, the inverse deviation), the inputs of
     the linear layers, the norms of queries and keys, attention (queries, keys, values, output, one float32 log-sum
     per head), and the MLP or, with ``sparse``, our router (its logits, weights and choices) and experts (the plan and
-    the up-projection of ``top_k`` rows per token).
+    the up-projection of ``top_k`` rows per token). ``scored``: rows that the last experts and the
+    final norm of a sparse trunk compute, where these are not all (``models.score_rows``).
     """
     e, wide = dtype.itemsize, max(4, dtype.itemsize)
     hidden = text.hidden_size
@@ -91,13 +94,15 @@ def language_activation_bytes(text: PreTrainedConfig, tokens: int, dtype: torch.
     head_norms = (wide + e) * (queries + keys) + wide * heads
     attention = 2 * e * (queries + keys) + 4 * text.num_attention_heads
     layer = 2 * norm + 2 * e * hidden + head_norms + attention
+    layers, rotary, ids = text.num_hidden_layers, 2 * e * text.head_dim, 8
     if not sparse:
-        layer += 4 * e * text.intermediate_size
-    else:
-        k, inner = text.num_experts_per_tok, text.moe_intermediate_size
-        layer += e * text.num_experts + k * (wide + 8 + 8 + 2 * e * inner)
-    rotary, ids = 2 * e * text.head_dim, 8
-    return tokens * (text.num_hidden_layers * layer + norm + rotary + ids)
+        return tokens * (layers * (layer + 4 * e * text.intermediate_size) + norm + rotary + ids)
+    k, inner = text.num_experts_per_tok, text.moe_intermediate_size
+    experts = e * text.num_experts + k * (wide + 8 + 8 + 2 * e * inner)
+    last = tokens * (experts + norm)
+    if scored is not None:  # gathered, with their places; the router still reads all rows
+        last = scored * (experts + e * hidden + norm + 8)
+    return tokens * (layers * layer + (layers - 1) * experts + rotary + ids) + last
 
 
 def vision_activation_bytes(vision: PreTrainedConfig, patches: int, dtype: torch.dtype) -> int:

@@ -25,7 +25,7 @@ from prism_fast.models.discriminator import Discriminator, expert_choices, load_
 from prism_fast.models.packing import PromptGroup
 from prism_fast.models.processor import EncodedPrompt
 from prism_fast.train.engine import LocalEngine
-from prism_fast.train.layouts import Forward, Layout, PackedStep, PaddedStep, lay_out, longest_item, self_check
+from prism_fast.train.layouts import Ends, Layout, PackedStep, PaddedStep, lay_out, longest_item, self_check
 from prism_fast.train.microbatch import TokenBudget
 
 Span = tuple[int, ...]
@@ -67,14 +67,15 @@ class GroupScores(NamedTuple):
         return {"tokens": self.tokens, "tokens_repeated": self.repeated, "packing_error": self.packing_error}
 
 
-def loss_options(config: Config) -> dict[str, Any]:
+def loss_options(config: Config, *, warmup: bool = False) -> dict[str, Any]:
     """The arguments of :func:`discriminator_step` that say what is learnt: the recipe's numbers, and where it gives
-    none those of its semantics."""
+    none those of its semantics. The published warm-up has neither clamp nor regulariser."""
     terms, given = SEMANTICS[config.semantics], config.align.discriminator
+    clip, reg = (None, 0.0) if warmup and config.semantics == "released" else (terms.score_clip, terms.score_reg)
     return {
         "semantics": config.semantics,
-        "score_clip": terms.score_clip if given.score_clip is None else given.score_clip,
-        "score_reg": terms.score_reg if given.score_reg is None else given.score_reg,
+        "score_clip": clip if given.score_clip is None else given.score_clip,
+        "score_reg": reg if given.score_reg is None else given.score_reg,
     }
 
 
@@ -198,7 +199,7 @@ def discriminator_step(
         # mean, which the gradient flows through, only once the first, the experts' shares of the choices, is known.
         choices = _choices(step, experts)
 
-    def balance(computed: Forward) -> Tensor | float:
+    def balance(computed: Ends) -> Tensor | float:
         if not aux_coef:
             return 0.0
         return aux_coef * load_balance_loss(computed.router_logits, *experts, computed.weight, choices=choices)
@@ -215,8 +216,8 @@ def discriminator_step(
                 rehearsal = step.rehearse(unit) if again else step
                 for part in unit:
                     poll()
-                    computed = rehearsal.forward(part, **wanted)
-                    hidden.append(computed.hidden[computed.span_end])
+                    computed = rehearsal.ends(part, **wanted)
+                    hidden.append(computed.hidden)
                     aux = aux if again else aux + balance(computed)
                     tokens += part.tokens
             ends = torch.cat(hidden)  # [M, H]
@@ -245,9 +246,9 @@ def discriminator_step(
                 upstream = ends.grad.split([len(part.branches) for part in unit])
                 for part, gradient in zip(unit, upstream, strict=True):
                     poll()
-                    computed = step.forward(part, **wanted)
+                    computed = step.ends(part, **wanted)
                     aux = balance(computed)
-                    backward((computed.hidden[computed.span_end] * gradient).sum() + aux)
+                    backward((computed.hidden * gradient).sum() + aux)
                     step.finish(part, backward)
                     loss_total += torch.as_tensor(aux).detach().double().cpu()
                     repeated += part.tokens
@@ -268,6 +269,6 @@ def _choices(step: PackedStep | PaddedStep, experts: tuple[int, int]) -> Tensor:
     passes = step.rehearse(step.parts)
     counts = []
     for part in step.parts:
-        computed = passes.forward(part, output_router_logits=True)
+        computed = passes.ends(part, output_router_logits=True)
         counts.append(expert_choices(computed.router_logits, *experts, computed.weight))
     return torch.stack(counts).sum(0)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from prism_fast.models.forward import ResponseRows, collate, language_outputs, response_rows
+from prism_fast.models.forward import ResponseRows, TokenBatch, collate, language_outputs, response_rows
 from prism_fast.models.packing import Branch, PackedRow, PromptGroup, SharedImages, pack, packed_outputs
 from prism_fast.models.packing_check import TOLERANCE, check_packing
+from prism_fast.models.score_rows import states_at
 from prism_fast.models.shared_prefix import use_shared_prefix
 from prism_fast.train.engine import LocalEngine
 from prism_fast.train.microbatch import by_tokens
@@ -25,17 +27,26 @@ Layout = Literal["shared_prefix", "padded"]
 
 
 class Forward(NamedTuple):
-    """One micro-batch computed: ``X`` rows of hidden states, ``M`` continuations.
+    """One micro-batch computed: ``X`` rows of hidden states.
 
-    ``hidden`` [X, H] final-norm; ``predict``: the rows that predict the continuations' tokens; ``span_end`` [M] the
-    last row of each continuation; ``weight`` [X] how often a row's token stands in the unshared computation (0:
-    padding); ``router_logits`` per sparse layer [X, E], None unless asked for.
+    ``hidden`` [X, H] final-norm; ``predict``: the rows that predict the continuations' tokens.
     """
 
     hidden: Tensor
     predict: ResponseRows
-    span_end: Tensor
+
+
+class Ends(NamedTuple):
+    """One micro-batch of ``M`` continuations computed for what its last tokens say; ``X`` rows, ``hidden`` of ``M``.
+
+    ``hidden`` [M, H] final-norm, at the last row of each continuation; ``weight`` [X] how often a row's token stands in
+    the unshared computation (0: padding); ``branch`` [X] int64: which of the M continuations the token belongs to, -1:
+    a prompt; ``router_logits`` per sparse layer [X, E], None unless asked for.
+    """
+
+    hidden: Tensor
     weight: Tensor
+    branch: Tensor
     router_logits: tuple[Tensor, ...] | None
 
 
@@ -67,11 +78,19 @@ class PackedStep:
         step.backbone, step.parts, step.images = self.backbone, list(unit), SharedImages(unit)
         return step
 
-    def forward(self, row: PackedRow, **kwargs: bool) -> Forward:
+    def forward(self, row: PackedRow) -> Forward:
         row = row.to(self.backbone.device)
-        out = packed_outputs(self.backbone, row, self.images, **kwargs)
-        logits = out.router_logits if kwargs else None
-        return Forward(out.last_hidden_state[0], row.predict, row.span_end, row.copies, logits)
+        return Forward(packed_outputs(self.backbone, row, self.images).last_hidden_state[0], row.predict)
+
+    def ends(self, row: PackedRow, **kwargs: bool) -> Ends:
+        segment, layout = (row.layout.branch_prefix >= 0).long(), row.layout  # a prompt or a branch
+        number = torch.where(segment > 0, segment.cumsum(0) - 1, -1)
+        branch = number.repeat_interleave(layout.cu_branch.diff(), output_size=row.tokens).to(self.backbone.device)
+        row = row.to(self.backbone.device)
+        hidden, out = states_at(
+            self.backbone, row.span_end, partial(packed_outputs, self.backbone, row, self.images, **kwargs)
+        )
+        return Ends(hidden, row.copies, branch, out.router_logits if kwargs else None)
 
     def finish(self, row: PackedRow, backward: Callable[[Tensor], object] | None) -> None:
         """After a part's own backward (None: there was none): the gradient of images that several rows share."""
@@ -123,9 +142,9 @@ class PaddedStep:
         """Forwards of padded batches share nothing: any number of passes may run."""
         return self
 
-    def forward(self, part: PaddedPart, **kwargs: bool) -> Forward:
+    def _batch(self, part: PaddedPart) -> TokenBatch:
         used = sorted({g for g, _ in part.branches})
-        batch = collate(
+        return collate(
             [self.groups[g].prompt for g in used],
             [used.index(g) for g, _ in part.branches],
             [self.groups[g].branches[b] for g, b in part.branches],
@@ -133,14 +152,24 @@ class PaddedStep:
             pad_id=self.pad_id,
             positions=self.positions,
         ).to(self.backbone.device)
-        out = language_outputs(self.backbone, batch, **kwargs)
-        width = batch.input_ids.shape[1]
-        start = torch.arange(len(batch.lengths), device=batch.lengths.device) * width
-        logits = out.router_logits if kwargs else None
-        hidden = out.last_hidden_state.flatten(0, 1)  # [B·S, H]
-        return Forward(
-            hidden, response_rows(batch), start + batch.lengths - 1, batch.attention_mask.reshape(-1), logits
+
+    def forward(self, part: PaddedPart) -> Forward:
+        batch = self._batch(part)
+        hidden = language_outputs(self.backbone, batch).last_hidden_state
+        return Forward(hidden.flatten(0, 1), response_rows(batch))  # [B·S, H]
+
+    def ends(self, part: PaddedPart, **kwargs: bool) -> Ends:
+        batch = self._batch(part)
+        rows, width = batch.input_ids.shape
+        number = torch.arange(rows, device=batch.lengths.device)
+        prompt = torch.arange(width, device=number.device) < batch.prompt_lengths[:, None]  # [B, S]
+        branch = torch.where(prompt, -1, number[:, None]).flatten()
+        hidden, out = states_at(
+            self.backbone,
+            number * width + batch.lengths - 1,
+            partial(language_outputs, self.backbone, batch, **kwargs),
         )
+        return Ends(hidden, batch.attention_mask.flatten(), branch, out.router_logits if kwargs else None)
 
     def finish(self, part: PaddedPart, backward: Callable[[Tensor], object] | None) -> None:
         """Nothing is shared between padded batches."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import DynamicCache
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.forward import collate, language_outputs
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
+from prism_fast.models.score_rows import states_at
 from prism_fast.models.sizes import (
     discriminator_size,
     kv_bytes_per_token,
@@ -112,8 +114,13 @@ def test_text_activations_are_what_autograd_keeps(processor, make_prompt, make_r
     rows = make_rows([90, 40, 60])
     batch = collate([make_prompt()], [0] * 3, rows, model_config=model.config, pad_id=processor.pad_id)
     kept = kept_bytes(backbone, lambda: language_outputs(backbone, batch, **options))
-    computed = language_activation_bytes(backbone.config.text_config, batch.input_ids.numel(), dtype, sparse=sparse)
-    assert kept == pytest.approx(computed, rel=TOLERANCE)
+    text, tokens = backbone.config.text_config, batch.input_ids.numel()
+    assert kept == pytest.approx(language_activation_bytes(text, tokens, dtype, sparse=sparse), rel=TOLERANCE)
+    if sparse:
+        ends = batch.lengths - 1 + torch.arange(3) * batch.input_ids.shape[1]
+        kept = kept_bytes(backbone, lambda: states_at(backbone, ends, partial(language_outputs, backbone, batch))[0])
+        computed = language_activation_bytes(text, tokens, dtype, sparse=True, scored=3)
+        assert kept == pytest.approx(computed, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

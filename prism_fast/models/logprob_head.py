@@ -7,6 +7,8 @@ the weight that the module's own hooks have gathered.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -18,7 +20,8 @@ class LogProbHead(nn.Linear):
     """``nn.Linear`` whose forward can also take labels.
 
     ``head(hidden)`` gives scores [..., V] as ever. ``head(hidden, labels, ...)`` gives
-    ``LogProb(logp [...], entropy [...] or [0])`` of hidden [..., H] and labels [...]; rows are not shifted. Options are
+    ``LogProb(logp [...], entropy [...] or [0])`` of hidden [..., H] and labels [...]; rows are not shifted. Tokens
+    ``banned`` have probability 0, as where they may not be sampled. Options are
     those of ``prism_fast.ops.linear_logprob``; ``temperature`` may have the shape of the labels. Under autocast the
     operands are cast as ``nn.Linear`` casts them; log-probabilities are float32 all the same.
     """
@@ -59,6 +62,7 @@ class LogProbHead(nn.Linear):
         hidden: Tensor,
         labels: Tensor | None = None,
         *,
+        banned: Sequence[int] = (),
         temperature: float | Tensor = 1.0,
         softcap: float | None = None,
         entropy: bool = False,
@@ -80,6 +84,10 @@ class LogProbHead(nn.Linear):
             )
         if isinstance(temperature, Tensor) and temperature.dim() > 1:
             temperature = temperature.reshape(-1)
+        bias = self.bias
+        if banned:
+            bias = torch.zeros_like(self.weight[:, 0]) if bias is None else bias
+            bias = bias.index_fill(0, torch.tensor(banned, device=bias.device), -torch.inf)
         device = hidden.device.type
         kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         with torch.autocast(device, enabled=False):  # the op chooses the precision of its own steps
@@ -87,7 +95,7 @@ class LogProbHead(nn.Linear):
                 hidden.reshape(-1, hidden.shape[-1]).to(kind or hidden.dtype),
                 self.weight.to(kind or self.weight.dtype),
                 labels.reshape(-1),
-                bias=None if self.bias is None else self.bias.to(kind or self.bias.dtype),
+                bias=None if bias is None else bias.to(kind or bias.dtype),
                 temperature=temperature,
                 softcap=softcap,
                 entropy=entropy,

@@ -97,6 +97,8 @@ def align(
                     budget=state.budgets["policy"],
                     device=run.device,
                     layout=run.config.layout,
+                    banned=processor.banned_ids,
+                    released=semantics == "released",
                 )
                 rollouts.time["time/update"] = time.perf_counter() - started
                 numbers |= rollouts.reward_metrics() | response_metrics(rollouts.completions) | rollouts.time

@@ -41,11 +41,11 @@ class PolicyBatch:
         return groups, rows
 
 
-def token_logprobs(model, computed: Forward, *, temperature: float) -> Tensor:
+def token_logprobs(model, computed: Forward, *, temperature: float, banned: Sequence[int] = ()) -> Tensor:
     """Log-probs [N] float32 of the continuation tokens of a forward, with gradient, by the model's
-    :class:`LogProbHead`: no other row reaches it."""
+    :class:`LogProbHead`: no other row reaches it. ``banned``: tokens that could not be sampled."""
     hidden = computed.hidden.index_select(0, computed.predict.index)  # [N, H]
-    return model.lm_head(hidden, computed.predict.target, temperature=temperature).logp
+    return model.lm_head(hidden, computed.predict.target, temperature=temperature, banned=banned).logp
 
 
 def update_policy(
@@ -58,12 +58,20 @@ def update_policy(
     budget: TokenBudget,
     device: torch.device,
     layout: Layout,
+    banned: Sequence[int] = (),
+    released: bool = False,
 ) -> dict[str, float | int | None]:
     """One optimizer step on the batch. No old-log-prob and no reference pass.
 
     The ratio of a fresh row is 1 by construction. A stale row is weighed against the log-probs it was sampled with,
     inside the loss's clip range: taken as fresh, its gradient would be that of another policy's samples.
     Rows with advantage exactly 0 have a gradient of exactly 0 and are not computed; they count in the denominator.
+
+    Args:
+        banned: tokens that the rollout engine never samples; without them the policy that learns would not be the one
+            that sampled.
+        released: as the published code does, every row is computed and each micro-batch divided by its own counts and
+            weighted by its share of the rows, so that the loss depends on the cut.
 
     Raises:
         NonFiniteError: an advantage, a log-prob, the loss or the gradient is NaN or infinite, or a token lies outside
@@ -74,7 +82,7 @@ def update_policy(
     model = engine.model
     lengths = torch.tensor([len(c.token_ids) for c in batch.completions])
     denominator = loss_denominator(options.loss, lengths, aggregation=options.aggregation).to(device)
-    contributes = (batch.advantage != 0).tolist()
+    contributes = ((batch.advantage != 0) | released).tolist()
     groups, row_of = batch.groups(contributes)
     stale = [False] * len(batch.completions) if batch.stale is None else list(batch.stale)
     model.train()
@@ -85,20 +93,25 @@ def update_policy(
         for part in step.parts:
             rows = [row_of[p][k] for p, k in part.branches]
             computed = step.forward(part)
-            logp = token_logprobs(model, computed, temperature=temperature)
+            logp = token_logprobs(model, computed, temperature=temperature, banned=banned)
             sampled = torch.tensor([lp for b in rows for lp in batch.completions[b].logprobs], device=device)  # [N]
             old = torch.tensor(
                 [stale[b] for b in rows for _ in batch.completions[b].token_ids], device=device
             )  # [N] bool
             sampled = sampled.to(logp.dtype)
+            counted = denominator
+            if released:
+                counted = loss_denominator(options.loss, lengths[rows], aggregation=options.aggregation).to(device)
             loss, stats = ops.policy_loss(
                 logp,
                 batch.advantage[rows].to(device),
                 computed.predict.cu_seqlens,
                 old_logp=torch.where(old, sampled, logp.detach()) if old.any() else None,
-                denominator=denominator,
+                denominator=counted,
                 **options.kwargs(),
             )
+            if released:
+                loss = loss * (len(rows) / len(lengths))
             try:
                 engine.backward(loss, logp=logp)
             except NonFiniteError as error:

@@ -67,6 +67,8 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
                         budget=state.budgets["policy"],
                         device=run.device,
                         layout=run.config.layout,
+                        banned=processor.banned_ids,
+                        released=run.config.semantics == "released",
                     )
                     for batch in mini_batches(rollouts, advantage, step, config.updates_per_step)
                 ]

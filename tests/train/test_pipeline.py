@@ -31,7 +31,7 @@ def test_every_stage_leaves_its_metrics_and_its_model(finished):
     assert len(_of(finished, "sft_continued")) == 4
     for step in _of(finished, "align"):
         assert step["disc/tokens"] > 0 and step["policy/entropy"] > 0 and step["response_length/max"] <= 72
-        assert step.get("rollout/logprob_gap_max", 0) < 1e-2  # the vision tokens' mass, which the sampler may not use
+        assert step.get("rollout/logprob_gap_max", 0) < 1e-4  # float32: the sampler's policy is the one that learns
     assert any("disc/margin_reasoning" in step or step["disc/ties_reasoning"] for step in _of(finished, "align"))
     for name in ("sft", "sft_continued", "align", "rlvr"):
         load_policy(finished / "export" / name)

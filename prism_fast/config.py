@@ -161,6 +161,7 @@ class OptimizerConfig:
         _require(self.lr > 0, "optimizer.lr", "positive", self.lr)
         _require(self.clip_norm > 0, "optimizer.clip_norm", "positive", self.clip_norm)
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps", "0 or more", self.warmup_steps)
+        _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", "at least 0 and below 1", self.betas)
 
 
 @dataclass
@@ -207,7 +208,7 @@ class WarmupConfig:
     eval_every: int = 10
     target_margin: float = 1.0  # of the mean held-out margin, caption and reasoning each
     max_updates: int = 1000  # reaching it without the margin is an error
-    aux_coef: float = 0.01
+    aux_coef: float = 0.01  # of the load-balancing loss; no effect under `released`, as published
     tokens_per_micro_batch: int = 16384
     temperature: float = 1.0
     max_new_tokens: int = 512
@@ -222,7 +223,7 @@ class WarmupConfig:
 @dataclass
 class DiscriminatorUpdateConfig:
     """Not given (null) means what ``semantics`` says: clip 10 and regulariser 0.001, under ``paper`` neither. Both also
-    act in the warm-up."""
+    act in the warm-up; under ``released`` they do there only if given."""
 
     score_clip: float | None = None  # scores are clamped to +- this in the loss and the advantage
     score_reg: float | None = None  # weight of the scores' mean square in the discriminator's loss
@@ -315,7 +316,8 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     threads: int | None = None  # CPU threads of PyTorch; none: PyTorch's own choice
     out: str | None = None  # run directory; none: runs/<recipe>-<time>
-    # prism_fast; released: what the published code does; paper: PRISM's equations as printed (algorithms/semantics.py)
+    # prism_fast; released: what the published code does, but for the differences that a run and --dry-run print;
+    # paper: PRISM's equations as printed (algorithms/semantics.py)
     semantics: Literal["prism_fast", "released", "paper"] = "prism_fast"
     layout: Literal["shared_prefix", "padded"] = "shared_prefix"  # of updates: a prompt once for all, or for each
     stages: list[str] = field(default_factory=lambda: list(STAGES))
@@ -340,6 +342,12 @@ class Config:
                 raise ConfigError(
                     f"stages: {stage!r} is not a stage; allowed: {', '.join(STAGES)}{_nearest(stage, STAGES)}"
                 )
+        for stage, rollout in (("align", self.align.rollout), ("rlvr", self.rlvr.rollout)):
+            if stage in self.stages:  # otherwise every group is one answer: a run that learns nothing, in silence
+                lone = self.semantics == "released"  # the published formula takes a lone reward as its advantage
+                _require(rollout.n >= 2 or lone, f"{stage}.rollout.n", "2 or more: answers are compared", rollout.n)
+                allowed = "positive: greedy answers to one prompt do not differ"
+                _require(rollout.temperature > 0, f"{stage}.rollout.temperature", allowed, rollout.temperature)
         order = [STAGES.index(stage) for stage in self.stages]
         _require(order == sorted(set(order)), "stages", f"in the order {', '.join(STAGES)}, each once", self.stages)
         if self.semantics == "released":  # the published code stops with a KeyError in this mode

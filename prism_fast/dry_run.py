@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from prism_fast.algorithms.semantics import RELEASED_DIFFERS
 from prism_fast.config import Config, ConfigError, dump_config
 from prism_fast.models.checkpoints import open_weights, read_model_type, weight_files
 from prism_fast.models.discriminator import read_head
@@ -17,6 +18,7 @@ from prism_fast.plan import adamw_bytes, discriminator_config, make_plan, policy
 from prism_fast.train.context import DTYPES, answer_checker, resolve_device
 from prism_fast.train.pipeline import NEEDS, DataFiles
 from prism_fast.train.reading import open_samples
+from prism_fast.train.replay import check_replay
 
 DATA_KEYS = ("sft", "sft_val", "align", "rlvr", "eval", "pairs")
 
@@ -52,7 +54,10 @@ def check_run(config: Config) -> list[str]:
             raise ConfigError(f"the run directory {folder} is not empty; give another with out=PATH")
     found.append(f"run directory: {config.out or 'a new one under runs'}")
     _check_order(config)
+    check_replay(config)
     answer_checker(config).close()  # a judge's key must be set
+    if config.semantics == "released":
+        found += [f"semantics=released differs from the published code: {line}" for line in RELEASED_DIFFERS]
     found += _check_models(config)
     return [*found, *_check_data(config), check_space(config)]
 

@@ -42,6 +42,9 @@ def test_overrides_win_over_the_recipe():
         ("rlvr.optimizer.lr=0", ["optimizer.lr", "positive"]),
         ("warmup.upcycle.top_k=9", ["top_k", "num_experts"]),
         ("warmup.heldout_share=1.0", ["heldout_share"]),
+        ("sft.optimizer.betas=[0.9, 1.0]", ["betas", "below 1"]),
+        ("rlvr.rollout.n=1", ["rlvr.rollout.n", "2 or more"]),
+        ("align.rollout.temperature=0", ["align.rollout.temperature", "greedy"]),
         ("seed", ["key.sub=value"]),
     ],
 )

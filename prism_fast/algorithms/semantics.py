@@ -1,4 +1,4 @@
-"""What the recipe's key ``semantics`` means in the alignment stage, term by term.
+"""What the recipe's key ``semantics`` means, term by term, and where ``released`` is not what was published.
 
 ``prism_fast`` is the default. ``released`` is what the published code does, ``paper`` what PRISM's equations say
 (arXiv 2604.28123, eq. 1-4): they have no score clamp, no penalty on the scores' squares, no format penalty, and
@@ -39,3 +39,17 @@ SEMANTICS: dict[str, Semantics] = {
     "paper": Semantics("combined", 0.0, "exclude", "zero", "zero", "mrope", 0.0, None, 0.0),
     "prism_fast": Semantics("per_score", 1e-6, "exclude", "zero", "zero", "mrope", 1.5, 10.0, 0.001),
 }
+
+RELEASED_DIFFERS = (
+    "everything is drawn from one seed; images are resized once, prompts are never cut, bad samples never replaced",
+    "micro-batches are cut by this program, for one process; the published losses depend on that cut",
+    "scores and losses are float32 where the published ones are bfloat16",
+    "warm-up: the losses of captions and reasonings add up instead of being averaged (only gradient clipping "
+    "sees it); every score is read at its row's own last token",
+    "alignment: invalid responses are not computed, so their scores enter the penalty on squares as 0",
+    "align.advantage=gated_align: wrong answers are gated; the published code never grades answers in that mode",
+    "dynamic sampling: a group is useful if its rewards differ, surplus is kept, a lack of useful groups ends nothing",
+    "optimizers: norms and biases are not decayed, the first update of a learning-rate warm-up is not 0",
+    "metrics are counts and true means",
+)
+"""What ``released`` leaves out of the published code, for people; everything else is meant to be its arithmetic."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from prism_fast.algorithms.semantics import RELEASED_DIFFERS
 from prism_fast.config import Config, ConfigError
 from prism_fast.data.digits import DigitsFiles, DigitsSpec, tokenizer_corpus, write_digits
 from prism_fast.data.samples import Demonstration
@@ -239,6 +240,9 @@ def run_stages(config: Config, console: Console, *, resume: bool = False) -> Pat
         Stopped: SIGTERM or SIGINT asked to stop; ``resume=True`` goes on from there.
     """
     with open_run(config, console, resume=resume) as run:
+        if config.semantics == "released":
+            for line in RELEASED_DIFFERS:
+                console.print(f"semantics=released differs from the published code: {line}", style="yellow")
         artifacts = _start(config, run)
         files = prepare_data(run)
         _check_files(config, files)

@@ -179,8 +179,10 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs:
         "pad_id": processor.pad_id,
         "device": run.device,
         "layout": run.config.layout,
-        **loss_options(run.config),
+        **loss_options(run.config, warmup=True),
     }
+    # With the gradient checkpointing of the published warm-up its load-balancing loss has no gradient.
+    aux_coef = 0.0 if run.config.semantics == "released" else config.aux_coef
     reached = HeldOut(spans)
     budgets = {"discriminator": config.tokens_per_micro_batch}
     state = StageState(run, "warmup", engines={"discriminator": engine}, budgets=budgets, order=order, extra=reached)
@@ -202,7 +204,7 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs:
                 state.begin_step()
                 chunk = [training[i] for i in order.next_indices(config.prompts)]
                 discriminator.train()
-                scores, loss = discriminate(engine, chunk, budget, learn=True, aux_coef=config.aux_coef, **shared)
+                scores, loss = discriminate(engine, chunk, budget, learn=True, aux_coef=aux_coef, **shared)
                 numbers = {f"warmup/{key}": value for key, value in pair_margins(chunk, scores, spans).items()}
                 numbers |= {"warmup/loss": float(loss), "warmup/lr": engine.lr(), "warmup/grad_norm": engine.step()}
                 numbers |= {f"warmup/{key}": value for key, value in scores.numbers().items()}

@@ -8,10 +8,12 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from prism_fast.algorithms.semantics import RELEASED_DIFFERS
 from prism_fast.config import load_config
 from prism_fast.dry_run import check_space, disk_needs
 from prism_fast.models.discriminator import HEAD_KEY, load_discriminator
 from prism_fast.models.policy import load_policy
+from prism_fast.train.rollout_log import RolloutLogError
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +62,17 @@ def test_what_a_run_needs_is_shown(invoke, everything, printed, stage, data_file
         used = stage in ("run", name) or (stage == "warmup" and name == "align")
         assert (f"data.{name}: {data_files[name]}, {count} samples" in rest) == used
     assert "policy: " in rest and "discriminator: " in rest and "nothing was written" in rest
+
+
+def test_what_released_leaves_out_is_said(invoke, everything):
+    shown = invoke("run", "digits", "out=out", "semantics=released", *everything, "--dry-run")[1]
+    assert shown.count("semantics=released differs from the published code: ") == len(RELEASED_DIFFERS) > 5
+    assert "differs from" not in invoke("run", "digits", "out=out", *everything, "--dry-run")[1]
+
+
+def test_a_replay_that_cannot_work_is_refused(invoke, everything):
+    with pytest.raises(RolloutLogError, match="no-such-run is not a run directory"):
+        invoke("run", "digits", "out=out", "replay=no-such-run", *everything, "--dry-run")
 
 
 def test_room_on_the_disk_is_looked_for_before_a_run_and_in_a_dry_run(command, everything, monkeypatch):

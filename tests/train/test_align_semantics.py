@@ -179,6 +179,19 @@ def test_the_stage_runs_under_other_semantics(finished, run_again, tmp_path, sem
     assert step["disc/grad_norm"] > 0 and "disc/margin_caption" in step
 
 
+def test_the_published_warm_up_has_no_clamp_no_regulariser_and_no_balance(finished, run_again, tmp_path):
+    released, given = ["semantics=released"], ["align.discriminator.score_clip=3", "align.discriminator.score_reg=0.5"]
+    for overrides, expected in ((released, (None, 0.0)), ([*released, *given], (3.0, 0.5)), ([], (10.0, 0.001))):
+        options = loss_options(load_config("digits", overrides), warmup=True)
+        assert (options["score_clip"], options["score_reg"]) == expected
+    shared = [warm(finished)[0], "data.eval=null", "stages=[warmup]", *released]
+    lines = []
+    for coef in (0.0, 50.0):
+        folder = run_again(tmp_path / str(coef), *shared, f"warmup.aux_coef={coef}")
+        lines.append([{k: v for k, v in line.items() if "time/" not in k} for line in metrics(folder, "warmup")])
+    assert lines[0] == lines[1] and "warmup/loss" in lines[0][-1]
+
+
 @pytest.mark.parametrize("mode", ["spans", "response"])
 def test_a_step_without_a_valid_rollout_leaves_the_discriminator_as_it_is(finished, run_again, tmp_path, mode):
     cut = ["align.rollout.max_new_tokens=3", "align.steps=1", f"align.discriminate={mode}"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from prism_fast.config import Config, SamplingConfig, load_config
+from prism_fast.config import Config, load_config
 from prism_fast.data.samples import Task
 from prism_fast.models.processor import EncodedPrompt, Processor
 from prism_fast.train.rollout_log import RolloutLogError, RolloutReader, dump_path, image_digest
@@ -16,23 +16,38 @@ def check_replay(config: Config) -> None:
     """Raise RolloutLogError if the run that ``config.replay`` names cannot stand in for a stage of this one."""
     for stage in ("align", "rlvr"):
         if config.replay is not None and stage in config.stages:
-            Replay(Path(config.replay), stage, getattr(config, stage).rollout)
+            Replay(Path(config.replay), stage, config)
+
+
+def _grading(config: Config) -> dict[str, object]:
+    """What decides whether an answer is right. Limits of time and memory do not: a recorded timeout is replayed."""
+    rules = "released" if config.semantics == "released" else "prism_fast"
+    reward = config.reward
+    judge = (reward.judge.url, reward.judge.model)
+    return {"rules": rules, "reward.max_answer_chars": reward.max_answer_chars, "reward.judge": judge}
 
 
 class Replay:
     """The groups that the run in ``folder`` sampled in a stage, by step, round and place."""
 
-    def __init__(self, folder: Path, stage: str, sampling: SamplingConfig):
-        """
+    def __init__(self, folder: Path, stage: str, config: Config):
+        """``config``: of the run that replays.
+
         Raises:
-            RolloutLogError: that run has no rollouts of the stage, or sampled with other settings.
+            RolloutLogError: that run has no rollouts of the stage, or sampled or graded with other settings.
         """
-        config = folder / "config.yaml"
-        if not config.is_file():
+        recorded = folder / "config.yaml"
+        if not recorded.is_file():
             raise RolloutLogError(f"replay: {folder} is not a run directory (it has no config.yaml)")
-        theirs = getattr(load_config(str(config)), stage).rollout
-        if theirs != sampling:
-            raise RolloutLogError(f"replay: {folder} sampled {stage} with {theirs}, this run asks for {sampling}")
+        theirs = load_config(str(recorded))
+        sampling = getattr(config, stage).rollout
+        if (used := getattr(theirs, stage).rollout) != sampling:
+            raise RolloutLogError(f"replay: {folder} sampled {stage} with {used}, this run asks for {sampling}")
+        if (used := _grading(theirs)) != (asked := _grading(config)):
+            raise RolloutLogError(
+                f"replay: {folder} graded its answers with {used}, this run asks for {asked}; recorded rewards are "
+                "not graded again"
+            )
         self.stage, self.sampling = stage, sampling
         self._reader = RolloutReader(dump_path(folder, stage))
         self._step, self._records = 0, []

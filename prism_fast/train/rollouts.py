@@ -77,12 +77,12 @@ class RolloutSource:
     ):
         """
         Raises:
-            RolloutLogError: ``replay`` names a run without rollouts of this stage or with other sampling.
+            RolloutLogError: ``replay`` names a run without rollouts of this stage, or with other sampling or grading.
         """
         self.run, self.stage, self.policy, self.processor = run, stage, policy, processor
         self.tasks, self.sampling = tasks, sampling
         folder = run.config.replay
-        self.replay = None if folder is None else Replay(Path(folder), stage, sampling)
+        self.replay = None if folder is None else Replay(Path(folder), stage, run.config)
 
     def take(self, indices: Sequence[int], *, step: int, round: int = 0) -> StepRollouts:
         """``sampling.n`` rewarded responses to each of the tasks ``indices``.

@@ -132,6 +132,8 @@ def test_damage_is_found_and_told_with_the_last_whole_step(recorded, both_stages
         (["align.rollout.n=3"], "sampled align with .*n=4.*asks for .*n=3"),
         (["align.rollout.temperature=0.9"], "temperature=1.0.*temperature=0.9"),
         (["seed=2"], "step 1.*the task here is"),
+        (["semantics=released"], "graded its answers with .*'prism_fast'.*asks for .*'released'"),
+        (["reward.max_answer_chars=7"], "max_answer_chars.*1024.*max_answer_chars.*7"),
         (["align.prompts=1"], "step 1: round 0 holds 2 groups where this run has 1"),
         (["replay=no-such-run"], "no-such-run is not a run directory"),
     ],

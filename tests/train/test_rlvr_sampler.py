@@ -190,6 +190,7 @@ def test_recipes_hold_the_published_settings(name, loss, tokens, weight_decay, w
     assert (stage.rollout.max_new_tokens, stage.tokens_per_micro_batch, stage.updates_per_step) == (8192, tokens, 1)
     assert (stage.optimizer.lr, stage.optimizer.weight_decay) == (1e-6, weight_decay)
     assert stage.optimizer.warmup_steps == warmup_steps and config.stages == ["rlvr"]
+    assert (config.data.max_prompt_tokens, config.data.on_bad_sample) == (2048, "skip")
     assert stage.dynamic_sampling.enabled == (loss == "dapo") and stage.overlong_factor == 1.0
     assert stage.overlong_buffer == (4096 if loss == "dapo" else 0)
     # 96 prompts at once at most, 10 times

@@ -35,7 +35,7 @@ class Engine(LocalEngine):
     def step(self) -> float:
         if self.keep:
             named = self.model.named_parameters()
-            self.gradient = {name: p.grad.detach().cpu().clone() for name, p in named if p.grad is not None}
+            self.gradient = {name: p.grad.detach().clone() for name, p in named if p.grad is not None}
         return super().step()
 
 

@@ -67,7 +67,9 @@ def _language(count: Count, again: bool):
         pairs = rows * width * (width + 1) // 2 if layout is None else packed_pairs(layout)
         text = module.config
         attention = 4 * text.num_attention_heads * text.head_dim * pairs
-        flop = text.num_hidden_layers * (attention + 2 * layer_weights(text) * rows * width)
+        flop = text.num_hidden_layers * (attention + 2 * (mixing_weights(text) + mlp_weights(text)) * rows * width)
+        if (scored := kwargs.get("score_rows")) is not None:  # the last layer's experts compute these rows alone
+            flop -= 2 * mlp_weights(text) * (rows * width - len(scored))
         count.flop += units(again) * flop
 
     return hook
@@ -83,14 +85,18 @@ def packed_pairs(layout) -> int:
     )
 
 
-def layer_weights(text) -> int:
-    """Entries of the matrices of one layer that a token is multiplied with."""
-    hidden, heads, keys = text.hidden_size, text.num_attention_heads, text.num_key_value_heads
-    attention = hidden * text.head_dim * (2 * heads + 2 * keys)
+def mixing_weights(text) -> int:
+    """Entries of the attention's matrices in one layer."""
+    return text.hidden_size * text.head_dim * (2 * text.num_attention_heads + 2 * text.num_key_value_heads)
+
+
+def mlp_weights(text) -> int:
+    """Entries of the matrices behind the attention that a token is multiplied with: router and chosen experts, or the
+    dense layer's three."""
     experts = getattr(text, "num_experts", None)
     if experts is None:
-        return attention + 3 * hidden * text.intermediate_size
-    return attention + hidden * experts + text.num_experts_per_tok * 3 * hidden * text.moe_intermediate_size
+        return 3 * text.hidden_size * text.intermediate_size
+    return text.hidden_size * (experts + 3 * text.num_experts_per_tok * text.moe_intermediate_size)
 
 
 def _vision(count: Count, again: bool):

@@ -17,7 +17,7 @@ from .column import PHASES, Column
 from .counting import counted
 from .ours import Ours
 from .published import Published
-from .work import Shape, Weights, Widths, Work, build, draw, draw_weights, with_logprobs
+from .work import Shape, Weights, Widths, Work, build, draw, with_logprobs
 
 STOCK, KERNELS, OURS = "published, stock kernels", "published, our kernels", "prism_fast"
 STATUSES = ("ok", "wrong", "oom")
@@ -140,6 +140,7 @@ def worst(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float
 def measure(
     shape: Shape,
     sizes: Widths,
+    weights: Weights,
     *,
     device: str,
     dtype: torch.dtype,
@@ -147,7 +148,6 @@ def measure(
     rounds: int,
 ) -> list[Row]:
     """Compared in float32 whatever ``dtype`` is timed. A wrong column is not timed; ``rounds=0``: nothing is."""
-    weights = draw_weights(sizes, device)
     work = draw(shape, sizes)
     found, work = columns(work, sizes, weights, dtype=torch.float32, checkpointing=checkpointing)
     size = asdict(shape)

@@ -13,7 +13,7 @@ from prism_fast.bench.ops.machine import machine
 
 from .column import PHASES
 from .measure import TOLERANCE, Row, measure
-from .work import Shape, widths
+from .work import Shape, draw_weights, widths
 
 
 def run(
@@ -38,8 +38,10 @@ def run(
     }
     show(", ".join(f"{name} {value}" for name, value in (about | options).items() if value is not None))
     rows: list[Row] = []
+    sizes = widths(depth)
+    weights = draw_weights(sizes, device)
     for shape in shapes:
-        found = measure(shape, widths(depth), device=device, dtype=dtype, checkpointing=checkpointing, rounds=rounds)
+        found = measure(shape, sizes, weights, device=device, dtype=dtype, checkpointing=checkpointing, rounds=rounds)
         rows += found
         show("")
         for line in table(found):

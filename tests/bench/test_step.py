@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeModel
 from typer.testing import CliRunner
 
 from prism_fast.bench.command import app
@@ -17,14 +18,18 @@ from prism_fast.bench.step.counting import packed_pairs
 from prism_fast.bench.step.measure import KERNELS, OURS, STATUSES, STOCK, TOLERANCE, Row, measure
 from prism_fast.bench.step.ours import Ours
 from prism_fast.bench.step.published import BUDGET, Published
-from prism_fast.bench.step.work import Shape, draw, widths
+from prism_fast.bench.step.work import Shape, draw, draw_weights, widths
 from prism_fast.models.packing import PromptGroup, pack
+from prism_fast.models.upcycle import sparse_config
 
 SHAPE = Shape(prompt=21, response=10, teacher=13, rollouts=3)
 
 
 def measured(rounds: int = 0) -> dict[str, Row]:
-    rows = measure(SHAPE, widths(None), device="cpu", dtype=torch.float32, checkpointing=False, rounds=rounds)
+    sizes = widths(None)
+    rows = measure(
+        SHAPE, sizes, draw_weights(sizes, "cpu"), device="cpu", dtype=torch.float32, checkpointing=False, rounds=rounds
+    )
     return {row.column: row for row in rows}
 
 
@@ -155,6 +160,19 @@ def test_a_missing_gradient_and_nan_are_wrong():
     assert math.isnan(measuring.worst(right | {"d_policy.b": torch.full((2,), math.nan)}, exact)["d_policy"])
 
 
+def test_real_widths_are_those_of_the_published_models():
+    """Layers of Qwen3-VL-4B and of 2B with four experts, by their parameters."""
+    sizes = widths(2)
+    with torch.device("meta"):
+        policy = Qwen3VLForConditionalGeneration._from_config(sizes.policy)
+        backbone = Qwen3VLMoeModel._from_config(sparse_config(sizes.dense, 4, 2))
+    layer, sparse = (sum(p.numel() for p in m.language_model.layers[0].parameters()) for m in (policy.model, backbone))
+    assert layer == 2560 * 128 * (2 * 32 + 2 * 8) + 3 * 2560 * 9728 + 2 * 2560 + 2 * 128
+    assert sparse == 2048 * 128 * (2 * 16 + 2 * 8) + 4 * 3 * 2048 * 6144 + 4 * 2048 + 2 * 2048 + 2 * 128
+    assert policy.lm_head.weight.shape == (151_936, 2560) and len(policy.model.visual.blocks) == 1
+    assert draw(Shape(1024, 8, 8, 2), sizes).prompt.input_ids.count(sizes.policy.image_token_id) == 22**2
+
+
 def test_long_groups_are_cut_as_published():
     shape = Shape(prompt=3000, response=1000, teacher=8, rollouts=5)
     assert BUDGET // (shape.prompt + shape.response) == 2  # five rollouts: three micro-batches
@@ -198,5 +216,8 @@ def test_wrong_arguments_are_refused(arguments):
 @pytest.mark.gpu
 def test_real_widths_on_a_card():
     shape = Shape(prompt=64, response=16, teacher=16, rollouts=4)
-    rows = measure(shape, widths(1), device="cuda", dtype=torch.bfloat16, checkpointing=True, rounds=1)
+    sizes = widths(1)
+    rows = measure(
+        shape, sizes, draw_weights(sizes, "cuda"), device="cuda", dtype=torch.bfloat16, checkpointing=True, rounds=1
+    )
     assert [row.status for row in rows] == ["ok"] * 3, rows

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from prism_fast.models.writing import write_whole
-from prism_fast.report import figures, samples
+from prism_fast.report import experts, figures, samples
 from prism_fast.report.rundir import TRAINED, RunDirectory, read_run
 from prism_fast.report.summary import (
     CONTROLS,
@@ -208,7 +208,7 @@ def _stage(run: RunDirectory, stage: str, figure: Any) -> dict[str, Any]:
     facts += [] if spent is None else [f"{duration(spent)} wall time"]
     charts = [
         {"id": figure(f"{stage}-{index}", value), "title": chart.title, "note": chart.note}
-        for index, (chart, value) in enumerate(drawn.charts)
+        for index, (chart, value) in enumerate([*drawn.charts, *experts.expert_charts(run, stage)])
     ]
     ran = stage in run.steps
     return {
@@ -219,7 +219,7 @@ def _stage(run: RunDirectory, stage: str, figure: Any) -> dict[str, Any]:
         "facts": ", ".join(facts),
         "charts": charts,
         "absent": drawn.absent if ran else (),
-        "extra": drawn.extra,
+        "extra": [key for key in drawn.extra if not experts.is_expert_metric(key)],
     }
 
 

@@ -22,9 +22,11 @@ from prism_fast.algorithms.alignment_loss import discriminator_loss
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import Config
 from prism_fast.models.discriminator import Discriminator, expert_choices, load_balance_loss
+from prism_fast.models.experts import chosen_experts
 from prism_fast.models.packing import PromptGroup
 from prism_fast.models.processor import EncodedPrompt
 from prism_fast.train.engine import LocalEngine
+from prism_fast.train.expert_shares import ExpertShares
 from prism_fast.train.layouts import Ends, Layout, PackedStep, PaddedStep, lay_out, longest_item, self_check
 from prism_fast.train.microbatch import TokenBudget
 
@@ -42,9 +44,17 @@ class SpanGroup:
     teacher: tuple[Span, ...]
     students: Sequence[tuple[Span, ...] | None]
 
+    def spans(self) -> dict[Span, int]:
+        """Distinct spans in order of first use, each with the number of the score it was first read for."""
+        found: dict[Span, int] = {}
+        for framed in (self.teacher, *self.students):
+            for column, span in enumerate(framed or ()):
+                found.setdefault(span, column)
+        return found
+
     def unique_spans(self) -> list[Span]:
         """Distinct spans in order of first use."""
-        return list(dict.fromkeys([*self.teacher, *(span for framed in self.students if framed for span in framed)]))
+        return list(self.spans())
 
     def computed(self) -> PromptGroup:
         """What a forward computes: the prompt and its distinct spans."""
@@ -53,18 +63,20 @@ class SpanGroup:
 
 class GroupScores(NamedTuple):
     """Scores of a step, float32, on the CPU: ``student`` [B, K], ``teacher`` [G, K]; ``tokens`` of the forward that
-    made them, ``repeated`` those of them that were computed twice because their group was cut; ``packing_error``: what
-    ``layouts.self_check`` found."""
+    made them, ``repeated`` those of them that were computed twice because their group was cut; ``experts``: the numbers
+    of ``ExpertShares``; ``packing_error``: what ``layouts.self_check`` found."""
 
     student: Tensor
     teacher: Tensor
     tokens: int
     repeated: int
+    experts: dict[str, float | int]
     packing_error: float | None = None
 
     def numbers(self) -> dict[str, float | int | None]:
-        """What the forward cost, for the metrics."""
-        return {"tokens": self.tokens, "tokens_repeated": self.repeated, "packing_error": self.packing_error}
+        """What the forward cost and where it sent its tokens, for the metrics."""
+        cost = {"tokens": self.tokens, "tokens_repeated": self.repeated, "packing_error": self.packing_error}
+        return cost | self.experts
 
 
 def loss_options(config: Config, *, warmup: bool = False) -> dict[str, Any]:
@@ -189,9 +201,11 @@ def discriminator_step(
         positions=positions,
         whole_groups=True,
     )
-    unique = [group.unique_spans() for group in groups]
+    columns_of = [group.spans() for group in groups]
+    unique = [list(spans) for spans in columns_of]
     text = discriminator.backbone.config.text_config
     experts = (text.num_experts, text.num_experts_per_tok)
+    shares = ExpertShares(columns, text.num_experts)
     wanted = {"output_router_logits": True} if aux_coef else {}
     choices = None
     if aux_coef and len(step.parts) > 1:
@@ -216,7 +230,10 @@ def discriminator_step(
                 rehearsal = step.rehearse(unit) if again else step
                 for part in unit:
                     poll()
-                    computed = rehearsal.ends(part, **wanted)
+                    with chosen_experts(discriminator.backbone) as chosen:
+                        computed = rehearsal.ends(part, **wanted)
+                    column = [columns_of[g][unique[g][k]] for g, k in part.branches]
+                    shares.add(chosen, column, computed.branch, computed.weight)
                     hidden.append(computed.hidden)
                     aux = aux if again else aux + balance(computed)
                     tokens += part.tokens
@@ -260,7 +277,7 @@ def discriminator_step(
                 found[g] = (teacher, student)
     teacher = torch.stack([found[g][0] for g in range(len(groups))])
     student = torch.cat([found[g][1] for g in range(len(groups))])
-    return GroupScores(student, teacher, tokens, repeated), loss_total
+    return GroupScores(student, teacher, tokens, repeated, shares.numbers()), loss_total
 
 
 @torch.no_grad()

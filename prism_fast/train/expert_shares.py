@@ -1,0 +1,91 @@
+"""Which experts of the discriminator the tokens of a prompt, of captions and of reasonings go to.
+
+The counts are those of the forward that made the scores. The last layer routes scored rows alone and is left out.
+A shared prompt counts once per span behind it, so that packed and padded rows count alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prism_fast.data.framing import SPANS
+
+SHOWN = 16  # of more experts than these, no single one's share becomes a metric
+
+
+def span_information(counts: Tensor) -> Tensor:
+    """Bits that one choice of an expert tells about the kind of span its token stands in.
+
+    The mutual information between kind and expert with all kinds equally likely, however long their texts are (of two
+    kinds: the Jensen-Shannon divergence of their expert shares). 0: the kinds are routed alike; log2 of the number of
+    kinds: they share no expert.
+
+    Args:
+        counts: [..., kinds, E], choices of each expert; every kind has some.
+
+    Returns:
+        [...] float64.
+    """
+    shares = counts.double() / counts.sum(-1, keepdim=True)
+    return (_entropy(shares.mean(-2)) - _entropy(shares).mean(-1)).clamp(min=0.0)
+
+
+def _entropy(shares: Tensor) -> Tensor:
+    return -torch.special.xlogy(shares, shares).sum(-1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
+
+
+class ExpertShares:
+    """Counts of one step, on the device of the choices."""
+
+    def __init__(self, columns: int, experts: int) -> None:
+        """``columns``: scores per response."""
+        spans = next(names for names in SPANS.values() if len(names) == columns)
+        self.kinds, self.experts = ("prompt", *spans), experts
+        self.counts: Tensor | None = None  # [layers, kinds, E] int64
+
+    def add(self, choices: Sequence[Tensor], columns: Sequence[int], branch: Tensor, weight: Tensor) -> None:
+        """One forward.
+
+        Args:
+            choices: per layer [X, top_k] int64.
+            columns: of each branch, the score that is read at its end.
+            branch, weight: [X], as in ``layouts.Ends``.
+        """
+        if not choices:
+            return
+        kind = torch.tensor([0, *(1 + column for column in columns)], device=branch.device)[branch + 1]  # [X]
+        chosen = torch.stack(list(choices))  # [layers, X, top_k]
+        layers, kinds = len(chosen), len(self.kinds)
+        layer = torch.arange(layers, device=kind.device)[:, None, None]
+        place = (layer * kinds + kind[:, None]) * self.experts + chosen
+        if self.counts is None:
+            self.counts = torch.zeros(layers, kinds, self.experts, dtype=torch.int64, device=kind.device)
+        # Whole numbers: their sum does not depend on the order in which a device adds them.
+        self.counts.view(-1).scatter_add_(0, place.flatten(), weight.long()[:, None].expand_as(chosen).flatten())
+
+    def numbers(self) -> dict[str, float | int]:
+        """Metrics: ``experts_{kind}_{e}``, the share of the kind's choices that fell on expert e, mean over layers;
+        and where there are two kinds of spans, ``expert_span_information`` (mean over layers), its largest value
+        ``expert_span_information_top`` with its layer ``expert_span_layer_top`` (the first is 1), and that layer's
+        shares ``experts_top_{kind}_{e}``. What has no tokens has no metric."""
+        if self.counts is None:
+            return {}
+        counts = self.counts.cpu()
+        shares = counts.double() / counts.sum(-1, keepdim=True)  # NaN for a kind without tokens
+        there = [k for k in range(len(self.kinds)) if bool(counts[0, k].any())]
+        found: dict[str, float | int] = {}
+        tables = {"experts": shares.mean(0)}
+        if len(self.kinds) > 2 and len(there) == len(self.kinds):
+            information = span_information(counts[:, 1:])  # [layers]
+            top = int(information.argmax())
+            found["expert_span_information"] = float(information.mean())
+            found["expert_span_information_top"] = float(information[top])
+            found["expert_span_layer_top"] = top + 1
+            tables["experts_top"] = shares[top]
+        if self.experts <= SHOWN:
+            for name, table in tables.items():
+                found |= {f"{name}_{self.kinds[k]}_{e}": float(table[k, e]) for k in there for e in range(self.experts)}
+        return found

@@ -19,6 +19,7 @@ class Chart:
     scale: Scale = "free"
     line: float | str | None = None  # dotted line at this value, or at that of this key of the configuration
     line_name: str = ""
+    optional: bool = False  # some configurations do not write these metrics: nobody misses them there
 
 
 SCORED = ("caption", "reasoning", "response")  # what a discriminator may score; a run has the first two or the last
@@ -28,8 +29,8 @@ def _spans(prefix: str, name: str) -> tuple[tuple[str, str], ...]:
     return tuple((f"{prefix}/{name}_{span}", span) for span in SCORED)
 
 
-def _one(title: str, key: str, note: str = "", scale: str = "zero") -> Chart:
-    return Chart(title, ((key, title.lower()),), note, scale)
+def _one(title: str, key: str, note: str = "", scale: str = "zero", optional: bool = False) -> Chart:
+    return Chart(title, ((key, title.lower()),), note, scale, optional=optional)
 
 
 _CHANCE = {"scale": "share", "line": 0.5, "line_name": "chance"}
@@ -104,6 +105,48 @@ _POLICY = (
         "log",
     ),
     _one("Learning rate", "policy/lr"),
+    Chart(
+        "Answers without a verdict",
+        (
+            ("reward/timeouts", "timeouts"),
+            ("reward/worker_deaths", "worker deaths"),
+            ("reward/judge_errors", "judge"),
+        ),
+        "per step; they count as wrong",
+        "zero",
+        optional=True,
+    ),
+)
+_STALE = (
+    _one("Clipped tokens", "policy/clip_fraction", "of stale rows (sampled by earlier weights)", "percent", True),
+    _one("Drift of stale rows", "policy/approx_kl", "divergence from the weights that sampled", "free", True),
+    _one("Largest ratio", "policy/ratio_max", "of stale rows, before clipping", "free", True),
+)
+_SAMPLING = (
+    Chart(
+        "Groups sampled",
+        (("sampling/generated", "generated"), ("sampling/banked", "kept"), ("sampling/missing", "missing")),
+        "dynamic sampling, per step; kept ones go into the next step",
+        "zero",
+        optional=True,
+    ),
+    Chart(
+        "Useful groups",
+        (("sampling/useful_share", "of those generated"), ("sampling/expected_share", "expected")),
+        "whose rewards differ",
+        "share",
+        optional=True,
+    ),
+    _one("Rounds of generation", "sampling/rounds", "per step", optional=True),
+    Chart(
+        "Age of groups",
+        (("sampling/age_mean", "mean"), ("sampling/age_max", "maximum")),
+        "steps between sampling and training",
+        "zero",
+        optional=True,
+    ),
+    _one("Overlong responses", "reward/overlong_share", "share of rollouts in the buffer", "percent", True),
+    _one("Overlong penalty", "reward/overlong_penalty", "mean over all rollouts", "free", True),
 )
 CHARTS: dict[str, tuple[Chart, ...]] = {
     "sft": (Chart("Loss", (("sft/loss", "training"), ("sft/val_loss", "validation")), _NLL), *_SFT),
@@ -124,5 +167,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         _one("Gradient norm", "policy/grad_norm", "before clipping"),
         _one("Groups without signal", "advantage/zero_groups", "whose rollouts all got the same reward, per step"),
         _one("Tokens computed", "policy/tokens", "per step, prompts included"),
+        *_STALE,
+        *_SAMPLING,
     ),
 }

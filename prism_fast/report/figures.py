@@ -34,7 +34,8 @@ def stage_curves(run: RunDirectory, stage: str) -> StageCurves:
     for chart in CHARTS.get(stage, ()):
         expected = [(key, label) for key, label in chart.series if not key.endswith(unscored)]
         found = [(label, run.series(stage, key)) for key, label in expected]
-        absent += [key for key, _ in expected if run.series(stage, key) is None]
+        if not chart.optional:
+            absent += [key for key, _ in expected if run.series(stage, key) is None]
         asked |= {key for key, _ in expected}
         drawn = [(label, series) for label, series in found if series is not None]
         if drawn:

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from prism_fast.algorithms.presets import PRESETS
 from prism_fast.config import load_config
+from prism_fast.report.figures import stage_curves
+from prism_fast.report.rundir import read_run
 from prism_fast.rewards import AnswerChecker, Reward
 from prism_fast.train import rlvr as rlvr_module
 from prism_fast.train.engine import NonFiniteError
@@ -115,6 +117,15 @@ def test_the_dump_holds_every_generated_group_and_the_kept_ones_again(dynamic_ru
         assert step["sampling/age_max"] == max(ages) and sorted(ages, reverse=True) == ages
         assert ("policy/ratio_max" in step) == (max(ages) > 0)
         seen |= new
+
+
+def test_the_report_draws_what_dynamic_sampling_wrote_and_misses_nothing_elsewhere(dynamic_run, finished):
+    drawn, plain = (stage_curves(read_run(folder), "rlvr") for folder in (dynamic_run, finished))
+    assert not [key for key in drawn.extra if key.startswith(("sampling/", "reward/"))]
+    titles, others = ({chart.title for chart, _ in curves.charts} for curves in (drawn, plain))
+    dynamic = {"Groups sampled", "Useful groups", "Rounds of generation", "Age of groups", "Clipped tokens"}
+    assert dynamic | {"Overlong penalty"} <= titles and not dynamic & others
+    assert not [key for key in plain.absent if key.startswith("sampling/")]
 
 
 def test_the_advantage_is_that_of_the_shaped_reward(dynamic_run):

@@ -76,7 +76,7 @@ def _sentence(step: int, values: dict[str, Any], table: dict[str, dict[int, floa
     verdict = "no expert is perception or reasoning"
     if top >= _APART:
         verdict = "experts divide captions and reasonings between them"
-    elif top >= _APART:
+    elif top >= _SAME:
         verdict = "experts lean towards a span, none serves one alone"
     return (
         f"step {step}, layer {layer}, which tells the spans apart best: expert {expert} takes "

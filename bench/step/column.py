@@ -67,9 +67,6 @@ class Column(ABC):
     def engines(self) -> dict[str, Engine]:
         return {"discriminator": self.critic_engine, "policy": self.policy_engine}
 
-    def models(self) -> dict[str, tuple[nn.Module, nn.Module | None]]:
-        """Backbone and output matrix by name."""
-        return {
-            "discriminator": (self.discriminator.backbone, None),
-            "policy": (self.policy.model, self.policy.lm_head),
-        }
+    def models(self) -> tuple[tuple[nn.Module, nn.Module | None], ...]:
+        """Backbone and output matrix of both."""
+        return (self.discriminator.backbone, None), (self.policy.model, self.policy.lm_head)

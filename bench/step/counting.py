@@ -33,12 +33,11 @@ class Count:
 
 
 @contextmanager
-def counted(column: Column) -> Iterator[dict[str, Count]]:
-    """Counts per model while the context is open."""
-    counts: dict[str, Count] = {}
+def counted(column: Column) -> Iterator[Count]:
+    """What passes through both models while the context is open."""
+    count = Count()
     handles = []
-    for name, (backbone, head) in column.models().items():
-        count = counts[name] = Count()
+    for backbone, head in column.models():
         again = bool(getattr(backbone.language_model, "gradient_checkpointing", False))
         for module, hook in (
             (backbone.language_model, _language(count, again)),
@@ -47,7 +46,7 @@ def counted(column: Column) -> Iterator[dict[str, Count]]:
         ):
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
-        yield counts
+        yield count
     finally:
         for handle in handles:
             handle.remove()

@@ -80,4 +80,4 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def _total(row: Row, phases: Sequence[str], name: str) -> float:
-    return sum(row.counts[p][name] + row.counts[p][f"{name}_no_grad"] for p in phases if p in row.counts)
+    return sum(row.counts[p][name] + row.counts[p][f"{name}_no_grad"] for p in phases)

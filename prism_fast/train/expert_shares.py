@@ -21,7 +21,8 @@ def span_information(counts: Tensor) -> Tensor:
 
     The mutual information between kind and expert with all kinds equally likely, however long their texts are (of two
     kinds: the Jensen-Shannon divergence of their expert shares). 0: the kinds are routed alike; log2 of the number of
-    kinds: they share no expert.
+    kinds: they share no expert. Chance alone gives about (E - 1) / (8 ln 2) · (1/n + 1/m) for two kinds of n and m
+    choices: 0.01 for 100 each of 4 experts.
 
     Args:
         counts: [..., kinds, E], choices of each expert; every kind has some.

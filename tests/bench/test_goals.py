@@ -8,6 +8,8 @@ import torch
 from prism_fast.bench.ops.measure import measure
 from prism_fast.bench.ops.memory import peak_on_cpu
 from prism_fast.bench.ops.suite import OPS
+from prism_fast.bench.step import measure as step
+from prism_fast.bench.step.work import Shape, draw_weights, widths
 from prism_fast.ops import native
 
 
@@ -40,3 +42,19 @@ def test_head_takes_a_quarter_of_the_memory_of_materialised_logits(name, provide
     full = {row.provider: row for row in rows if row.mode == "full"}
     assert all(row.status == "ok" for row in full.values())
     assert full[provider].of_eager <= time, full
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_prompt_computed_once_beats_the_published_schedule():
+    """At a prompt of 256 and 8 responses of 64; the published schedule needs 12 times the FLOP."""
+    sizes = widths(None)
+    shape = Shape(prompt=256, response=64, teacher=64, rollouts=8)
+    rows = step.measure(
+        shape, sizes, draw_weights(sizes, "cpu"), device="cpu", dtype=torch.float32, checkpointing=False, rounds=3
+    )
+    assert all(row.status == "ok" for row in rows), rows
+    flop = [sum(count["flop"] for count in row.counts.values()) for row in rows]
+    ours = rows[-1]
+    assert flop[0] / flop[-1] > 11
+    assert ours.of_stock >= 7 and ours.of_kernels >= 5, (ours.of_stock, ours.of_kernels)

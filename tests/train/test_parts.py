@@ -74,6 +74,16 @@ def test_the_first_update_of_a_warm_up_has_a_learning_rate():
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
 
 
+def test_the_gradient_is_clipped_to_its_norm_and_the_norm_before_is_told():
+    used = []
+    for clip_norm in (0.5, 100.0):
+        engine = LocalEngine(torch.nn.Linear(4, 1, bias=False), OptimizerConfig(lr=0.1, clip_norm=clip_norm))
+        engine.optimizer.register_step_pre_hook(lambda *_, p=engine.parameters[0]: used.append(float(p.grad.norm())))
+        engine.backward(engine.model(torch.full((1, 4), 3.0)).sum())  # the gradient is (3, 3, 3, 3)
+        assert engine.step() == pytest.approx(6.0)
+    assert used == pytest.approx([0.5, 6.0], rel=1e-5)
+
+
 def test_a_gradient_that_is_not_finite_stops_before_the_update():
     model = torch.nn.Linear(3, 1)
     engine = LocalEngine(model, OptimizerConfig(lr=0.1))

@@ -51,7 +51,7 @@ class Rows(NamedTuple):
             into.index_copy_(0, self.gather[self.real], x.index_select(0, self.real))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)  # the layers of a forward and its backward ask for the same; other steps do not
 def batches(segments: tuple[tuple[int, int], ...], padding: float = PADDING) -> tuple[Rows, ...]:
     """Group ``(start, length)`` segments of similar length (equal with ``padding=1``); empty ones drop out. A pure
     function of its arguments."""

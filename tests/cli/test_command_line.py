@@ -61,7 +61,7 @@ def test_overrides_complete_one_level_at_a_time():
         for field in dataclasses.fields(Config)
     }
     for key in commands.complete_override("rlvr.rollout."):
-        load_config("digits", [f"{key}1"])
+        load_config("digits", [f"{key}2"])  # a group of one response is refused, so not 1
 
 
 def test_the_shell_gets_completions():

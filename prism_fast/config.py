@@ -227,12 +227,14 @@ class DiscriminatorUpdateConfig:
 
     score_clip: float | None = None  # scores are clamped to +- this in the loss and the advantage
     score_reg: float | None = None  # weight of the scores' mean square in the discriminator's loss
+    updates: int = 1  # per step; the first learns from the pass that gave the rewards, each further one from its own
     tokens_per_micro_batch: int = 16384
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
         key, clip, reg = "align.discriminator", self.score_clip, self.score_reg
         _require(clip is None or clip > 0, f"{key}.score_clip", "positive or null", clip)
+        _require(self.updates >= 1, f"{key}.updates", "1 or more", self.updates)
         _require(reg is None or reg >= 0, f"{key}.score_reg", "0 or more, or null", reg)
 
 

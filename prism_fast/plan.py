@@ -282,7 +282,7 @@ class _Planner:
             *self._eval(),
         )
         tokens = self._rollout_tokens(align.prompts, n, response)
-        tokens["discriminator"] = self._discriminator_tokens(align.prompts, n, response)
+        tokens["discriminator"] = align.discriminator.updates * self._discriminator_tokens(align.prompts, n, response)
         return StagePlan("align", phases, tokens)
 
     def _rlvr(self) -> StagePlan:

@@ -50,6 +50,8 @@ def align(
     }
     state = StageState(run, "align", engines=engines, budgets=budgets, order=order, with_rollouts=True)
     source = RolloutSource(run, "align", policy, processor, tasks, config.rollout)
+    critic = {"pad_id": processor.pad_id, "device": run.device, "layout": run.config.layout, **loss_options(run.config)}
+    critic |= {"positions": SEMANTICS[semantics].positions}
     with run.progress.bar("align", config.steps, done=state.step) as bar:
         while state.step < config.steps:
             step = state.begin_step()
@@ -61,15 +63,7 @@ def align(
                 learns = bool(valid.any()) or semantics == "released"  # no valid rollout, no pair: nothing to learn
                 discriminator.train()
                 scores, loss = discriminate(
-                    critic_engine,
-                    groups,
-                    state.budgets["discriminator"],
-                    learn=learns,
-                    pad_id=processor.pad_id,
-                    device=run.device,
-                    layout=run.config.layout,
-                    positions=SEMANTICS[semantics].positions,
-                    **loss_options(run.config),
+                    critic_engine, groups, state.budgets["discriminator"], learn=learns, **critic
                 )
                 kept.scores = dict(zip(spans, scores.student.unbind(dim=1), strict=True))
                 kept.teacher_scores = dict(zip(spans, scores.teacher.unbind(dim=1), strict=True))
@@ -79,8 +73,12 @@ def align(
                     "disc/loss": float(loss) if learns else None,
                     "disc/grad_norm": critic_engine.step() if learns else None,
                     **{f"disc/{key}": value for key, value in scores.numbers().items()},
-                    "disc/token_budget": state.budgets["discriminator"].change(),
                 }
+                for _ in range(config.discriminator.updates - 1 if learns else 0):
+                    again, _ = discriminate(critic_engine, groups, state.budgets["discriminator"], learn=True, **critic)
+                    critic_engine.step()
+                    numbers["disc/tokens"] += again.tokens
+                numbers["disc/token_budget"] = state.budgets["discriminator"].change()
                 rollouts.time["time/discriminator"] = time.perf_counter() - started
                 numbers |= {f"disc/{key}": value for key, value in pair_margins(groups, scores, spans).items()}
                 for k, span in enumerate(spans):

@@ -205,3 +205,17 @@ def test_a_step_without_a_valid_rollout_leaves_the_discriminator_as_it_is(finish
         for f in (finished / "export" / "discriminator-warmup", folder / "export" / "discriminator")
     )
     assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_further_updates_of_the_discriminator_follow_the_one_that_gave_the_rewards(finished, run_again, tmp_path):
+    """The first of a step's updates is the pass that gave the rewards; the policy sees the rest in the next step."""
+    lines = {}
+    for updates in (1, 3):
+        more = ["stages=[align]", "align.steps=2", f"align.discriminator.updates={updates}"]
+        folder = run_again(tmp_path / str(updates), *warm(finished), *more)
+        lines[updates] = [
+            {k: v for k, v in line.items() if not k.startswith("time/")} for line in metrics(folder, "align")
+        ]
+    (first, second), (same, other) = lines[1], lines[3]
+    assert same.pop("disc/tokens") == 3 * first.pop("disc/tokens") and same == first
+    assert second["policy/tokens"] > 0 and other["score/caption"] != second["score/caption"]

@@ -31,6 +31,22 @@ def test_bias_softcap_and_temperature_per_row(dtype, save, generator):
     check(operands, target, g, h, save=save, temperature=0.7)
 
 
+@pytest.mark.parametrize("save", ["logits", "recompute"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_banned_tokens_have_probability_zero(dtype, save, generator):
+    """As the trainer bans tokens: a bias of -inf, here on whole tiles too, the first and the last among them."""
+    vocabulary = 300
+    banned = torch.cat([torch.arange(0, 130), torch.tensor([150]), torch.arange(170, 300)])
+    hidden, weight, _, target = inputs(generator, n=33, vocabulary=vocabulary, width=32, dtype=dtype, bias=True)
+    bias = torch.zeros(vocabulary).index_fill(0, banned, -torch.inf).to(DEVICE, dtype).requires_grad_()
+    target = 151 + target % 19
+    g, _ = upstream(generator, 33)
+    check((hidden, weight, bias), target, g, g, save=save, entropy=False)
+    found = linear_logprob(hidden, weight, target, bias=bias, save=save, backend="triton")
+    for grad in torch.autograd.grad(found.logp.sum(), (weight, bias)):
+        assert not grad[banned.to(DEVICE)].any(), "what is banned gets no gradient"
+
+
 @pytest.mark.parametrize("n,vocabulary", [(1, 1), (1, 150), (3, 17), (64, 64), (65, 129)])
 def test_ragged_and_tiny_shapes(n, vocabulary, generator):
     *operands, target = inputs(generator, n=n, vocabulary=vocabulary, width=16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Collection
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -57,9 +58,11 @@ def observe(finished, run_again, tmp_path, monkeypatch) -> Callable[..., list]:
 
 
 def test_no_tensor_and_no_object_is_left_behind(observe):
-    (tensors, objects), (later, more) = observe(10, live, at=(4, 10))
-    assert later == tensors
-    assert more < objects + 30
+    seen = observe(12, live, at=(4, 8, 12))
+    # What earlier tests of the process have left may go meanwhile, at once; a step that leaves something leaves it
+    # between each two looks.
+    assert min(later - tensors for (tensors, _), (later, _) in pairwise(seen)) <= 0
+    assert min(more - objects for (_, objects), (_, more) in pairwise(seen)) < 20
 
 
 @pytest.mark.long

@@ -6,6 +6,7 @@ One test per fault, numbered as in FAULTS; POINTERS names the tests elsewhere th
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from prism_fast.data.samples import Pair, Task
 from prism_fast.data.writers import write_pairs, write_tasks
 from prism_fast.models.discriminator import HEAD_KEY, RELEASED_HEAD_DROPOUT, build_discriminator, save_discriminator
 from prism_fast.models.forward import collate
-from prism_fast.models.policy import TinyPolicy, build_tiny_policy
+from prism_fast.models.policy import build_tiny_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.ops import group_advantage, policy_loss
@@ -41,6 +42,7 @@ from prism_fast.train.engine import LocalEngine
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.warmup import pair_margins
 from tests.ops.golden import group_ids, load
+from tests.support.small_policy import SMALL
 
 TESTS = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -107,21 +109,7 @@ POINTERS = {
     26: ["ops/test_policy_loss_vectors.py::test_aggregation_vectors"],
 }
 ELSEWHERE = {11, 12, 17, 18, 19, 20, 21}  # shown whole by the tests pointed to
-SIZE = TinyPolicy(
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    mrope_section=(2, 1, 1),
-    vision_depth=1,
-    vision_width=16,
-    vision_heads=2,
-    vision_intermediate_size=24,
-    vision_positions=16,
-    initializer_range=0.2,
-)
+SIZE = replace(SMALL, vision_depth=1)
 RESPONSE = "<caption>\n- digits: 1 2\n</caption>\n<think>\n1+2=3\n</think>\n<answer>\n3\n</answer>"
 
 

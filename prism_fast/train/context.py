@@ -105,12 +105,16 @@ def run_folder(config: Config) -> Path:
     return Path(config.out)
 
 
+def grading_rules(config: Config) -> str:
+    """Whose rules compare answers. The paper prints none: under its equations they are graded as by default."""
+    return "released" if config.semantics == "released" else "prism_fast"
+
+
 def answer_checker(config: Config) -> AnswerChecker:
-    """What grades the answers of a run. The paper prints no rules for comparing them: under its equations they are
-    graded as by default."""
+    """What grades the answers of a run."""
     reward = config.reward
     return AnswerChecker(
-        semantics="released" if config.semantics == "released" else "prism_fast",
+        semantics=grading_rules(config),
         workers=reward.workers,
         timeout_s=reward.timeout_s,
         memory_mb=reward.memory_mb,

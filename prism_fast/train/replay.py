@@ -8,6 +8,7 @@ from pathlib import Path
 from prism_fast.config import Config, load_config
 from prism_fast.data.samples import Task
 from prism_fast.models.processor import EncodedPrompt, Processor
+from prism_fast.train.context import grading_rules
 from prism_fast.train.rollout_log import RolloutLogError, RolloutReader, dump_path, image_digest
 from prism_fast.train.rollout_record import Origin, RolloutGroup, group_from_records
 
@@ -21,10 +22,9 @@ def check_replay(config: Config) -> None:
 
 def _grading(config: Config) -> dict[str, object]:
     """What decides whether an answer is right. Limits of time and memory do not: a recorded timeout is replayed."""
-    rules = "released" if config.semantics == "released" else "prism_fast"
     reward = config.reward
     judge = (reward.judge.url, reward.judge.model)
-    return {"rules": rules, "reward.max_answer_chars": reward.max_answer_chars, "reward.judge": judge}
+    return {"rules": grading_rules(config), "reward.max_answer_chars": reward.max_answer_chars, "reward.judge": judge}
 
 
 class Replay:

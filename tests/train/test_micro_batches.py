@@ -17,7 +17,7 @@ from prism_fast.algorithms.presets import PRESETS, policy_options
 from prism_fast.config import OptimizerConfig
 from prism_fast.data.samples import Demonstration
 from prism_fast.models.discriminator import build_discriminator
-from prism_fast.models.policy import TinyPolicy, build_tiny_policy
+from prism_fast.models.policy import build_tiny_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.rollout.protocol import Completion
@@ -28,27 +28,14 @@ from prism_fast.train.layouts import prepare
 from prism_fast.train.microbatch import TokenBudget, by_tokens
 from prism_fast.train.policy_update import PolicyBatch, update_policy
 from tests.support.float64 import Float64Islands
+from tests.support.small_policy import SMALL
 
 WHOLE = 10**6
 # Relative and normwise: of the whole gradient, of each parameter's. Where the contributions of rows cancel (routers,
 # biases of the vision tower), float32 itself leaves up to 3e-6 of a parameter's gradient open; float64 has the proof.
 # Packed rows are compared with padded ones, another order of summing: twice the tolerance in float32.
 TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-6, 1e-5)}
-SIZE = TinyPolicy(
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    mrope_section=(2, 1, 1),
-    vision_depth=2,
-    vision_width=16,
-    vision_heads=2,
-    vision_intermediate_size=24,
-    vision_positions=16,
-    initializer_range=0.2,  # large enough for positions, images and experts to show
-)
+SIZE = SMALL
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,23 +19,9 @@ from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.train.discriminator_update import SpanGroup, discriminator_step
 from prism_fast.train.layouts import prepare
 from tests.support.float64 import Float64Islands
+from tests.support.small_policy import SMALL
 
-SIZE = TinyPolicy(
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    mrope_section=(2, 1, 1),
-    vision_depth=2,
-    vision_width=16,
-    vision_heads=2,
-    vision_intermediate_size=24,
-    vision_positions=16,
-    deepstack_layers=(0, 1),
-    initializer_range=0.2,
-)
+SIZE = replace(SMALL, num_layers=3, deepstack_layers=(0, 1))
 WHOLE = 10**6
 
 
@@ -158,7 +144,7 @@ def test_experts_of_the_last_layer_see_one_row_per_span(processor, groups, layou
 
 
 def test_where_deepstack_reaches_the_last_layer_every_row_is_computed(processor, groups):
-    model = critic(processor, size=dataclasses.replace(SIZE, num_layers=2))
+    model = critic(processor, size=replace(SIZE, num_layers=2))
     assert type(model.backbone.language_model.layers[-1]) is Qwen3VLMoeTextDecoderLayer
     with Float64Islands():
         packed, _, gradients = step(model, groups, processor, "shared_prefix", WHOLE)

@@ -79,9 +79,14 @@ class Router(Qwen3VLMoeTextTopKRouter):
     """The stock router's parameter, the choice by ``route_experts``. The raw logits come first, where transformers
     records them."""
 
-    def forward(self, hidden_states: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """hidden_states [..., H]; logits [T, E] of all tokens, and the plan for all of them or for ``rows`` [M]."""
+    def forward(
+        self, hidden_states: Tensor, rows: Tensor | None = None, *, bias: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """hidden_states [..., H]; logits [T, E] of all tokens, and the plan for all of them or for ``rows`` [M].
+        ``bias`` [T, E] is part of the logits."""
         logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)  # [T, E]
+        if bias is not None:
+            logits = logits + bias.to(logits.dtype)
         return logits, route_experts(logits if rows is None else logits[rows], self.top_k)
 
 
@@ -89,15 +94,16 @@ class SparseBlock(Qwen3VLMoeTextSparseMoeBlock):
     """Router and experts of one layer.
 
     ``rows`` [M] int64, distinct, is set by ``models.score_rows`` for one call of the last layer: the experts then
-    compute these tokens alone and the others get 0.
+    compute these tokens alone and the others get 0. ``bias`` [T, E] is set for one call by ``models.span_bias``.
     """
 
     rows: Tensor | None = None
+    bias: Tensor | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [B, S, H]."""
         flat, rows = hidden_states.reshape(-1, hidden_states.shape[-1]), self.rows
-        _, routing = self.gate(flat) if rows is None else self.gate(flat, rows)
+        _, routing = self.gate(flat, bias=self.bias) if rows is None else self.gate(flat, rows, bias=self.bias)
         tokens = flat if rows is None else flat[rows]  # [T or M, H]
         if self.experts.config._experts_implementation == IMPLEMENTATION:
             out = self.experts(tokens, routing.experts, routing.weights, routing=routing)

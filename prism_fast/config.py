@@ -54,6 +54,9 @@ class ModelConfig:
     policy: str = "tiny"  # `tiny`, or the folder of any Qwen3-VL checkpoint
     discriminator: str = "upcycle"  # `upcycle` (from the policy), or the folder of a discriminator checkpoint
     dtype: Literal["float32", "bfloat16"] = "float32"
+    # Of policy and discriminator wherever they learn: a layer keeps its input alone and computes the rest again for the
+    # backward. The same bits for less memory and a third more work; passes/*_recomputed counts it.
+    gradient_checkpointing: bool = False
     tiny: TinyConfig = field(default_factory=TinyConfig)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLMoeModel
 
+from prism_fast.models.checkpointing import use_gradient_checkpointing
 from prism_fast.models.discriminator import Discriminator, build_discriminator
 from prism_fast.models.logprob_head import LogProbHead
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
@@ -215,7 +216,7 @@ def build(sizes: Widths, weights: Weights, *, stock: bool, dtype: torch.dtype, c
             discriminator.v_head[1].weight.copy_(weights.head)
     if checkpointing:
         for model in (policy, backbone):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            use_gradient_checkpointing(model)
     return Models(policy, discriminator)
 
 

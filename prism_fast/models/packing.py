@@ -210,20 +210,31 @@ class SharedImages:
     A row reads copies of the features that are cut off from the vision tower; ``finish`` sends the gradients that all
     rows left there through it, once, behind the last of them. Rows must come in the order of ``pack`` for the features
     to live no longer than needed. Images of a prompt in one row alone are not kept here. One object serves one pass
-    over the rows.
+    over the rows, and a pass without gradient before it over those that were announced.
     """
 
     def __init__(self, rows: Sequence[PackedRow]) -> None:
         counts = Counter(id(prompt) for row in rows for prompt in row.prompts)
         self._rows_left = {key: n for key, n in counts.items() if n > 1}
         self._encoded: dict[int, tuple[ImageFeatures, ImageFeatures]] = {}  # with graph; the leaves rows read
+        self._announced: set[int] = set()
+
+    def announce(self, rows: Sequence[PackedRow]) -> None:
+        """These rows are computed without gradient first and learned from afterwards: the first pass encodes their
+        images with the graph that the second one needs."""
+        for prompt in (prompt for row in rows for prompt in row.prompts):
+            self._rows_left.setdefault(id(prompt), 1)
+            self._announced.add(id(prompt))
 
     def encode(self, backbone: nn.Module, row: PackedRow) -> ImageFeatures:
         """The features of ``row.prompts``, in order."""
         missing = [prompt for prompt in row.prompts if id(prompt) not in self._encoded]
         found = dict(self._encoded)
         if missing:
-            for prompt, fresh in zip(missing, _encode(backbone, missing, row.input_ids.device), strict=True):
+            learned = torch.is_grad_enabled() or all(id(prompt) in self._announced for prompt in missing)
+            with torch.set_grad_enabled(learned):
+                encoded = _encode(backbone, missing, row.input_ids.device)
+            for prompt, fresh in zip(missing, encoded, strict=True):
                 found[id(prompt)] = (fresh, fresh)
                 if id(prompt) in self._rows_left:
                     found[id(prompt)] = self._encoded[id(prompt)] = (fresh, _map(_leaf, fresh))

@@ -74,10 +74,13 @@ def align(
                     "disc/grad_norm": critic_engine.step() if learns else None,
                     **{f"disc/{key}": value for key, value in scores.numbers().items()},
                 }
+                passes = scores.passes
                 for _ in range(config.discriminator.updates - 1 if learns else 0):
                     again, _ = discriminate(critic_engine, groups, state.budgets["discriminator"], learn=True, **critic)
                     critic_engine.step()
                     numbers["disc/tokens"] += again.tokens
+                    passes += again.passes
+                numbers |= passes.numbers("discriminator")
                 numbers["disc/token_budget"] = state.budgets["discriminator"].change()
                 rollouts.time["time/discriminator"] = time.perf_counter() - started
                 numbers |= {f"disc/{key}": value for key, value in pair_margins(groups, scores, spans).items()}

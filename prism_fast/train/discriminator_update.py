@@ -29,6 +29,7 @@ from prism_fast.train.engine import LocalEngine
 from prism_fast.train.expert_shares import ExpertShares
 from prism_fast.train.layouts import Ends, Layout, PackedStep, PaddedStep, lay_out, longest_item, self_check
 from prism_fast.train.microbatch import TokenBudget
+from prism_fast.train.passes import Passes, counted_passes
 
 Span = tuple[int, ...]
 
@@ -64,7 +65,8 @@ class SpanGroup:
 class GroupScores(NamedTuple):
     """Scores of a step, float32, on the CPU: ``student`` [B, K], ``teacher`` [G, K]; ``tokens`` of the forward that
     made them, ``repeated`` those of them that were computed twice because their group was cut; ``experts``: the numbers
-    of ``ExpertShares``; ``packing_error``: what ``layouts.self_check`` found."""
+    of ``ExpertShares``; ``packing_error``: what ``layouts.self_check`` found; ``passes`` that
+    ran, filled in by :func:`discriminate`."""
 
     student: Tensor
     teacher: Tensor
@@ -72,6 +74,7 @@ class GroupScores(NamedTuple):
     repeated: int
     experts: dict[str, float | int]
     packing_error: float | None = None
+    passes: Passes | None = None
 
     def numbers(self) -> dict[str, float | int | None]:
         """What the forward cost and where it sent its tokens, for the metrics."""
@@ -111,10 +114,16 @@ def discriminate(
     checked = {"pad_id": options["pad_id"], "positions": options.get("positions", "mrope")}
     error = self_check(engine, layout, engine.model.backbone, computed, **checked)
     backward = engine.backward if learn else None
+
+    def attempt(tokens: int) -> tuple[GroupScores, Tensor]:
+        with counted_passes(engine.model.backbone) as passes:
+            scores, loss = discriminator_step(
+                engine.model, groups, backward=backward, tokens_per_micro_batch=tokens, layout=layout, **options
+            )
+        return scores._replace(passes=passes), loss
+
     scores, loss = budget.run(
-        lambda tokens: discriminator_step(
-            engine.model, groups, backward=backward, tokens_per_micro_batch=tokens, layout=layout, **options
-        ),
+        attempt,
         discard=engine.discard,
         longest=longest_item(layout, computed, whole_groups=True),
     )
@@ -227,11 +236,12 @@ def discriminator_step(
             again = backward is not None and len(unit) > 1
             aux, hidden = 0.0, []
             with torch.set_grad_enabled(backward is not None and not again):
-                rehearsal = step.rehearse(unit) if again else step
+                if again:
+                    step.announce(unit)
                 for part in unit:
                     poll()
                     with chosen_experts(discriminator.backbone) as chosen:
-                        computed = rehearsal.ends(part, **wanted)
+                        computed = step.ends(part, **wanted)
                     column = [columns_of[g][unique[g][k]] for g, k in part.branches]
                     shares.add(chosen, column, computed.branch, computed.weight)
                     hidden.append(computed.hidden)
@@ -283,9 +293,9 @@ def discriminator_step(
 @torch.no_grad()
 def _choices(step: PackedStep | PaddedStep, experts: tuple[int, int]) -> Tensor:
     """[E] how often each expert is chosen for the tokens of a step: one forward without gradient or head."""
-    passes = step.rehearse(step.parts)
+    apart = step.apart()
     counts = []
     for part in step.parts:
-        computed = passes.ends(part, output_router_logits=True)
+        computed = apart.ends(part, output_router_logits=True)
         counts.append(expert_choices(computed.router_logits, *experts, computed.weight))
     return torch.stack(counts).sum(0)

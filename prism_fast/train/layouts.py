@@ -72,10 +72,14 @@ class PackedStep:
                 seen = here
         return units
 
-    def rehearse(self, unit: Sequence[PackedRow]) -> PackedStep:
-        """These rows as a pass of its own: a forward without gradient before the one that is learned from."""
+    def announce(self, unit: Sequence[PackedRow]) -> None:
+        """These rows pass without gradient before the pass that is learned from: both read the same encoded images."""
+        self.images.announce(unit)
+
+    def apart(self) -> PackedStep:
+        """The same rows as a pass of its own, which keeps nothing."""
         step = object.__new__(PackedStep)
-        step.backbone, step.parts, step.images = self.backbone, list(unit), SharedImages(unit)
+        step.backbone, step.parts, step.images = self.backbone, self.parts, SharedImages(self.parts)
         return step
 
     def forward(self, row: PackedRow) -> Forward:
@@ -138,8 +142,10 @@ class PaddedStep:
     def units(self) -> list[list[PaddedPart]]:
         return [[part] for part in self.parts]
 
-    def rehearse(self, unit: Sequence[PaddedPart]) -> PaddedStep:
+    def announce(self, unit: Sequence[PaddedPart]) -> None:
         """Forwards of padded batches share nothing: any number of passes may run."""
+
+    def apart(self) -> PaddedStep:
         return self
 
     def _batch(self, part: PaddedPart) -> TokenBatch:

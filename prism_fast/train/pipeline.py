@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
+from torch import nn
 
 from prism_fast.algorithms.semantics import RELEASED_DIFFERS
 from prism_fast.config import Config, ConfigError
 from prism_fast.data.digits import DigitsFiles, DigitsSpec, tokenizer_corpus, write_digits
 from prism_fast.data.samples import Demonstration
 from prism_fast.data.writers import write_pairs
+from prism_fast.models.checkpointing import use_gradient_checkpointing
 from prism_fast.models.discriminator import RELEASED_HEAD_DROPOUT, build_discriminator, load_discriminator
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy, load_policy
 from prism_fast.models.processor import Processor
@@ -102,7 +104,14 @@ def _new_policy(run: Run, files: DataFiles):
     del sizes["vocab_size"]
     size = TinyPolicy(**sizes)
     model = build_tiny_policy(processor, size, derive_seed(run.config.seed, "policy"))
-    return model.to(device=run.device, dtype=run.dtype), processor
+    return _learner(run, model.to(device=run.device, dtype=run.dtype)), processor
+
+
+def _learner(run: Run, model: nn.Module):
+    """``model``, set up to learn as the configuration says."""
+    if run.config.model.gradient_checkpointing:
+        use_gradient_checkpointing(model)
+    return model
 
 
 def demonstration_texts(demo: Demonstration) -> Iterator[str]:
@@ -114,7 +123,8 @@ def demonstration_texts(demo: Demonstration) -> Iterator[str]:
 
 
 def _load_policy(run: Run, folder: Path):
-    return load_policy(folder, dtype=run.dtype, device=run.device), Processor.from_pretrained(folder)
+    policy = load_policy(folder, dtype=run.dtype, device=run.device)
+    return _learner(run, policy), Processor.from_pretrained(folder)
 
 
 def _policy(run: Run, artifacts: Artifacts, stage: str):
@@ -173,7 +183,7 @@ def _warmup(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     else:
         discriminator = _load_discriminator(run, artifacts.discriminator)
     samples = reader.read("pairs", pairs, processor)
-    artifacts.discriminator = warm_up(run, discriminator.to(run.device), processor, samples)
+    artifacts.discriminator = warm_up(run, _learner(run, discriminator.to(run.device)), processor, samples)
 
 
 def _head_dropout(run: Run) -> float:
@@ -181,7 +191,8 @@ def _head_dropout(run: Run) -> float:
 
 
 def _load_discriminator(run: Run, folder: Path):
-    return load_discriminator(folder, dtype=run.dtype, device=run.device, head_dropout=_head_dropout(run))
+    discriminator = load_discriminator(folder, dtype=run.dtype, device=run.device, head_dropout=_head_dropout(run))
+    return _learner(run, discriminator)
 
 
 def _align(run: Run, files: DataFiles, artifacts: Artifacts) -> None:

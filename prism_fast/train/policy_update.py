@@ -17,6 +17,7 @@ from prism_fast.rollout.protocol import Completion
 from prism_fast.train.engine import LocalEngine, NonFiniteError, refuse_non_finite
 from prism_fast.train.layouts import Forward, Layout, lay_out, longest_item, self_check
 from prism_fast.train.microbatch import TokenBudget
+from prism_fast.train.passes import Passes, counted_passes
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,11 @@ def update_policy(
     stale = [False] * len(batch.completions) if batch.stale is None else list(batch.stale)
     model.train()
 
-    def accumulate(tokens: int) -> tuple[float, int, list[Tensor], list[ops.PolicyStats]]:
+    def accumulate(tokens: int) -> tuple[float, int, list[Tensor], list[ops.PolicyStats], Passes]:
+        with counted_passes(model.model) as passes:
+            return *learn(tokens), passes
+
+    def learn(tokens: int) -> tuple[float, int, list[Tensor], list[ops.PolicyStats]]:
         loss_sum, computed_tokens, gaps, ratios = 0.0, 0, [], []
         step = lay_out(layout, model.model, groups, tokens, pad_id=pad_id)
         for part in step.parts:
@@ -131,7 +136,7 @@ def update_policy(
 
     error = self_check(engine, layout, model.model, groups, pad_id=pad_id)
     ops.bad_values(device)  # what anybody met before is not of this step
-    loss_sum, computed_tokens, gaps, ratios = budget.run(
+    loss_sum, computed_tokens, gaps, ratios, passes = budget.run(
         accumulate, discard=engine.discard, longest=longest_item(layout, groups)
     )
     active = sum(contributes)
@@ -145,6 +150,7 @@ def update_policy(
         "policy/token_budget": budget.change(),
         "policy/packing_error": error,
         "policy/bad_values": ops.bad_values(device),
+        **passes.numbers("policy"),
         "rollout/logprob_gap_mean": float(gap.mean()) if len(gap) else None,
         "rollout/logprob_gap_max": float(gap.max()) if len(gap) else None,
         **(_ratio_metrics(ratios) if any(stale[i] and contributes[i] for i in range(len(stale))) else {}),

@@ -110,7 +110,7 @@ def merge_updates(updates: Sequence[Numbers]) -> Numbers:
     merged: Numbers = {}
     for key in dict.fromkeys(key for numbers in updates for key in numbers):
         values = [numbers[key] for numbers in updates if numbers.get(key) is not None]
-        if key in ("policy/rows", "policy/tokens", "policy/bad_values"):
+        if key in ("policy/rows", "policy/tokens", "policy/bad_values") or key.startswith("passes/"):
             merged[key] = sum(values)
         elif not values:
             merged[key] = None

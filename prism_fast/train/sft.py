@@ -20,6 +20,7 @@ from prism_fast.train.context import Run
 from prism_fast.train.engine import LocalEngine
 from prism_fast.train.layouts import PaddedStep
 from prism_fast.train.microbatch import TokenBudget
+from prism_fast.train.passes import Passes, counted_passes
 from prism_fast.train.policy_update import token_logprobs
 from prism_fast.train.resume import StageState
 from prism_fast.train.seeds import derive_seed
@@ -79,23 +80,25 @@ def _update(
     encoded = EncodedDemos.of(demos, processor)
     tokens = encoded.response_tokens
 
-    def accumulate(limit: int) -> float:
+    def accumulate(limit: int) -> tuple[float, Passes]:
         loss_sum = 0.0
         step = encoded.cut(limit, engine.model, processor.pad_id)
-        for part in step.parts:
-            logp = token_logprobs(engine.model, step.forward(part), temperature=1.0)
-            loss = -logp.sum() / tokens
-            engine.backward(loss, logp=logp)
-            loss_sum += float(loss.detach())
-        return loss_sum
+        with counted_passes(engine.model.model) as passes:
+            for part in step.parts:
+                logp = token_logprobs(engine.model, step.forward(part), temperature=1.0)
+                loss = -logp.sum() / tokens
+                engine.backward(loss, logp=logp)
+                loss_sum += float(loss.detach())
+        return loss_sum, passes
 
-    loss_sum = budget.run(accumulate, discard=engine.discard, longest=max(encoded.lengths))
+    loss_sum, passes = budget.run(accumulate, discard=engine.discard, longest=max(encoded.lengths))
     return {
         "sft/loss": loss_sum,
         "sft/lr": engine.lr(),
         "sft/grad_norm": engine.step(),
         "sft/tokens": tokens,
         "sft/token_budget": budget.change(),
+        **passes.numbers("policy"),
     }
 
 

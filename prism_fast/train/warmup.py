@@ -208,6 +208,7 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs:
                 numbers = {f"warmup/{key}": value for key, value in pair_margins(chunk, scores, spans).items()}
                 numbers |= {"warmup/loss": float(loss), "warmup/lr": engine.lr(), "warmup/grad_norm": engine.step()}
                 numbers |= {f"warmup/{key}": value for key, value in scores.numbers().items()}
+                numbers |= scores.passes.numbers("discriminator")
                 numbers["warmup/token_budget"] = budget.change()
                 state.hold(numbers)
             if engine.updates % config.eval_every == 0:

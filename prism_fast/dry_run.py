@@ -10,8 +10,8 @@ from rich.console import Console
 from prism_fast.algorithms.semantics import RELEASED_DIFFERS
 from prism_fast.config import Config, ConfigError, dump_config
 from prism_fast.models.checkpoints import open_weights, read_model_type, weight_files
-from prism_fast.models.discriminator import read_head
 from prism_fast.models.processor import Processor
+from prism_fast.models.scorer import read_scorer
 from prism_fast.models.sizes import discriminator_size, policy_size
 from prism_fast.models.writing import DiskFullError, shown_bytes
 from prism_fast.plan import adamw_bytes, discriminator_config, make_plan, policy_config, summary
@@ -140,9 +140,9 @@ def _check_models(config: Config) -> list[str]:
         found.append(f"policy: {folder}")
     if config.model.discriminator != "upcycle":
         folder = Path(config.model.discriminator)
-        text = discriminator_config(config, policy_config(config)).text_config
+        critic = discriminator_config(config, policy_config(config))
         _read_headers(folder)
-        read_head(folder, text.hidden_size)
+        read_scorer(folder, critic)
         found.append(f"discriminator: {folder}")
     return found
 

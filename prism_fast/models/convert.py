@@ -2,8 +2,9 @@
 experts are stored.
 
 Released discriminators (and hub files) hold experts as ``[E, H, 2I]`` and ``[E, I, H]``; stock transformers 5 saves
-what it has in memory, ``[E, 2I, H]`` and ``[E, H, I]``. Everything else, the score head ``v_head.1.weight`` included,
-is the same in both. Results appear whole or not at all, and an existing destination is refused.
+what it has in memory, ``[E, 2I, H]`` and ``[E, H, I]``. Everything else, the score head ``v_head.1.weight`` and what
+else is of ``models.scorer`` included, is the same in both. Results appear whole or not at all, and an existing
+destination is refused.
 """
 
 from __future__ import annotations
@@ -26,13 +27,12 @@ from prism_fast.models.checkpoints import (
 from prism_fast.models.discriminator import (
     EXPERT_KEYS,
     build_discriminator,
-    read_head,
     released_config,
     save_discriminator,
-    write_side_head,
 )
 from prism_fast.models.policy import load_policy
 from prism_fast.models.processor import Processor
+from prism_fast.models.scorer import Scorer, read_scorer, write_side_head
 from prism_fast.models.upcycle import refuse_square_experts
 from prism_fast.models.writing import refuse_existing, whole_folder
 
@@ -80,7 +80,7 @@ def to_released(source: str | Path, destination: str | Path) -> None:
         ValueError: ``source`` is not Qwen3-VL-MoE, has no score head, is in the released layout already or in neither.
     """
     source, destination = Path(source), Path(destination)
-    config, head = _inspect(source, destination, wanted=STOCK)
+    config, scorer = _inspect(source, destination, wanted=STOCK)
     with whole_folder(destination, needs=_weight_bytes(source)) as folder:
         dtype, keys = _turn_experts(source, folder)
         released = released_config(config, dtype)
@@ -88,7 +88,7 @@ def to_released(source: str | Path, destination: str | Path) -> None:
             released["tie_word_embeddings"] = config.tie_word_embeddings
             released["text_config"]["tie_word_embeddings"] = config.tie_word_embeddings
         (folder / "config.json").write_text(json.dumps(released, indent=2, sort_keys=True) + "\n")
-        write_side_head(head, folder)
+        write_side_head(scorer, folder)
 
 
 def from_released(source: str | Path, destination: str | Path) -> None:
@@ -107,8 +107,8 @@ def _weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(folder))
 
 
-def _inspect(source: Path, destination: Path, *, wanted: str) -> tuple[Qwen3VLMoeConfig, torch.Tensor]:
-    """Configuration and head of ``source``, once everything about it is known to be as it should."""
+def _inspect(source: Path, destination: Path, *, wanted: str) -> tuple[Qwen3VLMoeConfig, Scorer]:
+    """Configuration and scorer of ``source``, once everything about it is known to be as it should."""
     refuse_existing(destination)
     found = read_model_type(source)
     if found != "qwen3_vl_moe":
@@ -124,7 +124,7 @@ def _inspect(source: Path, destination: Path, *, wanted: str) -> tuple[Qwen3VLMo
         raise ValueError(f"{source} is already in the {layouts.pop()} layout: nothing to convert")
     if len(layouts) > 1:
         raise ValueError(f"{source} is partly in the {STOCK} layout, partly in the {RELEASED} one: copy it again")
-    return config, read_head(source, text.hidden_size)
+    return config, read_scorer(source, config)
 
 
 def _layouts(folder: Path, experts: int, hidden: int, inner: int) -> set[str]:

@@ -2,7 +2,8 @@
 
 On disk it has the layout of the released checkpoints: base keys and ``v_head.1.weight`` in the same safetensors,
 experts as hub files hold them (``[E, H, 2I]`` and ``[E, I, H]``, transposed to what transformers 5 holds in
-memory), and a ``value_head.pt`` for TRL-style readers that is written but never read.
+memory), and a ``value_head.pt`` for TRL-style readers that is written but never read. A head per kind of span and a
+routing bias (``models.scorer``) are stored beside them.
 """
 
 from __future__ import annotations
@@ -23,25 +24,31 @@ from transformers import (
 )
 
 from prism_fast.models.checkpoints import (
-    SHARD_INDEX,
     check_loading,
-    find_tensor,
-    open_weights,
     read_model_type,
-    weight_files,
     without_load_report,
 )
 from prism_fast.models.experts import use_prism_experts
 from prism_fast.models.forward import TokenBatch, language_outputs
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
 from prism_fast.models.score_rows import states_at, use_score_rows
+from prism_fast.models.scorer import (
+    BIAS_KEY,
+    HEAD_KEY,
+    SPAN_KINDS,
+    Scorer,
+    SpanSwitches,
+    bias_shape,
+    read_scorer,
+    write_side_head,
+)
+from prism_fast.models.span_bias import span_bias, use_span_bias
 from prism_fast.models.upcycle import refuse_square_experts, upcycle
 from prism_fast.models.vision_attention import use_batched_vision_attention
 
 if TYPE_CHECKING:
     from prism_fast.models.processor import Processor
 
-HEAD_KEY = "v_head.1.weight"
 RELEASED_HEAD_DROPOUT = 0.1
 # Of no use to a reader, and the first of them may be the path of a machine.
 _GENERIC_FIELDS = frozenset(PreTrainedConfig().to_dict()) - {"model_type", "dtype", "transformers_version"}
@@ -64,37 +71,87 @@ class Discriminator(nn.Module):
     The head computes in float32 whatever the backbone's dtype or an ambient autocast (float64 for a float64
     backbone). ``head_in_float32=False`` leaves both to the surroundings: the published scores are bfloat16 numbers.
     ``head_dropout``: 0 here, 0.1 published; it acts in train mode only.
+
+    ``switches``: with ``heads="per_span"`` the linear layer has a row for captions and one for reasonings; with
+    ``routing_bias="span"`` there is a parameter ``routing_bias`` [layers, 2, E] (otherwise None), float32 like the
+    head, which whoever calls the backbone hands to it (``models.span_bias``). Both start as 0.
+
+    Raises:
+        ValueError: ``head_in_float32=False`` with two heads: the published discriminator has one.
     """
 
-    def __init__(self, backbone: Qwen3VLMoeModel, *, head_dropout: float = 0.0, head_in_float32: bool = True) -> None:
+    def __init__(
+        self,
+        backbone: Qwen3VLMoeModel,
+        *,
+        head_dropout: float = 0.0,
+        head_in_float32: bool = True,
+        switches: SpanSwitches | None = None,
+    ) -> None:
         super().__init__()
+        switches = SpanSwitches() if switches is None else switches
+        self.two_heads = switches.heads == "per_span"
+        if self.two_heads and not head_in_float32:
+            raise ValueError("heads='per_span' computes in float32: head_in_float32=False is for the published head")
         self.backbone = backbone
-        head = nn.Linear(backbone.config.text_config.hidden_size, 1, bias=False, device="meta")
+        rows = SPAN_KINDS if self.two_heads else 1
+        head = nn.Linear(backbone.config.text_config.hidden_size, rows, bias=False, device="meta")
         self.v_head = nn.Sequential(nn.Dropout(head_dropout), head.to_empty(device=backbone.device))
         nn.init.zeros_(self.v_head[1].weight)
         self.head_in_float32 = head_in_float32
         use_prism_experts(self.backbone)
         use_score_rows(self.backbone)
+        self.routing_bias = None
+        if switches.routing_bias == "span":
+            use_span_bias(self.backbone)
+            self.routing_bias = nn.Parameter(torch.zeros(bias_shape(backbone.config), device=backbone.device))
 
-    def forward(self, batch: TokenBatch, *, last: Tensor | None = None) -> SpanScores:
+    def scorer(self) -> Scorer:
+        """Head and routing bias, detached."""
+        bias = None if self.routing_bias is None else self.routing_bias.detach()
+        return Scorer(self.v_head[1].weight.detach(), bias)
+
+    @torch.no_grad()
+    def set_scorer(self, scorer: Scorer) -> None:
+        """Copy values of the same shapes."""
+        self.v_head[1].weight.copy_(scorer.head)
+        if self.routing_bias is not None:
+            self.routing_bias.copy_(scorer.routing_bias)
+
+    def forward(self, batch: TokenBatch, *, last: Tensor | None = None, kind: Tensor | None = None) -> SpanScores:
         """Score every row of ``batch`` at ``last`` ``[B]`` (index into the right-padded row; default: its last
-        token)."""
+        token). ``kind`` ``[B]`` int64: 0 for a caption, 1 for a reasoning; needed where ``switches`` has anything on.
+        """
         last = batch.lengths - 1 if last is None else last
         rows = torch.arange(len(last), device=last.device) * batch.input_ids.shape[1] + last  # [B], into B·S
-        run = partial(language_outputs, self.backbone, batch, output_router_logits=True)
+        options: dict[str, object] = {"output_router_logits": True}
+        if self.routing_bias is not None:
+            if kind is None:
+                raise ValueError("this discriminator has a routing bias: say the kind of each row's span")
+            prompt = torch.arange(batch.input_ids.shape[1], device=last.device) < batch.prompt_lengths[:, None]
+            options["span_bias"] = span_bias(self.routing_bias, torch.where(prompt, -1, kind[:, None]).flatten())
+        run = partial(language_outputs, self.backbone, batch, **options)
         hidden, out = states_at(self.backbone, rows, run)  # [B, H]
-        return SpanScores(self.score_hidden(hidden), hidden, out.router_logits)
+        return SpanScores(self.score_hidden(hidden, kind), hidden, out.router_logits)
 
-    def score_hidden(self, hidden: Tensor) -> Tensor:
-        """Head alone, ``[..., H]`` to ``[...]``: dropout (in train mode) and one dot product per row."""
+    def score_hidden(self, hidden: Tensor, kind: Tensor | None = None) -> Tensor:
+        """Head alone, ``[..., H]`` to ``[...]``: dropout (in train mode) and one dot product per row. Where there are
+        two heads, ``kind`` ``[...]`` int64 chooses each row's.
+
+        Raises:
+            ValueError: there are two and ``kind`` is not given.
+        """
         dropout, linear = self.v_head
         if not self.head_in_float32:
             return linear(dropout(hidden)).squeeze(-1)
+        if self.two_heads and kind is None:
+            raise ValueError("this discriminator has two heads: say the kind of each row's span")
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         with torch.autocast(hidden.device.type, enabled=False):
             # A sum per row rather than a matrix product: its result cannot depend on where in the batch the row stands,
             # so equal hidden states give equal scores to the bit.
-            return (dropout(hidden.to(wide)) * linear.weight[0].to(wide)).sum(-1)
+            weight = linear.weight[kind] if self.two_heads else linear.weight[0]  # [..., H] or [H]
+            return (dropout(hidden.to(wide)) * weight.to(wide)).sum(-1)
 
 
 def build_discriminator(
@@ -106,16 +163,18 @@ def build_discriminator(
     router_std: float = 0.02,
     head_std: float = 0.02,
     head_dropout: float = 0.0,
+    switches: SpanSwitches | None = None,
     seed: int,
 ) -> Discriminator:
     """Upcycle ``policy`` (see :func:`prism_fast.models.upcycle.upcycle`) and put a head ``N(0, head_std²)`` on it. The
-    language-model head is dropped; ``seed`` decides every number that is drawn."""
+    language-model head is dropped; ``seed`` decides every number that is drawn. Two heads begin as the one that the
+    seed gives, a routing bias as 0: ``switches`` change no score."""
+    switches = SpanSwitches() if switches is None else switches
     moe = upcycle(policy, num_experts=num_experts, top_k=top_k, noise_std=noise_std, router_std=router_std, seed=seed)
-    discriminator = Discriminator(moe.model, head_dropout=head_dropout)
+    discriminator = Discriminator(moe.model, head_dropout=head_dropout, switches=switches)
     generator = torch.Generator().manual_seed(seed + 1)  # seed itself has been spent on the experts
-    weight = discriminator.v_head[1].weight
-    with torch.no_grad():
-        weight.copy_(torch.randn(weight.shape, generator=generator) * head_std)
+    head = torch.randn((1, moe.config.text_config.hidden_size), generator=generator) * head_std
+    discriminator.set_scorer(Scorer(head, None).with_switches(switches, moe.config, "a new discriminator"))
     return discriminator
 
 
@@ -126,15 +185,18 @@ def load_discriminator(
     device: str | torch.device = "cpu",
     head_dropout: float = 0.0,
     head_in_float32: bool = True,
+    switches: SpanSwitches | None = None,
 ) -> Discriminator:
     """Read a released or own discriminator folder: safetensors only, one file or shards, either expert layout. The
-    head's parameters stay float32 (float64 if ``dtype`` is); a language-model head in the file is not needed and
-    not loaded.
+    head's parameters and the routing bias stay float32 (float64 if ``dtype`` is); a language-model head in the file is
+    not needed and not loaded. ``switches``: what is to be on, from values that change no score where the folder has it
+    off (None: what the folder has).
 
     Raises:
         FileNotFoundError: the folder, its ``config.json`` or its weights are missing.
         ValueError: another architecture, no score head (the file and the key are named; a random head would poison
-            every reward), square expert tensors, tensors that are missing, unexpected or of another shape.
+            every reward), square expert tensors, tensors that are missing, unexpected or of another shape, a folder
+            that has on what ``switches`` has off.
     """
     folder = Path(path)
     found = read_model_type(folder)
@@ -145,7 +207,10 @@ def load_discriminator(
         )
     config = Qwen3VLMoeConfig.from_pretrained(folder, local_files_only=True)
     refuse_square_experts(config.text_config.hidden_size, config.text_config.moe_intermediate_size)
-    head = read_head(folder, config.text_config.hidden_size)
+    scorer = read_scorer(folder, config)
+    own = frozenset({HEAD_KEY, "lm_head.weight"} | ({BIAS_KEY} if scorer.routing_bias is not None else set()))
+    if switches is not None:
+        scorer = scorer.with_switches(switches, config, folder)
     with without_load_report():
         backbone, info = Qwen3VLMoeModel.from_pretrained(
             folder,
@@ -156,59 +221,40 @@ def load_discriminator(
             ignore_mismatched_sizes=True,  # so that check_loading reports every offender at once instead of the first
             output_loading_info=True,
         )
-    check_loading(folder, info, ignore_unexpected=frozenset({HEAD_KEY, "lm_head.weight"}))
+    check_loading(folder, info, ignore_unexpected=own)
     use_linear_patch_embedding(backbone)
     use_batched_vision_attention(backbone)
-    discriminator = Discriminator(backbone, head_dropout=head_dropout, head_in_float32=head_in_float32)
+    discriminator = Discriminator(
+        backbone, head_dropout=head_dropout, head_in_float32=head_in_float32, switches=scorer.switches
+    )
     head_dtype = dtype if dtype == torch.float64 or not head_in_float32 else torch.float32
     discriminator.v_head.to(head_dtype)
-    with torch.no_grad():
-        discriminator.v_head[1].weight.copy_(head)
+    if discriminator.routing_bias is not None:
+        discriminator.routing_bias = nn.Parameter(discriminator.routing_bias.detach().to(head_dtype))
+    discriminator.set_scorer(scorer)
     return discriminator.to(device)
-
-
-def read_head(folder: Path, hidden_size: int) -> Tensor:
-    """The score head ``[1, H]`` of a discriminator folder.
-
-    Raises:
-        ValueError: there is none, or it has another shape.
-    """
-    source = find_tensor(folder, HEAD_KEY)
-    if source is None:
-        searched = weight_files(folder)
-        raise ValueError(
-            f"{searched[0] if len(searched) == 1 else folder / SHARD_INDEX} has no {HEAD_KEY}: it has no score head. "
-            "Use a discriminator checkpoint or build one from a dense policy with `prism-fast convert upcycle`"
-        )
-    with open_weights(source) as tensors:
-        head = tensors.get_tensor(HEAD_KEY)
-    if tuple(head.shape) != (1, hidden_size):
-        raise ValueError(f"{HEAD_KEY} in {source} has shape {tuple(head.shape)}, expected {(1, hidden_size)}")
-    return head
 
 
 def save_discriminator(model: Discriminator, processor: Processor | None, path: str | Path) -> None:
     """Write the released layout: sharded safetensors with base keys, hub-layout experts and ``v_head.1.weight``, a
     configuration that transformers 4.57 and 5 both read, ``value_head.pt``, and the processor's files if one is
-    given."""
+    given. What of ``models.scorer`` is on is stored as it says."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     state = {}
     for name, tensor in model.backbone.state_dict().items():
         stored = tensor.transpose(1, 2) if name.endswith(EXPERT_KEYS) else tensor
         state[f"model.{name}"] = stored.contiguous()
-    state[HEAD_KEY] = model.v_head[1].weight.detach()
+    scorer = model.scorer()
+    state[HEAD_KEY] = scorer.head
+    if scorer.routing_bias is not None:
+        state[BIAS_KEY] = scorer.routing_bias
     save_torch_state_dict(state, folder, metadata={"format": "pt"})
-    write_side_head(state[HEAD_KEY], folder)
-    config = released_config(model.backbone.config, model.backbone.dtype)
+    write_side_head(scorer, folder)
+    config = released_config(model.backbone.config, model.backbone.dtype) | scorer.switches.config_entry()
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if processor is not None:
         processor.save_pretrained(folder)
-
-
-def write_side_head(head: Tensor, folder: Path) -> None:
-    """``value_head.pt`` beside the weights, for TRL-style readers; never read here."""
-    torch.save({"v_head.summary.weight": head.cpu()}, folder / "value_head.pt")
 
 
 def released_config(config: Qwen3VLMoeConfig, dtype: torch.dtype) -> dict:

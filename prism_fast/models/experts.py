@@ -103,7 +103,8 @@ class SparseBlock(Qwen3VLMoeTextSparseMoeBlock):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [B, S, H]."""
         flat, rows = hidden_states.reshape(-1, hidden_states.shape[-1]), self.rows
-        _, routing = self.gate(flat, bias=self.bias) if rows is None else self.gate(flat, rows, bias=self.bias)
+        biased = {} if self.bias is None else {"bias": self.bias}
+        _, routing = self.gate(flat, **biased) if rows is None else self.gate(flat, rows, **biased)
         tokens = flat if rows is None else flat[rows]  # [T or M, H]
         if self.experts.config._experts_implementation == IMPLEMENTATION:
             out = self.experts(tokens, routing.experts, routing.weights, routing=routing)

@@ -64,7 +64,9 @@ def _methods() -> dict:
     """Ways to compare. `latex` (the default semantics) reads LaTeX only, which needs no evaluation of text as Python;
     the others are the published calls."""
     from latex2sympy2_extended import NormalizationConfig
+    from latex2sympy2_extended.antlr_parser import PSParser
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtractionConfig, parse, verify
+    from math_verify.parser import parse_latex_cached
     from sympy import S, simplify
 
     plain = LatexExtractionConfig(
@@ -75,7 +77,21 @@ def _methods() -> dict:
     gold_order = (LatexExtractionConfig(), ExprExtractionConfig(), StringExtractionConfig())
     answer_order = (ExprExtractionConfig(), LatexExtractionConfig(), StringExtractionConfig())
 
+    atom, accessor = PSParser.AtomContext, getattr(PSParser.AtomContext, "FUNC_GAMMA", lambda self: None)
+
+    def read_percent(readable: bool) -> None:
+        """Whether LaTeX like `50\\%` can be read, whatever antlr runtime is there. The parser generated for antlr 4.9, to
+        which the published code is bound, lacks one accessor, and what asks for it on the way to a percentage raises;
+        those for newer antlr have it. With 4.9 an accessor that finds nothing is all that is missing."""
+        if readable != hasattr(atom, "FUNC_GAMMA"):
+            if readable:
+                atom.FUNC_GAMMA = accessor
+            else:
+                del atom.FUNC_GAMMA
+            parse_latex_cached.cache_clear()  # it remembers what was read the other way
+
     def latex(gold: str, answer: str) -> bool:
+        read_percent(True)
         sides = [
             parse(f"${text}$", [plain], fallback_mode="no_fallback", parsing_timeout=None) for text in (gold, answer)
         ]
@@ -86,9 +102,11 @@ def _methods() -> dict:
         return verify(sides[0], sides[1], timeout_seconds=None, raise_on_error=True)
 
     def published(gold: str, answer: str) -> bool:
+        read_percent(False)
         return verify(parse(gold, parsing_timeout=None), parse(answer, parsing_timeout=None), timeout_seconds=None)
 
     def boxed(gold: str, answer: str) -> bool:
+        read_percent(False)
         sides = [
             parse(f"\\boxed{{{text}}}", order, parsing_timeout=None)
             for text, order in ((gold, gold_order), (answer, answer_order))
@@ -96,6 +114,7 @@ def _methods() -> dict:
         return verify(*sides, timeout_seconds=None)
 
     def difference(gold: str, answer: str) -> bool:
+        read_percent(False)
         sides = [
             parse(f"${text}$", [plain], fallback_mode="no_fallback", parsing_timeout=None) for text in (gold, answer)
         ]

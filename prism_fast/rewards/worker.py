@@ -80,9 +80,9 @@ def _methods() -> dict:
     atom, accessor = PSParser.AtomContext, getattr(PSParser.AtomContext, "FUNC_GAMMA", lambda self: None)
 
     def read_percent(readable: bool) -> None:
-        """Whether LaTeX like `50\\%` can be read, whatever antlr runtime is there. The parser generated for antlr 4.9, to
-        which the published code is bound, lacks one accessor, and what asks for it on the way to a percentage raises;
-        those for newer antlr have it. With 4.9 an accessor that finds nothing is all that is missing."""
+        """Whether LaTeX like `50\\%` can be read, whatever antlr runtime is there. The parser generated for antlr 4.9
+        lacks one accessor, and what asks for it on the way to a percentage raises: the published code is bound to that
+        version. Those for newer antlr have it; with 4.9 an accessor that finds nothing is all that is missing."""
         if readable != hasattr(atom, "FUNC_GAMMA"):
             if readable:
                 atom.FUNC_GAMMA = accessor

@@ -57,6 +57,9 @@ class ModelConfig:
     # Of policy and discriminator wherever they learn: a layer keeps its input alone and computes the rest again for the
     # backward. The same bits for less memory and a third more work; passes/*_recomputed counts it.
     gradient_checkpointing: bool = False
+    # Norms, rotary embedding and SwiGLU of the language models by Liger's kernels. auto: on CUDA where liger-kernel is
+    # installed; liger: or else an error. environment.json and the report say which are in force.
+    fused_trunk: Literal["auto", "off", "liger"] = "auto"
     tiny: TinyConfig = field(default_factory=TinyConfig)
 
 

@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import prism_fast
 from prism_fast.config import Config, ConfigError, dump_config
+from prism_fast.models.fused_trunk import trunk_kernels
 from prism_fast.models.writing import clear_partial, whole_folder, write_whole
 from prism_fast.rewards import AnswerChecker, Judge
 from prism_fast.train.engine import NonFiniteError
@@ -82,8 +83,16 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def environment() -> dict[str, str | int]:
-    """What the run ran on; stands in ``environment.json`` and in the report."""
+def environment(config: Config, device: torch.device) -> dict[str, str | int]:
+    """What the run ran on; stands in ``environment.json`` and in the report.
+
+    Raises:
+        ConfigError: ``model.fused_trunk`` asks for kernels that cannot run here.
+    """
+    try:
+        trunk = trunk_kernels(config.model.fused_trunk, device, DTYPES[config.model.dtype])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     names = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn", "math-verify")
     versions = {name: metadata.version(name) for name in names}
     facts: dict[str, str | int] = {
@@ -92,6 +101,7 @@ def environment() -> dict[str, str | int]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         **versions,
+        "norms, rotary and SwiGLU": trunk,
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
@@ -160,7 +170,7 @@ def _opened(config: Config, console: Console, folder: Path, device: torch.device
     else:
         resumed = fresh()
         write_whole(folder / "config.yaml", dump_config(config))
-    write_whole(folder / "environment.json", json.dumps(environment(), indent=1))
+    write_whole(folder / "environment.json", json.dumps(environment(config, device), indent=1))
     # CPU kernels are all deterministic; a CUDA kernel without a deterministic form is named in a warning.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")

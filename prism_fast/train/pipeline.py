@@ -18,11 +18,13 @@ from prism_fast.data.samples import Demonstration
 from prism_fast.data.writers import write_pairs
 from prism_fast.models.checkpointing import use_gradient_checkpointing
 from prism_fast.models.discriminator import RELEASED_HEAD_DROPOUT, build_discriminator, load_discriminator
+from prism_fast.models.fused_trunk import use_fused_trunk
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy, load_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.train.align import align
 from prism_fast.train.context import Run, open_run
+from prism_fast.train.discriminator_update import span_switches
 from prism_fast.train.evaluate import evaluate
 from prism_fast.train.reading import DataReader
 from prism_fast.train.replay import check_replay
@@ -109,6 +111,7 @@ def _new_policy(run: Run, files: DataFiles):
 
 def _learner(run: Run, model: nn.Module):
     """``model``, set up to learn as the configuration says."""
+    use_fused_trunk(model, run.config.model.fused_trunk)
     if run.config.model.gradient_checkpointing:
         use_gradient_checkpointing(model)
     return model
@@ -178,6 +181,7 @@ def _warmup(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
             noise_std=upcycle.noise_std,
             router_std=upcycle.router_std,
             head_dropout=_head_dropout(run),
+            switches=span_switches(run.config),
             seed=derive_seed(run.config.seed, "discriminator"),
         )
     else:
@@ -191,7 +195,8 @@ def _head_dropout(run: Run) -> float:
 
 
 def _load_discriminator(run: Run, folder: Path):
-    discriminator = load_discriminator(folder, dtype=run.dtype, device=run.device, head_dropout=_head_dropout(run))
+    options = {"head_dropout": _head_dropout(run), "switches": span_switches(run.config)}
+    discriminator = load_discriminator(folder, dtype=run.dtype, device=run.device, **options)
     return _learner(run, discriminator)
 
 
@@ -254,6 +259,9 @@ def run_stages(config: Config, console: Console, *, resume: bool = False) -> Pat
         if config.semantics == "released":
             for line in RELEASED_DIFFERS:
                 console.print(f"semantics=released differs from the published code: {line}", style="yellow")
+        if {"warmup", "align"} & set(config.stages):
+            for line in span_switches(config).announcement:
+                console.print(line, style="yellow")
         artifacts = _start(config, run)
         files = prepare_data(run)
         _check_files(config, files)

@@ -8,8 +8,6 @@ cluster for intervals. Everything is a function of (spec, seed), down to the byt
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -24,6 +22,7 @@ from prism_fast.data.digit_questions import KINDS
 from prism_fast.data.messages import IMAGE_MARKER
 from prism_fast.data.samples import Demonstration, Task
 from prism_fast.data.writers import write_sharegpt, write_tasks
+from prism_fast.models.writing import whole_folder
 
 DATA_SOURCE = "mm_gad"
 
@@ -90,18 +89,10 @@ def write_digits(root: str | Path, spec: DigitsSpec, seed: int) -> DigitsFiles:
     ``digits.json`` beside the data keeps spec and seed.
     """
     root = Path(root)
-    if root.exists():
-        raise FileExistsError(f"{root} exists already: choose another folder or remove it first")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    part = root.with_name(f".{root.name}.part-{os.getpid()}")
-    part.mkdir()
-    try:
+    with whole_folder(root, flush=False) as part:
         _write_parts(DigitsFiles._under(part), spec, seed)
         record = {"dataset": "digits", "spec": asdict(spec), "seed": seed}
         (part / "digits.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        part.rename(root)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)  # gone already when the rename succeeded
     return DigitsFiles.in_folder(root)
 
 

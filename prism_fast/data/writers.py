@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from PIL import Image
 from prism_fast.data.messages import marked_text
 from prism_fast.data.readers import NO_EQUIVALENTS, PAIR_RESPONSES, PAIR_SPANS
 from prism_fast.data.samples import Demonstration, Pair, Task
+from prism_fast.models.writing import refuse_existing, whole_file, write_whole
 
 _TEXT = pa.string()
 _TASK_FIELDS = [
@@ -57,7 +57,7 @@ def write_sharegpt(path: str | Path, demonstrations: Iterable[Demonstration]) ->
         messages = [*_marked(sample.messages), {"role": "assistant", "content": sample.response}]
         record = {"id": sample.uid, "messages": messages, "images": [images.store(image) for image in sample.images]}
         lines.append(json.dumps(record, ensure_ascii=False))
-    _publish(path, lambda part: part.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8"))
+    write_whole(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
@@ -84,7 +84,7 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
             **{key: text for key in (*PAIR_SPANS, *PAIR_RESPONSES) if (text := getattr(pair, key)) is not None},
         }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    _publish(path, lambda part: part.write_text("".join(lines), encoding="utf-8"))
+    write_whole(path, "".join(lines))
 
 
 def write_tasks(path: str | Path, tasks: Iterable[Task], *, rows_per_group: int = 256) -> None:
@@ -98,7 +98,8 @@ def write_tasks(path: str | Path, tasks: Iterable[Task], *, rows_per_group: int 
     columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in _TASK_FIELDS}
     columns["extra_info"] = pa.array([row["extra_info"] for row in rows])
     table = pa.table(columns)
-    _publish(path, lambda part: pq.write_table(table, part, row_group_size=rows_per_group))
+    with whole_file(path) as part:
+        pq.write_table(table, part, row_group_size=rows_per_group)
 
 
 def _task_row(task: Task) -> dict[str, Any]:
@@ -147,16 +148,6 @@ class _ImageFolder:
 
 def _new_file(path: str | Path) -> Path:
     path = Path(path)
-    if path.exists():
-        raise FileExistsError(f"{path} exists already: choose another name or remove it first")
+    refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _publish(path: Path, write: Callable[[Path], object]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

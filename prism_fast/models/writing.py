@@ -29,13 +29,15 @@ def refuse_existing(path: Path) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path, *, replace: bool = False, needs: int = 0) -> Iterator[Path]:
+def whole_folder(path: Path, *, replace: bool = False, needs: int = 0, flush: bool = True) -> Iterator[Path]:
     """A temporary folder that becomes ``path`` when the block ends well, and vanishes when it does not: nobody ever
-    sees half of it under its name. Contents are on the disk before the name is.
+    sees half of it under its name.
 
     Args:
         replace: an existing folder ``path`` gives way, at the very end.
         needs: bytes that will be written at least; looked for before anything is.
+        flush: contents are on the disk before the name is. Without, this holds as long as the machine runs: for
+            thousands of small files that can be made again.
 
     Raises:
         FileExistsError: ``path`` exists.
@@ -53,7 +55,7 @@ def whole_folder(path: Path, *, replace: bool = False, needs: int = 0) -> Iterat
         temporary.mkdir()
         try:
             yield temporary
-            for entry in (*temporary.rglob("*"), temporary):
+            for entry in (*temporary.rglob("*"), temporary) if flush else ():
                 sync(entry)
             if not replace:
                 refuse_existing(path)
@@ -67,20 +69,27 @@ def whole_folder(path: Path, *, replace: bool = False, needs: int = 0) -> Iterat
             raise
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace a small file in one step: readers see the old or the new content, never a half (raises DiskFullError).
-    Text is written as UTF-8."""
+@contextmanager
+def whole_file(path: Path, needs: int = 0) -> Iterator[Path]:
+    """The name of a temporary file, for the block to write, that then becomes ``path`` in one step: readers see the old
+    or the new content, never a half. When the block fails, the old one stays (raises DiskFullError)."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    data = content.encode() if isinstance(content, str) else content
-    with disk_full(path, len(data)):
+    with disk_full(path, needs):
         try:
-            temporary.write_bytes(data)
+            yield temporary
             sync(temporary)
             os.replace(temporary, path)
             sync(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace a small file by ``content`` as :func:`whole_file` does. Text is written as UTF-8."""
+    data = content.encode() if isinstance(content, str) else content
+    with whole_file(path, len(data)) as temporary:
+        temporary.write_bytes(data)
 
 
 def append_whole(path: Path, data: bytes) -> None:

@@ -146,7 +146,7 @@ def open_run(config: Config, console: Console, *, resume: bool = False) -> Itera
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(folder):
-        for part in (folder, folder / "export", folder / "evals"):
+        for part in (folder, folder / "data", folder / "export", folder / "evals"):
             clear_partial(part)  # of a run that was killed while it wrote
         if not resume and any(folder.iterdir()):
             raise ConfigError(

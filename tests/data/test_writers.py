@@ -103,7 +103,7 @@ def test_same_samples_same_bytes(tmp_path):
 def test_existing_files_are_never_overwritten(tmp_path, write, samples):
     path = tmp_path / "file"
     path.write_text("precious")
-    with pytest.raises(FileExistsError, match="file exists already: choose another name"):
+    with pytest.raises(FileExistsError, match="file exists already and is never overwritten"):
         write(path, samples())
     assert path.read_text() == "precious"
 

@@ -18,8 +18,12 @@ KNOWN = ("reference", "native", "triton", "stock")
 CURE = "run `prism-fast doctor` to see what is missing, or pass backend='reference'"
 
 
-def choose(op: str, has: tuple[str, ...], requested: str | None, tensor: Tensor) -> str:
+def choose(
+    op: str, has: tuple[str, ...], requested: str | None, tensor: Tensor, stock_on: tuple[str, ...] = ("cpu",)
+) -> str:
     """Name of the backend to run for ``op``, which has implementations ``has``, on the device of ``tensor``.
+
+    ``stock_on``: the devices of the op's ``stock`` backend; it is the default on the CPU.
 
     Raises ValueError for an unknown name or one the op does not have, RuntimeError for one this machine cannot run.
     """
@@ -34,8 +38,10 @@ def choose(op: str, has: tuple[str, ...], requested: str | None, tensor: Tensor)
     if requested == "reference" or len(has) == 1:
         return requested or "reference"
     if "stock" in has and (requested == "stock" or (requested is None and tensor.device.type == "cpu")):
-        if tensor.device.type != "cpu":
-            raise RuntimeError(f"{op}: backend='stock' runs on the CPU, the tensors are on {tensor.device}; {CURE}")
+        if tensor.device.type not in stock_on:
+            raise RuntimeError(
+                f"{op}: backend='stock' runs on {' and '.join(stock_on)}, the tensors are on {tensor.device}; {CURE}"
+            )
         return "stock"
     if "triton" in has:
         return _triton_or_default(op, requested, tensor)

@@ -7,13 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+TENSORS = 7  # q, k, v and the four of the layout
+
 
 def attention_operator(name: str, forward: Callable, backward: Callable) -> Callable[..., tuple[Tensor, Tensor]]:
     """``prism_fast::<name>`` with autograd and fake tensors: whole graphs hold it as one node.
 
-    ``forward(q, k, v, cu_branch, prefix_start, prefix_len, branch_prefix, scale)`` gives the output [T, Hq, D] and the
-    log-sum-exp [T, Hq]; ``backward(grad, q, k, v, out, lse, cu_branch, …, scale)`` gives dq, dk, dv. The log-sum-exp
-    has no gradient.
+    ``forward(q, k, v, cu_branch, prefix_start, prefix_len, branch_prefix, *numbers)`` gives the output [T, Hq, D] and
+    the log-sum-exp [T, Hq]; ``backward(grad, q, k, v, out, lse, cu_branch, …, *numbers)`` gives dq, dk, dv. The
+    log-sum-exp has no gradient. ``numbers`` are whatever plain numbers the backend needs, the scale among them.
     """
     operator = torch.library.custom_op(f"prism_fast::{name}", forward, mutates_args=())
     backward_operator = torch.library.custom_op(f"prism_fast::{name}_backward", backward, mutates_args=())
@@ -27,13 +29,14 @@ def attention_operator(name: str, forward: Callable, backward: Callable) -> Call
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
     def save(ctx, inputs, output):
-        *tensors, ctx.scale = inputs
-        ctx.save_for_backward(*tensors, *output)
+        ctx.numbers = inputs[TENSORS:]
+        ctx.save_for_backward(*inputs[:TENSORS], *output)
         ctx.mark_non_differentiable(output[1])
 
     def differentiate(ctx, grad, _):
         q, k, v, *layout, out, lse = ctx.saved_tensors
-        return *backward_operator(grad, q, k, v, out, lse, *layout, ctx.scale), None, None, None, None, None
+        gradients = backward_operator(grad, q, k, v, out, lse, *layout, *ctx.numbers)
+        return *gradients, *[None] * (len(layout) + len(ctx.numbers))
 
     operator.register_autograd(differentiate, setup_context=save)
     return operator

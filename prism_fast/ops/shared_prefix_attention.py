@@ -28,8 +28,9 @@ def shared_prefix_attention(
             branches name it by its number in ``prefix_start``. A segment without prefix is an ordinary sequence.
             Several groups may follow each other; empty segments are allowed.
         scale: of the scores; None = 1 / sqrt(D).
-        backend: None, "reference", "stock" (PyTorch's fused CPU attention, joined by log-sum-exp) or "triton" (CUDA;
-            not float64; D = Dv <= 128). None is "stock" on the CPU and "triton" on CUDA.
+        backend: None, "reference", "stock" (PyTorch's fused attention kernels, joined by log-sum-exp; on CUDA not
+            float64, and in half precision heads of a multiple of 8 up to 256) or "triton" (CUDA; not float64; D = Dv <=
+            128). None is "stock" on the CPU and "triton" on CUDA.
 
     Returns:
         [T, Hq, Dv] in the dtype of ``q``, 0 on padding (tokens past ``cu_branch[-1]``). Softmax and sums run in float32
@@ -37,7 +38,7 @@ def shared_prefix_attention(
 
     Raises:
         ValueError: wrong shape, dtype, device or layout.
-        NotImplementedError: what "triton" does not take.
+        NotImplementedError: what "triton", or "stock" on CUDA, does not take.
         RuntimeError: a backend that this machine or device lacks.
 
     Source: equal to attention over every branch with its prefix repeated in front (arXiv 2506.05433, Prefix Grouper).
@@ -64,7 +65,7 @@ def shared_prefix_attention(
     if scale is not None:
         checks.number(OP, "scale", scale)
     scale = width**-0.5 if scale is None else float(scale)
-    chosen = choose(OP, BACKENDS, backend, q)
+    chosen = choose(OP, BACKENDS, backend, q, stock_on=("cpu", "cuda"))
     if chosen == "triton":
         from .triton.shared_prefix_attention import shared_prefix_attention as fused
 

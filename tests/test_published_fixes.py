@@ -82,7 +82,7 @@ POINTERS = {
     14: ["train/test_rlvr_stale.py::test_stale_rows_follow_the_clipped_objective_and_fresh_ones_have_ratio_one"],
     15: ["train/test_align_semantics.py::test_whole_responses_from_warm_up_to_report"],
     16: [
-        "models/test_discriminator.py::test_released_index_is_wrong_exactly_when_the_first_row_is_the_longest",
+        "models/test_discriminator_vectors.py::test_published_index_is_wrong_exactly_when_the_first_row_is_the_longest",
         "models/test_discriminator_vectors.py::test_warm_up_forward_with_the_published_choice_of_token",
     ],
     17: ["models/test_discriminator.py::test_a_missing_head_is_an_error_even_when_the_side_file_has_one"],

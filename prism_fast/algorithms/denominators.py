@@ -29,9 +29,3 @@ def loss_denominator(loss: str, lengths: Tensor, *, aggregation: str | None = No
         raise ValueError(f"loss_denominator: loss={loss!r} with aggregation={aggregation!r}: {known}")
     count = lengths.sum() if aggregation == TOKEN_MEAN else (lengths > 0).sum()
     return count.to(torch.float32)
-
-
-def active_lengths(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[B] int64 active tokens of each packed sequence, from ``mask`` [N] (bool or 0/1) and ``cu_seqlens`` [B+1]."""
-    total = torch.cat((mask.new_zeros(1, dtype=torch.int64), (mask != 0).long().cumsum(0)))
-    return total[cu_seqlens[1:].long()] - total[cu_seqlens[:-1].long()]

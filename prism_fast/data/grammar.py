@@ -101,20 +101,3 @@ def split_tokens(token_ids: Sequence[int], tokenizer: Any) -> ResponseSplit:
     tokenizer; another kind, or a negative id, is a ValueError.
     """
     return split_pieces(token_pieces(token_ids, tokenizer))
-
-
-def span_lengths(split: ResponseSplit, num_tokens: int) -> tuple[int, int]:
-    """Tokens of (caption, reasoning) in a response of ``num_tokens`` tokens, its end token counted.
-
-    Whitespace between the sections and the end token belong to the reasoning. An invalid response has no border: the
-    published code cuts it in the middle, after ``max(1, num_tokens // 2)`` tokens, and so does this; of an invalid
-    response of one token it makes (1, 1), the missing second half being one pad token.
-    """
-    if num_tokens < 1:
-        raise ValueError(f"num_tokens = {num_tokens}: a response has at least one token (its end token)")
-    if split.valid and split.caption_tokens < 0:
-        raise ValueError("the split has no token boundary: make it with split_tokens, not split_text")
-    caption = split.caption_tokens if split.valid else max(1, num_tokens // 2)
-    if caption > num_tokens:
-        raise ValueError(f"the caption alone has {caption} tokens, more than num_tokens = {num_tokens}")
-    return caption, max(1, num_tokens - caption)

@@ -333,27 +333,3 @@ def _routing(
 def _choices(probs: Tensor, weight: Tensor, top_k: int) -> Tensor:
     chosen = torch.zeros_like(probs).scatter_(-1, probs.topk(top_k, dim=-1).indices, 1.0)
     return torch.einsum("lte,t->e", chosen, weight)
-
-
-def released_last_index(lengths: Tensor, width: int) -> Tensor:
-    """Index that the published warm-up scores in rows of one half (all teachers or all students), as an index into
-    *right-padded* rows, for ``Discriminator.forward(last=…)``.
-
-    The published rows are left-padded to ``width``, the longest of both halves. Its code looks at the first row
-    alone: if that one has no padding, right padding is assumed and position ``length - 1`` is read in every row,
-    which in a left-padded row of length ``n`` is token ``2n - width - 1`` from the left instead of ``n - 1``.
-
-    Raises:
-        ValueError: the published code would read a padding position, whose value no layout without padding there
-        defines.
-    """
-    if int(lengths[0]) != width:
-        return lengths - 1
-    index = 2 * lengths - width - 1
-    if bool((index < 0).any()):
-        row = int((index < 0).nonzero()[0])
-        raise ValueError(
-            f"row {row} of length {int(lengths[row])} is less than half as long as the batch ({width}): the published "
-            "warm-up reads a padding position there. Use semantics=prism_fast, or pair rows of similar length"
-        )
-    return index

@@ -17,7 +17,6 @@ from prism_fast.models.discriminator import (
     expert_choices,
     load_balance_loss,
     load_discriminator,
-    released_last_index,
     save_discriminator,
 )
 from prism_fast.models.forward import collate, hidden_states
@@ -285,14 +284,3 @@ def test_double_softmax_flattens_the_probabilities_but_not_the_choice(generator)
     assert abs(double.item() - 2) < abs(plain.item() - 2)
     with pytest.raises(ValueError, match="4 experts, expected 3"):
         load_balance_loss(logits, 3, 2)
-
-
-# The published choice of the scored token
-
-
-def test_released_index_is_wrong_exactly_when_the_first_row_is_the_longest():
-    lengths = torch.tensor([10, 8, 7])
-    assert released_last_index(lengths, 12).tolist() == [9, 7, 6]
-    assert released_last_index(lengths, 10).tolist() == [9, 5, 3]
-    with pytest.raises(ValueError, match="row 1 of length 4 is less than half"):
-        released_last_index(torch.tensor([10, 4]), 10)

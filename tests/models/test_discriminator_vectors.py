@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prism_fast.models.discriminator import load_balance_loss, load_discriminator, released_last_index
+from prism_fast.models.discriminator import load_balance_loss, load_discriminator
 from prism_fast.models.forward import TokenBatch, collate, hidden_states
 from prism_fast.models.processor import EncodedPrompt
 
@@ -133,6 +133,21 @@ def test_update_metrics_and_gradient_norm_of_every_tensor(model):
     torch.testing.assert_close(ours["v_head.1.weight"].flatten(), head.flatten(), rtol=1e-4, atol=1e-5)
 
 
+def published_last_index(lengths: torch.Tensor, width: int) -> torch.Tensor:
+    """Which token of right-padded rows the published warm-up scores, in one half (all teachers or all students).
+
+    Its rows are left-padded to ``width``, the longest of both halves. It looks at the first row alone: if that has no
+    padding, it takes all rows for right-padded and reads position ``length - 1``, which in a left-padded row of length
+    ``n`` is token ``2n - width - 1`` instead of ``n - 1``."""
+    return 2 * lengths - width - 1 if int(lengths[0]) == width else lengths - 1
+
+
+def test_published_index_is_wrong_exactly_when_the_first_row_is_the_longest():
+    lengths = torch.tensor([10, 8, 7])
+    assert published_last_index(lengths, 12).tolist() == [9, 7, 6]
+    assert published_last_index(lengths, 10).tolist() == [9, 5, 3]
+
+
 @pytest.mark.parametrize("case", V["warmup"], ids=lambda case: case["name"])
 def test_warm_up_forward_with_the_published_choice_of_token(model, case):
     sequences = [kept(*x) for x in zip(case["input_ids"], case["attention_mask"], strict=True)]
@@ -142,7 +157,7 @@ def test_warm_up_forward_with_the_published_choice_of_token(model, case):
     ]
     batch = collate(prompts, range(4), [()] * 4, model_config=model.backbone.config, pad_id=PAD)
     width = len(case["input_ids"][0])
-    last = torch.cat([released_last_index(half, width) for half in batch.lengths.split(2)])
+    last = torch.cat([published_last_index(half, width) for half in batch.lengths.split(2)])
     with torch.no_grad():
         released, ours = model(batch, last=last), model(batch)
     expected = torch.tensor(case["teacher_scores"] + case["student_scores"])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_fast.algorithms.denominators import active_lengths, loss_denominator
+from prism_fast.algorithms.denominators import loss_denominator
 from prism_fast.ops import linear_policy_loss, policy_loss
 from prism_fast.ops.reference.aggregation import LOSSES, OF_LOSS
 
@@ -49,7 +49,7 @@ class Step:
         for rows in ([r for micro in rank for r in micro] for rank in ranks):
             if rows:
                 columns, _, cu_seqlens = self.pack(rows)
-                lengths = active_lengths(columns["mask"], cu_seqlens)
+                lengths = torch.stack([mask.sum() for mask in columns["mask"].tensor_split(cu_seqlens[1:-1].tolist())])
                 denominator += loss_denominator(loss, lengths, aggregation=aggregation)
         leaves = [self.weight, *(c["hidden"] for c in self.columns)]
         total, sums = torch.zeros((), dtype=torch.float64), [torch.zeros_like(x) for x in leaves]

@@ -45,7 +45,7 @@ def linear_logprob(
         temperature: number > 0, or a tensor [N] or [] of such; it gets no gradient.
         softcap: cap(z) = softcap * tanh(z / softcap), before the temperature.
         entropy: also compute the entropy of each row, differentiable.
-        save: ``logits`` keeps the scaled scores [N, V] or, with "triton", their exponentials in the inputs' dtype (3
+        save: ``logits`` keeps the exponentials of the scaled scores [N, V], in the inputs' dtype with "triton" (3
             matrix passes); ``recompute`` forms them again, in waves of rows (4 passes); ``auto`` keeps them if they fit
             in ``save_limit_bytes``: a function of shapes only, never of free memory.
         save_limit_bytes: for ``auto``, bytes.

@@ -66,9 +66,9 @@ def linear_policy_loss(
         backend: None, "reference" or "triton", as in ``linear_logprob``. None lets ``policy_loss`` choose its own.
 
     Gradients are formed inside the forward, wave after wave of rows: 3 matrix passes, and one wave of scores in memory
-    (320 MiB on a GPU, about 16 MiB on a CPU; at least the longest sequence for gspo with ``old_logp``). Backward only
-    scales them, so it may be called again. Under ``torch.compile`` the two ops are composed in one graph instead, the
-    scores are formed again in backward (4 passes), and ``weight_grad_out`` is added to there.
+    (320 MiB on a GPU, 64 MiB or 256 rows on a CPU; at least the longest sequence for gspo with ``old_logp``). Backward
+    only scales them, so it may be called again. Under ``torch.compile`` the two ops are composed in one graph instead,
+    the scores are formed again in backward (4 passes), and ``weight_grad_out`` is added to there.
 
     Returns:
         (loss 0-d, PolicyStats), as ``policy_loss``.

@@ -84,7 +84,9 @@ class _VocabParallel(torch.autograd.Function):
         local = torch.cat(here, 1) if here else hidden.new_empty((4, 0), dtype=_wide(hidden))  # [4, N]
         whole = join(_gathered(torch.where(mine, local[0], -math.inf), local, group))
         ctx.save_for_backward(hidden, weight, bias, ignored, outside, *whole)
-        ctx.head, ctx.blocks, ctx.kept = head, blocks, kept if save else None
+        # A head that has no use for what it kept is made anew, so that its working memory does not outlive the forward.
+        ctx.make_head = (lambda: head) if save else lambda: make_rows(own)
+        ctx.blocks, ctx.kept = blocks, kept if save else None
         ctx.entropy, ctx.weight_grad_out, ctx.group = entropy, weight_grad_out, group
         ctx.set_materialize_grads(False)
         logp, spread = softmax_rows.finish(whole.logp, whole.entropy, ignored, outside)
@@ -94,14 +96,15 @@ class _VocabParallel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, logp_grad, entropy_grad):
         hidden, _, _, ignored, outside, *whole = ctx.saved_tensors  # checks that nobody has changed the operands
-        whole, head, wants = Whole(*whole), ctx.head, ctx.needs_input_grad[:3]
-        if head is None:
+        whole, wants = Whole(*whole), ctx.needs_input_grad[:3]
+        if ctx.make_head is None:
             raise RuntimeError("linear_logprob: what was kept is used up; pass save='recompute' to go backward twice")
         g = softmax_rows.upstream(logp_grad, whole.logp, ignored)
         g = torch.where(outside & (g != 0.0), math.nan, g).contiguous()
         h = None
         if ctx.entropy and entropy_grad is not None:
             h = softmax_rows.upstream(entropy_grad, whole.logp, ignored).contiguous()
+        head = ctx.make_head()
         head.prepare(wants, ctx.weight_grad_out)
         for number, block in enumerate(ctx.blocks):
             found = head.forward(block, True) if ctx.kept is None else ctx.kept[number]
@@ -114,7 +117,7 @@ class _VocabParallel(torch.autograd.Function):
             )
             head.backward(block, found, g[block], None if h is None else h[block])
         if ctx.kept is not None:
-            ctx.head = ctx.kept = None
+            ctx.make_head = ctx.kept = None
         of_hidden, of_weight, of_bias = head.gradients(ctx.weight_grad_out is None)
         if of_hidden is not None:
             # In float32: the ranks' parts are larger than their sum, and would each be rounded.

@@ -107,7 +107,10 @@ class _WavePolicyLoss(torch.autograd.Function):
             return (None,) * 11
         if ctx.added:
             loss_grad = torch.where(loss_grad == 1.0, 1.0, torch.nan)
-        return *(None if x is None else (x * loss_grad).to(x.dtype) for x in ctx.saved_tensors), *[None] * 8
+        saved = ctx.saved_tensors
+        if loss_grad.device.type != "cpu" or loss_grad != 1.0:  # a CPU sees for nothing that nothing would change
+            saved = [None if x is None else (x * loss_grad).to(x.dtype) for x in saved]
+        return *saved, *[None] * 8
 
 
 def _upstream(policy: Policy, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:

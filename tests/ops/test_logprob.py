@@ -8,6 +8,7 @@ from torch.nn.functional import linear, log_softmax
 
 from prism_fast.ops import linear_logprob, selected_logprob
 from prism_fast.ops.reference.linear_logprob import BLOCK_BYTES
+from prism_fast.ops.reference.softmax_rows import CHUNK_BYTES
 from tests.ops.golden import DTYPES, load
 
 VECTORS = load("logprob_entropy")["cases"]
@@ -15,8 +16,9 @@ VECTORS = load("logprob_entropy")["cases"]
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Several blocks of 5 rows also for small inputs."""
+    """Several blocks of 5 rows, in chunks of two, also for small inputs."""
     monkeypatch.setitem(BLOCK_BYTES, "cpu", 1)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 400)
     monkeypatch.setattr("prism_fast.ops.reference.linear_logprob.MIN_BLOCK_ROWS", 5)
 
 

@@ -8,6 +8,7 @@ import torch
 from prism_fast.ops import linear_logprob, linear_policy_loss, policy_loss
 from prism_fast.ops.reference.aggregation import LOSSES
 from prism_fast.ops.reference.linear_logprob import BLOCK_BYTES
+from prism_fast.ops.reference.softmax_rows import CHUNK_BYTES
 from prism_fast.ops.waves import cuts
 
 LENGTHS = (9, 0, 4, 11, 1)
@@ -20,6 +21,7 @@ CU_SEQLENS = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=
 def small_waves(monkeypatch):
     monkeypatch.setitem(BLOCK_BYTES, "cpu", 1)
     monkeypatch.setattr("prism_fast.ops.reference.linear_logprob.MIN_BLOCK_ROWS", 5)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 400)  # two rows
 
 
 def inputs(generator):
@@ -63,8 +65,8 @@ def test_each_row_is_scored_once_with_gradients_and_without(generator, small_wav
     from prism_fast.ops.reference import linear_logprob as module
 
     rows = []
-    real = module._scores
-    monkeypatch.setattr(module, "_scores", lambda x, w, b: rows.append(x.shape[0]) or real(x, w, b))
+    real = module._product
+    monkeypatch.setattr(module, "_product", lambda x, *rest: rows.append(x.shape[0]) or real(x, *rest))
     (hidden, weight, _), target, advantage, old_logp, _ = inputs(generator)
     linear_policy_loss(hidden, weight, target, advantage, CU_SEQLENS, old_logp=old_logp)[0].backward()
     assert rows == [5, 5, 5, 5, 5, 3]
@@ -75,6 +77,35 @@ def test_each_row_is_scored_once_with_gradients_and_without(generator, small_wav
     with torch.no_grad():
         linear_policy_loss(hidden, weight, target, advantage, CU_SEQLENS, old_logp=old_logp)
     assert sum(rows) == N
+
+
+def test_one_wave_of_scores_serves_all(generator, small_waves, monkeypatch):
+    from prism_fast.ops.reference import linear_logprob as module
+
+    places = []
+    real = module._product
+    monkeypatch.setattr(module, "_product", lambda *x: places.append(x[-1].data_ptr()) or real(*x))
+    (hidden, weight, _), target, advantage, old_logp, _ = inputs(generator)
+    linear_policy_loss(hidden, weight, target, advantage, CU_SEQLENS, old_logp=old_logp)[0].backward()
+    assert len(places) == 6 and len(set(places)) == 1
+    places.clear()
+    found = linear_logprob(hidden, weight, target.clamp(min=0), save="recompute")
+    assert len(places) == 6 and len(set(places)) == 1
+    places.clear()
+    found.logp.sum().backward()
+    assert len(places) == 6 and len(set(places)) == 1
+
+
+def test_backward_as_often_as_wanted(generator, small_waves):
+    (hidden, weight, _), target, advantage, old_logp, _ = inputs(generator)
+    loss, _ = linear_policy_loss(hidden, weight, target, advantage, CU_SEQLENS, old_logp=old_logp)
+    once = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    again = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    assert [x.data_ptr() for x in once] == [x.data_ptr() for x in again]  # the factor 1 costs no copy
+    for factor in (1.0, 1.0, -0.5):
+        (loss * factor).backward(retain_graph=True)
+    torch.testing.assert_close([hidden.grad, weight.grad], [1.5 * x for x in once])
+    assert torch.equal(torch.autograd.grad(loss, weight)[0], once[1])
 
 
 def test_weight_grad_out_is_filled_by_the_call_and_backward_cannot_scale_it(generator, small_waves):

@@ -1,4 +1,4 @@
-"""Token log-probabilities from logits that already exist, in blocks of rows."""
+"""Token log-probabilities from logits that already exist, in chunks of rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 from ..bad_values import counted
 from ..results import LogProb
 from . import softmax_rows as rows
-from .linear_logprob import block_rows
 
 
 def selected_logprob(
@@ -31,11 +30,11 @@ class _SelectedLogProb(torch.autograd.Function):
         logp, log_sum = logits.new_empty(n, dtype=kind), logits.new_empty(n, dtype=kind)
         entropies = logits.new_empty(n if entropy else 0, dtype=kind)
         heat = rows.temperature_rows(temperature, n, logp)
-        step = block_rows(vocabulary, logp)
+        step = rows.chunk_rows(vocabulary, logp)
         for at in range(0, n, step):
             block = slice(at, min(n, at + step))
-            z, _ = rows.shifted_(logits[block].to(kind, copy=True), heat[block], None)
-            logp[block], log_sum[block], found = rows.statistics(z, column[block], entropy)
+            z = logits[block].to(kind, copy=True)
+            logp[block], log_sum[block], found, _ = rows.exponentials_(z, column[block], heat[block], None, entropy)
             if entropy:
                 entropies[block] = found
         ctx.save_for_backward(logits, column, ignored, outside, heat, log_sum, entropies)
@@ -56,8 +55,9 @@ class _SelectedLogProb(torch.autograd.Function):
         gradient = torch.empty_like(logits)
         for at in range(0, logits.shape[0], ctx.step):
             block = slice(at, min(logits.shape[0], at + ctx.step))
-            z, top = rows.shifted_(logits[block].to(log_sum.dtype, copy=True), heat[block], None)
-            gradient[block] = rows.gradient_(
+            z = logits[block].to(log_sum.dtype, copy=True)
+            top = rows.exponentials_(z, column[block], heat[block], None, entropy=False)[-1]
+            factor = rows.gradient_(
                 z,
                 column[block],
                 log_sum[block],
@@ -68,4 +68,5 @@ class _SelectedLogProb(torch.autograd.Function):
                 None,
                 top,
             )
+            gradient[block] = z.mul_(factor)
         return gradient, None, None, None, None

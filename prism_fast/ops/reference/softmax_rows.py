@@ -1,6 +1,7 @@
 """The mathematics of one block of rows: log-probability and entropy from scores, and the gradient of both.
 
 Scores are kept relative to their row maximum, so that maximum and log-sum are never added into one rounded number.
+Intermediate results as large as the scores go where the caller says: fresh memory costs a CPU more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -11,6 +12,15 @@ import torch
 from torch import Tensor
 
 LOG_PROBABILITY_FLOOR = -1e4
+# Scores that are gone over together: on a CPU what one pass has written should still be in the cache for the next.
+CHUNK_BYTES = {"cpu": 8 << 20}
+CHUNK_BYTES_ELSEWHERE = 256 << 20
+
+
+def chunk_rows(vocabulary: int, like: Tensor) -> int:
+    """Rows per chunk, at least one."""
+    room = CHUNK_BYTES.get(like.device.type, CHUNK_BYTES_ELSEWHERE)
+    return max(1, room // (vocabulary * like.element_size()))
 
 
 def temperature_rows(temperature: float | Tensor, rows: int, like: Tensor) -> Tensor:
@@ -27,29 +37,33 @@ def target_rows(target: Tensor, vocabulary: int, ignore_index: int) -> tuple[Ten
     return torch.where(ignored | outside, 0, target.long()), ignored, outside
 
 
-def shifted_(z: Tensor, temperature: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """In place: raw scores z [n, V] -> capped, over the temperature, minus the row maximum. Returns (z, maximum)."""
+def exponentials_(
+    z: Tensor, column: Tensor, temperature: Tensor, softcap: float | None, entropy: bool, spare: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """In place: raw scores z [n, V] -> exponentials e of z' = cap(z) / temperature minus the row maximum.
+
+    Returns (logp [n], log-sum [n], entropy [n] or empty, row maximum [n, 1]): log p_t = z'_t - log sum e and
+    H = log sum e - sum e z' / sum e. logp means nothing for column -1. With ``entropy``, ``spare`` [n, V] is written
+    over.
+    """
     if softcap is not None:
         z.div_(softcap).tanh_().mul_(softcap)
     z.div_(temperature)
     top = z.amax(-1, keepdim=True)
-    # A raw score of -inf (a banned token) becomes the lowest number: its probability is 0, and 0 * z stays 0.
-    return z.sub_(top).clamp_(min=torch.finfo(z.dtype).min), top
-
-
-def statistics(z: Tensor, column: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp [n], log-sum [n], entropy [n] or empty) of shifted scores z [n, V]; logp means nothing for column -1."""
-    e = z.exp()
-    total = e.sum(-1)
+    z.sub_(top)
+    # A raw score of -inf (a banned token) counts as the lowest number: its probability is 0, and 0 * z' stays 0.
+    lowest = torch.finfo(z.dtype).min
+    at_target = z.gather(-1, column.clamp(min=0)[:, None])[:, 0].clamp(min=lowest)
+    if entropy:
+        spare = torch.clamp(z, min=lowest, out=spare)
+    total = z.exp_().sum(-1)
     log_sum = total.log()
-    logp = z.gather(-1, column.clamp(min=0)[:, None])[:, 0] - log_sum
-    if not entropy:
-        return logp, log_sum, z.new_empty(0)
-    return logp, log_sum, log_sum - e.mul_(z).sum(-1) / total  # H = log(sum e) - sum e z / sum e
+    held = log_sum - spare.mul_(z).sum(-1) / total if entropy else z.new_empty(0)
+    return at_target - log_sum, log_sum, held, top
 
 
 def gradient_(
-    z: Tensor,
+    e: Tensor,
     column: Tensor,
     log_sum: Tensor,
     logp_grad: Tensor,
@@ -58,30 +72,44 @@ def gradient_(
     temperature: Tensor,
     softcap: float | None,
     top: Tensor,
+    spare: Tensor | None = None,
 ) -> Tensor:
-    """In place: shifted scores z [n, V] -> gradient with respect to the raw scores.
+    """In place: exponentials e [n, V] -> m [n, V]; returns factor [n, 1]. The gradient of the raw scores is factor * m.
 
-    d logp / dz_j = [j = target] - p_j and dH / dz_j = -p_j (log p_j + H). Rows whose upstream gradients are exactly 0
-    come out as exact zeros whatever they hold.
+    With z' as in `exponentials_`, d logp / dz'_j = [j = target] - p_j and dH / dz'_j = -p_j (log p_j + H). What
+    belongs to a whole row stays outside of m, because the caller can multiply its narrow operand with it. Rows whose
+    upstream gradients are exactly 0 come out as exact zeros whatever they hold. ``spare`` [n, V] is written over where
+    the entropy has a gradient or the scores are capped.
     """
-    idle = logp_grad == 0.0
+    idle = logp_grad == 0.0 if entropy_grad is None else (logp_grad == 0.0) & (entropy_grad == 0.0)
+    g = logp_grad[:, None]
     slope = None
     if softcap is not None:
-        slope = 1.0 - (z + top).mul_(temperature / softcap).square_()
-    # Probabilities are 0 long before the floor; without it a banned token's 0 would meet an infinite coefficient.
-    z.sub_(log_sum[:, None]).clamp_(min=LOG_PROBABILITY_FLOOR)
+        # Of tanh, from z' + top = log e + top. Where e is 0 the score is lost, and nothing is left to multiply.
+        capped = torch.log(e, out=spare).clamp_(min=LOG_PROBABILITY_FLOOR).add_(top).mul_(temperature / softcap)
+        slope = 1.0 - capped.square_()
+    e.mul_(torch.exp(-log_sum)[:, None])  # p
     if entropy_grad is None:
-        z.exp_().mul_(-logp_grad[:, None])
+        factor, at_target = -g, -1.0
     else:
-        idle = idle & (entropy_grad == 0.0)
-        coefficient = (z + entropy[:, None]).mul_(entropy_grad[:, None]).add_(logp_grad[:, None])
-        z.exp_().mul_(coefficient).neg_()
-    at_target = torch.where(column < 0, 0.0, logp_grad)  # -1: the target is no column here
-    z.scatter_add_(-1, column.clamp(min=0)[:, None], at_target[:, None])
-    z.div_(temperature)
+        # Probabilities are 0 long before the floor; without it a banned token's 0 would meet an infinite coefficient.
+        coefficient = torch.log(e, out=spare).clamp_(min=LOG_PROBABILITY_FLOOR)
+        e.mul_(coefficient.add_(entropy[:, None]).mul_(entropy_grad[:, None]).add_(g))
+        factor, at_target = -torch.ones_like(g), -g
+    own = torch.where(column[:, None] < 0, 0.0, at_target).to(e.dtype)  # -1: the target is no column here
+    e.scatter_add_(-1, column.clamp(min=0)[:, None], own)
     if slope is not None:
-        z.mul_(slope)
-    return z.masked_fill_(idle[:, None], 0.0)
+        e.mul_(slope)
+    clear_rows_(e, idle)
+    return torch.where(idle[:, None], 0.0, factor / temperature)
+
+
+def clear_rows_(x: Tensor, which: Tensor) -> None:
+    """In place: the rows ``which`` [n] bool of x [n, V] become 0."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        x.index_fill_(0, which.nonzero()[:, 0], 0.0)  # a CPU can look which they are instead of going over all
+    else:
+        x.masked_fill_(which[:, None], 0.0)
 
 
 def finish(logp: Tensor, entropy: Tensor, ignored: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:

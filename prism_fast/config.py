@@ -234,6 +234,13 @@ class DiscriminatorUpdateConfig:
     score_clip: float | None = None  # scores are clamped to +- this in the loss and the advantage
     score_reg: float | None = None  # weight of the scores' mean square in the discriminator's loss
     updates: int = 1  # per step; the first learns from the pass that gave the rewards, each further one from its own
+    # Here and in the warm-up, beginning as what they replace, so that switching on changes no score. shared: one score
+    # head for captions and reasonings, as published; per_span: one for each.
+    heads: Literal["shared", "per_span"] = "shared"
+    # none: routers read what a token says, as published; span: a learned bias of their logits by layer and expert, one
+    # for tokens of captions and one for those of reasonings (a prompt's have none). It has the optimizer's learning
+    # rate and no decay, so AdamW moves it by about lr in an update: 1e-6, meant for weights, leaves it near 0.
+    routing_bias: Literal["none", "span"] = "none"
     tokens_per_micro_batch: int = 16384
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -242,6 +249,11 @@ class DiscriminatorUpdateConfig:
         _require(clip is None or clip > 0, f"{key}.score_clip", "positive or null", clip)
         _require(self.updates >= 1, f"{key}.updates", "1 or more", self.updates)
         _require(reg is None or reg >= 0, f"{key}.score_reg", "0 or more, or null", reg)
+
+    def refuse_per_span(self, setting: str) -> None:
+        key = "align.discriminator"
+        _require(self.heads == "shared", f"{key}.heads", f"'shared' with {setting}", self.heads)
+        _require(self.routing_bias == "none", f"{key}.routing_bias", f"'none' with {setting}", self.routing_bias)
 
 
 @dataclass
@@ -265,6 +277,7 @@ class AlignConfig:
         _require(self.prompts >= 1, "align.prompts", "1 or more", self.prompts)
         if self.discriminate == "response":
             _require(tuple(self.weights) == (0.5, 0.5), "align.weights", "left out: one score", self.weights)
+            self.discriminator.refuse_per_span("align.discriminate=response, which has one kind of span")
 
 
 @dataclass
@@ -361,6 +374,7 @@ class Config:
         if self.semantics == "released":  # the published code stops with a KeyError in this mode
             allowed = "'spans' with semantics=released, which has no whole-response mode"
             _require(self.align.discriminate == "spans", "align.discriminate", allowed, self.align.discriminate)
+            self.align.discriminator.refuse_per_span("semantics=released, whose discriminator has one head and no bias")
         if self.semantics == "paper":
             allowed = "'default' with semantics=paper, whose equations have no other"
             _require(self.align.advantage == "default", "align.advantage", allowed, self.align.advantage)

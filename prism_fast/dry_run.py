@@ -16,6 +16,7 @@ from prism_fast.models.sizes import discriminator_size, policy_size
 from prism_fast.models.writing import DiskFullError, shown_bytes
 from prism_fast.plan import adamw_bytes, discriminator_config, make_plan, policy_config, summary
 from prism_fast.train.context import DTYPES, answer_checker, resolve_device
+from prism_fast.train.discriminator_update import span_switches
 from prism_fast.train.pipeline import NEEDS, DataFiles
 from prism_fast.train.reading import open_samples
 from prism_fast.train.replay import check_replay
@@ -58,6 +59,8 @@ def check_run(config: Config) -> list[str]:
     answer_checker(config).close()  # a judge's key must be set
     if config.semantics == "released":
         found += [f"semantics=released differs from the published code: {line}" for line in RELEASED_DIFFERS]
+    if {"warmup", "align"} & set(config.stages):
+        found += span_switches(config).announcement
     found += _check_models(config)
     return [*found, *_check_data(config), check_space(config)]
 
@@ -98,7 +101,8 @@ def disk_needs(config: Config) -> dict[str, int]:
     Metrics, rollouts and the built-in data are small beside them."""
     dtype = DTYPES[config.model.dtype]
     dense = policy_config(config)
-    policy, critic = policy_size(dense, dtype), discriminator_size(discriminator_config(config, dense), dtype)
+    policy = policy_size(dense, dtype)
+    critic = discriminator_size(discriminator_config(config, dense), dtype, span_switches(config))
     trained = {
         "sft": [policy],
         "sft_continued": [policy],
@@ -142,7 +146,7 @@ def _check_models(config: Config) -> list[str]:
         folder = Path(config.model.discriminator)
         critic = discriminator_config(config, policy_config(config))
         _read_headers(folder)
-        read_scorer(folder, critic)
+        read_scorer(folder, critic).with_switches(span_switches(config), critic, folder)
         found.append(f"discriminator: {folder}")
     return found
 

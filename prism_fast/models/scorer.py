@@ -38,6 +38,12 @@ class SpanSwitches(NamedTuple):
         heads = ["a score head for captions and one for reasonings"] if self.heads == "per_span" else []
         return heads + (["a routing bias for captions and for reasonings"] if self.routing_bias == "span" else [])
 
+    @property
+    def announcement(self) -> list[str]:
+        """A line for people who will meet the folders that are written; none where everything is off."""
+        left_out = "stock transformers computes without, and there is no value_head.pt"
+        return [f"the discriminator has {' and '.join(self.on)}: in its exports, but {left_out}"] if self.on else []
+
     def config_entry(self) -> dict[str, dict[str, str]]:
         """What ``config.json`` says about it; nothing where the folder is that of a released checkpoint."""
         return {CONFIG_KEY: {**self._asdict(), "note": _NOTE}} if self.on else {}

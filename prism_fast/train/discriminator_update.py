@@ -25,9 +25,10 @@ from prism_fast.models.discriminator import Discriminator, expert_choices, load_
 from prism_fast.models.experts import chosen_experts
 from prism_fast.models.packing import PromptGroup
 from prism_fast.models.processor import EncodedPrompt
+from prism_fast.models.scorer import SPAN_KINDS, SpanSwitches
 from prism_fast.train.engine import LocalEngine
-from prism_fast.train.expert_shares import ExpertShares
-from prism_fast.train.layouts import Ends, Layout, PackedStep, PaddedStep, lay_out, longest_item, self_check
+from prism_fast.train.expert_shares import ExpertShares, learned_numbers
+from prism_fast.train.layouts import Ends, Layout, Part, Step, lay_out, longest_item, self_check
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.passes import Passes, counted_passes
 
@@ -45,27 +46,25 @@ class SpanGroup:
     teacher: tuple[Span, ...]
     students: Sequence[tuple[Span, ...] | None]
 
-    def spans(self) -> dict[Span, int]:
-        """Distinct spans in order of first use, each with the number of the score it was first read for."""
-        found: dict[Span, int] = {}
-        for framed in (self.teacher, *self.students):
-            for column, span in enumerate(framed or ()):
-                found.setdefault(span, column)
-        return found
+    def spans(self) -> list[tuple[int, Span]]:
+        """What is computed, in order of first use: each span once for every score (by number) that is read of it.
+        Scores of one text as a caption and as a reasoning may differ (``models.scorer``)."""
+        framed = (self.teacher, *(student for student in self.students if student))
+        return list(dict.fromkeys((column, span) for spans in framed for column, span in enumerate(spans)))
 
     def unique_spans(self) -> list[Span]:
-        """Distinct spans in order of first use."""
-        return list(self.spans())
+        """The spans alone."""
+        return [span for _, span in self.spans()]
 
     def computed(self) -> PromptGroup:
-        """What a forward computes: the prompt and its distinct spans."""
+        """What a forward computes: the prompt and its spans."""
         return PromptGroup(self.prompt, self.unique_spans())
 
 
 class GroupScores(NamedTuple):
     """Scores of a step, float32, on the CPU: ``student`` [B, K], ``teacher`` [G, K]; ``tokens`` of the forward that
     made them, ``repeated`` those of them that were computed twice because their group was cut; ``experts``: the numbers
-    of ``ExpertShares``; ``packing_error``: what ``layouts.self_check`` found; ``passes`` that
+    of ``expert_shares``; ``packing_error``: what ``layouts.self_check`` found; ``passes`` that
     ran, filled in by :func:`discriminate`."""
 
     student: Tensor
@@ -80,6 +79,11 @@ class GroupScores(NamedTuple):
         """What the forward cost and where it sent its tokens, for the metrics."""
         cost = {"tokens": self.tokens, "tokens_repeated": self.repeated, "packing_error": self.packing_error}
         return cost | self.experts
+
+
+def span_switches(config: Config) -> SpanSwitches:
+    """What the recipe's discriminator has once per kind of span."""
+    return SpanSwitches(config.align.discriminator.heads, config.align.discriminator.routing_bias)
 
 
 def loss_options(config: Config, *, warmup: bool = False) -> dict[str, Any]:
@@ -131,28 +135,31 @@ def discriminate(
 
 
 def _scores(
-    discriminator: Discriminator, hidden: Tensor, spans: list[tuple[int, Span]], groups: Sequence[SpanGroup]
+    discriminator: Discriminator, hidden: Tensor, spans: Sequence[tuple[int, int, Span]], groups: Sequence[SpanGroup]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The head on the last hidden states [M, H] of ``spans``, (group, span) each, of whole ``groups`` (by number).
+    """The head on the last hidden states [M, H] of ``spans``, (group, number of the score, span) each, of whole
+    ``groups`` (by number).
 
     Returns:
         The scores to learn from (teacher [G, K], student [B, K], with gradient), and the same without gradient and
         head dropout (the rewards).
     """
     place = {span: i for i, span in enumerate(spans)}
-    members = list(dict.fromkeys(g for g, _ in spans))
-    teacher = [[place[g, span] for span in groups[g].teacher] for g in members]
-    student = [
-        [place[g, span] for span in framed] if framed else [-1] * len(groups[g].teacher)
-        for g in members
-        for framed in groups[g].students
-    ]
-    learned = _gather(discriminator.score_hidden(hidden), teacher, student)
+    members = list(dict.fromkeys(g for g, _, _ in spans))
+
+    def rows(g: int, framed: tuple[Span, ...]) -> list[int]:
+        return [place[g, column, span] for column, span in enumerate(framed)]
+
+    teacher = [rows(g, groups[g].teacher) for g in members]
+    invalid = [-1] * len(groups[members[0]].teacher)
+    student = [rows(g, framed) if framed else invalid for g in members for framed in groups[g].students]
+    kind = torch.tensor([column for _, column, _ in spans], device=hidden.device)  # [M]
+    learned = _gather(discriminator.score_hidden(hidden, kind), teacher, student)
     if discriminator.training and discriminator.v_head[0].p > 0:
         # The published head drops hidden units while it learns, never while it scores; the backbone is the same.
         with torch.no_grad():
             discriminator.v_head.eval()
-            reward = _gather(discriminator.score_hidden(hidden), teacher, student)
+            reward = _gather(discriminator.score_hidden(hidden, kind), teacher, student)
             discriminator.v_head.train()
         return learned, reward
     return learned, [scores.detach() for scores in learned]
@@ -163,6 +170,68 @@ def _gather(score: Tensor, teacher_rows: list[list[int]], student_rows: list[lis
     teacher = score[torch.tensor(teacher_rows, device=score.device)]
     index = torch.tensor(student_rows, device=score.device)
     return [teacher, torch.where(index >= 0, score[index.clamp(min=0)], 0.0)]
+
+
+class _Reader:
+    """One step's spans and the forwards that read their ends."""
+
+    def __init__(self, discriminator: Discriminator, groups: Sequence[SpanGroup], step: Step, aux_coef: float) -> None:
+        text = discriminator.backbone.config.text_config
+        self.discriminator, self.step, self.aux_coef = discriminator, step, aux_coef
+        self.experts = (text.num_experts, text.num_experts_per_tok)
+        self.keys = [group.spans() for group in groups]
+        self.choices: Tensor | None = None
+        if aux_coef and len(step.parts) > 1:
+            # The load-balancing loss is a product of means over the step. Each micro-batch can add its share of the
+            # second mean, which the gradient flows through, only once the first, the experts' shares of the choices, is
+            # known.
+            self.choices = self._choices()
+
+    def spans(self, part: Part) -> list[tuple[int, int, Span]]:
+        """(group, number of the score, span) of the part's branches."""
+        return [(g, *self.keys[g][k]) for g, k in part.branches]
+
+    def kinds(self, part: Part) -> list[int]:
+        return [column for _, column, _ in self.spans(part)]
+
+    def ends(self, part: Part) -> Ends:
+        return self._ends(self.step, part, logits=self.aux_coef > 0)
+
+    def _ends(self, step: Step, part: Part, *, logits: bool) -> Ends:
+        wanted = {"output_router_logits": True} if logits else {}
+        return step.ends(part, routing_bias=self.discriminator.routing_bias, kinds=self.kinds(part), **wanted)
+
+    def balance(self, computed: Ends) -> Tensor | float:
+        """This forward's share of the load-balancing loss, weighted; 0.0 where there is none."""
+        if not self.aux_coef:
+            return 0.0
+        loss = load_balance_loss(computed.router_logits, *self.experts, computed.weight, choices=self.choices)
+        return self.aux_coef * loss
+
+    @torch.no_grad()
+    def _choices(self) -> Tensor:
+        """[E] how often each expert is chosen for the tokens of the step: one forward without gradient or head."""
+        apart = self.step.apart()
+        counts = []
+        for part in self.step.parts:
+            computed = self._ends(apart, part, logits=True)
+            counts.append(expert_choices(computed.router_logits, *self.experts, computed.weight))
+        return torch.stack(counts).sum(0)
+
+    def repeat(
+        self, unit: Sequence[Part], upstream: Tensor, backward: Callable[..., None], poll: Callable[[], None]
+    ) -> list[Tensor]:
+        """Compute the parts of a cut group again and send ``upstream`` [M, H], the loss's gradient at the ends of their
+        spans, through each; returns what each adds to the loss (0-d float64)."""
+        added = []
+        for part, gradient in zip(unit, upstream.split([len(part.branches) for part in unit]), strict=True):
+            poll()
+            computed = self.ends(part)
+            aux = self.balance(computed)
+            backward((computed.hidden * gradient).sum() + aux)
+            self.step.finish(part, backward)
+            added.append(torch.as_tensor(aux).detach().double().cpu())
+        return added
 
 
 def discriminator_step(
@@ -192,8 +261,13 @@ def discriminator_step(
 
     Returns:
         The scores before the update, and the loss (0-d float64, detached).
+
+    Raises:
+        ValueError: a discriminator with a head or a bias per kind of span is to score whole responses.
     """
     columns = len(groups[0].teacher)
+    if columns != SPAN_KINDS and (on := discriminator.scorer().switches.on):
+        raise ValueError(f"the discriminator has {' and '.join(on)}: it scores these two, not {columns} text(s)")
     valid_total = sum(1 for group in groups for framed in group.students if framed)
     rows_total = sum(len(group.students) for group in groups)
     # Divided by the counts of the whole step, so that the cut into micro-batches does not matter; as published, each
@@ -210,75 +284,49 @@ def discriminator_step(
         positions=positions,
         whole_groups=True,
     )
-    columns_of = [group.spans() for group in groups]
-    unique = [list(spans) for spans in columns_of]
-    text = discriminator.backbone.config.text_config
-    experts = (text.num_experts, text.num_experts_per_tok)
-    shares = ExpertShares(columns, text.num_experts)
-    wanted = {"output_router_logits": True} if aux_coef else {}
-    choices = None
-    if aux_coef and len(step.parts) > 1:
-        # The load-balancing loss is a product of means over the step. Each micro-batch can add its share of the second
-        # mean, which the gradient flows through, only once the first, the experts' shares of the choices, is known.
-        choices = _choices(step, experts)
+    reader = _Reader(discriminator, groups, step, aux_coef)
+    shares = ExpertShares(columns, reader.experts[0])
 
-    def balance(computed: Ends) -> Tensor | float:
-        if not aux_coef:
-            return 0.0
-        return aux_coef * load_balance_loss(computed.router_logits, *experts, computed.weight, choices=choices)
+    def pairs_loss(learned: Sequence[Tensor], members: Sequence[int]) -> Tensor:
+        group_of_row = torch.tensor([i for i, g in enumerate(members) for _ in groups[g].students], device=device)
+        valid = torch.tensor([framed is not None for g in members for framed in groups[g].students], device=device)
+        options = {"semantics": semantics, "score_clip": score_clip, "score_reg": score_reg, **counts}
+        loss, _ = discriminator_loss(*learned, group_of_row, valid, **options)
+        return loss * (len(valid) / rows_total) if semantics == "released" else loss
 
     found: dict[int, tuple[Tensor, Tensor]] = {}  # per group: rewards of the teacher [K] and of the students [n, K]
     loss_total = torch.zeros((), dtype=torch.float64)
     tokens = repeated = 0
     with torch.set_grad_enabled(backward is not None):
         for unit in step.units():
-            spans = [(g, unique[g][k]) for part in unit for g, k in part.branches]
-            again = backward is not None and len(unit) > 1
+            cut = backward is not None and len(unit) > 1  # scored first, learned from in a second pass
             aux, hidden = 0.0, []
-            with torch.set_grad_enabled(backward is not None and not again):
-                if again:
+            with torch.set_grad_enabled(backward is not None and not cut):
+                if cut:
                     step.announce(unit)
                 for part in unit:
                     poll()
                     with chosen_experts(discriminator.backbone) as chosen:
-                        computed = step.ends(part, **wanted)
-                    column = [columns_of[g][unique[g][k]] for g, k in part.branches]
-                    shares.add(chosen, column, computed.branch, computed.weight)
+                        computed = reader.ends(part)
+                    shares.add(chosen, reader.kinds(part), computed.branch, computed.weight)
                     hidden.append(computed.hidden)
-                    aux = aux if again else aux + balance(computed)
+                    aux = aux if cut else aux + reader.balance(computed)
                     tokens += part.tokens
             ends = torch.cat(hidden)  # [M, H]
-            if again:
+            if cut:
                 ends.requires_grad_()
-            learned, reward = _scores(discriminator, ends, spans, groups)
-            members = list(dict.fromkeys(g for g, _ in spans))
-            group_of_row = torch.tensor([i for i, g in enumerate(members) for _ in groups[g].students], device=device)
-            valid = torch.tensor([framed is not None for g in members for framed in groups[g].students], device=device)
-            loss, _ = discriminator_loss(
-                *learned,
-                group_of_row,
-                valid,
-                semantics=semantics,
-                score_clip=score_clip,
-                score_reg=score_reg,
-                **counts,
+            learned, reward = _scores(
+                discriminator, ends, [span for part in unit for span in reader.spans(part)], groups
             )
-            if semantics == "released":
-                loss = loss * (len(valid) / rows_total)
-            loss = loss + aux
+            members = list(dict.fromkeys(g for part in unit for g, _ in part.branches))
+            loss = pairs_loss(learned, members) + aux
             if backward is not None:
                 backward(loss, teacher_scores=learned[0], student_scores=learned[1])
             loss_total += loss.detach().double().cpu()
-            if again:
-                upstream = ends.grad.split([len(part.branches) for part in unit])
-                for part, gradient in zip(unit, upstream, strict=True):
-                    poll()
-                    computed = step.ends(part, **wanted)
-                    aux = balance(computed)
-                    backward((computed.hidden * gradient).sum() + aux)
-                    step.finish(part, backward)
-                    loss_total += torch.as_tensor(aux).detach().double().cpu()
-                    repeated += part.tokens
+            if cut:
+                for added in reader.repeat(unit, ends.grad, backward, poll):
+                    loss_total += added
+                repeated += sum(part.tokens for part in unit)
             else:
                 for part in unit:
                     step.finish(part, backward)
@@ -287,15 +335,5 @@ def discriminator_step(
                 found[g] = (teacher, student)
     teacher = torch.stack([found[g][0] for g in range(len(groups))])
     student = torch.cat([found[g][1] for g in range(len(groups))])
-    return GroupScores(student, teacher, tokens, repeated, shares.numbers()), loss_total
-
-
-@torch.no_grad()
-def _choices(step: PackedStep | PaddedStep, experts: tuple[int, int]) -> Tensor:
-    """[E] how often each expert is chosen for the tokens of a step: one forward without gradient or head."""
-    apart = step.apart()
-    counts = []
-    for part in step.parts:
-        computed = apart.ends(part, output_router_logits=True)
-        counts.append(expert_choices(computed.router_logits, *experts, computed.weight))
-    return torch.stack(counts).sum(0)
+    numbers = shares.numbers() | learned_numbers(discriminator)
+    return GroupScores(student, teacher, tokens, repeated, numbers), loss_total

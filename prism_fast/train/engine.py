@@ -45,8 +45,8 @@ class LocalEngine:
         self.packing_checked = False  # set by train.layouts.self_check
         self.where = "an update"  # for errors; a stage puts its name and step here
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        decayed = [p for name, p in trainable if p.ndim >= 2]
-        exempt = [p for name, p in trainable if p.ndim < 2]  # norms and biases
+        exempt = [p for name, p in trainable if p.ndim < 2 or name.endswith("bias")]  # norms and biases
+        decayed = [p for name, p in trainable if not (p.ndim < 2 or name.endswith("bias"))]
         self.parameters = [p for _, p in trainable]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}],

@@ -20,6 +20,7 @@ from prism_fast.models.packing import Branch, PackedRow, PromptGroup, SharedImag
 from prism_fast.models.packing_check import TOLERANCE, check_packing
 from prism_fast.models.score_rows import states_at
 from prism_fast.models.shared_prefix import use_shared_prefix
+from prism_fast.models.span_bias import SpanBias, span_bias
 from prism_fast.train.engine import LocalEngine
 from prism_fast.train.microbatch import by_tokens
 
@@ -48,6 +49,15 @@ class Ends(NamedTuple):
     weight: Tensor
     branch: Tensor
     router_logits: tuple[Tensor, ...] | None
+
+
+def _biased(bias: Tensor | None, kinds: Sequence[int], branch: Tensor) -> dict[str, SpanBias]:
+    """The language model's argument for a routing ``bias`` [layers, kinds, E] (None: there is none), where branch m of
+    ``Ends.branch`` is of kind ``kinds[m]``."""
+    if bias is None:
+        return {}
+    kind = torch.tensor([-1, *kinds], device=branch.device)[branch + 1]  # [X]
+    return {"span_bias": span_bias(bias, kind)}
 
 
 class PackedStep:
@@ -86,14 +96,16 @@ class PackedStep:
         row = row.to(self.backbone.device)
         return Forward(packed_outputs(self.backbone, row, self.images).last_hidden_state[0], row.predict)
 
-    def ends(self, row: PackedRow, **kwargs: bool) -> Ends:
+    def ends(
+        self, row: PackedRow, *, routing_bias: Tensor | None = None, kinds: Sequence[int] = (), **kwargs: bool
+    ) -> Ends:
+        """``kinds`` of the row's branches: where they have a ``routing_bias``, the one that each gets."""
         segment, layout = (row.layout.branch_prefix >= 0).long(), row.layout  # a prompt or a branch
         number = torch.where(segment > 0, segment.cumsum(0) - 1, -1)
         branch = number.repeat_interleave(layout.cu_branch.diff(), output_size=row.tokens).to(self.backbone.device)
         row = row.to(self.backbone.device)
-        hidden, out = states_at(
-            self.backbone, row.span_end, partial(packed_outputs, self.backbone, row, self.images, **kwargs)
-        )
+        run = partial(packed_outputs, self.backbone, row, self.images, **_biased(routing_bias, kinds, branch))
+        hidden, out = states_at(self.backbone, row.span_end, partial(run, **kwargs))
         return Ends(hidden, row.copies, branch, out.router_logits if kwargs else None)
 
     def finish(self, row: PackedRow, backward: Callable[[Tensor], object] | None) -> None:
@@ -164,21 +176,25 @@ class PaddedStep:
         hidden = language_outputs(self.backbone, batch).last_hidden_state
         return Forward(hidden.flatten(0, 1), response_rows(batch))  # [B·S, H]
 
-    def ends(self, part: PaddedPart, **kwargs: bool) -> Ends:
+    def ends(
+        self, part: PaddedPart, *, routing_bias: Tensor | None = None, kinds: Sequence[int] = (), **kwargs: bool
+    ) -> Ends:
+        """As of a packed step."""
         batch = self._batch(part)
         rows, width = batch.input_ids.shape
         number = torch.arange(rows, device=batch.lengths.device)
         prompt = torch.arange(width, device=number.device) < batch.prompt_lengths[:, None]  # [B, S]
         branch = torch.where(prompt, -1, number[:, None]).flatten()
-        hidden, out = states_at(
-            self.backbone,
-            number * width + batch.lengths - 1,
-            partial(language_outputs, self.backbone, batch, **kwargs),
-        )
+        run = partial(language_outputs, self.backbone, batch, **_biased(routing_bias, kinds, branch))
+        hidden, out = states_at(self.backbone, number * width + batch.lengths - 1, partial(run, **kwargs))
         return Ends(hidden, batch.attention_mask.flatten(), branch, out.router_logits if kwargs else None)
 
     def finish(self, part: PaddedPart, backward: Callable[[Tensor], object] | None) -> None:
         """Nothing is shared between padded batches."""
+
+
+Step = PackedStep | PaddedStep
+Part = PackedRow | PaddedPart
 
 
 def lay_out(
@@ -190,7 +206,7 @@ def lay_out(
     pad_id: int,
     positions: str = "mrope",
     whole_groups: bool = False,
-) -> PackedStep | PaddedStep:
+) -> Step:
     """Cut a step into forwards of at most ``budget`` tokens.
 
     ``whole_groups`` keeps a padded group in one forward whatever its size. A packed group that does not fit is cut;

@@ -89,6 +89,10 @@ def test_one_wave_of_scores_serves_all(generator, small_waves, monkeypatch):
     linear_policy_loss(hidden, weight, target, advantage, CU_SEQLENS, old_logp=old_logp)[0].backward()
     assert len(places) == 6 and len(set(places)) == 1
     places.clear()
+    uneven = {"old_logp": old_logp, "loss": "gspo"}  # 9, 4, 11, 1 and 3 rows
+    linear_policy_loss(hidden, weight, target, advantage, CU_SEQLENS, **uneven)[0].backward()
+    assert len(places) == 5 and len(set(places[2:])) == 1
+    places.clear()
     found = linear_logprob(hidden, weight, target.clamp(min=0), save="recompute")
     assert len(places) == 6 and len(set(places)) == 1
     places.clear()

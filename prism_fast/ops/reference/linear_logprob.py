@@ -55,7 +55,7 @@ class Found(NamedTuple):
     entropy: Tensor  # [n], or [0] if it was not asked for
     log_sum: Tensor  # [n] relative to the maximum
     top: Tensor  # [n, 1] row maximum
-    e: Tensor | None  # [n, V] exponentials of the scores minus the maximum, if kept
+    room: Tensor | None  # [at least n, V] that begins with the exponentials of scores minus maximum, if kept
 
 
 class Rows:
@@ -77,19 +77,23 @@ class Rows:
         self.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         self.hidden, self.weight, self.bias = _lifted(hidden, weight, bias)
         self.target, self.heat, self.softcap, self.entropy = target, heat.to(self.hidden.dtype), softcap, entropy
-        self.room: Tensor | None = None  # [at least n, V] where the scores of an earlier block were, to be used again
+        self.room: Tensor | None = None  # [rows, V] where the scores of an earlier block were, to be used again
         self.spare: Tensor | None = None  # [chunk, V]
 
     def forward(self, block: slice, keep: bool) -> Found:
         """Scores of the rows ``block`` and what they say about the target."""
-        e, statistics = self._exponentials(block, self.entropy)
+        room, statistics = self._exponentials(block, self.entropy)
         if not keep:
-            self.room = e
-        return Found(*statistics, e if keep else None)
+            self.room = room
+        return Found(*statistics, room if keep else None)
 
     def _exponentials(self, block: slice, entropy: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """([n, V], (logp, entropy, log-sum, maximum))"""
-        z, heat, column = self._scores(block), self.heat[block], self.target[block]
+        """(exponentials of the scores, (logp, entropy, log-sum, maximum)), as in `Found`."""
+        x, heat, column = self.hidden[block], self.heat[block], self.target[block]
+        room, self.room = self.room, None
+        if room is None or room.shape[0] < x.shape[0]:
+            room = x.new_empty(x.shape[0], self.weight.shape[0])
+        z = _product(x, self.weight, self.bias, room[: x.shape[0]])
         logp, log_sum, top = z.new_empty(len(z)), z.new_empty(len(z)), z.new_empty(len(z), 1)
         spread = z.new_empty(len(z) if entropy else 0)
         for part in self._chunks(z):
@@ -99,15 +103,7 @@ class Rows:
             )
             if entropy:
                 spread[part] = found
-        return z, (logp, spread, log_sum, top)
-
-    def _scores(self, block: slice) -> Tensor:
-        """[n, V] raw scores."""
-        x, vocabulary = self.hidden[block], self.weight.shape[0]
-        room, self.room = self.room, None
-        if room is None or room.shape[0] < x.shape[0]:
-            room = x.new_empty(x.shape[0], vocabulary)
-        return _product(x, self.weight, self.bias, room[: x.shape[0]])
+        return room, (logp, spread, log_sum, top)
 
     def _chunks(self, z: Tensor) -> Iterator[slice]:
         step = rows.chunk_rows(z.shape[1], z)
@@ -127,12 +123,13 @@ class Rows:
         self.bias_grad = torch.zeros_like(self.bias) if wants[2] else None
 
     def backward(self, block: slice, found: Found, g: Tensor, h: Tensor | None) -> None:
-        """Add what the rows ``block`` contribute. Uses up ``found.e``; forms it again if it was not kept.
+        """Add what the rows ``block`` contribute. Uses up ``found.room``; forms it again if it was not kept.
 
         g, h [n]: upstream gradients of log-probability and entropy (None: no entropy).
         """
         x, heat, column = self.hidden[block], self.heat[block], self.target[block]
-        m = self._exponentials(block, entropy=False)[0] if found.e is None else found.e  # [n, V]
+        room = self._exponentials(block, entropy=False)[0] if found.room is None else found.room
+        m = room[: len(x)]  # [n, V]
         factor = torch.empty_like(heat)  # [n, 1]; the gradient of the scores is factor * m
         for part in self._chunks(m):
             factor[part] = rows.gradient_(
@@ -149,7 +146,7 @@ class Rows:
             self.weight_grad.addmm_(m.t().to(kind), torch.where(active[:, None], factor * x, 0.0).to(kind))
         if self.wants[2]:
             self.bias_grad.addmv_(m.t(), factor[:, 0])
-        self.room = m
+        self.room = room
 
     def gradients(self, with_weight: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden, weight (None without ``with_weight``) and bias, in their dtypes; None where not wanted."""
@@ -177,7 +174,7 @@ class _LinearLogProb(torch.autograd.Function):
             if entropy:
                 entropies[block] = found.entropy
             if save:
-                kept.append(found.e)
+                kept.append(found.room)
         ctx.save_for_backward(hidden, weight, bias, column, ignored, outside, heat, log_sum, entropies, top, *kept)
         ctx.softcap, ctx.entropy, ctx.step, ctx.weight_grad_out = softcap, entropy, step, weight_grad_out
         ctx.set_materialize_grads(False)

@@ -28,9 +28,10 @@ from prism_fast.models.processor import EncodedPrompt
 from prism_fast.models.scorer import SPAN_KINDS, SpanSwitches
 from prism_fast.train.engine import LocalEngine
 from prism_fast.train.expert_shares import ExpertShares, learned_numbers
-from prism_fast.train.layouts import Ends, Layout, Part, Step, lay_out, longest_item, self_check
+from prism_fast.train.layouts import Ends, Layout, Part, Step, lay_out, longest_item
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.passes import Passes, counted_passes
+from prism_fast.train.self_check import self_check
 
 Span = tuple[int, ...]
 
@@ -64,7 +65,7 @@ class SpanGroup:
 class GroupScores(NamedTuple):
     """Scores of a step, float32, on the CPU: ``student`` [B, K], ``teacher`` [G, K]; ``tokens`` of the forward that
     made them, ``repeated`` those of them that were computed twice because their group was cut; ``experts``: the numbers
-    of ``expert_shares``; ``packing_error``: what ``layouts.self_check`` found; ``passes`` that
+    of ``expert_shares``; ``packing_error``: what ``train.self_check`` found; ``passes`` that
     ran, filled in by :func:`discriminate`."""
 
     student: Tensor
@@ -98,6 +99,18 @@ def loss_options(config: Config, *, warmup: bool = False) -> dict[str, Any]:
     }
 
 
+def end_states(discriminator: Discriminator, groups: Sequence[SpanGroup]) -> Callable[..., tuple[Tensor, list[int]]]:
+    """For ``train.self_check``: what the scores of ``groups`` read of a forward, the last hidden state [M, H] of each
+    span."""
+    keys, bias = [group.spans() for group in groups], discriminator.scorer().routing_bias
+
+    def read(step: Step, part: Part) -> tuple[Tensor, list[int]]:
+        kinds = [keys[g][k][0] for g, k in part.branches]
+        return step.ends(part, routing_bias=bias, kinds=kinds).hidden, [1] * len(kinds)
+
+    return read
+
+
 def discriminate(
     engine: LocalEngine,
     groups: Sequence[SpanGroup],
@@ -115,8 +128,9 @@ def discriminate(
         StepTooLargeError: the largest piece that cannot be cut does not fit into memory.
     """
     computed = [group.computed() for group in groups]
-    checked = {"pad_id": options["pad_id"], "positions": options.get("positions", "mrope")}
-    error = self_check(engine, layout, engine.model.backbone, computed, **checked)
+    checked = {"pad_id": options["pad_id"], "positions": options.get("positions", "mrope"), "budget": budget.tokens}
+    read = end_states(engine.model, groups)
+    error = self_check(engine, layout, engine.model.backbone, computed, read, **checked)
     backward = engine.backward if learn else None
 
     def attempt(tokens: int) -> tuple[GroupScores, Tensor]:

@@ -42,7 +42,7 @@ class LocalEngine:
         self.config = config
         self.schedule = schedule
         self.updates = 0
-        self.packing_checked = False  # set by train.layouts.self_check
+        self.packing_checked = False  # set by train.self_check
         self.where = "an update"  # for errors; a stage puts its name and step here
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         exempt = [p for name, p in trainable if p.ndim < 2 or name.endswith("bias")]  # norms and biases

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from prism_fast.models.packing_check import PackingError
 from prism_fast.rewards import JudgeError
 from prism_fast.train.checkpoint import CheckpointError
 from prism_fast.train.engine import NonFiniteError
 from prism_fast.train.group_sampler import NoUsefulGroupError
 from prism_fast.train.microbatch import StepTooLargeError
+from prism_fast.train.self_check import PackingError
 from prism_fast.train.warmup import WarmupError
 
 USER_ERRORS: tuple[type[Exception], ...] = (

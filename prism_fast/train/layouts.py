@@ -2,7 +2,7 @@
 
 ``shared_prefix``: packed rows, a prompt and its image computed once for all its continuations (``models.packing``).
 ``padded``: a right-padded batch with the prompt repeated in front of each continuation (``models.forward``). Both give
-the same hidden states and gradients; tests hold them together, and :func:`self_check` on a run's own data.
+the same hidden states and gradients; tests hold them together, and ``train.self_check`` on a run's own data.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from prism_fast.models.forward import ResponseRows, TokenBatch, collate, language_outputs, response_rows
 from prism_fast.models.packing import Branch, PackedRow, PromptGroup, SharedImages, pack, packed_outputs
-from prism_fast.models.packing_check import TOLERANCE, check_packing
 from prism_fast.models.score_rows import states_at
 from prism_fast.models.shared_prefix import use_shared_prefix
 from prism_fast.models.span_bias import SpanBias, span_bias
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.microbatch import by_tokens
 
 Layout = Literal["shared_prefix", "padded"]
@@ -233,34 +231,3 @@ def prepare(layout: Layout, model: nn.Module) -> None:
     """Select the attention that a layout needs (idempotent)."""
     if layout == "shared_prefix":
         use_shared_prefix(model)
-
-
-#: Relative difference that rounding alone may give a sparse model: at a near-tie its two paths choose another expert.
-#: A wrong layout is off by tenths.
-SPARSE_TOLERANCE = 2e-2
-CHECKED_BRANCHES = 4
-
-
-def self_check(
-    engine: LocalEngine, layout: Layout, backbone: nn.Module, groups: Sequence[PromptGroup], **options: Any
-) -> float | None:
-    """Once per engine: compare packed with unshared computation on the first branches of the first group that has any.
-
-    Returns:
-        The relative difference of the hidden states at a stage's first update, for its metrics; otherwise None (an
-        engine that goes on from a checkpoint is checked as well, without a number: it must repeat the metrics of a run
-        that was never stopped).
-
-    Raises:
-        PackingError: they differ by more than rounding explains.
-    """
-    found = next((group for group in groups if any(branch is not None for branch in group.branches)), None)
-    if layout == "padded" or engine.packing_checked or found is None:
-        return None
-    some = [branch for branch in found.branches if branch is not None][:CHECKED_BRANCHES]
-    budget = len(found.prompt.input_ids) + sum(len(branch) for branch in some)
-    sparse = getattr(backbone.config.text_config, "num_experts", None) is not None
-    tolerance = max(TOLERANCE[backbone.dtype], SPARSE_TOLERANCE) if sparse else None
-    errors = check_packing(backbone, [PromptGroup(found.prompt, some)], budget=budget, tolerance=tolerance, **options)
-    engine.packing_checked = True
-    return errors.hidden if engine.updates == 0 else None

@@ -15,9 +15,10 @@ from prism_fast.models.packing import PromptGroup
 from prism_fast.models.processor import EncodedPrompt
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train.engine import LocalEngine, NonFiniteError, refuse_non_finite
-from prism_fast.train.layouts import Forward, Layout, lay_out, longest_item, self_check
+from prism_fast.train.layouts import Forward, Layout, Part, Step, lay_out, longest_item
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.passes import Passes, counted_passes
+from prism_fast.train.self_check import self_check
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,13 @@ class PolicyBatch:
             for p, prompt in enumerate(self.prompts)
         ]
         return groups, rows
+
+
+def response_states(step: Step, part: Part) -> tuple[Tensor, list[int]]:
+    """What the update reads of a forward: hidden states [N, H] that predict response tokens, and the responses'
+    lengths."""
+    computed = step.forward(part)
+    return computed.hidden.index_select(0, computed.predict.index), computed.predict.cu_seqlens.diff().tolist()
 
 
 def token_logprobs(model, computed: Forward, *, temperature: float, banned: Sequence[int] = ()) -> Tensor:
@@ -134,7 +142,7 @@ def update_policy(
             ratios.append(stats)
         return loss_sum, computed_tokens, gaps, ratios
 
-    error = self_check(engine, layout, model.model, groups, pad_id=pad_id)
+    error = self_check(engine, layout, model.model, groups, response_states, budget=budget.tokens, pad_id=pad_id)
     ops.bad_values(device)  # what anybody met before is not of this step
     loss_sum, computed_tokens, gaps, ratios, passes = budget.run(
         accumulate, discard=engine.discard, longest=longest_item(layout, groups)

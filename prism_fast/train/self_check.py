@@ -1,0 +1,184 @@
+"""Packed rows against the unshared path on a stage's own data and models, before anything is learned from them.
+
+The same functions compute that the stage calls: the states that it reads (of response tokens for the policy; of the
+scored rows alone, as the last layer computes them, for the discriminator), at the stage's positions. Compared are these
+states and the gradients of a few parameters, through which all of the packing's own work passes: the first layer's norm
+(embeddings, image rows, attention), the last layer's (scored rows), the vision tower's first norm and its first
+DeepStack merger's (image features, also where rows share them). Twice: laid out within the stage's token budget,
+several groups to a row where they fit, and with every group cut into sub-groups. Not compared: what stands behind the
+states (heads, losses, the load-balancing loss), which is one code for both layouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from prism_fast.models.packing import Branch, PromptGroup
+from prism_fast.train.engine import LocalEngine
+from prism_fast.train.layouts import Layout, PackedStep, PaddedStep, Part, Step, longest_item
+
+Read = Callable[[Step, Part], tuple[Tensor, Sequence[int]]]
+"""What a stage reads of a part: states [N, H], and how many of them belong to each of its branches, in their order."""
+
+#: Largest accepted relative difference (root mean square) of states and of each gradient. Rounding stays far below
+#: it in the wide dtypes; in half precision the two paths sum in different orders.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+#: The least for a sparse model: at a near-tie its two paths choose another expert. A wrong layout is off by tenths.
+SPARSE_TOLERANCE = 2e-2
+CHECKED = (3, 2)  # branches of the first and of the second group
+
+
+class PackingError(RuntimeError):
+    """Packed and unshared computation of the same rows differ by more than rounding."""
+
+
+def self_check(
+    engine: LocalEngine,
+    layout: Layout,
+    backbone: nn.Module,
+    groups: Sequence[PromptGroup],
+    read: Read,
+    *,
+    budget: int,
+    pad_id: int,
+    positions: str = "mrope",
+) -> float | None:
+    """:func:`check_packing` once per engine, on a few branches of a step: of its first group with images, if it has
+    any, and of another one.
+
+    Returns:
+        The largest relative difference at a stage's first update, for its metrics; otherwise None (an engine that goes
+        on from a checkpoint is checked as well, without a number: it must repeat the metrics of a run that was never
+        stopped).
+
+    Raises:
+        PackingError: they differ by more than rounding explains.
+    """
+    some = choose(groups)
+    if layout == "padded" or engine.packing_checked or not some:
+        return None
+    error = check_packing(backbone, some, read, budget=budget, pad_id=pad_id, positions=positions)
+    engine.packing_checked = True
+    return error if engine.updates == 0 else None
+
+
+def choose(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
+    """The groups in their order, all branches None but those to be checked; [] if there are none."""
+    used = [g for g, group in enumerate(groups) if any(branch is not None for branch in group.branches)]
+    used.sort(key=lambda g: (groups[g].prompt.pixel_values is None, g))
+    limit = dict(zip(used, CHECKED, strict=False))
+    if not limit:
+        return []
+    return [PromptGroup(group.prompt, _first(group.branches, limit.get(g, 0))) for g, group in enumerate(groups)]
+
+
+def _first(branches: Sequence[Sequence[int] | None], count: int) -> list[Sequence[int] | None]:
+    kept = [b for b, branch in enumerate(branches) if branch is not None][:count]
+    return [branch if b in kept else None for b, branch in enumerate(branches)]
+
+
+def check_packing(
+    backbone: nn.Module,
+    groups: Sequence[PromptGroup],
+    read: Read,
+    *,
+    budget: int,
+    pad_id: int,
+    positions: str = "mrope",
+    tolerance: float | None = None,
+) -> float:
+    """Compute ``groups`` packed, and branch by branch with the prompt in front of each; the largest relative difference
+    found.
+
+    Leaves parameters, their ``.grad`` and ``requires_grad`` as they are. The unshared side runs one sequence at a time,
+    so it needs no more memory than a row. Not for parameters sharded over ranks: their gradient is not at hand.
+
+    Args:
+        backbone: ``Qwen3VLModel`` or ``Qwen3VLMoeModel`` with shared-prefix attention.
+        budget: tokens per packed row.
+        tolerance: relative; None: that of the backbone's dtype.
+
+    Raises:
+        PackingError: a difference above the tolerance, or one that is not finite.
+    """
+    if tolerance is None:
+        sparse = getattr(backbone.config.text_config, "num_experts", None) is not None
+        tolerance = max(TOLERANCE[backbone.dtype], SPARSE_TOLERANCE if sparse else 0.0)
+    options = {"pad_id": pad_id, "positions": positions}
+    alone = _compute(PaddedStep(backbone, groups, 1, **options), read)
+    worst = 0.0
+    for name, tokens in (("", budget), (", groups cut into sub-groups", longest_item("shared_prefix", groups))):
+        packed = _compute(PackedStep(backbone, groups, tokens, positions=positions), read)
+        errors = {key: _relative(packed.get(key), wanted) for key, wanted in alone.items()}
+        worst = max(worst, *errors.values())
+        wrong = [f"{key} {error:.2e}" for key, error in errors.items() if not error <= tolerance]
+        if wrong:
+            raise PackingError(
+                f"packed and unshared computation of the same {len(alone['states'])} rows differ{name}: relative "
+                f"difference of {', '.join(wrong)}, allowed {tolerance:.0e} for {backbone.dtype}. Training on packed "
+                "rows would follow another gradient: set layout=padded, and report the versions of torch, transformers "
+                "and the attention backend. (Compared before the first update: the states that the stage reads, and "
+                "the gradients of norms of the first and the last layer and of the vision tower.)"
+            )
+    return worst
+
+
+def _relative(found: Tensor | None, wanted: Tensor) -> float:
+    found = torch.zeros_like(wanted) if found is None else found
+    size = float(wanted.norm())
+    return float((found - wanted).norm()) / size if size else float(found.norm())
+
+
+def _compute(step: Step, read: Read) -> dict[str, Tensor]:
+    """``states`` [N, H] in the order of the branches and the gradient of each watched parameter, float64 on the CPU."""
+    noise = torch.Generator()
+    states: dict[Branch, Tensor] = {}
+    with _watched(step.backbone) as parameters, torch.set_grad_enabled(bool(parameters)):
+        for part in step.parts:
+            rows, counts = read(step, part)
+            upstream = []
+            for branch, state in zip(part.branches, rows.detach().double().cpu().split(list(counts)), strict=True):
+                states[branch] = state
+                noise.manual_seed(1009 * branch[0] + branch[1])  # the same for a branch wherever it stands
+                upstream.append(torch.randn(state.shape, generator=noise))
+            if rows.requires_grad:
+                (rows * torch.cat(upstream).to(rows)).sum().backward()
+                step.finish(part, torch.Tensor.backward)
+        found = {"states": torch.cat([states[branch] for branch in sorted(states)])}
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                found[f"gradient of {name}"] = parameter.grad.double().cpu()
+    return found
+
+
+@contextmanager
+def _watched(backbone: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """Those of the watched parameters that are trained, alone in having a gradient, from zero; everything is as before
+    afterwards."""
+    trunk, tower = backbone.language_model, backbone.visual
+    named = {
+        "the first layer's norm": trunk.layers[0].input_layernorm.weight,
+        "the last layer's norm": trunk.layers[-1].post_attention_layernorm.weight,
+        "the vision tower's first norm": tower.blocks[0].norm1.weight,
+    }
+    if tower.deepstack_merger_list:
+        named["the first DeepStack merger's norm"] = tower.deepstack_merger_list[0].norm.weight
+    named = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    before = {name: parameter.grad for name, parameter in named.items()}
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for parameter in named.values():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        yield named
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for name, parameter in named.items():
+            parameter.grad = before[name]

@@ -44,7 +44,7 @@ def examine() -> list[Check]:
     """Look at everything; never raises for what it finds."""
     requirements, python = declared()
     checks = [_python(python), *packages(requirements), *_compilers(), *_devices()]
-    return [*checks, *_compiled(), *_ops(), *_parts()]
+    return [*checks, *_compiled(), *_ops(), *_parts(), *_trunk()]
 
 
 def healthy(checks: Iterable[Check]) -> bool:
@@ -229,6 +229,22 @@ def _parts() -> list[Check]:
         cure = "mend what the message names; packages built for another torch are the usual cause"
         return [Check("trainer", "prism_fast.train", "broken", f"import fails: {_one_line(error)}", "", cure)]
     return [Check("trainer", "prism_fast.train", "ok", "imports")]
+
+
+def _trunk() -> list[Check]:
+    """Whose kernels ``model.fused_trunk=auto`` means here."""
+    try:
+        import torch
+
+        from prism_fast.models.fused_trunk import trunk_kernels
+
+        gpu = torch.cuda.is_available()
+        found = trunk_kernels("auto", torch.device("cuda" if gpu else "cpu"), torch.bfloat16)
+    except Exception:  # told for the trainer as a whole
+        return []
+    used = found.startswith("liger")
+    cure = "pip install '.[gpu]' in the checkout" if gpu and not used else ""
+    return [Check("trainer", "norms, rotary, SwiGLU", "ok" if used else "absent", found, "", cure)]
 
 
 def _output(command: list[str]) -> str:

@@ -15,7 +15,6 @@ pytest.importorskip("triton")
 from tests.support.triton_device import DEVICE  # noqa: I001  (repairs the interpreter before kernels are imported)
 from transformers import Qwen3VLModel
 
-from prism_fast.config import Config, ConfigError, ModelConfig
 from prism_fast.models import fused_trunk
 from prism_fast.models.checkpointing import use_gradient_checkpointing
 from prism_fast.models.discriminator import build_discriminator
@@ -24,8 +23,6 @@ from prism_fast.models.fused_trunk import fuse, trunk_kernels, use_fused_trunk
 from prism_fast.models.packing import PromptGroup, SharedImages, pack, packed_hidden_states
 from prism_fast.models.policy import build_tiny_policy
 from prism_fast.models.shared_prefix import use_shared_prefix
-from prism_fast.train import pipeline
-from prism_fast.train.context import environment
 from tests.support import triton_liger
 from tests.support.float64 import Float64Islands
 from tests.support.small_policy import SMALL
@@ -250,6 +247,11 @@ def test_it_is_used_where_the_choice_says_so(policy, monkeypatch):
 
 
 def test_a_run_uses_it_says_so_and_refuses_what_cannot_run(policy, monkeypatch):
+    # Here and not above: a machine that runs the GPU tests may lack what a whole run needs.
+    from prism_fast.config import Config, ConfigError, ModelConfig
+    from prism_fast.train import pipeline
+    from prism_fast.train.context import environment
+
     assert environment(Config(), CPU)["norms, rotary and SwiGLU"].startswith("stock (Liger's kernels run on CUDA")
     config = Config(model=ModelConfig(fused_trunk="liger"))
     with pytest.raises(

@@ -13,6 +13,7 @@ from .machine import machine
 from .measure import measure, measured_ceiling
 from .memory import peak_on_cpu
 from .op import Op, Row
+from .short import of_plain_attention
 from .suite import OPS
 
 
@@ -63,6 +64,8 @@ def run(
         if out is not None:
             result = {"machine": about, "size": size, "ceiling": ceiling, "rows": [asdict(row) for row in rows]}
             out.write_text(json.dumps(result, indent=1) + "\n")
+    for line in of_plain_attention([asdict(row) for row in rows]):
+        show(line)
     return rows
 
 

@@ -17,6 +17,33 @@ def short(rows: list[dict]) -> list[str]:
             text += f"   {other['ms_p50'] / ours['ms_p50']:5.2f} x {_line(other)}"
         missing = [f"{row['provider']} {row['status']}" for row in full if row["status"] != "ok"]
         lines.append(text + (f"   ({', '.join(missing)})" if missing else ""))
+    return lines + of_plain_attention(rows)
+
+
+def of_plain_attention(rows: list[dict]) -> list[str]:
+    """TFLOP/s of our shared-prefix attentions in percent of the best plain attention over as much work."""
+    lines = []
+    prefixed = [row for row in rows if row["op"] == "shared_prefix_attention" and row["status"] == "ok"]
+    for name, shape, dtype in dict.fromkeys((row["provider"], row["shape"], row["dtype"]) for row in prefixed):
+        shares = []
+        for mode in ("forward", "backward"):
+            (ours,) = (
+                row["rate"]
+                for row in prefixed
+                if (row["provider"], row["shape"], row["dtype"], row["mode"]) == (name, shape, dtype, mode)
+            )
+            others = [
+                (row["rate"], row["provider"])
+                for row in rows
+                if row["op"] == "shared_prefix_attention (plain varlen)"
+                and (row["status"], row["shape"], row["dtype"], row["mode"]) == ("ok", shape, dtype, mode)
+                and not row["provider"].startswith("prism_fast")
+            ]
+            if others:
+                best, rival = max(others)
+                shares.append(f"{mode} {100 * ours / best:.0f} % of {rival}")
+        if shares and name.startswith("prism_fast"):
+            lines.append(f"{name}, {shape}, {dtype}, at equal work: {', '.join(shares)} (goal: 70 %)")
     return lines
 
 

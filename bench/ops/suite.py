@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from . import experts, heads, losses
+from . import attention, experts, heads, losses
 from .op import Op
 
-OPS: dict[str, Op] = {op.name: op for area in (heads, losses, experts) for op in area.OPS}
-# Still to come: shared_prefix_attention.
+OPS: dict[str, Op] = {op.name: op for area in (heads, losses, experts, attention) for op in area.OPS}

@@ -13,14 +13,22 @@ from rich.console import Console
 
 from prism_fast.algorithms.alignment_loss import discriminator_loss
 from prism_fast.config import ConfigError, OptimizerConfig, load_config
-from prism_fast.models.discriminator import Discriminator, build_discriminator, load_balance_loss
+from prism_fast.models.discriminator import (
+    Discriminator,
+    build_discriminator,
+    load_balance_loss,
+    load_discriminator,
+)
 from prism_fast.models.forward import collate
 from prism_fast.models.policy import build_tiny_policy
 from prism_fast.models.scorer import SpanSwitches
 from prism_fast.models.span_bias import SpanLayer
+from prism_fast.report.experts import expert_charts
+from prism_fast.report.html import write_report
+from prism_fast.report.rundir import read_run
 from prism_fast.train.discriminator_update import SpanGroup
 from prism_fast.train.engine import LocalEngine
-from prism_fast.train.expert_shares import learned_numbers
+from prism_fast.train.expert_shares import centred, learned_numbers
 from prism_fast.train.layouts import prepare
 from prism_fast.train.pipeline import run_stages
 from prism_fast.train.signals import Stopped
@@ -241,6 +249,14 @@ def test_a_stopped_run_goes_on_to_the_bit(switched, tmp_path, monkeypatch):
 
 def test_a_run_logs_and_shows_what_it_has_learned(switched):
     _, folder = switched
-    last = [record for record in _metrics(folder) if record["stage"] == "align"][-1]
-    assert last["disc/routing_bias_caption"] > 0 and last["disc/routing_bias_reasoning"] > 0
-    assert -1 < last["disc/heads_cosine"] < 1
+    for stage, prefix, export in (("warmup", "warmup", "discriminator-warmup"), ("align", "disc", "discriminator")):
+        steps = [r for r in _metrics(folder) if r["stage"] == stage and f"{prefix}/loss" in r]
+        sizes = [[step[f"{prefix}/routing_bias_{kind}"] for kind in ("caption", "reasoning")] for step in steps]
+        assert min(sizes[-1]) > 0 and (stage == "align" or max(sizes[0]) == 0), "before a step's update, from 0 on"
+        assert 0 < steps[-1][f"{prefix}/heads_cosine"] < 1
+        model = load_discriminator(folder / "export" / export)
+        assert model.scorer().switches == BOTH
+        bias = next(f for chart, f in expert_charts(read_run(folder), stage) if chart.title == "Routing bias by layer")
+        found = torch.tensor(bias["data"][0]["z"])
+        torch.testing.assert_close(found, centred(model.routing_bias.detach()).flatten(1).float(), rtol=1e-3, atol=1e-6)
+    assert "Two score heads" in write_report(folder).read_text(encoding="utf-8")

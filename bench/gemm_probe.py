@@ -2,8 +2,9 @@
 
 Decides how later head kernels are written: if the bare Triton product is far below torch.mm, a fused Triton epilogue
 cannot win it back. Three products (logits = hidden·Wᵀ, d_hidden = dZ·W, d_weight = dZᵀ·hidden) at three head widths,
-bf16 operands, bf16 and fp32 outputs; ours and torch's take turns in one process; each is checked against float64 on
-random rows and columns in the same run. Inputs are random normal: a product of zeros runs faster than real data.
+bf16 operands, bf16 and fp32 outputs, and the third one added to a float32 matrix (add), which torch can do in slices of
+rows; ours and torch's take turns in one process; each is checked against float64 on random rows and columns in the same
+run. Inputs are random normal: a product of zeros runs faster than real data.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch
 
 VOCABULARY, TOKENS, WIDTHS = 151936, 8192, (2048, 2560, 4096)
 SMOKE = (520, 136, (64,))  # CPU: correctness of this program, no figures
-PASSES = ("logits", "d_hidden", "d_weight")
+BOTH = (torch.bfloat16, torch.float32)
+PASSES = {"logits": BOTH, "d_hidden": BOTH, "d_weight": BOTH, "add": (torch.float32,)}  # with the outputs' dtypes
 
 
 @dataclass
@@ -54,11 +56,11 @@ def operands(op: str, n: int, h: int, v: int, device: str) -> tuple[torch.Tensor
     return (d_logits, weight) if op == "d_hidden" else (d_logits.t(), hidden)
 
 
-def errors(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
-    """Normwise and largest error of a random block of the product against float64."""
+def errors(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, held: float) -> tuple[float, float]:
+    """Normwise and largest error of a random block of ``held + product`` against float64."""
     rows = torch.randperm(out.shape[0], device=out.device)[:256].sort().values
     columns = torch.randperm(out.shape[1], device=out.device)[:256].sort().values
-    exact = a[rows].double() @ b[:, columns].double()
+    exact = a[rows].double() @ b[:, columns].double() + held
     difference = out[rows][:, columns].double() - exact
     return (difference.norm() / exact.norm()).item(), (difference.abs().max() / exact.abs().max()).item()
 
@@ -76,9 +78,10 @@ def milliseconds(call: Callable[[], object], device: str) -> float:
     return start.elapsed_time(end)
 
 
-def providers(out_dtype: torch.dtype, variants: bool, device: str) -> dict[str, Callable]:
+def providers(op: str, device: str) -> dict[str, Callable]:
     """name -> f(a, b, out)."""
     from prism_fast.kernels.gemm import TILES, matmul
+    from prism_fast.kernels.gemm.products import SLICE_BYTES
 
     def torch_mm(a, b, out):
         if out.dtype == a.dtype:
@@ -88,16 +91,26 @@ def providers(out_dtype: torch.dtype, variants: bool, device: str) -> dict[str, 
         else:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
 
+    def torch_add(a, b, out, rows):
+        if device == "cpu":
+            raise NotImplementedError("torch.mm with out_dtype needs CUDA")
+        for at in range(0, len(a), rows):
+            out[at : at + rows] += torch.mm(a[at : at + rows], b, out_dtype=out.dtype)
+
     major = torch.cuda.get_device_capability()[0] if device == "cuda" else 9
     if major not in TILES:
         raise SystemExit(f"gemm_probe: needs a card with bulk tensor copies (compute capability {sorted(TILES)}.x)")
-    found = {"torch.mm": torch_mm}
+    if op == "add":
+        found = {"torch.mm, whole": lambda a, b, out: torch_add(a, b, out, len(a))}
+        found["torch.mm, slices"] = lambda a, b, out: torch_add(a, b, out, max(1, SLICE_BYTES // (4 * b.shape[1])))
+    else:
+        found = {"torch.mm": torch_mm}
     tiles = [TILES[major]]
-    if variants:
+    if op == "logits" and device == "cuda":
         tiles += [TILES[major]._replace(stages=4), TILES[major]._replace(n=128, stages=4, warps=4)]
     for t in tiles:
         name = f"triton {t.m}x{t.n}x{t.k} s{t.stages} w{t.warps}"
-        found[name] = lambda a, b, out, t=t: matmul(a, b, out=out, tile=t)
+        found[name] = lambda a, b, out, t=t: matmul(a, b, out=out, tile=t, accumulate=op == "add")
     return found
 
 
@@ -107,15 +120,16 @@ def measure(op: str, n: int, h: int, v: int, out_dtype: torch.dtype, device: str
     m, k, columns = a.shape[0], a.shape[1], b.shape[1]
     shape, dtype = f"{m}x{columns}x{k}", str(out_dtype).removeprefix("torch.")
     out = torch.empty((m, columns), dtype=out_dtype, device=device)
+    held = 1.0 if op == "add" else 0.0
     rows, calls = {}, {}
-    for name, provider in providers(out_dtype, op == "logits" and device == "cuda", device).items():
+    for name, provider in providers(op, device).items():
         rows[name] = row = Row(op, name, shape, dtype, "ok")
-        out.fill_(float("nan"))
+        out.fill_(held or float("nan"))
         try:
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             provider(a, b, out)
-            row.error_norm, row.error_max = errors(out, a, b)
+            row.error_norm, row.error_max = errors(out, a, b, held)
             if device == "cuda":
                 row.peak_mib = round(torch.cuda.max_memory_allocated() / 2**20)
         except torch.cuda.OutOfMemoryError as error:
@@ -194,8 +208,8 @@ def main() -> None:
     print(f"ceiling (torch.mm, 8192³, bf16): {ceiling:.1f} TFLOP/s" if ceiling else "smoke run: times mean nothing")
     rows: list[Row] = []
     for h in widths:
-        for op in PASSES:
-            for out_dtype in (torch.bfloat16, torch.float32):
+        for op, out_dtypes in PASSES.items():
+            for out_dtype in out_dtypes:
                 found = measure(op, n, h, v, out_dtype, device, 2 if a.smoke else a.rounds, ceiling)
                 rows += found
                 print(*map(line, found), sep="\n", flush=True)

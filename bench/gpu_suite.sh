@@ -19,7 +19,7 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results}
 SECTIONS=(build tests ops gemm step digits)
 # Seconds on one H200: 515 in all, the rest of 9 minutes is for start-up and for ending what is cut.
-declare -A CAP=([build]=100 [tests]=120 [ops]=120 [gemm]=45 [step]=75 [digits]=55)
+declare -A CAP=([build]=100 [tests]=120 [ops]=125 [gemm]=50 [step]=75 [digits]=45)
 
 cpu=
 only=()

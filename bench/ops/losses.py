@@ -15,7 +15,7 @@ from torch import Tensor
 from prism_fast import ops
 
 from . import rivals
-from .op import Inputs, Op, Provider, require
+from .op import Inputs, Op, Provider, Unsupported, require
 
 GROUP = 8  # responses per prompt
 CLIP = {"grpo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}
@@ -59,6 +59,63 @@ def logits_bytes(shape: tuple[int, ...], dtype: torch.dtype, mode: str) -> float
     return shape[0] * shape[1] * dtype.itemsize * {"inference": 1.0, "forward": 1.0, "backward": 2.0, "full": 3.0}[mode]
 
 
+# --- group_advantage: responses x scores ------------------------------------------------------------------------------
+
+
+def advantage_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Inputs:
+    rows, columns = shape
+    make = noise(shape, device)
+    return {
+        "scores": make(rows, columns).to(dtype),
+        "weights": torch.full((columns,), 1.0 / columns, dtype=dtype, device=device),
+        "group": (torch.arange(rows, device=device) // GROUP)[torch.argsort(make(rows))],
+        "valid": make(rows) < 1.3,
+    }
+
+
+def ours_advantage(x: Inputs, backend: str) -> Tensor:
+    return ops.group_advantage(
+        x["scores"], x["group"], weights=x["weights"], valid=x["valid"], invalid_penalty=PENALTY, eps=EPS,
+        backend=backend,
+    )  # fmt: skip
+
+
+def only_advantage(backend: str) -> Provider:
+    def run(x: Inputs) -> tuple[Tensor, ...]:
+        require(backend, x["scores"])
+        return (ours_advantage(x, backend),)
+
+    return run
+
+
+def in_graph(provider: Provider) -> Provider:
+    """The provider as a CUDA graph, captured at the first call with these inputs: what is timed is a replay."""
+    held: list = []  # the inputs, whose addresses the graph knows, the graph, its results
+
+    def run(x: Inputs) -> tuple[Tensor, ...]:
+        if x["scores"].device.type != "cuda":
+            raise Unsupported("a CUDA graph: needs CUDA tensors")
+        if not held or held[0] is not x:
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                provider(x)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                results = provider(x)
+            held[:] = [x, graph, results]
+        held[1].replay()
+        return held[2]
+
+    return run
+
+
+def advantage_bytes(shape: tuple[int, ...], dtype: torch.dtype, mode: str) -> float:
+    """Reads scores, group and validity, writes the advantage."""
+    return shape[0] * (shape[1] * dtype.itemsize + 8 + 1 + dtype.itemsize)
+
+
 # --- group_advantage + policy_loss: sequences x tokens ---------------------------------------------------------------
 
 
@@ -84,12 +141,8 @@ def policy_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> In
 def ours_policy(mode: str, backend: str) -> Provider:
     def run(x: Inputs) -> tuple[Tensor, ...]:
         require(backend, x["logp"])
-        advantage = ops.group_advantage(
-            x["scores"], x["group"], weights=x["weights"], valid=x["valid"], invalid_penalty=PENALTY, eps=EPS,
-            backend=backend,
-        )  # fmt: skip
         loss, _ = ops.policy_loss(
-            x["logp"], advantage, x["cu_seqlens"], old_logp=x["old"], entropy=x["entropy"], loss=mode,
+            x["logp"], ours_advantage(x, backend), x["cu_seqlens"], old_logp=x["old"], entropy=x["entropy"], loss=mode,
             clip=CLIP[mode], backend=backend,
         )  # fmt: skip
         return (loss,)
@@ -244,6 +297,26 @@ OPS = (
         "GB/s",
         logits_bytes,
         ("upstream",),
+    ),
+    Op(
+        "group_advantage",
+        {
+            "cuda": ((64, 2), (512, 2), (4096, 2)),
+            "cpu": ((64, 2), (512, 2), (4096, 2)),
+            "small": ((64, 2),),
+        },
+        advantage_inputs,
+        lambda x: (eager_advantage(x),),
+        {
+            "eager": lambda x: (eager_advantage(x),),
+            "prism_fast native": only_advantage("native"),
+            "prism_fast native, graph": in_graph(only_advantage("native")),
+            "prism_fast reference": only_advantage("reference"),
+        },
+        (),
+        "GB/s",
+        advantage_bytes,
+        dtypes={"cuda": (torch.float32,), "cpu": (torch.float32,)},
     ),
     _policy("grpo"),
     _policy("gspo"),

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from .op import LIMITS, MODES, Absent, Inputs, Op, Provider, Row, Unsupported
+from .op import LIMITS, Absent, Inputs, Op, Provider, Row, Unsupported
 
 OURS = "prism_fast"
 LEAST_RUNS = 3
@@ -56,9 +56,9 @@ def check(op: Op, provider: Provider, x: Inputs, exact: tuple, device: str) -> t
     return errors(op, found, exact), peak
 
 
-def attempt(op: Op, name: str, provider: Provider, x: Inputs, exact: tuple, device: str) -> dict:
-    """Fields of the provider's rows that do not depend on the mode: status, note, errors, memory."""
-    limit = LIMITS[x[op.leaves[0]].dtype]
+def attempt(op: Op, name: str, provider: Provider, x: Inputs, exact: tuple, device: str, limit: float) -> dict:
+    """Fields of the provider's rows that do not depend on the mode: status, note, errors, memory. ``limit``: of the
+    errors."""
     try:
         found, peak = check(op, provider, x, exact, device)
     except Absent as error:
@@ -99,6 +99,8 @@ def one_round(op: Op, provider: Provider, x: Inputs, device: str, cold: torch.Te
         with torch.no_grad():
             return provider(x)
 
+    if op.modes == ("full",):
+        return {"full": timed(lambda: provider(x), device, cold)[0]}
     spent = {"inference": timed(inference, device, cold)[0]}
     spent["forward"], results = timed(lambda: provider(x), device, cold)
     spent["backward"] = timed(partial(op.backward, results, x), device, cold)[0]
@@ -121,7 +123,7 @@ def measure(
     x = op.inputs(shape, dtype, device)
     exact = op.run(op.exact, in_float64(x, op.leaves))
     chosen = {name: provider for name, provider in op.providers.items() if only(name)}
-    fields = {name: attempt(op, name, provider, x, exact, device) for name, provider in chosen.items()}
+    fields = {name: attempt(op, name, provider, x, exact, device, LIMITS[dtype]) for name, provider in chosen.items()}
     del exact
     gc.collect()
     runners = {name: provider for name, provider in chosen.items() if fields[name]["status"] == "ok"}
@@ -139,7 +141,7 @@ def measure(
         rounds += 1
     rows = []
     for name in chosen:
-        for mode in MODES:
+        for mode in op.modes:
             row = Row(op.name, name, mode, "x".join(map(str, shape)), str(dtype).removeprefix("torch."), **fields[name])
             if row.status == "ok":
                 spent, eager = ([turn[mode] for turn in times.get(who, ())] for who in (name, "eager"))

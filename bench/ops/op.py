@@ -39,8 +39,9 @@ class Op:
     """An op with its inputs, its exact results and everybody who computes it.
 
     ``inputs`` gets (shape, dtype, device), seeded by the shape. ``exact`` gets them in float64. Results with a tensor
-    ``upstream[i]`` among the inputs are differentiated with it, scalars with 1. ``work`` gives FLOP or bytes of
-    (shape, dtype, mode) that the mathematics needs, whatever a provider spends.
+    ``upstream[i]`` among the inputs are differentiated with it, scalars with 1; an op without ``leaves`` has no
+    backward, and its one mode is ``full``. ``work`` gives FLOP or bytes of (shape, dtype, mode) that the mathematics
+    needs, whatever a provider spends.
     """
 
     name: str
@@ -56,12 +57,18 @@ class Op:
         default_factory=lambda: {"cuda": (torch.bfloat16,), "cpu": (torch.float32,)}
     )
 
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return MODES if self.leaves else ("full",)
+
     def run(self, provider: Provider, x: Inputs) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(results, gradients of the leaves)."""
         results = provider(x)
         return tuple(r.detach() for r in results), self.backward(results, x)
 
     def backward(self, results: tuple[Tensor, ...], x: Inputs) -> tuple[Tensor, ...]:
+        if not self.leaves:
+            return ()
         upstream = None
         if self.upstream:
             upstream = [x[name].to(r.dtype) for name, r in zip(self.upstream, results, strict=True)]

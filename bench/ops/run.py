@@ -12,7 +12,7 @@ import torch
 from .machine import machine
 from .measure import measure, measured_ceiling
 from .memory import peak_on_cpu
-from .op import Op, Row
+from .op import MODES, Op, Row
 from .short import of_plain_attention
 from .suite import OPS
 
@@ -102,7 +102,7 @@ def table(rows: list[Row]) -> list[str]:
         if full.ms_p50 is None:
             lines.append(f"  {name:<34}{full.status}: {full.note[:110]}")
             continue
-        times = "".join(f"{modes[mode].ms_p50:10.3f}" for mode in ("inference", "forward", "backward", "full"))
+        times = "".join(f"{modes[mode].ms_p50:10.3f}" if mode in modes else f"{'-':>10}" for mode in MODES)
         share = f"{full.ceiling_percent:5.1f} %" if full.ceiling_percent is not None else "      -"
         peak = f"{full.peak_mib:8.1f}" if full.peak_mib is not None else "       -"
         lines.append(f"  {name:<54}{times} {full.rate:8.4g} {full.unit:<8}{share} {peak}  {full.error:.1e}")

@@ -28,6 +28,7 @@ RIVALS = {
     },
     "linear_policy_loss": {"eager", "chunked", "liger grpo", "verl triton", "trl chunked"},
     "selected_logprob": {"eager", COMPILED, "trl triton"},
+    "group_advantage": {"eager"},
     "group_advantage+policy_loss(grpo)": {"eager", COMPILED},
     "pairwise_loss": {"eager", COMPILED},
     "shared_prefix_attention": {
@@ -43,6 +44,7 @@ BACKENDS = {
     "linear_logprob": {"triton", "reference"},
     "linear_policy_loss": {"triton", "reference"},
     "selected_logprob": {"native", "reference"},
+    "group_advantage": {"native", "native, graph", "reference"},
     "group_advantage+policy_loss(grpo)": {"native", "reference"},
     "pairwise_loss": {"native", "reference"},
     "shared_prefix_attention": {"triton", "stock", "reference"},
@@ -75,7 +77,8 @@ def test_every_provider_has_a_row_in_every_mode_and_a_status(name):
     assert RIVALS.get(name, set()) <= set(op.providers)
     assert all(any(f"prism_fast {b}" in p for p in op.providers) for b in BACKENDS.get(name, {"reference"}))
     rows = small(op, only=lambda name: True)
-    assert {(row.provider, row.mode) for row in rows} == {(p, mode) for p in op.providers for mode in MODES}
+    assert {(row.provider, row.mode) for row in rows} == {(p, mode) for p in op.providers for mode in op.modes}
+    assert op.modes == (MODES if op.leaves else ("full",))
     statuses = {row.provider: row.status for row in rows}
     for row in rows:
         assert row.status in STATUSES and row.status != "wrong", row

@@ -27,7 +27,7 @@ class Tile(NamedTuple):
 
 
 # By major compute capability and bytes of an element. Chosen by what the compiler says: the largest tried without
-# spills at heads of 64, 96 and 128 (float32: 16 bytes on one card). Not yet timed on any card.
+# spills at heads of 64, 96 and 128 (float32: 16 bytes on one card, 4 on another). Not yet timed on any card.
 TILES = {
     (8, 2): Tile(64, 32, 4, 2, 32, 64, 8, 2),
     (9, 2): Tile(128, 64, 8, 3, 64, 128, 8, 2),

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import get_args, get_type_hints
+
 import pytest
 
 from prism_fast.config import Config, ConfigError, dump_config, load_config, shipped_recipes
+from prism_fast.recipes.checks import check_numbers
 
 
 def test_every_shipped_recipe_resolves_and_reads_back(tmp_path):
@@ -37,12 +43,16 @@ def test_overrides_win_over_the_recipe():
         ("model.dtype=float16", ["float16", "bfloat16"]),
         ("stages=[sft,algn]", ["algn", "align"]),
         ("stages=[rlvr,sft]", ["stages", "order"]),
-        ("data.digits.noise=1.5", ["data.digits.noise", "between 0 and 1"]),
-        ("align.rollout.temperature=-1", ["temperature", "positive"]),
-        ("rlvr.optimizer.lr=0", ["optimizer.lr", "positive"]),
+        ("data.digits.noise=1.5", ["data.digits.noise", "0 or more and at most 1"]),
+        ("align.rollout.temperature=-1", ["align.rollout.temperature", "positive"]),
+        ("rlvr.optimizer.lr=0", ["rlvr.optimizer.lr", "positive and at most 1"]),
+        ("sft.decay_share=3", ["sft.decay_share must be 0 or more and at most 1, got 3.0"]),
+        ("sft.min_improvement=1", ["sft.min_improvement must be 0 or more and below 1"]),
         ("warmup.upcycle.top_k=9", ["top_k", "num_experts"]),
         ("warmup.heldout_share=1.0", ["heldout_share"]),
-        ("sft.optimizer.betas=[0.9, 1.0]", ["betas", "below 1"]),
+        ("sft.optimizer.betas=[0.9, 1.0]", ["sft.optimizer.betas", "below 1"]),
+        ("align.weights=[0,0]", ["align.weights", "one of them above 0"]),
+        ("rlvr.rollout.max_new_tokens=0", ["rlvr.rollout.max_new_tokens must be 1 or more"]),
         ("rlvr.rollout.n=1", ["rlvr.rollout.n", "2 or more"]),
         ("align.rollout.temperature=0", ["align.rollout.temperature", "greedy"]),
         ("seed", ["key.sub=value"]),
@@ -53,6 +63,32 @@ def test_a_wrong_override_is_named_with_its_cure(override, parts):
         load_config("digits", [override])
     for part in parts:
         assert part in str(caught.value)
+
+
+def numbers(config: object, path: str = "") -> Iterator[tuple[str, object, str]]:
+    """(dotted key, section, name) of every number of a configuration, also of those that may be null."""
+    hints = get_type_hints(type(config))
+    for entry in fields(config):
+        value, kinds = getattr(config, entry.name), {hints[entry.name], *get_args(hints[entry.name])}
+        if is_dataclass(value):
+            yield from numbers(value, f"{path}{entry.name}.")
+        elif {int, float} & kinds:
+            yield path + entry.name, config, entry.name
+
+
+def test_every_number_has_a_range_and_is_named_with_it():
+    config = Config()
+    found = list(numbers(config))
+    for key, section, name in found:
+        value = getattr(section, name)
+        for bad, words in ((-1, "must be"), (float("inf"), "must be a finite number"), (2**63, "")):
+            setattr(section, name, (0.5, bad) if isinstance(value, tuple) else bad)
+            if words or isinstance(value, int):
+                with pytest.raises(ValueError, match=f"^{re.escape(key)} {words}"):
+                    check_numbers(config)
+        setattr(section, name, value)
+    check_numbers(config)
+    assert len(found) > 80
 
 
 def test_an_unknown_recipe_lists_the_shipped_ones():

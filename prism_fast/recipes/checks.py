@@ -11,15 +11,22 @@ import yaml
 
 MAX_DEPTH = 20
 MAX_CHARS = 200_000
+MAX_WHOLE = 2**63 - 1
 _SIZES = {"tiny", "digits"}  # sections in which every whole number is a size or a count
 _AT_LEAST_1 = {
-    *("threads", "limit", "batch", "prompts", "max_updates", "eval_every", "tokens_per_micro_batch"),
-    *("max_new_tokens", "pairs_per_prompt", "num_experts"),
+    *("threads", "limit", "batch", "prompts", "max_updates", "eval_every", "patience", "tokens_per_micro_batch", "n"),
+    *("max_new_tokens", "pairs_per_prompt", "num_experts", "updates", "max_rounds", "max_oversampling"),
+    *("dump_rollouts_every", "checkpoint_every", "keep_checkpoints", "max_image_pixels", "max_prompt_tokens"),
+    *("workers", "max_answer_chars", "attempts", "concurrency"),
 }
-_AT_LEAST_0 = {
-    *("seed", "decay_share", "min_improvement", "noise_std", "router_std", "aux_coef", "temperature"),
-    *("weight_decay", "initializer_range", "score_reg", "format_penalty"),
+# Every other number must be 0 or more.
+_ABOVE_0 = {"lr", "clip_norm", "initializer_range", "continued_lr_scale", "score_clip", "timeout_s"}
+_AT_MOST = {
+    **dict.fromkeys(("lr", "weight_decay", "decay_share", "noise", "initializer_range"), 1),
+    **dict.fromkeys(("threads", "workers", "concurrency"), 1024),
+    "timeout_s": 3600,
 }
+_BELOW = {"betas": 1, "min_improvement": 1}
 
 
 def check_yaml(text: str, *, mapping: bool) -> None:
@@ -56,7 +63,7 @@ def check_yaml(text: str, *, mapping: bool) -> None:
 
 
 def check_numbers(config: Any) -> None:
-    """Every number of a configuration (nested dataclasses) is finite, counts are at least 1, amounts not negative.
+    """Every number of a configuration (nested dataclasses) is finite and in the range of its name; none is negative.
 
     Raises:
         ValueError: the first that is not, with its dotted key.
@@ -65,10 +72,14 @@ def check_numbers(config: Any) -> None:
         key = f"{section}.{name}" if section else name
         if not math.isfinite(value):
             raise ValueError(f"{key} must be a finite number, got {value!r}")
-        if value < 1 and (name in _AT_LEAST_1 or (section.split(".")[-1] in _SIZES and isinstance(value, int))):
-            raise ValueError(f"{key} must be 1 or more, got {value!r}")
-        if value < 0 and name in _AT_LEAST_0:
-            raise ValueError(f"{key} must be 0 or more, got {value!r}")
+        size = section.split(".")[-1] in _SIZES and isinstance(value, int)
+        low = 1 if name in _AT_LEAST_1 or size else 0
+        most = _AT_MOST.get(name, MAX_WHOLE if isinstance(value, int) else value)
+        wanted = "positive" if name in _ABOVE_0 else f"{low} or more"
+        wanted += f" and at most {most}" if name in _AT_MOST or value > most else ""
+        wanted += f" and below {_BELOW[name]}" if name in _BELOW else ""
+        if value < low or value > most or (name in _ABOVE_0 and value == 0) or value >= _BELOW.get(name, math.inf):
+            raise ValueError(f"{key} must be {wanted}, got {value!r}")
 
 
 def _numbers(config: Any, section: str) -> Iterator[tuple[str, str, float]]:

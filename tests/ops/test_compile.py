@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from prism_fast import ops
+from prism_fast.ops.reference.linear_logprob import BLOCK_BYTES
 from tests.ops.test_shared_prefix_attention import layout_of
 
 LENGTHS = (3, 0, 4, 2)
@@ -103,6 +104,45 @@ def test_fullgraph(name):
 
 def test_every_op_is_covered():
     assert {name.split("/")[0] for name in cases()} == set(ops.available())
+
+
+LENGTHWISE = {  # of n tokens in sequences of n // 2 and the rest
+    "linear_logprob/logits": lambda h, w, t, a, c: ops.linear_logprob(h, w, t, entropy=True, save="logits").logp.sum(),
+    "linear_logprob/recompute": lambda h, w, t, a, c: ops.linear_logprob(h, w, t, save="recompute").logp.sum(),
+    "linear_policy_loss": lambda h, w, t, a, c: ops.linear_policy_loss(h, w, t, a, c, entropy_coef=0.1)[0],
+    "group_advantage": lambda h, w, t, a, c: (
+        h.sum() + w.sum() + ops.group_advantage(h[:, :2], t, weights=torch.ones(2, dtype=h.dtype)).sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHWISE)
+def test_lengths_do_not_recompile(name, monkeypatch):
+    """Whatever the number of blocks of rows."""
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", 1)
+    monkeypatch.setattr("prism_fast.ops.reference.linear_logprob.MIN_BLOCK_ROWS", 8)
+    torch.compiler.reset()
+    compiled = torch.compile(LENGTHWISE[name], fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (6, 9, 40):
+        inputs = [noise(n, H), noise(V, H), whole(n, 6), noise(2, requires_grad=False)]
+        offsets = torch.tensor([0, n // 2, n], dtype=torch.int32)
+        with torch._dynamo.config.patch(error_on_recompile=n != 6):
+            found = torch.autograd.grad(compiled(*inputs, offsets), inputs[:2])
+        wanted = torch.autograd.grad(LENGTHWISE[name](*inputs, offsets), inputs[:2])
+        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("save", [False, True])
+def test_opcheck_of_the_head(save):
+    from prism_fast.ops.reference.linear_logprob import _forms as forms
+
+    heat = torch.ones(N, 1, dtype=torch.float64)
+    arguments = (noise(N, H), noise(V, H), noise(V), whole(N, V), heat, None, 5.0, True, -100, save)
+    # What is kept is used up by backward, which a result of the whole graph cannot be; the last check makes it one.
+    last = () if save else ("test_aot_dispatch_dynamic",)
+    torch.library.opcheck(
+        forms.operator, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor", *last)
+    )
 
 
 def test_runtime_numbers_do_not_recompile():

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..bad_values import counted
+from ..forms import TwoForms
 from ..results import LogProb
 from . import softmax_rows as rows
 
@@ -35,11 +35,9 @@ def linear_logprob(
     weight_grad_out: Tensor | None,
 ) -> LogProb:
     """See ``prism_fast.ops.linear_logprob``. ``save``: keep the exponentials of the scores for the backward pass."""
-    return LogProb(
-        *_LinearLogProb.apply(
-            hidden, weight, bias, target, temperature, softcap, entropy, ignore_index, save, weight_grad_out
-        )
-    )
+    heat = rows.temperature_rows(temperature, hidden.shape[0], hidden.new_empty(0, dtype=_computed(hidden)))
+    arguments = (hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save)
+    return LogProb(*_forms(*arguments)[:2])
 
 
 def block_rows(vocabulary: int, like: Tensor) -> int:
@@ -154,46 +152,121 @@ class Rows:
         return tuple(None if x is None else x.to(kind) for x, kind in zip(found, self.dtypes, strict=True))
 
 
-class _LinearLogProb(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, target, temperature, softcap, entropy, ignore_index, save, weight_grad_out):
-        n, vocabulary = hidden.shape[0], weight.shape[0]
-        column, ignored, outside = rows.target_rows(target, vocabulary, ignore_index)
-        outside = counted(outside)
-        heat = rows.temperature_rows(temperature, n, hidden.new_empty(0, dtype=_computed(hidden)))
-        head = Rows(hidden, weight, bias, column, heat, softcap, entropy)
-        x = head.hidden
-        step = block_rows(vocabulary, x)
-        logp, log_sum, top = x.new_empty(n), x.new_empty(n), x.new_empty(n, 1)
-        entropies = x.new_empty(n if entropy else 0)
-        kept: list[Tensor] = []
-        for at in range(0, n, step):
-            block = slice(at, min(n, at + step))
-            found = head.forward(block, save)
-            logp[block], log_sum[block], top[block] = found.logp, found.log_sum, found.top
-            if entropy:
-                entropies[block] = found.entropy
-            if save:
-                kept.append(found.room)
-        ctx.save_for_backward(hidden, weight, bias, column, ignored, outside, heat, log_sum, entropies, top, *kept)
-        ctx.softcap, ctx.entropy, ctx.step, ctx.weight_grad_out = softcap, entropy, step, weight_grad_out
-        ctx.set_materialize_grads(False)
-        return rows.finish(logp, entropies, ignored, outside)
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    heat: Tensor,
+    weight_grad_out: Tensor | None,
+    softcap: float | None,
+    entropy: bool,
+    ignore_index: int,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp [N], entropy [N] or [0], log-sum [N], row maximum [N, 1], exponentials [N, V] or [0] if not saved).
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, logp_grad, entropy_grad):
-        hidden, weight, bias, column, ignored, outside, heat, log_sum, entropies, top, *kept = ctx.saved_tensors
-        head = Rows(hidden, weight, bias, column, heat, ctx.softcap, ctx.entropy)
-        g = rows.upstream(logp_grad, log_sum, ignored)
-        g = torch.where(outside & (g != 0.0), math.nan, g)
-        h = rows.upstream(entropy_grad, log_sum, ignored) if ctx.entropy and entropy_grad is not None else None
-        head.prepare(ctx.needs_input_grad[:3], ctx.weight_grad_out)
-        for number, at in enumerate(range(0, hidden.shape[0], ctx.step)):
-            block = slice(at, min(hidden.shape[0], at + ctx.step))
-            found = Found(log_sum, entropies[block], log_sum[block], top[block], kept[number] if kept else None)
-            head.backward(block, found, g[block], None if h is None else h[block])
-        return *head.gradients(ctx.weight_grad_out is None), *[None] * 7
+    heat [N, 1]. What only backward looks at is passed along for it.
+    """
+    n, vocabulary = hidden.shape[0], weight.shape[0]
+    column, ignored, outside = rows.target_rows(target, vocabulary, ignore_index)
+    head = Rows(hidden, weight, bias, column, heat, softcap, entropy)
+    logp, entropies, log_sum, top, kept = _allocate(head.hidden, vocabulary, entropy, save)
+    for block in _blocks(n, vocabulary, head.hidden):
+        if save:
+            head.room = kept[block]
+        found = head.forward(block, save)
+        logp[block], log_sum[block], top[block] = found.logp, found.log_sum, found.top
+        if entropy:
+            entropies[block] = found.entropy
+    return *rows.finish(logp, entropies, ignored, counted(outside)), log_sum, top, kept
+
+
+def _allocate(like: Tensor, vocabulary: int, entropy: bool, save: bool) -> tuple[Tensor, ...]:
+    n = like.shape[0]
+    sizes = ((n,), (n if entropy else 0,), (n,), (n, 1), (n, vocabulary) if save else (0,))
+    return tuple(like.new_empty(size) for size in sizes)
+
+
+def _blocks(n: int, vocabulary: int, like: Tensor) -> list[slice]:
+    step = block_rows(vocabulary, like)
+    return [slice(at, min(n, at + step)) for at in range(0, n, step)]
+
+
+def _run_backward(
+    logp_grad: Tensor | None,
+    entropy_grad: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    heat: Tensor,
+    entropies: Tensor,
+    log_sum: Tensor,
+    top: Tensor,
+    kept: Tensor | None,
+    weight_grad_out: Tensor | None,
+    softcap: float | None,
+    entropy: bool,
+    ignore_index: int,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, [0] where not wanted. Uses up ``kept``; adds to ``weight_grad_out``."""
+    vocabulary = weight.shape[0]
+    column, ignored, outside = rows.target_rows(target, vocabulary, ignore_index)
+    head = Rows(hidden, weight, bias, column, heat, softcap, entropy)
+    g = rows.upstream(logp_grad, log_sum, ignored)
+    g = torch.where(outside & (g != 0.0), math.nan, g)
+    h = rows.upstream(entropy_grad, log_sum, ignored) if entropy and entropy_grad is not None else None
+    head.prepare((want_hidden, want_weight, want_bias), weight_grad_out)
+    for block in _blocks(hidden.shape[0], vocabulary, head.hidden):
+        room = None if kept is None else kept[block]
+        found = Found(log_sum, entropies[block] if entropy else entropies, log_sum[block], top[block], room)
+        head.backward(block, found, g[block], None if h is None else h[block])
+    return tuple(hidden.new_empty(0) if x is None else x for x in head.gradients(weight_grad_out is None))
+
+
+_backward_operator = torch.library.custom_op(
+    "prism_fast::linear_logprob_reference_backward", _run_backward, mutates_args=("kept", "weight_grad_out")
+)
+
+
+@_backward_operator.register_fake
+def _(logp_grad, entropy_grad, hidden, weight, bias, *rest):
+    weight_grad_out, (want_hidden, want_weight, want_bias) = rest[6], rest[-3:]
+    return (
+        torch.empty_like(hidden) if want_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if want_weight and weight_grad_out is None else hidden.new_empty(0),
+        torch.empty_like(bias) if want_bias else hidden.new_empty(0),
+    )
+
+
+def _fake(hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save):
+    like = hidden.new_empty(hidden.shape, dtype=_computed(hidden))
+    return _allocate(like, weight.shape[0], entropy, save)
+
+
+def _save(ctx, inputs, output) -> None:
+    hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, _ = inputs
+    ctx.save_for_backward(hidden, weight, bias, target, heat, *output[1:])
+    # Not saved: it is written to between forward and backward, by design.
+    ctx.weight_grad_out, ctx.options = weight_grad_out, (softcap, entropy, ignore_index)
+
+
+def _gradients(ctx, traced: bool, logp_grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    wants, into = ctx.needs_input_grad[:3], ctx.weight_grad_out
+    *saved, kept = ctx.saved_tensors
+    arguments = (logp_grad, entropy_grad, *saved, kept if kept.dim() == 2 else None, into, *ctx.options, *wants)
+    found = (_backward_operator if traced else _run_backward)(*arguments)
+    given = (wants[0], wants[1] and into is None, wants[2])
+    return tuple(x if there else None for x, there in zip(found, given, strict=True))
+
+
+_forms = TwoForms(
+    "prism_fast::linear_logprob_reference", _run, fake=_fake, leading=3, results=2, save=_save, gradients=_gradients
+)
 
 
 def _computed(x: Tensor) -> torch.dtype:

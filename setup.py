@@ -160,7 +160,7 @@ def native_extension() -> Extension:
             "-Wall",
             "-Wextra",
         ],
-        extra_link_args=["-pthread"],
+        extra_link_args=["-pthread", *["-ldl"] * sys.platform.startswith("linux")],
     )
 
 

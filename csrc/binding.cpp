@@ -1,10 +1,12 @@
 // Python module prism_fast._C; the functions of each op are defined in bind_<op>.h.
+#include "bind_expert_rows.h"
 #include "bind_group_advantage.h"
 #include "bind_pairwise_loss.h"
 #include "bind_policy_loss.h"
 #include "bind_route_experts.h"
 #include "bind_scale.h"
 #include "bind_selected_logprob.h"
+#include "team.h"
 
 namespace {
 
@@ -23,7 +25,7 @@ int64_t count_launches(const pybind11::function& call) {
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled kernels of prism_fast; called through prism_fast.ops.native.";
     // Raised whenever a signature below changes, so that a stale build in a checkout is named as such.
-    module.attr("interface") = 6;
+    module.attr("interface") = 7;
 #ifdef PRISM_FAST_CUDA
     module.attr("cuda_built") = true;
     module.attr("cuda_archs") = PRISM_FAST_CUDA_ARCHS;
@@ -32,6 +34,8 @@ PYBIND11_MODULE(_C, module) {
     module.attr("cuda_archs") = "";
 #endif
     module.def("count_launches", &count_launches, pybind11::arg("call"));
+    module.def("share_threads_of", &prism::share_threads_of, pybind11::arg("path"));
+    prism::bind::expert_rows_::add(module);
     prism::bind::group_advantage_::add(module);
     prism::bind::policy_loss_::add(module);
     prism::bind::route_experts_::add(module);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <exception>
 #include <mutex>
@@ -10,31 +11,55 @@
 
 namespace prism {
 
-// Calls f(begin, end) on disjoint ranges that cover [0, n). `work` is a rough count of elementary operations in all of it;
-// a thread costs about 20 µs to start, so small work stays on the caller's thread. An exception in f is thrown again here.
+// GOMP_parallel of an OpenMP library: f(data) on each of a team of `threads`, the caller among them.
+using TeamCall = void (*)(void (*f)(void*), void* data, unsigned threads, unsigned flags);
+
+// Of the OpenMP library that PyTorch computes with, or null. Its threads stand by between two products, spinning: threads of
+// our own would fight with them for the processors, and have to be started.
+inline TeamCall& team_call() {
+    static TeamCall call = nullptr;
+    return call;
+}
+
+// Runs f() on `threads` threads, the caller among them.
+template <class F>
+void on_team(int threads, F f) {
+    // Always all of PyTorch's threads: OpenMP ends those that a smaller team leaves out, and starts them again later.
+    if (TeamCall call = team_call()) {
+        call([](void* data) { (*static_cast<F*>(data))(); }, &f, static_cast<unsigned>(threads), 0);
+        return;
+    }
+    std::vector<std::thread> pool;
+    pool.reserve(threads - 1);
+    for (int i = 1; i < threads; ++i) pool.emplace_back([&f] { f(); });
+    f();
+    for (auto& thread : pool) thread.join();
+}
+
+// Calls f(begin, end) on disjoint ranges that cover [0, n), from at most `threads` threads. `work` is a rough count of
+// elementary operations in all of it: small work stays on the caller's thread. An exception in f is thrown again here.
 template <class F>
 void parallel_for(int64_t n, int64_t work, int threads, F f) {
     constexpr int64_t work_per_thread = 1 << 15;
-    const int64_t wanted = std::min<int64_t>({threads, n, work / work_per_thread});
-    if (wanted <= 1) {
+    if (std::min<int64_t>({threads, n, work / work_per_thread}) <= 1) {
         if (n > 0) f(int64_t{0}, n);
         return;
     }
+    // Whoever is free takes the next part: threads that are late, or share their processor, hold nobody up.
+    const int64_t parts = std::min<int64_t>({n, int64_t{4} * threads, work / (work_per_thread / 4)});
+    std::atomic<int64_t> next{0};
     std::exception_ptr failure;
     std::mutex guard;
-    auto part = [&](int64_t i) {
-        try {
-            f(n * i / wanted, n * (i + 1) / wanted);
-        } catch (...) {
-            std::lock_guard<std::mutex> lock(guard);
-            if (!failure) failure = std::current_exception();
+    on_team(threads, [&] {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < parts;) {
+            try {
+                f(n * i / parts, n * (i + 1) / parts);
+            } catch (...) {
+                std::lock_guard<std::mutex> lock(guard);
+                if (!failure) failure = std::current_exception();
+            }
         }
-    };
-    std::vector<std::thread> pool;
-    pool.reserve(wanted - 1);
-    for (int64_t i = 1; i < wanted; ++i) pool.emplace_back(part, i);
-    part(0);
-    for (auto& thread : pool) thread.join();
+    });
     if (failure) std::rethrow_exception(failure);
 }
 

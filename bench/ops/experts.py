@@ -110,7 +110,7 @@ def ours_experts(backend: str, recompute: bool = False) -> Provider:
     def run(x: Inputs) -> tuple[Tensor, ...]:
         if backend == "triton":
             rivals.cuda_only(x, "hidden")
-        if backend == "stock" and x["hidden"].device.type != "cpu":
+        if backend == "native" and x["hidden"].device.type != "cpu":
             raise Unsupported("reads the offsets on the host: for the CPU")
         routing = ops.plan_experts(x["chosen"], x["weights"], len(x["down"]))
         return (ops.moe_experts(*(x[n] for n in WEIGHTED), routing, recompute=recompute, backend=backend),)
@@ -164,8 +164,9 @@ OPS = (
             "liger": liger_experts,
             "prism_fast triton": ours_experts("triton"),
             "prism_fast triton, recompute": ours_experts("triton", recompute=True),
+            "prism_fast native": ours_experts("native"),
+            "prism_fast native, recompute": ours_experts("native", recompute=True),
             "prism_fast stock": ours_experts("stock"),
-            "prism_fast stock, recompute": ours_experts("stock", recompute=True),
             "prism_fast reference": ours_experts("reference"),
         },
         (*WEIGHTED, "weights"),

@@ -18,12 +18,11 @@ KNOWN = ("reference", "native", "triton", "stock")
 CURE = "run `prism-fast doctor` to see what is missing, or pass backend='reference'"
 
 
-def choose(
-    op: str, has: tuple[str, ...], requested: str | None, tensor: Tensor, stock_on: tuple[str, ...] = ("cpu",)
-) -> str:
+def choose(op: str, has: tuple[str, ...], requested: str | None, tensor: Tensor) -> str:
     """Name of the backend to run for ``op``, which has implementations ``has``, on the device of ``tensor``.
 
-    ``stock_on``: the devices of the op's ``stock`` backend; it is the default on the CPU.
+    Where an op has both, ``native`` is for the CPU and ``triton`` for CUDA. ``stock`` is the default on the CPU where
+    there is no ``native``.
 
     Raises ValueError for an unknown name or one the op does not have, RuntimeError for one this machine cannot run.
     """
@@ -37,14 +36,21 @@ def choose(
             raise ValueError(f"{op}: {source}={requested!r}, but this op has only {', '.join(map(repr, has))}")
     if requested == "reference" or len(has) == 1:
         return requested or "reference"
-    if "stock" in has and (requested == "stock" or (requested is None and tensor.device.type == "cpu")):
-        if tensor.device.type not in stock_on:
+    device = tensor.device.type
+    if requested == "stock" or (requested is None and device == "cpu" and "stock" in has and "native" not in has):
+        if device not in ("cpu", "cuda"):
             raise RuntimeError(
-                f"{op}: backend='stock' runs on {' and '.join(stock_on)}, the tensors are on {tensor.device}; {CURE}"
+                f"{op}: backend='stock' runs on cpu and cuda, the tensors are on {tensor.device}; {CURE}"
             )
         return "stock"
-    if "triton" in has:
+    if "triton" not in has:
+        return _native_or_default(op, requested, tensor)
+    if "native" not in has or requested == "triton" or (requested is None and device != "cpu"):
         return _triton_or_default(op, requested, tensor)
+    if device != "cpu":
+        raise RuntimeError(
+            f"{op}: backend='native' of this op runs on the cpu, the tensors are on {tensor.device}; {CURE}"
+        )
     return _native_or_default(op, requested, tensor)
 
 

@@ -10,7 +10,7 @@ from .reference.moe_experts import moe_experts as reference
 from .results import Routing
 
 OP = "moe_experts"
-BACKENDS = ("reference", "triton", "stock")
+BACKENDS = ("reference", "native", "triton", "stock")
 
 
 def moe_experts(
@@ -31,16 +31,19 @@ def moe_experts(
         down: [E, H, I], dtype of ``hidden``.
         routing: of ``route_experts`` or ``plan_experts`` over the same T tokens and E experts.
         recompute: keep only the inputs for backward and form the products again.
-        backend: None, "reference", "triton" (the default on CUDA) or "stock" (a loop of PyTorch's products with its
-            backward written out, the default on the CPU).
+        backend: None, "reference" (a loop over experts; on a GPU and in a graph every expert computes every token),
+            "native" (PyTorch's products and compiled passes between them, the default on the CPU where the compiled
+            module is built, without it "reference" is), "triton" (the default on CUDA) or "stock"
+            (``torch.nn.functional.grouped_mm``, CPU and CUDA; not float64; H and I whole multiples of 16 bytes).
 
     Returns:
         [T, H] in the dtype of ``hidden``; differentiable in hidden, gate_up, down and routing.weights. Products run in
-        the dtype of ``hidden``, the weighted sum in that of the weights; its order is fixed.
+        the dtype of ``hidden``, the weighted sum in float32 or wider; its order is fixed.
 
     Raises:
         ValueError: wrong shape, dtype or device.
-        NotImplementedError: float64 on ``triton``, or a card older than its tiles.
+        NotImplementedError: float64 on ``triton`` or ``stock``, a card older than the tiles of ``triton``, widths that
+            ``stock`` does not take.
         RuntimeError: the backend is missing on this machine.
 
     Source: Qwen3-VL-MoE experts in transformers.
@@ -60,6 +63,8 @@ def moe_experts(
     checks.tensor(OP, "routing.weights", routing.weights, shape=tuple(routing.experts.shape), like=hidden)
     checks.tensor(OP, "routing.offsets", routing.offsets, shape=(experts + 1,), dtypes=checks.INTEGERS, like=hidden)
     match choose(OP, BACKENDS, backend, hidden):
+        case "native":
+            from .native.moe_experts import run
         case "stock":
             from .stock.moe_experts import run
         case "triton":

@@ -65,7 +65,7 @@ def shared_prefix_attention(
     if scale is not None:
         checks.number(OP, "scale", scale)
     scale = width**-0.5 if scale is None else float(scale)
-    chosen = choose(OP, BACKENDS, backend, q, stock_on=("cpu", "cuda"))
+    chosen = choose(OP, BACKENDS, backend, q)
     if chosen == "triton":
         from .triton.shared_prefix_attention import shared_prefix_attention as fused
 

@@ -101,15 +101,20 @@ def test_every_launch_is_counted():
             assert not re.search(r"<<<|cudaLaunch|cudaMem|Synchronize", source.read_text()), source.name
 
 
-def test_no_atomics_but_the_counter_of_bad_values():
-    """Sums of whole numbers are the same in any order; nothing else may be added up by whoever comes first."""
+def test_no_atomics_but_two_counters():
+    """Sums of whole numbers are the same in any order; nothing else may be added up by whoever comes first. The second
+    counter hands out parts of a loop."""
     found = [
         (source.name, line.strip())
         for source in sorted((ROOT / "csrc").iterdir())
         for line in re.sub(r"//.*", "", source.read_text()).splitlines()
         if "atomic" in line
     ]
-    assert found == [("block.cuh", "atomicAdd(reinterpret_cast<unsigned long long*>(counter), 1ull);")]
+    assert found == [
+        ("block.cuh", "atomicAdd(reinterpret_cast<unsigned long long*>(counter), 1ull);"),
+        ("parallel.h", "#include <atomic>"),
+        ("parallel.h", "std::atomic<int64_t> next{0};"),
+    ]
 
 
 def test_python_and_binding_agree_on_sizes():

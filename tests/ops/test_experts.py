@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from prism_fast.ops import moe_experts, plan_experts, route_experts
+from prism_fast.ops import moe_experts, native, plan_experts, route_experts
+from prism_fast.ops.native import moe_experts as compiled
 from prism_fast.ops.reference.moe_experts import _dense
-from prism_fast.ops.stock import moe_experts as stock
+
+needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not())
+BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
 
 
 def by_loop(hidden, gate_up, down, weights, experts):
@@ -82,7 +85,7 @@ def test_plan_starts_where_a_router_ends(generator):
     assert bad.weights.isnan().tolist() == [[False, True], [False, False]]
 
 
-@pytest.mark.parametrize("backend", ["reference", "stock"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_experts_equal_the_loop(top_k, recompute, backend, generator):
@@ -99,7 +102,7 @@ def test_experts_equal_the_loop(top_k, recompute, backend, generator):
     torch.testing.assert_close(_dense(hidden, gate_up, down, routing), wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["reference", "stock"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_hub_layout_is_passed_as_a_view(backend, generator):
     hidden, gate_up, down, logits = layer(generator)
     routing = route_experts(logits.detach(), 2)
@@ -111,13 +114,14 @@ def test_hub_layout_is_passed_as_a_view(backend, generator):
     torch.testing.assert_close(ours.transpose(1, 2), theirs, rtol=1e-12, atol=1e-13)
 
 
+@needs_native
 @pytest.mark.parametrize("frozen", range(4))
 def test_only_wanted_gradients_are_formed(frozen, generator):
     hidden, gate_up, down, logits = layer(generator)
     sources = [hidden, gate_up, down, logits]
     sources[frozen] = sources[frozen].detach()
     found, wanted = (
-        moe_experts(*sources[:3], route_experts(sources[3], 2), backend=backend) for backend in ("stock", "reference")
+        moe_experts(*sources[:3], route_experts(sources[3], 2), backend=backend) for backend in ("native", "reference")
     )
     learning = [x for x in sources if x.requires_grad]
     for ours, theirs in zip(
@@ -128,17 +132,19 @@ def test_only_wanted_gradients_are_formed(frozen, generator):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
+@needs_native
 def test_backward_twice_and_bitwise_repeatable(generator):
     sources = layer(generator, tokens=40, dtype=torch.float32)
     runs = []
     for _ in range(2):
-        out = moe_experts(*sources[:3], route_experts(sources[3], 2), backend="stock")
+        out = moe_experts(*sources[:3], route_experts(sources[3], 2), backend="native")
         for keep in (True, False):
             runs.append((out, *torch.autograd.grad(out.square().sum(), sources, retain_graph=keep)))
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
+@needs_native
 def test_recompute_keeps_only_the_inputs(generator):
     hidden, gate_up, down, logits = layer(generator)
     routing = route_experts(logits, 2)
@@ -146,19 +152,20 @@ def test_recompute_keeps_only_the_inputs(generator):
     for recompute in (False, True):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
-            moe_experts(hidden, gate_up, down, routing, recompute=recompute, backend="stock")
+            moe_experts(hidden, gate_up, down, routing, recompute=recompute, backend="native")
         sizes[recompute] = sum(x.numel() for x in kept)
     assert sizes[False] - sizes[True] == 13 * 2 * 10  # the up-projection [M, 2I]
 
 
+@needs_native
 def test_operators_are_registered_properly(generator):
     hidden, gate_up, down, logits = layer(generator, tokens=5)
     routing = route_experts(logits.detach(), 2)
     plan = (routing.weights.requires_grad_(), routing.permutation, routing.offsets)
-    torch.library.opcheck(stock._operator, (hidden, gate_up, down, *plan, True))
-    out, kept = stock._forward(hidden.detach(), gate_up.detach(), down.detach(), *plan, True)
+    torch.library.opcheck(compiled._operator, (hidden, gate_up, down, *plan, True))
+    out, kept = compiled._forward(hidden.detach(), gate_up.detach(), down.detach(), *plan, True)
     inputs = [x.detach() for x in (torch.ones_like(out), hidden, gate_up, down, *plan, kept)]
-    torch.library.opcheck(stock._backward_operator, (*inputs, [True, False, True, True]))
+    torch.library.opcheck(compiled._backward_operator, (*inputs, [True, False, True, True]))
 
 
 def test_autocast_does_not_round(generator):
@@ -178,16 +185,143 @@ def test_gradcheck(generator):
     assert torch.autograd.gradcheck(run, (hidden, gate_up, down, logits))
 
 
-@pytest.mark.parametrize(("tokens", "experts"), [(0, 3), (1, 1), (5, 1), (1, 6)])
-def test_degenerate_shapes(tokens, experts, generator):
-    hidden, gate_up, down, logits = layer(generator, tokens=tokens, experts=experts)
-    out = moe_experts(hidden, gate_up, down, route_experts(logits, 1))
-    assert out.shape == hidden.shape
-    out.sum().backward()
-    assert gate_up.grad.isfinite().all() and hidden.grad.shape == hidden.shape
+def both_ways(sources, routing_of, backends=("native", "reference"), **options):
+    """(output, gradients of every source) of each backend under one upstream gradient."""
+    results = []
+    for backend in backends:
+        out = moe_experts(*sources[:3], routing_of(sources[3]), backend=backend, **options)
+        upstream = torch.linspace(-1.0, 1.0, out.numel(), dtype=out.dtype).view(out.shape)
+        results.append((out, *torch.autograd.grad((out * upstream).sum(), sources)))
+    return results
 
 
-@pytest.mark.parametrize("backend", ["reference", "stock"])
+def poison() -> None:
+    """Leave NaN in the memory that the next small tensors get."""
+    for size in (50, 500, 5_000, 50_000):
+        [torch.full((size,), float("nan"), dtype=torch.float64) for _ in range(20)].clear()
+
+
+@needs_native
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "width", "inner"),
+    [(0, 3, 2, 4, 5), (1, 1, 1, 6, 5), (5, 1, 1, 3, 1), (1, 6, 2, 8, 3), (70, 8, 3, 33, 17), (300, 3, 2, 40, 600)],
+)
+def test_shapes(tokens, experts, top_k, width, inner, recompute, generator):
+    sources = layer(generator, tokens, experts, width, inner)
+    poison()
+    found, wanted = both_ways(sources, lambda logits: route_experts(logits, top_k), recompute=recompute)
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+
+
+@needs_native
+def test_experts_without_tokens_get_exact_zeros(generator):
+    hidden, gate_up, down, logits = layer(generator, tokens=30)
+    crowded = logits.detach() + torch.tensor([0.0, 50.0, 0.0, 50.0], dtype=torch.float64)  # nobody asks for 0 and 2
+    for _ in range(3):
+        poison()
+        out = moe_experts(hidden, gate_up, down, route_experts(crowded, 2), backend="native")
+        for gradient in torch.autograd.grad(out.sum(), (gate_up, down)):
+            assert (gradient[[0, 2]] == 0).all() and (gradient[[1, 3]] != 0).any()
+
+
+@needs_native
+def test_an_expert_chosen_twice_and_an_unknown_one(generator):
+    hidden, gate_up, down, _ = layer(generator, tokens=40)
+    index = torch.randint(0, 4, (40, 3), generator=generator)
+    index[:, 1] = index[:, 0]
+    weights = torch.rand(40, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    sources = (hidden, gate_up, down, weights)
+    found, wanted = both_ways(sources, lambda weights: plan_experts(index, weights, 4))
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+    index[7, 2] = 9
+    out = moe_experts(hidden, gate_up, down, plan_experts(index, weights, 4), backend="native")
+    assert out.isnan().any(1).nonzero().tolist() == [[7]]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_as_accurate_as_eager(dtype, generator):
+    rounded = [x.detach().to(dtype) for x in layer(generator, 200, 4, 48, 40)]
+    rounded[0] *= 3.0  # gates up to some tens
+    routing = route_experts(rounded[3].double(), 2)
+
+    def run(backend, kind):
+        sources = [x.to(kind).requires_grad_() for x in rounded[:3]]
+        weights = routing.weights.to(torch.promote_types(kind, torch.float32)).requires_grad_()
+        plan = routing._replace(weights=weights)
+        out = moe_experts(*sources, plan, backend=backend)
+        upstream = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).view(out.shape).to(dtype).to(kind)
+        return [out, *torch.autograd.grad((out * upstream).sum(), (*sources, weights))]
+
+    exact, eager, found = run("reference", torch.float64), run("reference", dtype), run("native", dtype)
+    for true, theirs, ours in zip(exact, eager, found, strict=True):
+        assert ours.dtype == theirs.dtype
+        errors = [(x.double() - true).norm() for x in (ours, theirs)]
+        assert errors[0] <= 2 * errors[1] + 4 * torch.finfo(dtype).eps * true.norm() / true.numel() ** 0.5, errors
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_gate_at_its_limits(dtype):
+    """One row through one expert of width 1: silu of what is large, infinite, tiny or missing."""
+    big = 1e30
+    gates = torch.tensor([-big, -90.0, -1e-30, 0.0, 1e-30, 90.0, big, float("inf"), float("nan")], dtype=dtype)
+    gate_up = torch.stack([torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype)])[None]  # gate x, up 0 x
+    down = torch.ones(1, 1, 1, dtype=dtype)
+    one = plan_experts(torch.zeros(len(gates), 1, dtype=torch.int64), torch.ones(len(gates), 1, dtype=dtype), 1)
+    hidden = gates[:, None].clone().requires_grad_()
+    gate_up = gate_up.clone().requires_grad_()
+    moe_experts(hidden, gate_up, down, one, backend="native")[:7].sum().backward()
+    assert torch.equal(hidden.grad[:7], torch.zeros(7, 1, dtype=dtype))
+    act = torch.empty(len(gates), 1, dtype=dtype)
+    compiled._swiglu(torch.stack([gates, torch.ones_like(gates)], 1), act)
+    torch.testing.assert_close(act[:, 0], silu(gates), equal_nan=True, rtol=4 * torch.finfo(dtype).eps, atol=1e-35)
+    assert act[0, 0] == 0
+
+
+@needs_native
+def test_bits_do_not_depend_on_threads(generator):
+    before, results = torch.get_num_threads(), []
+    upstream = torch.randn(900, 40, generator=generator)
+    pre = torch.randn(900, 400, generator=generator)
+    mine, weights = torch.arange(0, 1800, 2), torch.rand(1800, generator=generator)
+    mine[1::2] = mine[::2] + 1  # both rows of every second token
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            act, d_act, d_pre = torch.empty(900, 200), pre[:, :200].contiguous(), torch.empty(900, 400)
+            d_weights, total = torch.zeros(1800), torch.zeros(900, 40)
+            compiled._swiglu(pre, act)
+            compiled._swiglu_backward(pre, mine, weights, d_act, d_pre, d_weights)
+            compiled._add_rows(upstream, mine, 2, weights, total)
+            results.append((act, d_act, d_pre, d_weights, total))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_grouped_products_of_pytorch(generator):
+    """The fallback for cards without Triton, on the CPU."""
+    sources = layer(generator, 50, 4, 16, 24, torch.float32)
+    for recompute in (False, True):
+        found, wanted = both_ways(
+            sources, lambda logits: route_experts(logits, 2), ("stock", "reference"), recompute=recompute
+        )
+        torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
+    hidden, gate_up, down, logits = sources
+    crowded = route_experts(logits.detach() + torch.tensor([0.0, 50.0, 0.0, 50.0]), 2)
+    gradient = torch.autograd.grad(moe_experts(hidden, gate_up, down, crowded, backend="stock").sum(), gate_up)[0]
+    assert (gradient[[0, 2]] == 0).all()
+    nobody = route_experts(logits[:0], 2)
+    assert moe_experts(hidden[:0], gate_up, down, nobody, backend="stock").shape == (0, 16)
+    with pytest.raises(NotImplementedError, match="backend='stock' takes float32.*multiples of 16 bytes.*H 16, I 24"):
+        moe_experts(hidden.double(), gate_up.double(), down.double(), crowded, backend="stock")
+    with pytest.raises(NotImplementedError, match="H 16, I 23"):
+        moe_experts(hidden, gate_up[:, :46], down[:, :, :23], crowded, backend="stock")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision(backend, generator):
     hidden, gate_up, down, logits = (x.detach() for x in layer(generator, dtype=torch.bfloat16))
     out = moe_experts(hidden, gate_up, down, route_experts(logits, 2), backend=backend)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch  # noqa: F401  (the ops below register themselves with it)
+from pathlib import Path
+
+import torch
 
 # Version of the binding's signatures that this Python code calls; csrc/binding.cpp carries the same number.
-INTERFACE = 6
+INTERFACE = 7
 
 _BUILD = "run `pip install -e . --no-build-isolation` or `python setup.py build_ext --inplace` in the checkout"
 
@@ -18,6 +20,8 @@ else:
     _reason = ""
     if _C.interface != INTERFACE:
         _reason = f"prism_fast._C was built from other sources (interface {_C.interface}, needed {INTERFACE}); {_BUILD}"
+    else:
+        _C.share_threads_of(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 
 
 def available() -> bool:

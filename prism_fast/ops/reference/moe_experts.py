@@ -28,17 +28,20 @@ def _expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 def _grouped(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
-    tokens, top_k = routing.experts.shape
-    token = routing.permutation // top_k
+    token = routing.permutation // routing.experts.shape[1]
     borders = routing.offsets.tolist()
     parts = [_expert(hidden[token[borders[e] : borders[e + 1]]], gate_up[e], down[e]) for e in range(gate_up.shape[0])]
-    kind = routing.weights.dtype
-    slots = torch.cat(parts).to(kind) * routing.weights.flatten()[routing.permutation, None]
+    return combine(torch.cat(parts), routing).to(hidden.dtype)
+
+
+def combine(rows: Tensor, routing: Routing) -> Tensor:
+    """[T, H] weighted sum, in the dtype of the weights, of the experts' rows [M, H] in the order of the permutation."""
+    tokens, top_k = routing.experts.shape
+    slots = rows.to(routing.weights.dtype) * routing.weights.flatten()[routing.permutation, None]
     # Back to the order of the assignments, then summed over top_k in a fixed order: no two slots add to one place.
-    back = torch.empty_like(routing.permutation).scatter(
-        0, routing.permutation, torch.arange(tokens * top_k, device=hidden.device)
-    )
-    return slots[back].view(tokens, top_k, down.shape[1]).sum(1).to(hidden.dtype)
+    numbers = torch.arange(tokens * top_k, device=rows.device)
+    back = torch.empty_like(routing.permutation).scatter(0, routing.permutation, numbers)
+    return slots[back].view(tokens, top_k, rows.shape[1]).sum(1)
 
 
 def _dense(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:

@@ -39,9 +39,9 @@ DEFAULT_TOKENS = {"digits": (48, 4), "files": (1024, 512)}
 ASSUMPTIONS = (
     "Optimizer: AdamW with two moments in the weights' dtype and one step count per tensor. Gradients have the "
     "weights' dtype and are freed after each update.",
-    "Activations: everything autograd keeps for the largest micro-batch, attention without stored scores, no gradient "
-    "checkpointing; with layout=padded rows are padded to the longest. Images of the micro-batch's prompts go through "
-    "the vision tower once each.",
+    "Activations: everything autograd keeps for the largest micro-batch (with model.gradient_checkpointing the input "
+    "of every layer and all of one), attention without stored scores; with layout=padded rows are padded to the "
+    "longest. Images of the micro-batch's prompts go through the vision tower once each.",
     "A response is as long as its limit allows; a demonstration's response is taken as eval.max_new_tokens long, a "
     "teacher's as long as a rollout. Caption and reasoning of one response share its length, padded each to all of it.",
     "Rollouts and evaluation keep one cache for all rows at once; while it grows, one layer's keys or values exist "
@@ -232,6 +232,7 @@ class _Planner:
     def __init__(self, config: Config, prompt: int, images: int) -> None:
         self.config, self.prompt, self.images = config, prompt, images
         self.dtype = DTYPES[config.model.dtype]
+        self.keeps = {"checkpointing": config.model.gradient_checkpointing}
         self.device = config.device
         if config.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -338,7 +339,7 @@ class _Planner:
         recomputed = scores > SAVE_LIMIT_BYTES
         return (
             Component("policy gradients", self.policy.weight_bytes),
-            Component("policy activations", language_activation_bytes(text, computed, self.dtype)),
+            Component("policy activations", language_activation_bytes(text, computed, self.dtype, **self.keeps)),
             self._vision(images),
             Component(
                 "scores of the vocabulary, " + ("recomputed" if recomputed else "kept"), 0 if recomputed else scores
@@ -365,7 +366,8 @@ class _Planner:
         else:  # it stands alone, each span padded to the longest
             computed = together * self.spans * (n + 1) * (self.prompt + response)
         scored = together * self.spans * (n + 1)
-        kept = language_activation_bytes(self.sparse.text_config, computed, self.dtype, sparse=True, scored=scored)
+        text = self.sparse.text_config
+        kept = language_activation_bytes(text, computed, self.dtype, sparse=True, scored=scored, **self.keeps)
         return (
             Component("discriminator gradients", self.critic.weight_bytes),
             Component("discriminator activations", kept),
@@ -378,7 +380,7 @@ class _Planner:
     def _vision(self, prompts: int) -> Component:
         vision = self.dense.vision_config
         patches = prompts * self.images * vision.spatial_merge_size**2
-        return Component("vision activations", vision_activation_bytes(vision, patches, self.dtype))
+        return Component("vision activations", vision_activation_bytes(vision, patches, self.dtype, **self.keeps))
 
     def _rollout_tokens(self, prompts: int, n: int, response: int) -> dict[str, int]:
         return {

@@ -1,8 +1,8 @@
 """What a model weighs, from its configuration alone: parameters, cache and the tensors kept for a backward pass.
 
 Models are instantiated on the meta device, which holds no numbers. The activation formulas count what autograd keeps in
-transformers' own modules (sdpa attention, no gradient checkpointing); the tests compare them with what a real
-forward keeps.
+transformers' own modules (sdpa attention); the tests compare them with what a real forward keeps. With gradient
+checkpointing each layer's input is kept, and all of the one layer that goes backward.
 """
 
 from __future__ import annotations
@@ -77,7 +77,13 @@ def kv_bytes_per_token(text: PreTrainedConfig, dtype: torch.dtype) -> int:
 
 
 def language_activation_bytes(
-    text: PreTrainedConfig, tokens: int, dtype: torch.dtype, *, sparse: bool = False, scored: int | None = None
+    text: PreTrainedConfig,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    sparse: bool = False,
+    scored: int | None = None,
+    checkpointing: bool = False,
 ) -> int:
     """Bytes that autograd keeps for a backward pass of the text trunk over ``tokens`` padded tokens.
 
@@ -85,7 +91,8 @@ def language_activation_bytes(
     the linear layers, the norms of queries and keys, attention (queries, keys, values, output, one float32 log-sum
     per head), and the MLP or, with ``sparse``, our router (its logits, weights and choices) and experts (the plan and
     the up-projection of ``top_k`` rows per token). ``scored``: rows that the last experts and the
-    final norm of a sparse trunk compute, where these are not all (``models.score_rows``).
+    final norm of a sparse trunk compute, where these are not all (``models.score_rows``). ``checkpointing``: what there
+    is at most in the backward pass.
     """
     e, wide = dtype.itemsize, max(4, dtype.itemsize)
     hidden = text.hidden_size
@@ -96,17 +103,22 @@ def language_activation_bytes(
     attention = 2 * e * (queries + keys) + 4 * text.num_attention_heads
     layer = 2 * norm + 2 * e * hidden + head_norms + attention
     layers, rotary, ids = text.num_hidden_layers, 2 * e * text.head_dim, 8
+    inputs = 0
+    if checkpointing:
+        inputs, layers, scored = layers * e * hidden, 1, None
     if not sparse:
-        return tokens * (layers * (layer + 4 * e * text.intermediate_size) + norm + rotary + ids)
+        return tokens * (inputs + layers * (layer + 4 * e * text.intermediate_size) + norm + rotary + ids)
     k, inner = text.num_experts_per_tok, text.moe_intermediate_size
     experts = e * text.num_experts + k * (wide + 8 + 8 + 2 * e * inner)
     last = tokens * (experts + norm)
     if scored is not None:  # gathered, with their places; the router still reads all rows
         last = scored * (experts + e * hidden + norm + 8)
-    return tokens * (layers * layer + (layers - 1) * experts + rotary + ids) + last
+    return tokens * (inputs + layers * layer + (layers - 1) * experts + rotary + ids) + last
 
 
-def vision_activation_bytes(vision: PreTrainedConfig, patches: int, dtype: torch.dtype) -> int:
+def vision_activation_bytes(
+    vision: PreTrainedConfig, patches: int, dtype: torch.dtype, *, checkpointing: bool = False
+) -> int:
     """Bytes that autograd keeps for a backward pass of the vision tower over ``patches`` (before merging)."""
     e = dtype.itemsize
     width = vision.hidden_size
@@ -117,5 +129,6 @@ def vision_activation_bytes(vision: PreTrainedConfig, patches: int, dtype: torch
     patch_width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     positions = 4 * 8 + 4 * 4  # four interpolated table rows and their weights
     rotary = 2 * 4 * (width // vision.num_heads)
-    per_patch = vision.depth * layer + merger + e * patch_width + positions + rotary
+    blocks = layer + vision.depth * e * width if checkpointing else vision.depth * layer
+    per_patch = blocks + merger + e * patch_width + positions + rotary
     return patches * per_patch + (patches // unit) * deepstack

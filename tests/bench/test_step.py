@@ -213,6 +213,24 @@ def test_wrong_arguments_are_refused(arguments):
     assert done.exit_code == 2
 
 
+def test_gradient_checkpointing_costs_a_forward_more_and_changes_nothing(rows):
+    sizes = widths(None)
+    found = {
+        row.column: row
+        for row in measure(
+            SHAPE, sizes, draw_weights(sizes, "cpu"), device="cpu", dtype=torch.float32, checkpointing=True, rounds=0
+        )
+    }
+    for name, row in found.items():
+        assert row.status == "ok", row.note
+        for phase, count in row.counts.items():
+            plain = dict(rows[name].counts[phase])
+            more = count.pop("flop") / max(plain.pop("flop"), 1.0)
+            assert count == plain
+            if phase == "discriminator":  # all of it has a backward and no output matrix
+                assert more == pytest.approx(4 / 3)
+
+
 @pytest.mark.gpu
 def test_real_widths_on_a_card():
     shape = Shape(prompt=64, response=16, teacher=16, rollouts=4)

@@ -246,7 +246,7 @@ def test_tables_state_the_assumptions(invoke):
         "peak of the stage",
         "KV cache",
         "tokens per step",
-        "no gradient checkpointing",
+        "with model.gradient_checkpointing",
         "assumed",
     ):
         assert text in shown, text

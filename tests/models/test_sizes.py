@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from prism_fast.models.checkpointing import use_gradient_checkpointing
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.forward import collate, language_outputs
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
@@ -22,8 +23,8 @@ from prism_fast.models.sizes import (
     vision_activation_bytes,
 )
 from prism_fast.models.upcycle import sparse_config
-
-from .conftest import SMALL
+from tests.support.live_bytes import LiveBytes
+from tests.support.small_policy import SMALL
 
 # Equal to the byte with the pinned versions; the next transformers may keep a small tensor more.
 TOLERANCE = 0.002
@@ -133,3 +134,28 @@ def test_vision_activations_are_what_autograd_keeps(processor, make_prompt, dtyp
     )
     computed = vision_activation_bytes(model.config.vision_config, len(prompt.pixel_values), dtype)
     assert kept == pytest.approx(computed, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gradient_checkpointing_saves_what_the_formulas_say(processor, make_prompt, make_rows, sparse):
+    """The peak of a step without and with it; what else there is then they have in common, but for the gradients that
+    exist by then: a twentieth of the difference."""
+    model = build_tiny_policy(processor, replace(SMALL, num_layers=8, vision_depth=6), 3)
+    backbone = build_discriminator(model, seed=3).backbone if sparse else model.model
+    prompt = make_prompt((128, 64))
+    batch = collate([prompt] * 8, range(8), make_rows([90] * 8), model_config=model.config, pad_id=processor.pad_id)
+    text, vision, tokens = backbone.config.text_config, backbone.config.vision_config, batch.input_ids.numel()
+    peaks, computed = [], []
+    for checkpointing in (False, True):
+        backbone.train().zero_grad()
+        if checkpointing:
+            use_gradient_checkpointing(backbone)
+        with LiveBytes() as live:
+            language_outputs(backbone, batch).last_hidden_state.sum().backward()
+        peaks.append(live.peak)
+        options = {"checkpointing": checkpointing}
+        computed.append(
+            language_activation_bytes(text, tokens, torch.float32, sparse=sparse, **options)
+            + vision_activation_bytes(vision, len(batch.pixel_values), torch.float32, **options)
+        )
+    assert peaks[0] - peaks[1] == pytest.approx(computed[0] - computed[1], rel=0.05)

@@ -217,5 +217,7 @@ def test_further_updates_of_the_discriminator_follow_the_one_that_gave_the_rewar
             {k: v for k, v in line.items() if not k.startswith("time/")} for line in metrics(folder, "align")
         ]
     (first, second), (same, other) = lines[1], lines[3]
-    assert same.pop("disc/tokens") == 3 * first.pop("disc/tokens") and same == first
+    for key in ("disc/tokens", "passes/discriminator_learned", "passes/discriminator_images"):
+        assert same.pop(key) == 3 * first.pop(key)
+    assert same == first and first["passes/discriminator_without_gradient"] == 0
     assert second["policy/tokens"] > 0 and other["score/caption"] != second["score/caption"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,6 +28,7 @@ app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=Fals
 console = Console()
 errors = Console(stderr=True)
 
+TRAINING = ("run", "resume", "sft", "warmup", "align", "rlvr", "eval")  # exit code 0 when they are told to stop
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check recipe, models and data, show the plan, write nothing.")]
 
 
@@ -176,6 +179,8 @@ def main() -> None:
     """Entry point: an error the user can cure is one message and exit code 1; anything else keeps its traceback."""
     # Before torch is imported: OpenMP threads that spin while they wait make a shared machine many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Seconds of imports lie before the first step; a run in progress handles the signals itself (train/signals.py).
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         app()
     except Exception as error:
@@ -187,6 +192,16 @@ def main() -> None:
             errors.print("`prism-fast doctor` shows what is missing or broken and how to get it")
         errors.print("(PRISM_FAST_TRACEBACK=1 shows where)", style="dim")
         sys.exit(1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Unwind, so that what is half-written is removed. Training has not begun yet or is over: its exit code says that
+    it stopped as told; that of a command which had something else to do says that it did not get there."""
+    os.write(2, f"stopped by {signal.Signals(number).name}; no step was in progress, nothing is lost\n".encode())
+    sys.exit(0 if sys.argv[1:2] and sys.argv[1] in TRAINING else 128 + number)
 
 
 def _curable(error: Exception) -> bool:

@@ -156,8 +156,8 @@ def open_run(config: Config, console: Console, *, resume: bool = False) -> Itera
         try:
             with _opened(config, console, folder, device, resume=resume) as run:
                 yield run
-        except Exception as error:
-            # Refused before the first step: nothing to keep, and nothing in the way of a second try.
+        except (Exception, SystemExit) as error:
+            # Refused or told to stop before the first step: nothing to keep, and nothing in the way of a second try.
             if not resume and not isinstance(error, (Stopped, NonFiniteError)) and _nothing_done(folder):
                 shutil.rmtree(folder)
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,37 @@ def test_a_stopped_run_says_how_to_go_on_and_a_failed_one_why(tmp_path, monkeypa
     monkeypatch.setattr(pipeline, "run_eval", _ends(Stopped("evaluation after eval")))
     code, shown = invoke("eval", "digits", "out=graded")
     assert code == 0 and "prism-fast resume graded" in shown
+
+
+@pytest.mark.parametrize(("name", "code"), [("run", 0), ("eval", 0), ("doctor", None), ("--help", None)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_steps(monkeypatch, capfd, name, code, number):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(sys, "argv", ["prism-fast", name])
+    monkeypatch.setattr(cli, "app", lambda: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == (128 + number if code is None else code)
+    assert capfd.readouterr().err == f"stopped by {number.name}; no step was in progress, nothing is lost\n"
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_while_libraries_are_imported(tmp_path):
+    """SIGTERM at the import of torch, which takes seconds: a line, exit code 0, and no run directory."""
+    code = (
+        "import os, signal, sys\n"
+        "class Signal:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'torch': os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.meta_path.insert(0, Signal)\n"
+        "sys.argv = ['prism-fast', 'run', 'digits']\n"
+        "from prism_fast.cli import main; main()"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "", done
+    assert done.stderr.startswith("stopped by SIGTERM") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("error", [ImportError("x", name="prism_fast.nothing"), ZeroDivisionError("x"), KeyError("x")])

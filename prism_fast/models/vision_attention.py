@@ -38,12 +38,16 @@ class BatchedVisionAttention(nn.Module):
         tokens = hidden_states.shape[0]
         q, k, v = self.qkv(hidden_states).view(tokens, 3, self.num_heads, -1).unbind(1)  # [N, heads, D]
         q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        if _has_varlen_kernel(q):
             longest = max(frame_lengths)
             out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=self.scaling)
         else:
             out = _by_size(q, k, v, frame_lengths, self.scaling)
         return self.proj(out.reshape(tokens, -1))
+
+
+def _has_varlen_kernel(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def _by_size(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from transformers import Qwen3VLConfig
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionAttention, Qwen3VLVisionModel
 
+from prism_fast.models import vision_attention
 from prism_fast.models.vision import encode_images
 from prism_fast.models.vision_attention import BatchedVisionAttention, use_batched_vision_attention
+from tests.support import varlen_kernels
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,17 @@ GRIDS = {
 }
 
 
+def played_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale):
+    """PyTorch's kernel for half precision on a card, any dtype on the CPU."""
+    sequences = varlen_kernels.pairs(cu_q, cu_k, max_q, max_k, len(q), len(k))
+    return varlen_kernels.attend(q, k, v, sequences, False, scale)[0]
+
+
+@pytest.mark.parametrize("varlen", [False, True], ids=["by size", "varlen"])
 @pytest.mark.parametrize("name", GRIDS)
-def test_features_and_gradients_equal_the_stock_tower(towers, generator, name):
+def test_features_and_gradients_equal_the_stock_tower(towers, generator, monkeypatch, name, varlen):
+    monkeypatch.setattr(vision_attention, "_has_varlen_kernel", lambda q: varlen)
+    monkeypatch.setattr(vision_attention, "varlen_attn", played_varlen)
     grid = torch.tensor(GRIDS[name])
     pixels = torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 8 * 8, generator=generator, dtype=torch.float64)
     results = []
@@ -75,3 +86,35 @@ def test_attention_is_called_once_per_size_and_asks_for_no_length(policy, make_p
     with torch.no_grad():
         encode_images(policy.model, pixels, grid)
     assert calls == [(1, 12), (3, 8), (1, 4)] * policy.config.vision_config.depth
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_error_against_float64_is_that_of_the_stock_module_on_the_card(dtype, generator):
+    """By the varlen kernel: twice the stock module's error plus 4 units in the last place, and no synchronisation."""
+    lengths, heads, width = (320, 4, 64, 320), 4, 72
+    config = Qwen3VLConfig(vision_config={"hidden_size": heads * width, "num_heads": heads}).vision_config
+    config._attn_implementation = "sdpa"
+    stock = Qwen3VLVisionAttention(config).to("cuda", dtype)
+    hidden = torch.randn(sum(lengths), heads * width, generator=generator).to("cuda", dtype)
+    upstream = torch.randn(hidden.shape, generator=generator).to("cuda", dtype)
+    angle = torch.randn(sum(lengths), width // 2, generator=generator).repeat(1, 2).cuda()
+    cu = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+
+    def run(module, kind, **known):
+        leaf = hidden.to(kind, copy=True).requires_grad_()
+        turn = (angle.cos(), angle.sin())
+        out = module(leaf, cu_seqlens=cu, position_embeddings=turn, **known)
+        return [out.detach(), *torch.autograd.grad(out, [leaf, *module.parameters()], upstream.to(kind))]
+
+    exact = run(copy.deepcopy(stock).double(), torch.float64)
+    theirs = run(stock, dtype)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = run(BatchedVisionAttention(stock), dtype, frame_lengths=lengths)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    unit = torch.finfo(dtype).eps
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert (a - c).norm() <= 2 * (b - c).norm() + 4 * unit * c.norm()
+        assert (a - c).abs().max() <= 2 * (b - c).abs().max() + 4 * unit * c.abs().max()

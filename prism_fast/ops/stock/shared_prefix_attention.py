@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..prefix_operator import attention_operator, dense_heads, sum_dtype
 from ..results import PrefixLayout
-from .device_calls import device_calls, kernel_for
+from .device_calls import device_calls
 from .host_calls import host_calls
 
 
@@ -34,8 +34,6 @@ def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayou
     if width != value_width:  # the kernels take one width; zeros change neither scores nor the values kept
         common = max(width, value_width)
         q, k, v = (F.pad(x, (0, common - x.shape[2])) for x in (q, k, v))
-    if q.is_cuda:
-        kernel_for(q)
     return _operator(q, k, v, *layout, scale)[0][..., :value_width]
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
 from prism_fast.algorithms.semantics import RELEASED_DIFFERS
 from prism_fast.config import Config, ConfigError, dump_config
+from prism_fast.data.digits import DigitsSpec, check_digits
 from prism_fast.models.checkpoints import open_weights, read_model_type, weight_files
 from prism_fast.models.processor import Processor
 from prism_fast.models.scorer import read_scorer
 from prism_fast.models.sizes import discriminator_size, policy_size
+from prism_fast.models.tokenizer import check_vocab_size
 from prism_fast.models.writing import DiskFullError, shown_bytes
 from prism_fast.plan import adamw_bytes, discriminator_config, make_plan, policy_config, summary
 from prism_fast.train.context import DTYPES, answer_checker, resolve_device
@@ -136,7 +139,9 @@ def _check_order(config: Config) -> None:
 
 def _check_models(config: Config) -> list[str]:
     found = []
-    if config.model.policy != "tiny":
+    if config.model.policy == "tiny":
+        check_vocab_size(config.model.tiny.vocab_size)
+    else:
         folder = Path(config.model.policy)
         policy_config(config)
         _read_headers(folder)
@@ -161,6 +166,7 @@ def _read_headers(folder: Path) -> None:
 def _check_data(config: Config) -> list[str]:
     data = config.data
     if data.source == "digits":
+        check_digits(DigitsSpec(**asdict(data.digits)))
         return ["data: the built-in digits, written when the run starts"]
     paths = {key: Path(value) if (value := getattr(data, key)) is not None else None for key in DATA_KEYS}
     files = DataFiles(**paths)

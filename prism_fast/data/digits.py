@@ -96,12 +96,20 @@ def write_digits(root: str | Path, spec: DigitsSpec, seed: int) -> DigitsFiles:
     return DigitsFiles.in_folder(root)
 
 
+def check_digits(spec: DigitsSpec) -> None:
+    """ValueError where the collection has too few digits for ``spec``."""
+    _pools(DigitCollection(), spec, np.random.default_rng(0))
+
+
+def _pools(collection: DigitCollection, spec: DigitsSpec, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    return split_pools(len(collection), spec.train_digits, spec.eval_images * DIGITS_PER_STRIP, rng)
+
+
 def _write_parts(files: DigitsFiles, spec: DigitsSpec, seed: int) -> None:
     # One generator per part: changing the size of one leaves the others as they are.
     pools, sft, sft_val, align, rlvr, held_out = np.random.default_rng(seed).spawn(6)
     collection = DigitCollection()
-    test_digits = spec.eval_images * DIGITS_PER_STRIP
-    train, val, test = split_pools(len(collection), spec.train_digits, test_digits, pools)
+    train, val, test = _pools(collection, spec, pools)
 
     strips = collection.strips(train, spec.sft_images, sft)
     write_sharegpt(files.sft, _demonstrations("sft", strips, spec.sft_questions, spec.noise, sft))

@@ -58,6 +58,15 @@ CHAT_TEMPLATE = """\
 _BYTES = 256
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """ValueError where ``vocab_size`` has no room for the bytes and the added tokens."""
+    added = len(SPECIAL_TOKENS + PLAIN_ADDED_TOKENS)
+    if vocab_size < _BYTES + added:
+        raise ValueError(
+            f"vocab_size must be at least {_BYTES + added} (256 bytes + {added} added tokens), got {vocab_size}"
+        )
+
+
 def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     """Train a tokenizer on ``corpus``; the result depends on the multiset of texts only (not on order, not on a seed).
 
@@ -68,13 +77,8 @@ def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     Raises:
         ValueError: ``vocab_size`` has no room for the bytes and the added tokens, or ``corpus`` is empty.
     """
+    check_vocab_size(vocab_size)
     added = SPECIAL_TOKENS + PLAIN_ADDED_TOKENS
-    floor = _BYTES + len(added)
-    if vocab_size < floor:
-        raise ValueError(
-            f"vocab_size must be at least {floor} (256 bytes + {len(added)} added tokens), got {vocab_size}"
-        )
-
     # The class itself supplies normalizer, pre-tokenizer and decoder, so training sees what encoding will see.
     backend = Qwen2Tokenizer(vocab={}, merges=[])._tokenizer
     trainer = trainers.BpeTrainer(

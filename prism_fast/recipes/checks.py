@@ -19,6 +19,7 @@ _AT_LEAST_1 = {
     *("dump_rollouts_every", "checkpoint_every", "keep_checkpoints", "max_image_pixels", "max_prompt_tokens"),
     *("workers", "max_answer_chars", "attempts", "concurrency"),
 }
+_ANY = {"target_margin"}  # a mean of differences; below any of them, the first evaluation ends the warm-up
 # Every other number must be 0 or more.
 _ABOVE_0 = {"lr", "clip_norm", "initializer_range", "continued_lr_scale", "score_clip", "timeout_s"}
 _AT_MOST = {
@@ -63,7 +64,7 @@ def check_yaml(text: str, *, mapping: bool) -> None:
 
 
 def check_numbers(config: Any) -> None:
-    """Every number of a configuration (nested dataclasses) is finite and in the range of its name; none is negative.
+    """Every number of a configuration (nested dataclasses) is finite and in the range of its name.
 
     Raises:
         ValueError: the first that is not, with its dotted key.
@@ -73,7 +74,7 @@ def check_numbers(config: Any) -> None:
         if not math.isfinite(value):
             raise ValueError(f"{key} must be a finite number, got {value!r}")
         size = section.split(".")[-1] in _SIZES and isinstance(value, int)
-        low = 1 if name in _AT_LEAST_1 or size else 0
+        low = -math.inf if name in _ANY else 1 if name in _AT_LEAST_1 or size else 0
         most = _AT_MOST.get(name, MAX_WHOLE if isinstance(value, int) else value)
         wanted = "positive" if name in _ABOVE_0 else f"{low} or more"
         wanted += f" and at most {most}" if name in _AT_MOST or value > most else ""

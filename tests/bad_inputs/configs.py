@@ -81,7 +81,6 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "negative noise": ("warmup.upcycle.noise_std=-1", "warmup.upcycle.noise_std must be 0 or more"),
     "more decay than updates": ("sft.decay_share=3", "sft.decay_share must be 0 or more and at most 1"),
     "an improvement of everything": ("sft.min_improvement=1", "sft.min_improvement must be 0 or more and below 1"),
-    "a margin the wrong way round": ("warmup.target_margin=-1", "warmup.target_margin must be 0 or more"),
     "a weight the wrong way round": ("align.weights=[-1,1]", "align.weights must be 0 or more"),
     "no weights": ("align.weights=[0,0]", "one of them above 0"),
     "learning rate of 3": ("rlvr.optimizer.lr=3", "rlvr.optimizer.lr must be positive and at most 1"),

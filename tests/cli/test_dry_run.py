@@ -162,10 +162,13 @@ def test_errors_are_those_a_run_would_meet(command, everything, policy_folder, d
         (["run", "out=full"], "full is not empty"),
         (["run", "device=cuda:99"], "cuda:99"),
         (["run", "stages=[]"], "stages is empty"),
+        (["run", "data.source=digits", "data.digits.train_digits=1700"], "1700 train and 603 test digits leave"),
+        (["run", "data.source=digits", "data.digits.sft_questions=9"], "there are 5 kinds of question"),
+        (["sft", "model.policy=tiny", "model.tiny.vocab_size=20"], "vocab_size must be at least"),
     ]
-    for (stage, override), words in cases:
-        code, message = command(stage, "digits", *everything, override, "--dry-run")
-        assert code == 1 and words in message and "Traceback" not in message, (stage, override, message)
+    for (stage, *overrides), words in cases:
+        code, message = command(stage, "digits", *everything, *overrides, "--dry-run")
+        assert code == 1 and words in message and "Traceback" not in message, (stage, overrides, message)
 
 
 def test_teacher_columns_are_asked_of_alignment_alone(command, everything, data_files):

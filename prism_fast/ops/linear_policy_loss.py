@@ -60,6 +60,7 @@ def linear_policy_loss(
         entropy: report the mean entropy; ``entropy_coef`` != 0 computes it in any case.
         All others: as in ``policy_loss``.
         weight_grad_out: [V, H] float32 or float64; the weight's gradient is added by this call, not by backward.
+            Without it the gradient of a half-precision weight is collected in a float32 matrix of the op's own.
             Backward must then be called with the gradient 1 (scale the loss through ``denominator``); any other gives
             NaN.
         compact_rows: as in ``linear_logprob``; rows of a group without advantage and clipped tokens have no gradient.

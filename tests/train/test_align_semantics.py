@@ -118,7 +118,7 @@ def test_the_printed_loss_is_the_plain_one(generator):
         (["semantics=paper", "align.advantage=rlvr"], "'default' with semantics=paper"),
         (["align.discriminate=response", "align.weights=[0.3,0.7]"], "align.weights must be left out: one score"),
         (["align.discriminate=whole"], "align.discriminate"),
-        (["align.discriminator.score_clip=0"], "score_clip must be positive or null"),
+        (["align.discriminator.score_clip=0"], "score_clip must be positive"),
         (["align.discriminator.score_reg=-1"], "score_reg must be 0 or more"),
         (["semantics=papr"], "semantics"),
     ],

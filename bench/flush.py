@@ -37,8 +37,8 @@ def main() -> None:
     if result["machine"]["card"] and result["data"]:  # measured on a card: this is what gets committed
         card = re.sub(r"[^a-z0-9]+", "_", result["machine"]["card"].lower())
         (a.out.parent / f"record-{a.section}-{card}-{result['machine']['date']}.json").write_text(text)
-    print(f"{a.section:<8} {status:<7} {result['seconds']:>6} s of {a.cap:.0f} s   {a.out.name}")
-    if a.section == "ops" and result["data"]:
+    print(f"{a.section:<9} {status:<7} {result['seconds']:>6} s of {a.cap:.0f} s   {a.out.name}")
+    if a.section in ("ops", "attention") and result["data"]:
         print(*(f"  {line}" for line in short(result["data"]["rows"])), sep="\n")
 
 

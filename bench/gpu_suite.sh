@@ -17,9 +17,9 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results}
-SECTIONS=(build tests ops gemm step digits)
-# Seconds on one H200: 515 in all, the rest of 9 minutes is for start-up and for ending what is cut.
-declare -A CAP=([build]=100 [tests]=120 [ops]=125 [gemm]=50 [step]=75 [digits]=45)
+SECTIONS=(build tests ops attention gemm step digits)
+# Seconds on one H200: 530 in all, the rest of 9 minutes is for start-up and for ending what is cut.
+declare -A CAP=([build]=100 [tests]=120 [ops]=105 [attention]=35 [gemm]=50 [step]=75 [digits]=45)
 
 cpu=
 only=()
@@ -84,6 +84,11 @@ section_ops() {
     "$PYTHON" -m prism_fast.cli bench ops ${cpu:+--cpu} --seconds 2 --json "$scratch/ops.data.json" ${BENCH_OPS_ARGS:-}
 }
 
+section_attention() {
+    # The last of the ops above, which the cap there may cut.
+    "$PYTHON" -m prism_fast.cli bench ops ${cpu:+--cpu} --op attention --seconds 2 --json "$scratch/attention.data.json"
+}
+
 section_gemm() { "$PYTHON" bench/gemm_probe.py ${cpu:+--smoke} --json "$scratch/gemm.data.json" ${GEMM_PROBE_ARGS:-}; }
 
 section_step() {
@@ -120,7 +125,7 @@ after_digits() {
 status=0
 summary=()
 : > "$OUT/suite.log"
-export -f section_build section_tests section_ops section_gemm section_step section_digits
+export -f section_build section_tests section_ops section_attention section_gemm section_step section_digits
 export PYTHON scratch cpu
 for name in "${SECTIONS[@]}"; do
     [[ " ${only[*]} " == *" $name "* ]] || continue

@@ -27,7 +27,7 @@ def test_it_parses():
 def test_sections_and_caps():
     done = suite("--list")
     caps = {name: int(seconds) for name, seconds in map(str.split, done.stdout.splitlines())}
-    assert list(caps) == ["build", "tests", "ops", "gemm", "step", "digits"]
+    assert list(caps) == ["build", "tests", "ops", "attention", "gemm", "step", "digits"]
     assert caps["digits"] <= 120 and sum(caps.values()) < 10 * 60 - 30  # the rest is start-up and killing what is cut
 
 
@@ -100,5 +100,5 @@ def test_unmeasured_names_every_section():
     text = (ROOT / "bench" / "UNMEASURED.md").read_text()
     records = (ROOT / "bench" / "results").glob("record-*.json")
     measured = {p.name.split("-")[1] for p in records if "-cpu-" not in p.name}
-    for section in {"tests", "ops", "gemm", "step", "digits"} - measured:
+    for section in {"tests", "ops", "attention", "gemm", "step", "digits"} - measured:
         assert f"--only {section}" in text, section

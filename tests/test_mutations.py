@@ -236,13 +236,13 @@ MUTATIONS = {
         REFERENCE + "softmax_rows", "z.div_(temperature)\n    top =", "z.mul_(temperature)\n    top =", logprob_vectors
     ),
     "temperature missing from the gradient": Mutation(
-        REFERENCE + "softmax_rows", "z.div_(temperature)\n    if slope", "if slope", logprob_gradients
+        REFERENCE + "softmax_rows", "0.0, factor / temperature)", "0.0, factor)", logprob_gradients
     ),
     "entropy gradient without the entropy": Mutation(
-        REFERENCE + "softmax_rows", "(z + entropy[:, None])", "z.clone()", logprob_gradients
+        REFERENCE + "softmax_rows", "coefficient.add_(entropy[:, None])", "coefficient", logprob_gradients
     ),
     "idle rows not cleared": Mutation(
-        REFERENCE + "softmax_rows", "return z.masked_fill_(idle[:, None], 0.0)", "return z", idle_rows
+        REFERENCE + "softmax_rows", "    clear_rows_(e, idle)\n", "", idle_rows
     ),
     "ties made by the clamp": Mutation(
         REFERENCE + "pairwise_loss", "same = teacher[row] == student", "same = margin == 0.0", ties

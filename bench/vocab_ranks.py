@@ -5,8 +5,8 @@ first rank, the others wait), ``shared`` (``linear_logprob`` with ``vocab_group`
 itself, nothing travels) and ``traffic`` (the gather and the sum alone, on tensors of the same sizes). They take turns.
 Results and gradients of ``shared`` are compared with float64 on every rank in the same run; exit code 1 if they differ.
 
-    python3 bench/vocab_ranks.py                      two cards, NCCL
-    python3 bench/vocab_ranks.py --device cpu         two processes, gloo, small shape: the program, not the figures
+    python3 -m prism_fast.bench.vocab_ranks                   two cards, NCCL
+    python3 -m prism_fast.bench.vocab_ranks --device cpu      two processes, gloo: the program, not the figures
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -139,5 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
     main()

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,23 +13,11 @@ import torch
 from prism_fast.bench import vocab_ranks
 from prism_fast.bench.ops import heads
 
-SCRIPT = Path(vocab_ranks.__file__)
-
 
 def test_two_processes_agree_with_float64(tmp_path):
     out = tmp_path / "ranks.json"
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--device",
-        "cpu",
-        "--rounds",
-        "1",
-        "--shape",
-        "24x8x41",
-        "--json",
-        str(out),
-    ]
+    command = [sys.executable, "-m", "prism_fast.bench.vocab_ranks", "--device", "cpu", "--rounds", "1"]
+    command += ["--shape", "24x8x41", "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())

@@ -1,0 +1,235 @@
+"""Tiles of the expert products: each product of a mixture-of-experts layer alone, at every tile worth a try.
+
+Tells whether another tile or a deeper pipeline would be faster than the table's (kernels/moe/tiles.py; its line stands
+first), and whether tensor copies would: beside ours stand torch.mm and our persistent product with tensor copies,
+expert by expert on rows that are gathered already, without the activation or the routing weights that ours computes
+along. Providers take turns in one process and are checked against float64 in the same run; exit code 1 if one is wrong.
+
+    python3 -m prism_fast.bench.expert_tiles                      32,768 tokens, H 2048, I 6144, 4 experts, top-2
+    python3 -m prism_fast.bench.expert_tiles --product up --shape 32768x2048x768x128x8
+    python3 -m prism_fast.bench.expert_tiles --smoke              the program, in Triton's interpreter
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from prism_fast.bench.gemm_probe import Row, line, measured_ceiling, milliseconds, percentiles
+from prism_fast.bench.ops.machine import machine
+
+SHAPE, SMOKE = (32768, 2048, 6144, 4, 2), (40, 32, 48, 3, 2)  # tokens, hidden, inner, experts, top_k
+PRODUCTS = ("up", "down", "act", "weights", "back")
+LIMIT = 2e-2  # normwise relative error in bfloat16
+
+
+class Layer(NamedTuple):
+    """hidden and g [T, H], gate_up [E, 2I, H], down [E, H, I], pre [M, 2I], act [M, I] by slot, weights [T, k] float32,
+    permutation [M] and offsets [E + 1] of the plan, rows [M] the token of a slot, borders: offsets on the host."""
+
+    hidden: Tensor
+    g: Tensor
+    gate_up: Tensor
+    down: Tensor
+    pre: Tensor
+    act: Tensor
+    weights: Tensor
+    permutation: Tensor
+    offsets: Tensor
+    rows: Tensor
+    borders: list[int]
+
+
+def make_layer(shape: tuple[int, ...], device: str) -> Layer:
+    from prism_fast import ops
+
+    tokens, hidden, inner, experts, top_k = shape
+    generator = torch.Generator(device).manual_seed(sum(shape))
+
+    def noise(*size: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(size, generator=generator, device=device)).bfloat16()
+
+    plan = ops.route_experts(noise(tokens, experts).float(), top_k, backend="reference")
+    slots = tokens * top_k
+    return Layer(
+        noise(tokens, hidden), noise(tokens, hidden), noise(experts, 2 * inner, hidden, scale=hidden**-0.5),
+        noise(experts, hidden, inner, scale=inner**-0.5), noise(slots, 2 * inner), noise(slots, inner),
+        plan.weights.float().contiguous(), plan.permutation.contiguous(), plan.offsets.contiguous(),
+        plan.permutation.long() // top_k, plan.offsets.tolist(),
+    )  # fmt: skip
+
+
+class Product(NamedTuple):
+    """One product: ``pairs()`` the operands per expert, ``ours(tile)`` what is timed, ``seen`` of it what is compared
+    with ``exact(plain)``, where ``plain`` holds the products of the pairs in float64. ``tile``: its name in the table.
+    """
+
+    flop: float
+    pairs: Callable[[], list[tuple[Tensor, Tensor]]]
+    ours: Callable[[object], object]
+    seen: Callable[[object], Tensor]
+    exact: Callable[[list[Tensor]], Tensor]
+    tile: str
+
+
+def products(x: Layer) -> dict[str, Product]:
+    from prism_fast.kernels import moe
+
+    (tokens, hidden), inner, top_k = x.hidden.shape, x.down.shape[2], x.weights.shape[1]
+    slots = tokens * top_k
+    parts = [slice(a, b) for a, b in zip(x.borders, x.borders[1:], strict=False)]
+    plan = (x.permutation, x.offsets)
+    gathered, g = x.hidden[x.rows], x.g[x.rows]  # [M, H] by slot
+
+    def up(tile) -> Tensor:
+        pre = torch.empty_like(x.pre)
+        moe.up_product(x.hidden, x.gate_up, *plan, top_k, tile, pre=pre, act=torch.empty_like(x.act))
+        return pre
+
+    def share(plain: list[Tensor]) -> Tensor:
+        """Gradient of the routing weights, by slot: what ``act_gradient`` sums over a row of its product."""
+        gate, up = x.pre.double().chunk(2, 1)
+        return (torch.cat(plain) * silu(gate) * up).sum(1)
+
+    def by_slot(of_assignment: Tensor) -> Tensor:
+        return of_assignment[x.permutation.long()]
+
+    def as_is(found: Tensor) -> Tensor:
+        return found
+
+    flop = 2.0 * slots * hidden * inner
+    return {
+        "up": Product(
+            2 * flop, lambda: [(gathered[p], w.t()) for p, w in zip(parts, x.gate_up, strict=True)],
+            up, as_is, torch.cat, "up",
+        ),
+        "down": Product(
+            flop, lambda: [(x.act[p], w.t()) for p, w in zip(parts, x.down, strict=True)],
+            lambda tile: moe.rows_product(x.act, x.down, *plan, tile), by_slot, torch.cat, "rows",
+        ),
+        "act": Product(
+            flop, lambda: [(g[p], w) for p, w in zip(parts, x.down, strict=True)],
+            lambda tile: moe.act_gradient(x.g, x.down, x.pre, x.weights, *plan, tile),
+            lambda found: by_slot(found[2].flatten()), share, "act",
+        ),
+        "weights": Product(
+            flop, lambda: [(g[p].t(), x.act[p]) for p in parts],
+            lambda tile: moe.weight_gradient(x.down, x.g, x.act, *plan, top_k, tile, gather_a=True, gather_b=False),
+            as_is, torch.stack, "weights",
+        ),
+        "back": Product(
+            2 * flop, lambda: [(x.pre[p], w) for p, w in zip(parts, x.gate_up, strict=True)],
+            lambda tile: moe.rows_product(x.pre, x.gate_up.transpose(1, 2), *plan, tile), by_slot, torch.cat, "rows",
+        ),
+    }  # fmt: skip
+
+
+def candidates(tile) -> list:
+    """The table's tile, and those that differ from it in one thing."""
+    found = [tile]
+    for stages in (tile.stages - 1, tile.stages + 1, tile.stages + 2):
+        found.append(tile._replace(stages=max(2, stages)))
+    found.append(tile._replace(warps=4 if tile.warps == 8 else 8))
+    found += [tile._replace(k=k) for k in (tile.k // 2, tile.k * 2) if k >= 16]
+    found += [tile._replace(n=n) for n in (tile.n // 2, tile.n * 2) if 16 <= n <= 256]
+    found += [tile._replace(m=m) for m in (tile.m // 2, tile.m * 2) if 16 <= m <= 256]
+    return list(dict.fromkeys(found))
+
+
+def measure(name: str, product: Product, tile, device: str, rounds: int, ceiling: float | None) -> list[Row]:
+    from prism_fast.kernels.gemm import matmul
+
+    pairs = product.pairs()
+    plain = [a.double() @ b.double() for a, b in pairs]
+    calls: dict[str, Callable[[], object]] = {
+        "torch.mm": lambda: [torch.mm(a, b) for a, b in pairs],
+        "tensor copies": lambda: [matmul(a, b) for a, b in pairs if len(a)],
+    }
+    for t in candidates(tile):
+        calls[f"ours {t.m}x{t.n}x{t.k} s{t.stages} w{t.warps}"] = lambda t=t: product.ours(t)
+    own = list(calls)[2]
+    wanted, shape = product.exact(plain), "+".join(str(len(a)) for a, _ in pairs[:4])
+    rows, times = {}, {}
+    for provider, call in calls.items():
+        rows[provider] = row = Row(name, provider, shape, "bfloat16", "ok")
+        try:
+            found = call()
+        except Exception as error:
+            # Too large for the card, or refused by the compiler: expected of a tile that is tried, not of the table's.
+            if "CUDA error" in str(error) or provider == own:
+                raise
+            row.status, row.note = "unsupported", f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        if provider.startswith("ours"):
+            got, exact = product.seen(found), wanted
+        else:
+            got, exact = (torch.cat([part.flatten() for part in parts]) for parts in (found, plain))
+        row.error_norm = ((got.double() - exact).norm() / exact.norm()).item()
+        if not row.error_norm <= LIMIT:  # NaN is bad
+            row.status, row.note = "wrong", f"error above {LIMIT}"
+        else:
+            times[provider] = []
+    del plain, wanted
+    for turn in range(rounds + 2):
+        for provider in times:
+            spent = milliseconds(calls[provider], device)
+            if turn >= 2:  # two rounds of warm-up
+                times[provider].append(spent)
+    for provider, spent in times.items():
+        row = rows[provider]
+        row.ms_p20, row.ms_p50, row.ms_p80 = percentiles(spent)
+        row.tflops = product.flop / row.ms_p50 / 1e9
+        row.ceiling_percent = 100 * row.tflops / ceiling if ceiling else None
+    return list(rows.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--product", choices=PRODUCTS, action="append", help="only this one (repeatable)")
+    parser.add_argument("--shape", type=lambda text: tuple(map(int, text.split("x"))), help="TxHxIxExk")
+    parser.add_argument("--json", type=Path, help="written anew after every product")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, in Triton's interpreter")
+    parser.add_argument("--rounds", type=int, default=10)
+    a = parser.parse_args()
+    if a.rounds < 2 or (a.shape is not None and len(a.shape) != 5):
+        parser.error("--rounds takes 2 or more, --shape tokens x hidden x inner x experts x top_k")
+    if a.smoke:
+        os.environ["TRITON_INTERPRET"] = "1"
+        from tests.support import triton_bf16
+
+        triton_bf16.install()
+    elif not torch.cuda.is_available():
+        raise SystemExit("expert_tiles: no GPU here; --smoke runs tiny shapes in Triton's interpreter")
+    from prism_fast.kernels import moe
+
+    device = "cpu" if a.smoke else "cuda"
+    x = make_layer(a.shape or (SMOKE if a.smoke else SHAPE), device)
+    small = moe.Tile(32, 32, 32, 2, 4)
+    table = moe.Tiles(small, small, small, small) if a.smoke else moe.tiles_for(x.hidden)
+    ceiling = measured_ceiling(device)
+    rows: list[Row] = []
+    for name, product in products(x).items():
+        if a.product and name not in a.product:
+            continue
+        found = measure(name, product, getattr(table, product.tile), device, a.rounds, ceiling)
+        rows += found
+        print(*map(line, found), sep="\n", flush=True)
+        if a.json:
+            result = {"machine": machine(), "ceiling_tflops": ceiling, "rows": [asdict(r) for r in rows]}
+            a.json.write_text(json.dumps(result, indent=1) + "\n")
+    wrong = [row for row in rows if row.status == "wrong"]
+    if wrong:
+        raise SystemExit("expert_tiles: wrong results:\n" + "\n".join(f"{line(r)} {r.error_norm}" for r in wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -209,7 +209,7 @@ class _Reader:
         return [column for _, column, _ in self.spans(part)]
 
     def ends(self, part: Part) -> Ends:
-        return self._ends(self.step, part, logits=self.aux_coef > 0)
+        return self._ends(self.step, part, logits=bool(self.aux_coef))
 
     def _ends(self, step: Step, part: Part, *, logits: bool) -> Ends:
         wanted = {"output_router_logits": True} if logits else {}

@@ -74,13 +74,16 @@ def scored(logits, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["large", "equal", "one_hot", "very_negative", "wide"])
+@pytest.mark.parametrize("kind", ["large", "equal", "one_hot", "sure", "very_negative", "wide"])
 def test_adversarial_logits(kind, dtype, generator):
     n, vocabulary = 9, 130
     logits = {
         "large": torch.where(torch.rand(n, vocabulary, generator=generator) < 0.5, 1e4, -1e4),
         "equal": torch.full((n, vocabulary), 123.0),
         "one_hot": torch.zeros(n, vocabulary).scatter_(1, torch.arange(n)[:, None] * 14, 50.0),
+        "sure": torch.zeros(n, vocabulary).scatter_(
+            1, torch.arange(n)[:, None] * 14, torch.linspace(20, 11, n)[:, None]
+        ),
         "very_negative": -3e4 + torch.randn(n, vocabulary, generator=generator) * 64,
         "wide": torch.randn(n, vocabulary, generator=generator) * 300,
     }[kind].to(dtype)

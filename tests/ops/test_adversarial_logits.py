@@ -11,7 +11,7 @@ import torch
 from prism_fast.ops import linear_logprob, selected_logprob
 
 N, V = 12, 257
-KINDS = ("large", "equal", "one_hot", "very negative", "large norms")
+KINDS = ("large", "equal", "one_hot", "sure", "very negative", "large norms")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -21,6 +21,10 @@ def logits_of(kind: str, generator: torch.Generator) -> torch.Tensor:
         "large": torch.where(noise < 0, -1e4, 1e4),
         "equal": torch.full((N, V), 7.25, dtype=torch.float64),
         "one_hot": torch.zeros(N, V, dtype=torch.float64).scatter_(1, torch.arange(N)[:, None] * 20, 60.0),
+        # Probabilities of 1 - 5e-7 and so on down to 1 - 0.003: what is left of 1 - p is most of the gradient.
+        "sure": torch.zeros(N, V, dtype=torch.float64).scatter_(
+            1, torch.arange(N)[:, None] * 20, torch.linspace(20, 11, N, dtype=torch.float64)[:, None]
+        ),
         "very negative": noise - 1e4,
         "large norms": noise * 400,
     }[kind]

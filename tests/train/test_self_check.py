@@ -18,6 +18,7 @@ from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.packing import PromptGroup, SharedImages
 from prism_fast.models.policy import build_tiny_policy
 from prism_fast.models.processor import Processor
+from prism_fast.models.scorer import SpanSwitches
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train import layouts
@@ -262,6 +263,29 @@ def test_a_wrong_packing_stops_the_update(processor, groups, monkeypatch, spoil,
         update(engine, processor, groups, kind)
     assert engine.updates == 0 and all(torch.equal(before[n], p) for n, p in engine.model.named_parameters())
     assert all(p.grad is None and p.requires_grad for p in engine.model.parameters())
+
+
+def test_a_routing_bias_that_packed_rows_forget_is_noticed(processor, prompts, generator, monkeypatch):
+    switches = SpanSwitches(routing_bias="span")
+    model = build_discriminator(build_tiny_policy(processor, SIZE, seed=2), seed=3, noise_std=0.3, switches=switches)
+    with torch.no_grad():
+        model.routing_bias.normal_(0.0, 3.0, generator=generator)
+    prepare("shared_prefix", model.backbone)
+    spans = [(tokens(generator, 9), tokens(generator, 14)) for _ in range(3)]
+    groups = [SpanGroup(prompts[1], spans[0], spans[1:])]
+    some = choose([group.computed() for group in groups])
+    options = {"budget": WHOLE, "pad_id": processor.pad_id}
+    read = end_states(model, groups)
+    assert 0 < check_packing(model.backbone, some, read, **options) < TOLERANCE[torch.float32]
+    assert model.routing_bias.grad is None
+    right = layouts.packed_outputs
+
+    def forgets(*args, span_bias, **kwargs):
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(layouts, "packed_outputs", forgets)
+    with pytest.raises(PackingError, match="states"):
+        check_packing(model.backbone, some, read, **options)
 
 
 @pytest.mark.parametrize("stage", ["warmup", "align", "rlvr"])

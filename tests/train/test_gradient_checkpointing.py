@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import build_tiny_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
+from prism_fast.report.html import write_report
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train import sft
 from prism_fast.train.discriminator_update import SpanGroup, discriminate
@@ -137,3 +139,45 @@ def test_sft(processor, prompts):
 def test_what_is_no_model_is_refused():
     with pytest.raises(ValueError, match="Linear holds no model of transformers"):
         use_gradient_checkpointing(nn.Linear(2, 2))
+
+
+def lines(folder) -> list[dict]:
+    """Metrics without wall-clock."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
+
+
+def test_every_stage_takes_it_from_the_configuration_and_says_which_passes_ran(finished, run_again, tmp_path):
+    short = [
+        "sft.max_updates=2",
+        "sft.eval_every=2",
+        "align.steps=1",
+        "rlvr.steps=1",
+        "rlvr.prompts=8",
+        "warmup.eval_every=1",
+    ]
+    short += ["warmup.max_updates=1", "data.eval=null", f"model.policy={finished / 'export' / 'sft'}"]
+    found = {}
+    for on in ("false", "true"):
+        folder = run_again(tmp_path / on, *short, f"model.gradient_checkpointing={on}")
+        found[on] = lines(folder)
+    stages: dict[str, int] = {}
+    for plain, again in zip(found["false"], found["true"], strict=True):
+        for model in ("policy", "discriminator"):
+            learned, recomputed = f"passes/{model}_learned", f"passes/{model}_recomputed"
+            if learned not in plain:
+                continue
+            name = f"{plain['stage']} {model}"
+            stages[name] = stages.get(name, 0) + plain[learned]
+            assert plain.pop(recomputed) == 0 and again.pop(recomputed) == again[learned]
+            # No scoring apart from learning, no old log-probs, no reference.
+            assert plain[f"passes/{model}_without_gradient"] == 0
+        assert plain == again
+    assert set(stages) == {
+        *("sft policy", "sft_continued policy", "warmup discriminator"),
+        *("align policy", "align discriminator", "rlvr policy"),
+    }
+    assert min(stages.values()) > 0, stages
+    page = write_report(tmp_path / "true").read_text(encoding="utf-8")
+    for name in ("learned", "without_gradient", "recomputed", "images"):
+        assert f"policy_{name} (passes)" in page and f"discriminator_{name} (passes)" in page

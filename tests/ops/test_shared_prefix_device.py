@@ -226,9 +226,3 @@ def test_error_against_float64_is_that_of_eager_attention_on_the_card(dtype, wid
     moved = stock_on_card(*inputs)
     assert torch.equal(moved[:200], base[:200]) and torch.equal(moved[370:], base[370:])
     assert not torch.equal(moved[200:370], base[200:370])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        stock_on_card(*leaves).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

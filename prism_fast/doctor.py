@@ -75,7 +75,7 @@ def packages(requirements: Iterable[tuple[Requirement, str | None]]) -> list[Che
     """Every declared package: present, absent, outside its range, or not importable. Packages of extras are looked up,
     not imported (some take a minute); one outside its range is broken, for it would be used."""
     checks: dict[str, Check] = {}
-    for requirement, extra in requirements:
+    for requirement, extra in sorted(requirements, key=lambda entry: entry[1] == "test"):  # users want the others
         if requirement.name in checks:
             continue  # required anyway, or in another extra too
         marker = requirement.marker

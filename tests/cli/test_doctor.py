@@ -95,6 +95,12 @@ def test_packages(versions, text, extra, version, state, words):
         assert f"pip install '{requirement.name}{requirement.specifier}'" == found[0].cure
 
 
+def test_a_package_of_two_extras_is_named_with_the_one_for_users(versions):
+    versions(**{"liger-kernel": None})
+    listed = [(Requirement("liger-kernel>=0.8.5"), extra) for extra in ("test", "gpu")]
+    assert "'.[gpu]'" in one(doctor.packages(listed), "liger-kernel").cure
+
+
 def test_a_package_that_cannot_be_imported_is_broken(monkeypatch):
     real = importlib.import_module
 

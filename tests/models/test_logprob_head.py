@@ -144,3 +144,33 @@ def test_sharded_head_gathers_its_weight_forward_and_backward(save, one_rank, ge
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     with pytest.raises(NotImplementedError, match="the weight is a DTensor inside forward"):
         LogProbHead.forward(sharded, hidden, labels)
+
+
+@pytest.mark.parametrize("save", ["logits", "recompute"])
+def test_a_weight_that_is_there_only_while_its_module_runs(save, generator):
+    """As ZeRO-3 holds it: gathered by hooks before the module's forward and backward, empty at any other time."""
+    hidden, labels = inputs(generator)
+    plain, head = LogProbHead(H, V), LogProbHead(H, V)
+    head.load_state_dict(plain.state_dict())
+    full = head.weight.detach().clone()
+
+    def gather(*_):
+        head.weight.data = full.clone()
+
+    def release(*_):
+        head.weight.data = full.new_empty(0)
+
+    release()
+    head.register_forward_pre_hook(gather)
+    head.register_forward_hook(release)
+    head.register_full_backward_pre_hook(gather)
+    gradients = []
+    head.weight.register_post_accumulate_grad_hook(lambda weight: gradients.append(weight.grad.clone()) or release())
+    x, y = (hidden.clone().requires_grad_() for _ in range(2))
+    logp = head(x, labels, save=save).logp
+    assert head.weight.shape == (0,), "released between forward and backward"
+    logp.sum().backward()
+    plain(y, labels, save=save).logp.sum().backward()
+    assert head.weight.shape == (0,) and torch.equal(gradients[0], plain.weight.grad) and torch.equal(x.grad, y.grad)
+    with pytest.raises(ValueError, match=r"weight must have shape \[any, 8\], got \[0\]"):  # from outside of the module
+        ops.linear_logprob(hidden.view(-1, H), head.weight, labels.view(-1))

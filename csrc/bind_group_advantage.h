@@ -1,31 +1,78 @@
 #pragma once
 
-#include "bind.h"
+#include "bind_tensor.h"
 #include "group_advantage.h"
 
 namespace prism::bind::group_advantage_ {
 
-// By position, like the policy loss.
+// The tensors as the kernels read them; false where one of them is not: nothing is computed then.
 template <class T>
-void run(
-    Address scores, int64_t row_stride, int64_t column_stride, Address group, Address weights, Address valid, Address gate,
-    Address offset, Address out, Address workspace, int64_t rows, int columns, int normalize, int invalid, double eps,
-    double invalid_penalty, double power, bool singleton_identity, bool per_score, int threads, const py::object& stream
+bool read(
+    Reader& reader, AdvantageArguments<T>& a, const py::handle& group, const py::handle& weights, const py::handle& valid,
+    const py::handle& gate, const py::handle& offset
 ) {
-    const AdvantageArguments<T> a{
-        at<const T>(scores), row_stride,         column_stride,      at<const int64_t>(group),
-        at<const T>(weights), at<const bool>(valid), at<const T>(gate), at<const T>(offset),
-        at<T>(out),          at<double>(workspace), rows,             columns,
-        {static_cast<Normalize>(normalize), static_cast<Invalid>(invalid), eps, invalid_penalty, power, singleton_identity,
-         per_score}};
+    const dlpack::Tensor& scores = reader.like();
+    if (!reader.fits() || scores.dims != 2 || !holds<T>(scores)) return false;
+    a.scores = first<const T>(scores);
+    a.score_row_stride = scores.strides[0];
+    a.score_column_stride = scores.strides[1];
+    a.rows = scores.sizes[0];
+    a.columns = static_cast<int>(scores.sizes[1]);
+    a.group = reader.column<const int64_t>(group, a.rows);
+    a.weights = reader.column<const T>(weights, a.columns);
+    a.valid = reader.column<const bool>(valid, a.rows);
+    a.gate = reader.column<const T>(gate, a.rows);
+    a.offset = reader.column<const T>(offset, a.rows);
+    return reader.fits() && !group.is_none() && !weights.is_none();
+}
+
+inline bool fits(
+    const py::handle& scores, const py::handle& group, const py::handle& weights, const py::handle& valid,
+    const py::handle& gate, const py::handle& offset
+) {
+    Reader reader(scores);
+    AdvantageArguments<float> narrow{};
+    AdvantageArguments<double> wide{};
+    return holds<float>(reader.like()) ? read(reader, narrow, group, weights, valid, gate, offset)
+                                       : read(reader, wide, group, weights, valid, gate, offset);
+}
+
+template <class T>
+bool run_in(
+    Reader& reader, AdvantageArguments<T> a, const py::handle& group, const py::handle& weights, const py::handle& valid,
+    const py::handle& gate, const py::handle& offset, const py::handle& out, Address workspace, int threads,
+    const py::object& stream
+) {
+    if (!read(reader, a, group, weights, valid, gate, offset)) return false;
+    a.out = allocated<T>(out);
+    a.workspace = at<double>(workspace);
     dispatch(
         stream, [&] { group_advantage_cpu(a, threads); }, [&](void* cuda) { return group_advantage_cuda(a, cuda); }
     );
+    return true;
+}
+
+// By position, like the policy loss.
+inline bool run(
+    const py::handle& scores, const py::handle& group, const py::handle& weights, const py::handle& valid,
+    const py::handle& gate, const py::handle& offset, const py::handle& out, int normalize, int invalid, double eps,
+    double invalid_penalty, double power, bool singleton_identity, bool per_score, Address workspace, int threads,
+    const py::object& stream
+) {
+    Reader reader(scores);
+    const AdvantageOptions options{static_cast<Normalize>(normalize), static_cast<Invalid>(invalid), eps, invalid_penalty,
+                                   power, singleton_identity, per_score};
+    auto in = [&](auto arguments) {
+        arguments.options = options;
+        return run_in(reader, arguments, group, weights, valid, gate, offset, out, workspace, threads, stream);
+    };
+    if (stream.is_none() && !reader.on_cpu()) return false;
+    return holds<float>(reader.like()) ? in(AdvantageArguments<float>{}) : in(AdvantageArguments<double>{});
 }
 
 inline void add(py::module_& module) {
-    module.def("group_advantage_float32", &run<float>);
-    module.def("group_advantage_float64", &run<double>);
+    module.def("group_advantage", &run);
+    module.def("group_advantage_fits", &fits);
 }
 
 }  // namespace prism::bind::group_advantage_

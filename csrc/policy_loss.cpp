@@ -171,11 +171,15 @@ PRISM_INLINE void one_sequence(const PolicyArguments<T>& a, int64_t sequence, do
         sums[sum_count] = largest(c.ratio, whole, sums[sum_count]);
         if (a.ref_logp != nullptr) {
             load(c.other, c, a.ref_logp + at, n);
+            const T coefficient = o.straight_through ? T(0) : o.kl_coef;
             switch (o.divergence) {
-                case Divergence::k1: divergence_terms<Divergence::k1>(c, o.kl_coef, whole); break;
-                case Divergence::k2: divergence_terms<Divergence::k2>(c, o.kl_coef, whole); break;
-                case Divergence::k3: divergence_terms<Divergence::k3>(c, o.kl_coef, whole); break;
-                case Divergence::abs: divergence_terms<Divergence::abs>(c, o.kl_coef, whole); break;
+                case Divergence::k1: divergence_terms<Divergence::k1>(c, coefficient, whole); break;
+                case Divergence::k2: divergence_terms<Divergence::k2>(c, coefficient, whole); break;
+                case Divergence::k3: divergence_terms<Divergence::k3>(c, coefficient, whole); break;
+                case Divergence::abs: divergence_terms<Divergence::abs>(c, coefficient, whole); break;
+            }
+            if (o.straight_through && o.kl_coef != T(0)) {
+                for (int i = 0; i < whole; ++i) c.slope[i] += o.kl_coef * k2_slope(c.fresh[i], c.other[i]);
             }
             sums[sum_kl] += lane_sum(c.value, whole);
         }

@@ -142,7 +142,8 @@ __device__ void one_sequence(const Work<T>& work, int64_t sequence, double* shar
             sums[sum_entropy] += static_cast<double>(entropy.at[i]);
             largest = active ? larger(largest, terms.ratio) : largest;
             if (a.ref_logp != nullptr) {
-                const KlTerms<T> kl = kl_of(fresh.at[i], ref.at[i], o.divergence);
+                KlTerms<T> kl = kl_of(fresh.at[i], ref.at[i], o.divergence);
+                if (o.straight_through) kl.slope = k2_slope(fresh.at[i], ref.at[i]);
                 sums[sum_kl] += static_cast<double>(kl.value);
                 if (o.kl_coef != T(0)) slant += o.kl_coef * kl.slope;
             }

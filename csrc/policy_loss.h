@@ -37,6 +37,7 @@ struct PolicyOptions {
     Family family;
     Aggregation aggregation;
     Divergence divergence;
+    bool straight_through;  // the slope is k2's, whatever the divergence
     bool has_denominator;  // otherwise this call's own count
     bool has_bound;        // dual clip or delta
     T clip_low, clip_high;  // bounds of the ratio: 1 - lo, 1 + hi
@@ -159,11 +160,17 @@ struct KlTerms {
     T value, slope;
 };
 
+// What a straight-through estimate has instead of its own derivative.
+template <class T>
+PRISM_HD PRISM_INLINE T k2_slope(T fresh, T ref) {
+    return fresh - ref;
+}
+
 template <Divergence divergence, class T>
 PRISM_HD PRISM_INLINE KlTerms<T> kl_terms(T fresh, T ref) {
     const T d = fresh - ref;
     if (divergence == Divergence::k1) return {d, T(1)};
-    if (divergence == Divergence::k2) return {T(0.5) * d * d, d};
+    if (divergence == Divergence::k2) return {T(0.5) * d * d, k2_slope(fresh, ref)};
     if (divergence == Divergence::abs) return {d < T(0) ? -d : d, d > T(0) ? T(1) : d < T(0) ? T(-1) : T(0)};
     const T limit = T(kKlLogRatioClamp), top = T(kKlValueClamp);
     const T raw = -d;

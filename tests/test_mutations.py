@@ -101,6 +101,11 @@ def log_ratio_clamps() -> None:
     test_policy_loss.test_log_ratio_clamps()
 
 
+def straight_through_kl() -> None:
+    for kl in ("k1", "k3"):
+        test_policy_loss.test_straight_through_kl_has_the_value_of_its_form_and_the_gradient_of_k2(kl, seeded())
+
+
 def inactive_tokens() -> None:
     test_policy_loss.test_inactive_tokens_may_hold_anything("grpo", seeded())
 
@@ -202,6 +207,18 @@ MUTATIONS = {
     ),
     "KL value clamp": Mutation(REFERENCE + "kl", "VALUE_CLAMP = 10.0", "VALUE_CLAMP = 20.0", kl_vectors),
     "k2 without its half": Mutation(REFERENCE + "kl", "0.5 * difference.square()", "difference.square()", kl_vectors),
+    "straight-through KL with its own gradient": Mutation(
+        REFERENCE + "kl",
+        "square - square.detach() + kl_estimate(logp, ref_logp, kind[:-1]).detach()",
+        "kl_estimate(logp, ref_logp, kind[:-1])",
+        straight_through_kl,
+    ),
+    "straight-through KL with the value of k2": Mutation(
+        REFERENCE + "kl",
+        "square - square.detach() + kl_estimate(logp, ref_logp, kind[:-1]).detach()",
+        "square",
+        straight_through_kl,
+    ),
     "eps inside the square root": Mutation(
         REFERENCE + "group_advantage",
         "scale = variance.sqrt() + eps",

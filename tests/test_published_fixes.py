@@ -347,13 +347,23 @@ def test_15_modes_that_crash(generator):
     for case in refused:
         reward = torch.tensor(case["token_level_rewards"]).sum(1, keepdim=True)
         assert group_advantage(reward, group_ids(case["index"]), weights=[1.0]).isfinite().all()
-    # Straight-through KL: the value of one form with the gradient of k2, which is there by its own name.
+    # Straight-through KL: the value of one form with the gradient of k2.
     assert {case["raises"] for case in load("kl")["cases"] if case["kl_penalty"].endswith("+")} == {
         "NotImplementedError"
     }
-    logp, other = torch.zeros(2, requires_grad=True), torch.ones(2)
-    with pytest.raises(NotImplementedError, match=r"'k3\+' \(straight-through\).*use 'k2' or 'k3'"):
-        policy_loss(logp, torch.zeros(1), torch.tensor([0, 2]).int(), ref_logp=other, kl="k3+", kl_coef=0.1)
+    logp = torch.randn(6, generator=generator, dtype=torch.float64, requires_grad=True)
+    other = torch.randn(6, generator=generator, dtype=torch.float64)
+
+    def divergence(kl: str) -> tuple[torch.Tensor, torch.Tensor]:
+        options = {"ref_logp": other, "kl": kl, "kl_coef": 0.5}
+        loss, _ = policy_loss(logp, torch.zeros(1), torch.tensor([0, 6]).int(), **options)
+        return loss.detach(), torch.autograd.grad(loss, logp)[0]
+
+    for kl in ("k1", "k3"):
+        (value, own), (through, gradient) = divergence(kl), divergence(kl + "+")
+        torch.testing.assert_close(through, value)
+        torch.testing.assert_close(gradient, divergence("k2")[1])
+        assert not torch.allclose(own, gradient)
 
 
 def test_16_warm_up(critic, processor, prompt, tmp_path):

@@ -65,39 +65,47 @@ class TwoForms:
         refusing_backward = once_differentiable(eager_backward)
 
         class Eager(torch.autograd.Function):
-            """What gets no gradient comes in one tuple and leaves in one list: each tensor costs its bookkeeping."""
+            """What gets no gradient comes in one tuple: each tensor among the arguments costs its bookkeeping."""
+
+            boxed_grads_call = False  # the default; a class without it has the engine raise and drop an AttributeError
 
             @staticmethod
-            def forward(ctx, *arguments):
-                *first, constants, outputs = arguments
-                inputs = (*first, *constants)
-                outputs += run(*inputs)
-                keep(ctx, inputs, outputs)
-                return outputs[0] if results == 1 else tuple(outputs[:results])
+            def forward(ctx, *given):
+                outputs = given[-1]
+                keep(ctx, given[-2], outputs)
+                return outputs[0] if results == 1 else outputs[:results]
 
             @staticmethod
             def backward(ctx, *upstream):
                 return (refusing_backward if torch.is_grad_enabled() else eager_backward)(ctx, *upstream)
 
-        def eager(arguments: tuple) -> Sequence[Tensor]:
-            outputs: list[Tensor] = []
-            found = Eager.apply(*arguments[:leading], arguments[leading:], outputs)
-            outputs[:results] = (found,) if results == 1 else found
-            return outputs
-
-        self._eager = eager
+        self._guarded = Eager.apply
+        # Its part in C; the part in Python, which costs as much again, serves functorch alone.
+        self._apply = super(torch.autograd.Function, Eager).apply
 
     def __call__(self, *arguments) -> Sequence[Tensor]:
         """All outputs; those beyond the results are without gradient."""
         first = arguments[: self.leading]
         if not plain(first[0]):
-            outputs = self.operator(*arguments)
-            return *outputs[: self.results], *(x.detach() for x in outputs[self.results :])
+            return self.traced(*arguments)
         if torch.is_grad_enabled():
             for x in first:
                 if x is not None and x.requires_grad:
-                    return self._eager(arguments)
+                    with torch.no_grad():
+                        outputs = self.run(*arguments)
+                    return self.attach(first, arguments, outputs)
         return self.run(*arguments)
+
+    def traced(self, *arguments) -> Sequence[Tensor]:
+        """`__call__` as an operator."""
+        outputs = self.operator(*arguments)
+        return *outputs[: self.results], *(x.detach() for x in outputs[self.results :])
+
+    def attach(self, first: Sequence[Tensor | None], arguments: tuple, outputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        """What ``run`` gave for ``arguments``, its results now with gradients for the ``first`` of them."""
+        apply = self._guarded if torch._C._are_functorch_transforms_active() else self._apply
+        found = apply(*first, arguments, outputs)
+        return (found, *outputs[1:]) if self.results == 1 else (*found, *outputs[self.results :])
 
 
 def plain(x: Tensor) -> bool:

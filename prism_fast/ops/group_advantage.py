@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, native
 from .backend import choose
 from .reference.group_advantage import group_advantage as reference
 
@@ -74,18 +74,28 @@ def group_advantage(
     Source: GRPO (arXiv 2402.03300, section 4.1.2); the six alignment advantages of PRISM (arXiv 2604.28123,
     ``compute_grpo_multi_reward_advantage``) are one or two such calls, see ``prism_fast.algorithms.advantages``.
     """
-    checks.tensor(OP, "scores", scores, shape=(None, None))
-    rows, columns = scores.shape
-    checks.tensor(OP, "group", group, shape=(rows,), dtypes=checks.INTEGERS, like=scores)
-    if valid is not None:
-        checks.tensor(OP, "valid", valid, shape=(rows,), dtypes=(torch.bool,), like=scores)
-    checks.rows(OP, scores, rows, gate=gate, offset=offset)
-    resolve = _resolve if torch.compiler.is_compiling() else _resolved  # compilers look through caches, with a warning
+    compiling = torch.compiler.is_compiling()
+    fits = not compiling and native.group_advantage_fits(scores, group, weights, valid, gate, offset)
+    if not fits:
+        checks.tensor(OP, "scores", scores, shape=(None, None))
+        rows, columns = scores.shape
+        checks.tensor(OP, "group", group, shape=(rows,), dtypes=checks.INTEGERS, like=scores)
+        if valid is not None:
+            checks.tensor(OP, "valid", valid, shape=(rows,), dtypes=(torch.bool,), like=scores)
+        checks.rows(OP, scores, rows, gate=gate, offset=offset)
+        weights = _weights(weights, columns, scores)
+    resolve = _resolve if compiling else _resolved  # compilers look through caches, with a warning
     resolve(normalize, eps, invalid, invalid_penalty, singleton, power, per_score, offset is not None)
-    weights = _weights(weights, columns, scores)
     kernel = reference
     if choose(OP, BACKENDS, backend, scores) == "native":
-        from prism_fast.ops.native.group_advantage import run as kernel
+        import prism_fast.ops.native.group_advantage as compiled
+
+        if fits:
+            return compiled.compute(
+                scores, group, weights, valid, gate, offset, normalize, eps, invalid, invalid_penalty, singleton, power,
+                per_score,
+            )  # fmt: skip
+        kernel = compiled.run
     return kernel(
         scores=scores,
         group=group,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, native
 from .backend import choose
 from .reference.aggregation import LOSSES, OF_LOSS, SEQ_MEAN_TOKEN_SUM_NORM
 from .reference.policy_loss import policy_loss as reference
@@ -13,7 +13,7 @@ from .results import PolicyStats
 
 OP = "policy_loss"
 BACKENDS = ("reference", "native")
-KL = ("k1", "k2", "k3", "abs")
+KL = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
 CLIP_OF_LOSS = {
     "grpo": (0.2, 0.2),
     "dapo": (0.2, 0.28),
@@ -29,7 +29,7 @@ ELSEWHERE = {
     "gpg": "it has no ratio: use loss='grpo' with old_logp=None, which has the same gradient",
     "geo_mean": "its geometric mean clips inside the sequence product; use loss='gspo'",
 }
-KL_ELSEWHERE = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
+KL_ELSEWHERE = {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "kl+": "k1+", "low_var_kl+": "k3+", "mse+": "k2"}
 
 
 def policy_loss(
@@ -102,7 +102,8 @@ def policy_loss(
         entropy: [N] floating, nats. ``entropy_coef`` needs it; alone it is only reported.
         ref_logp: [N] of a reference policy. ``kl_coef`` needs it; alone it is only reported.
         kl: k1 = logp - ref; abs = |k1|; k2 = k1^2 / 2; k3 = exp(k) - k - 1 with k = clamp(-k1, -20, 20), clamped to
-            [-10, 10] with gradient 0 where a clamp acts.
+            [-10, 10] with gradient 0 where a clamp acts. k1+, abs+, k3+: straight through, the value of the form with
+            the gradient of k2, also where a clamp acts.
         is_weight: [N] floating factors of the policy term, see ``importance_weights``.
         mask: [N] bool or floating (0 = inactive). Inactive tokens may hold NaN; they get gradient exactly 0.
         backend: None, "reference" or "native" (differentiable once).
@@ -119,12 +120,25 @@ def policy_loss(
     CISPO 2506.13585 eq. 4 (bounds of ScaleRL, 2510.13786); SAPO 2511.20347; bnpo as in TRL; clamps, dual clip and the
     form of GSPO as in verl ``compute_policy_loss_vanilla`` and ``compute_policy_loss_gspo``.
     """
-    checks.tensor(OP, "logp", logp, shape=(None,))
-    checks.offsets(OP, cu_seqlens, logp)
-    n, sequences = logp.shape[0], cu_seqlens.shape[0] - 1
-    resolve = (
-        resolve_options if torch.compiler.is_compiling() else _resolved
-    )  # compilers look through caches, with a warning
+    compiling = torch.compiler.is_compiling()
+    if compiling or not native.policy_loss_fits(
+        logp,
+        advantage,
+        cu_seqlens,
+        old_logp,
+        token_advantage,
+        entropy,
+        ref_logp,
+        is_weight,
+        mask,
+        denominator,
+        norm_length,
+    ):
+        columns = dict(
+            old_logp=old_logp, token_advantage=token_advantage, entropy=entropy, ref_logp=ref_logp, is_weight=is_weight
+        )
+        _check(logp, advantage, cu_seqlens, columns, mask, denominator, norm_length)
+    resolve = resolve_options if compiling else _resolved  # compilers look through caches, with a warning
     aggregation = resolve(
         loss, clip, delta, dual_clip, sapo_temperature, aggregation, norm_length is not None, kl, entropy_coef, kl_coef
     )
@@ -132,26 +146,6 @@ def policy_loss(
         raise ValueError(f"{OP}: pass exactly one of advantage [B] and token_advantage [N]")
     if token_advantage is not None and loss == "gspo":
         raise ValueError(f"{OP}: loss='gspo' has one advantage per sequence; use loss='gspo_token'")
-    checks.rows(OP, logp, sequences, advantage=advantage)
-    checks.rows(
-        OP,
-        logp,
-        n,
-        old_logp=old_logp,
-        token_advantage=token_advantage,
-        entropy=entropy,
-        ref_logp=ref_logp,
-        is_weight=is_weight,
-    )
-    if mask is not None:
-        checks.mask(OP, mask, n, logp)
-    if denominator is not None:
-        if isinstance(denominator, Tensor):
-            checks.scalar(OP, "denominator", denominator, logp)
-        else:
-            checks.number(OP, "denominator", denominator, low=0.0)
-    if norm_length is not None:
-        checks.scalar(OP, "norm_length", norm_length, logp)
     if entropy_coef != 0.0 and entropy is None:
         raise ValueError(f"{OP}: entropy_coef={entropy_coef} needs entropy")
     if kl_coef != 0.0 and ref_logp is None:
@@ -181,6 +175,31 @@ def policy_loss(
         is_weight=is_weight,
         mask=mask,
     )
+
+
+def _check(
+    logp: object,
+    advantage: object,
+    cu_seqlens: object,
+    columns: dict[str, object],
+    mask: object,
+    denominator: object,
+    norm_length: object,
+) -> None:
+    """Refuse what is no tensor, or of another shape, dtype or device than the docstring says. Raises ValueError."""
+    checks.tensor(OP, "logp", logp, shape=(None,))
+    checks.offsets(OP, cu_seqlens, logp)
+    n, sequences = logp.shape[0], cu_seqlens.shape[0] - 1
+    checks.rows(OP, logp, sequences, advantage=advantage)
+    checks.rows(OP, logp, n, **columns)
+    if mask is not None:
+        checks.mask(OP, mask, n, logp)
+    if isinstance(denominator, Tensor):
+        checks.scalar(OP, "denominator", denominator, logp)
+    elif denominator is not None:
+        checks.number(OP, "denominator", denominator, low=0.0)
+    if norm_length is not None:
+        checks.scalar(OP, "norm_length", norm_length, logp)
 
 
 def resolve_options(
@@ -219,10 +238,8 @@ def resolve_options(
             checks.number(OP, name, bound, low=least, strict=True)
     if kl in KL_ELSEWHERE:
         raise ValueError(f"{OP}: kl={kl!r} is called {KL_ELSEWHERE[kl]!r} here")
-    if isinstance(kl, str) and kl.endswith("+"):
-        raise NotImplementedError(
-            f"{OP}: kl={kl!r} (straight-through) raises in the published code too; use 'k2' or 'k3'"
-        )
+    if kl == "k2+":
+        raise ValueError(f"{OP}: kl='k2+' is kl='k2': straight through means the gradient of k2, which it has already")
     if kl == "full":
         raise NotImplementedError(f"{OP}: kl='full' needs both distributions over the vocabulary; use 'k3'")
     checks.choice(OP, "kl", kl, KL)

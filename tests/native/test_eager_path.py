@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -119,3 +121,78 @@ def test_waves_use_the_compiled_policy_loss(monkeypatch, generator):
             hidden, weight, torch.arange(9), torch.ones(3), CU_SEQLENS, backend=backend
         )[0].backward()  # fmt: skip
         assert len(calls) == 2, backend  # one wave and the whole; the reference has its own
+
+
+def test_what_the_kernels_read_as_it_is(generator):
+    """Tensors that fit are not looked at again, so nothing may fit that a check would refuse or a kernel misread."""
+    wide = lambda n: torch.randn(n, generator=generator)  # noqa: E731
+    good = dict(
+        logp=wide(9), advantage=wide(3), cu_seqlens=CU_SEQLENS, old_logp=wide(9), token_advantage=wide(9),
+        entropy=wide(9), ref_logp=wide(9), is_weight=wide(9), mask=wide(9) > 0, denominator=torch.tensor(3),
+        norm_length=torch.tensor(3.0),
+    )  # fmt: skip
+    fits = lambda **changed: native.policy_loss_fits(*(good | changed).values())  # noqa: E731
+    assert fits() and fits(mask=wide(9), denominator=0.0, norm_length=1) and fits(logp=torch.nn.Parameter(wide(9)))
+    assert fits(**{name: None for name in list(good)[3:]})
+
+    class Marked(torch.Tensor):
+        pass
+
+    columns = [name for name in good if good[name] is not None and good[name].dim() == 1]
+    for name in columns:
+        x = good[name]
+        other = torch.float64 if x.is_floating_point() else torch.int64
+        twice = torch.stack((x, x), 1)
+        bad = (x[:-1], x[:, None], x.to(other), twice[:, 0], x.to("meta"), x.as_subclass(Marked), x.tolist(), x[0])
+        for i, value in enumerate(bad):
+            if not (name == "cu_seqlens" and i == 0):  # fewer sequences: then the advantages do not fit
+                assert not fits(**{name: value}), (name, value)
+    for name in ("logp", "cu_seqlens"):
+        assert not fits(**{name: None})
+    assert not fits(cu_seqlens=CU_SEQLENS[:0], advantage=None) and not fits(cu_seqlens=CU_SEQLENS[:-1])
+    for value in (-1.0, math.nan, math.inf, True, "3", torch.tensor([3]), torch.tensor(3.0).half(), 10**400):
+        assert not fits(denominator=value) and not fits(norm_length=value), value
+    assert not fits(norm_length=0.0)
+    scores = dict(
+        scores=wide(12).view(6, 2), group=GROUP, weights=WEIGHTS, valid=VALID, gate=wide(6), offset=wide(6)
+    )  # fmt: skip
+    fits = lambda **changed: native.group_advantage_fits(*(scores | changed).values())  # noqa: E731
+    assert fits() and fits(scores=wide(12).view(2, 6).T, valid=None, gate=None, offset=None)
+    for name, x in scores.items():
+        other = torch.float64 if x.is_floating_point() else torch.int32
+        bad = (x[:-1], x[None], x.to(other), x.to("meta"), x.as_subclass(Marked), x.tolist())
+        for value in bad:
+            assert not fits(**{name: value}), (name, value)
+    assert not fits(group=None) and not fits(weights=None)
+
+
+def test_tensors_that_do_not_fit_give_the_same(generator):
+    """Strides, other types, subclasses and numbers that are no floats are brought into form first."""
+
+    class Marked(torch.Tensor):
+        pass
+
+    logp, advantage, old = -torch.rand(9, generator=generator), torch.ones(3), -torch.rand(9, generator=generator)
+    wanted = policy_loss(logp, advantage, CU_SEQLENS, old_logp=old, denominator=3.0, backend="native")[0]
+    strided = torch.stack((old, old), 1)[:, 0]
+    for given in (
+        (logp, advantage, CU_SEQLENS, strided, 3.0), (logp, advantage.double(), CU_SEQLENS, old.double(), 3.0),
+        (logp.as_subclass(Marked), advantage, CU_SEQLENS, old, torch.tensor(3)),
+        (logp, advantage.as_subclass(Marked), CU_SEQLENS, old.as_subclass(Marked), torch.tensor(3.0).half()),
+        (logp, advantage, torch.stack((CU_SEQLENS, CU_SEQLENS), 1)[:, 0], old, torch.tensor(3.0).as_subclass(Marked)),
+    ):  # fmt: skip
+        found = policy_loss(*given[:3], old_logp=given[3], denominator=given[4], backend="native")[0]
+        assert torch.equal(torch.Tensor(found), wanted)
+    advantage = ops.group_advantage(SCORES, GROUP, weights=WEIGHTS, valid=VALID, backend="native")
+    for given in (
+        (SCORES, GROUP.int(), WEIGHTS), (SCORES, GROUP, WEIGHTS.tolist()), (SCORES, GROUP, WEIGHTS.double()),
+        (SCORES.as_subclass(Marked), GROUP, WEIGHTS), (SCORES, GROUP.as_subclass(Marked), WEIGHTS),
+    ):  # fmt: skip
+        found = ops.group_advantage(*given[:2], weights=given[2], valid=VALID, backend="native")
+        assert torch.equal(torch.Tensor(found), advantage)
+
+
+def test_transforms_of_functorch_are_refused():
+    """Their tensors have no memory to read."""
+    with pytest.raises(RuntimeError, match="cannot read these tensors|functorch transforms"):
+        torch.func.grad(lambda x: policy_loss(x, torch.ones(3), CU_SEQLENS, backend="native")[0])(-torch.rand(9))

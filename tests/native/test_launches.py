@@ -63,7 +63,7 @@ def test_no_mode_takes_more_than_five(launches):
     for normalize in ("per_score", "combined", "mean_only", "leave_one_out", "batch"):
         first = launches(lambda n=normalize: advantages(n))
         assert first == (3 if normalize == "batch" else 1)
-        for loss, kl in itertools.product(OF_LOSS, ("k1", "k3")):
+        for loss, kl in itertools.product(OF_LOSS, ("k1", "k3+")):
             for aggregation in OF_LOSS[loss]:
                 options = full | dict(loss=loss, kl=kl, aggregation=aggregation, clip=CLIP_OF_LOSS.get(loss))
                 options |= {"norm_length": torch.tensor(50.0)} if aggregation.endswith("norm") else {}

@@ -84,6 +84,40 @@ def test_value_equals_the_loop(loss, aggregation, generator):
     assert stats.kl > 0 and stats.ratio_max >= stats.ratio_mean
 
 
+@pytest.mark.parametrize("kl", ["k1", "k3", "abs"])
+def test_straight_through_kl_has_the_value_of_its_form_and_the_gradient_of_k2(kl, generator):
+    """Also where a clamp of k3 acts: its own gradient is 0 there."""
+    data = batch(generator, spread=0.5)
+    logp = data["logp"]
+    far = torch.tensor([2.9, -2.9, 9.0, -30.0, 30.0], dtype=torch.float64)
+    data["ref_logp"][:5] = logp.detach()[:5] + far
+    data["mask"][:5] = True
+
+    def evaluate(name: str, **options) -> tuple:
+        loss, stats = policy_loss(**(data | options), kl=name)
+        return loss.detach(), stats.kl, torch.autograd.grad(loss, logp)[0]
+
+    for options in ({}, {"aggregation": "token_mean", "denominator": 7.0}, {"kl_coef": 0.0}):
+        value, mean, own = evaluate(kl, **options)
+        through, mean_through, gradient = evaluate(kl + "+", **options)
+        torch.testing.assert_close(through, value, rtol=1e-13, atol=0)
+        torch.testing.assert_close(mean_through, mean, rtol=1e-13, atol=0)
+        torch.testing.assert_close(gradient, evaluate("k2", **options)[2], rtol=1e-13, atol=1e-15)
+        assert torch.equal(gradient, own) == ("kl_coef" in options)
+
+
+def test_names_of_other_codes_for_kl_are_refused_with_ours():
+    arguments = (torch.zeros(2), torch.zeros(1), torch.tensor([0, 2]).int())
+    for name, ours in {"mse": "k2", "mse+": "k2", "kl+": r"k1\+", "low_var_kl": "k3", "low_var_kl+": r"k3\+"}.items():
+        with pytest.raises(ValueError, match=f"is called '{ours}' here"):
+            policy_loss(*arguments, kl=name)
+    with pytest.raises(ValueError, match=r"kl='k2\+' is kl='k2'"):
+        policy_loss(*arguments, kl="k2+")
+    for name in ("full+", "k4+", "+"):
+        with pytest.raises(ValueError, match="is not one of 'k1'"):
+            policy_loss(*arguments, kl=name)
+
+
 @pytest.mark.parametrize(("loss", "aggregation"), PAIRS)
 def test_gradcheck(loss, aggregation, generator):
     data = batch(generator, lengths=(3, 1, 0, 4), spread=0.2)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 # Version of the binding's signatures that this Python code calls; csrc/binding.cpp carries the same number.
-INTERFACE = 7
+INTERFACE = 8
 
 _BUILD = "run `pip install -e . --no-build-isolation` or `python setup.py build_ext --inplace` in the checkout"
 
@@ -20,6 +20,8 @@ else:
     _reason = ""
     if _C.interface != INTERFACE:
         _reason = f"prism_fast._C was built from other sources (interface {_C.interface}, needed {INTERFACE}); {_BUILD}"
+    elif not _C.use_tensors(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter):
+        _reason = f"torch {torch.__version__} hands out its tensors by another DLPack than version 1"
     else:
         _C.share_threads_of(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 
@@ -49,3 +51,13 @@ def module():
     if _reason:
         raise RuntimeError(_reason)
     return _C
+
+
+def _fits_nothing(*tensors: object) -> bool:
+    return False
+
+
+# Whether all tensors of a call are plain and just as the kernels read them: then no check would refuse them. False
+# means nothing: without the module, for anything unusual, for mistakes.
+policy_loss_fits = _fits_nothing if _reason else _C.policy_loss_fits
+group_advantage_fits = _fits_nothing if _reason else _C.group_advantage_fits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -27,24 +27,14 @@ def stream_of(x: Tensor) -> int | None:
 
 
 def column(x: Tensor | None, kind: torch.dtype) -> Tensor | None:
-    """A constant input as the kernels read it: dense, in the type of the computation."""
-    if x is None or (x.dtype is kind and x.is_contiguous()):
+    """A constant input as the kernels read it: plain, dense, in the type of the computation."""
+    if x is None:
+        return x
+    if type(x) is not Tensor:
+        x = x.detach().as_subclass(Tensor)
+    if x.dtype is kind and x.is_contiguous():
         return x
     return x.to(kind).contiguous()
-
-
-def columns(kind: torch.dtype, *inputs: Tensor | None) -> tuple[list[int], list[Tensor]]:
-    """(addresses of constant inputs as `column` makes them, 0 for None; tensors to keep alive until the call)."""
-    addresses, kept = [], []
-    for x in inputs:
-        if x is None:
-            addresses.append(0)
-            continue
-        if x.dtype is not kind or not x.is_contiguous():
-            x = x.to(kind).contiguous()
-            kept.append(x)
-        addresses.append(x.data_ptr())
-    return addresses, kept
 
 
 def number(tensor: Tensor | None, value: float, kind: torch.dtype) -> tuple[Tensor | None, int, int, float]:
@@ -54,6 +44,13 @@ def number(tensor: Tensor | None, value: float, kind: torch.dtype) -> tuple[Tens
     if tensor.dtype not in SCALARS:
         tensor = tensor.to(kind)
     return tensor, tensor.data_ptr(), SCALARS[tensor.dtype], 0.0
+
+
+def scalar(value: Tensor | float | None, kind: torch.dtype) -> Tensor | float | None:
+    """A 0-d tensor or a number as the kernels read it: plain, of a type that they know."""
+    if isinstance(value, Tensor):
+        return column(value, value.dtype if value.dtype in SCALARS else kind)
+    return None if value is None else float(value)
 
 
 def split(value: Tensor | float | None) -> tuple[Tensor | None, float]:
@@ -75,19 +72,25 @@ def on_device(op: str, x: Tensor):
     return torch.cuda.device(x.device)
 
 
-def launch(op: str, kernel: Callable[..., None], like: Tensor, size: int, before: Sequence, after: Sequence) -> None:
-    """``kernel(*before, workspace, *after, threads, stream)`` on the device of ``like``; workspace is float64 [size].
+def launch(
+    op: str, kernel: Callable[..., bool], like: Tensor, size: int, given: tuple, dense: Callable[[], tuple]
+) -> None:
+    """``kernel(*given, workspace, threads, stream)`` on the device of ``like``; workspace is float64 [size].
 
+    Where the kernel answers that it cannot read the tensors as they are, ``dense()`` makes the arguments that it can.
     The contents of the workspace do not matter; the twins on the CPU bring their own. Raises RuntimeError where CUDA
-    kernels are missing.
+    kernels are missing, and for tensors without memory of their own (functorch transforms).
     """
-    stream = stream_of(like)
+    stream, threads = stream_of(like), torch.get_num_threads()
     if stream is None:
-        kernel(*before, 0, *after, torch.get_num_threads(), None)
-        return
-    with on_device(op, like):
-        workspace = torch.empty(size, dtype=torch.float64, device=like.device)
-        kernel(*before, workspace.data_ptr(), *after, torch.get_num_threads(), stream)
+        done = kernel(*given, 0, threads, None) or kernel(*dense(), 0, threads, None)
+    else:
+        with on_device(op, like):
+            workspace = torch.empty(size, dtype=torch.float64, device=like.device)
+            at = workspace.data_ptr()
+            done = kernel(*given, at, threads, stream) or kernel(*dense(), at, threads, stream)
+    if not done:
+        raise RuntimeError(f"{op}: the compiled kernels cannot read these tensors; pass backend='reference'")
 
 
 def scaled(

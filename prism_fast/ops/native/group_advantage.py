@@ -19,17 +19,17 @@ INVALID = {"below_min": 0, "exclude": 1, "as_is": 2}
 
 
 def run(**arguments) -> Tensor:
-    """Arguments of `_run`, already validated by the public op.
+    """Arguments of `compute`, already validated by the public op.
 
     The result has no gradient. Does not synchronise, and can be captured in a CUDA graph. Raises RuntimeError where the
     kernels are missing.
     """
     if plain(arguments["scores"]):
-        return _run(**arguments)
+        return compute(**arguments)
     return _operator(**{name: x.detach() if isinstance(x, Tensor) else x for name, x in arguments.items()})
 
 
-def _run(
+def compute(
     scores: Tensor,
     group: Tensor,
     weights: Tensor,
@@ -44,24 +44,22 @@ def _run(
     power: float,
     per_score: bool,
 ) -> Tensor:
-    """[B], or [B, K] with ``per_score``; float64 for float64 scores, else float32."""
-    module, kind = native.module(), _kind(scores)
-    if scores.dtype is not kind:
-        scores = scores.to(kind)
-    group, valid = calls.column(group, torch.int64), calls.column(valid, torch.bool)
-    (weights_at, gate_at, offset_at), _kept = calls.columns(kind, weights, gate, offset)
-    rows, columns = scores.shape
-    out = _allocate(scores, per_score)
-    calls.launch(
-        "group_advantage",
-        module.group_advantage_float64 if kind is torch.float64 else module.group_advantage_float32,
-        scores,
-        (rows + 1) * columns,
-        (scores.data_ptr(), *scores.stride(), group.data_ptr(), weights_at, calls.address(valid), gate_at, offset_at,
-         out.data_ptr()),
-        (rows, columns, NORMALIZE[normalize], INVALID[invalid], eps, invalid_penalty, power, singleton == "identity",
-         per_score),
+    """`run` for plain tensors: [B], or [B, K] with ``per_score``; float64 for float64 scores, else float32."""
+    out, kernel = _allocate(scores, per_score), native.module().group_advantage
+    rest = (
+        out, NORMALIZE[normalize], INVALID[invalid], eps, invalid_penalty, power, singleton == "identity", per_score,
     )  # fmt: skip
+
+    def dense() -> tuple:
+        kind = out.dtype
+        floats = [calls.column(x, kind) for x in (weights, gate, offset)]
+        return (
+            calls.column(scores, kind), calls.column(group, torch.int64), floats[0], calls.column(valid, torch.bool),
+            *floats[1:], *rest,
+        )  # fmt: skip
+
+    given = (scores, group, weights, valid, gate, offset, *rest)
+    calls.launch("group_advantage", kernel, scores, (scores.shape[0] + 1) * scores.shape[1], given, dense)
     return out
 
 
@@ -73,7 +71,7 @@ def _allocate(scores: Tensor, per_score: bool) -> Tensor:
     return scores.new_empty(scores.shape if per_score else scores.shape[:1], dtype=_kind(scores))
 
 
-_operator = torch.library.custom_op("prism_fast::group_advantage", _run, mutates_args=())
+_operator = torch.library.custom_op("prism_fast::group_advantage", compute, mutates_args=())
 
 
 @_operator.register_fake

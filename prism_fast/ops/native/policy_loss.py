@@ -66,15 +66,28 @@ def run(
     wanted = 2 if entropy_learns else 1 if learns and logp.requires_grad else 0
     low, high = (0.0, 0.0) if clip is None else clip
     bound = dual_clip if delta is None else delta
+    inputs = (
+        logp, entropy, advantage, cu_seqlens, old_logp, token_advantage, ref_logp, is_weight, mask, denominator,
+        norm_length,
+    )  # fmt: skip
+    options = (
+        loss, aggregation, kl, denominator is not None, low, high, bound is not None, 1.0 if bound is None else bound,
+        *sapo_temperature, kl_coef, entropy_coef,
+    )  # fmt: skip
+    if calls.plain(logp):
+        outputs = _compute(inputs, _plan(*options), wanted)
+        value = outputs[0]
+        if wanted:
+            value, _, _ = _forms.attach((logp, entropy if wanted == 2 else None), (), outputs)
+        return value, PolicyStats._make(outputs[1].unbind(0)[:STATS])
     count, count_number = calls.split(denominator)
     norm, norm_number = calls.split(norm_length)
-    outputs = _forms(
-        logp, entropy, advantage, cu_seqlens, old_logp, token_advantage, ref_logp, is_weight, mask, count, norm, loss,
-        aggregation, kl, denominator is not None, count_number, norm_number, float(low), float(high),
-        bound is not None, 1.0 if bound is None else float(bound), float(sapo_temperature[0]),
-        float(sapo_temperature[1]), float(kl_coef), float(entropy_coef), wanted,
+    loss, aggregation, kl, has_denominator, *numbers = options
+    value, stats, _ = _forms.traced(
+        *inputs[:-2], count, norm, loss, aggregation, kl, has_denominator, count_number, norm_number,
+        *(x if isinstance(x, bool) else float(x) for x in numbers), wanted,
     )  # fmt: skip
-    return outputs[0], PolicyStats._make(outputs[1].unbind(0)[:STATS])
+    return value, PolicyStats._make(stats.unbind(0)[:STATS])
 
 
 def _run(
@@ -109,33 +122,32 @@ def _run(
 
     Slopes are gradients before the last factor: of logp [N], with ``wanted`` 2 of logp and entropy [2, N], else [0].
     """
-    module, kind = native.module(), logp.dtype
-    inputs, _kept = calls.columns(kind, logp, old_logp, token_advantage, advantage, ref_logp, entropy, is_weight)
-    if mask is None:
-        mask_kind = mask_at = 0
-    else:
-        mask_kind, how = (1, torch.bool) if mask.dtype == torch.bool else (2, kind)
-        mask = calls.column(mask, how)
-        mask_at = mask.data_ptr()
-    cu_seqlens = cu_seqlens.contiguous()
     plan = _plan(
         loss, aggregation, kl, has_denominator, clip_low, clip_high, has_bound, bound, tau_positive, tau_negative,
         kl_coef, entropy_coef,
     )  # fmt: skip
-    denominator, *count = calls.number(denominator, denominator_number, kind)
-    norm_length, *norm = calls.number(norm_length, norm_number, kind)
-    tokens, sequences = logp.shape[0], cu_seqlens.shape[0] - 1
-    value, stats, slopes = out = _allocate(logp, wanted)
-    slope = slopes.data_ptr() if wanted else 0
-    entropy_slope = slope + tokens * logp.element_size() if wanted == 2 else 0
+    inputs = (
+        logp, entropy, advantage, cu_seqlens, old_logp, token_advantage, ref_logp, is_weight, mask,
+        denominator_number if denominator is None else denominator,
+        norm_number or None if norm_length is None else norm_length,
+    )  # fmt: skip
+    return _compute(inputs, plan, wanted)
+
+
+def _compute(inputs: tuple, plan, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`_run` of its eleven tensors, the last two of which may be numbers or None, and of its options in a plan."""
+    logp, kernel = inputs[0], native.module().policy_loss
+    out = _allocate(logp, wanted)
+
+    def dense() -> tuple:
+        kind = logp.dtype
+        of_mask = torch.bool if inputs[8] is not None and inputs[8].dtype == torch.bool else kind
+        kinds = (kind, kind, kind, torch.int32, kind, kind, kind, kind, of_mask)
+        columns = map(calls.column, inputs[:9], kinds)
+        return (plan, *columns, *(calls.scalar(x, kind) for x in inputs[9:]), *out, wanted)
+
     calls.launch(
-        "policy_loss",
-        module.policy_loss_float64 if kind is torch.float64 else module.policy_loss_float32,
-        logp,
-        sequences * PARTIALS,
-        (plan, *inputs, mask_at, mask_kind, cu_seqlens.data_ptr(), value.data_ptr(), stats.data_ptr(), slope,
-         entropy_slope),
-        (tokens, sequences, *count, *norm),
+        "policy_loss", kernel, logp, (inputs[3].shape[0] - 1) * PARTIALS, (plan, *inputs, *out, wanted), dense
     )  # fmt: skip
     return out
 
@@ -153,8 +165,8 @@ def _plan(
 ):  # fmt: skip
     """The options as the kernels read them."""
     return native.module().policy_plan(
-        FAMILY[loss], AGGREGATION.index(aggregation), DIVERGENCE.index(kl), has_denominator, clip_low, clip_high,
-        has_bound, bound, tau_positive, tau_negative, kl_coef, entropy_coef,
+        FAMILY[loss], AGGREGATION.index(aggregation), DIVERGENCE.index(kl.removesuffix("+")), kl.endswith("+"),
+        has_denominator, clip_low, clip_high, has_bound, bound, tau_positive, tau_negative, kl_coef, entropy_coef,
     )  # fmt: skip
 
 

@@ -65,6 +65,7 @@ def upcycle_folder(
     discriminator = build_discriminator(
         policy, num_experts=num_experts, top_k=top_k, noise_std=noise_std, router_std=router_std, seed=seed
     )
+    del policy  # its memory is not needed to write
     processor = Processor.from_pretrained(source)
     needs = sum(tensor.nbytes for tensor in discriminator.state_dict().values())
     with whole_folder(destination, needs=needs) as folder:

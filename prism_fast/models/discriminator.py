@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import (
     PreTrainedConfig,
@@ -42,6 +41,7 @@ from prism_fast.models.scorer import (
     read_scorer,
     write_side_head,
 )
+from prism_fast.models.shards import save_shards
 from prism_fast.models.span_bias import span_bias, use_span_bias
 from prism_fast.models.upcycle import refuse_square_experts, upcycle
 from prism_fast.models.vision_attention import use_batched_vision_attention
@@ -243,13 +243,12 @@ def save_discriminator(model: Discriminator, processor: Processor | None, path: 
     folder.mkdir(parents=True, exist_ok=True)
     state = {}
     for name, tensor in model.backbone.state_dict().items():
-        stored = tensor.transpose(1, 2) if name.endswith(EXPERT_KEYS) else tensor
-        state[f"model.{name}"] = stored.contiguous()
+        state[f"model.{name}"] = tensor.transpose(1, 2) if name.endswith(EXPERT_KEYS) else tensor
     scorer = model.scorer()
     state[HEAD_KEY] = scorer.head
     if scorer.routing_bias is not None:
         state[BIAS_KEY] = scorer.routing_bias
-    save_torch_state_dict(state, folder, metadata={"format": "pt"})
+    save_shards(state, folder)
     write_side_head(scorer, folder)
     config = released_config(model.backbone.config, model.backbone.dtype) | scorer.switches.config_entry()
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,13 +17,15 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLMoeForConditionalGeneration
 
-from prism_fast.models import convert
+from prism_fast.models import convert, shards
 from prism_fast.models.checkpoints import weight_files
 from prism_fast.models.convert import from_released, to_released, upcycle_folder
 from prism_fast.models.discriminator import HEAD_KEY, build_discriminator, load_discriminator
-from prism_fast.models.policy import load_policy, save_policy
+from prism_fast.models.policy import build_tiny_policy, load_policy, save_policy
 from prism_fast.models.processor import Processor
+from prism_fast.models.shards import save_shards
 from prism_fast.models.writing import whole_folder
+from tests.support.small_policy import SMALL
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +201,64 @@ def test_a_conversion_that_breaks_off_leaves_nothing(released, tmp_path, monkeyp
     with pytest.raises(OSError, match="no space left for .*/out .it takes"):
         from_released(released, tmp_path / "out")
     assert written and not list(tmp_path.iterdir())
+
+
+def test_weights_are_turned_round_one_file_at_a_time(tmp_path, monkeypatch):
+    """Six experts' worth of views in files of two: never more than one file's copies at once, and every bit arrives."""
+    stored = {f"t{k}": torch.randn(2, 30, 50) for k in range(6)}
+    one = stored["t0"].nbytes
+    (tmp_path / "model.safetensors").write_bytes(b"of another day")
+    (tmp_path / "model-00009-of-00009.safetensors").write_bytes(b"of another day")
+    sizes = []
+    write = shards.save_file
+    monkeypatch.setattr(
+        shards,
+        "save_file",
+        lambda state, *a, **o: sizes.append(sum(t.nbytes for t in state.values())) or write(state, *a, **o),
+    )
+    save_shards({name: x.transpose(1, 2) for name, x in stored.items()}, tmp_path, shard_bytes=2 * one)
+    assert sizes == [2 * one] * 3 and len(list(tmp_path.glob("*.safetensors"))) == 3
+    assert same(tensors(tmp_path), {name: x.transpose(1, 2).contiguous() for name, x in stored.items()})
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(stored) and index["metadata"]["total_size"] == 6 * one
+    save_shards(stored, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"] and same(tensors(tmp_path), stored)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from prism_fast.models.convert import upcycle_folder
+from prism_fast.models.shards import save_shards
+
+def resident(field):
+    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(field))
+    return int(line.split()[1]) * 1024
+
+upcycle_folder(sys.argv[1], sys.argv[2] + "/warm", seed=1)  # libraries load
+save_shards.__defaults__ = (20_000_000,)
+before = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+upcycle_folder(sys.argv[3], sys.argv[2] + "/real", seed=1)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the high-water mark of a process as Linux has it")
+def test_upcycling_does_not_double_the_memory(dense, processor, tmp_path):
+    """At its highest point there is the dense model, the sparse one, and less than a third of it besides."""
+    size = dataclasses.replace(SMALL, hidden_size=256, intermediate_size=2048, num_layers=12)
+    save_policy(build_tiny_policy(processor, size, seed=1), processor, tmp_path / "policy")
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(dense), str(tmp_path), str(tmp_path / "policy")],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    bytes_of = {name: sum(f.stat().st_size for f in weight_files(tmp_path / name)) for name in ("policy", "real")}
+    assert bytes_of["real"] > 2e8
+    print(done.stdout, bytes_of)
+    assert int(done.stdout) < bytes_of["policy"] + 1.3 * bytes_of["real"], bytes_of
 
 
 def test_a_folder_appears_whole(tmp_path):

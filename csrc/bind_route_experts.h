@@ -59,13 +59,13 @@ void given(
 template <class S>
 void define(py::module_& module, const std::string& type) {
     module.def(
-        ("route_experts_" + type).c_str(), &run<S>, py::kw_only(), py::arg("logits"), py::arg("row_stride"), py::arg("rows"),
+        ("route_experts_" + type).c_str(), &run<S>, py::arg("logits"), py::arg("row_stride"), py::arg("rows"),
         py::arg("experts"), py::arg("top_k"), py::arg("renormalize"), py::arg("weights"), py::arg("chosen"),
         py::arg("permutation"), py::arg("offsets"), py::arg("load"), py::arg("z_stat"), py::arg("sums"), py::arg("counts"),
         py::arg("threads"), py::arg("stream").none(true)
     );
     module.def(
-        ("route_experts_backward_" + type).c_str(), &backward<S>, py::kw_only(), py::arg("logits"), py::arg("row_stride"),
+        ("route_experts_backward_" + type).c_str(), &backward<S>, py::arg("logits"), py::arg("row_stride"),
         py::arg("rows"), py::arg("experts"), py::arg("top_k"), py::arg("renormalize"), py::arg("weights"), py::arg("chosen"),
         py::arg("weights_grad"), py::arg("weights_grad_row"), py::arg("weights_grad_column"), py::arg("load_grad"),
         py::arg("load_grad_stride"), py::arg("z_grad"), py::arg("gradient"), py::arg("threads"), py::arg("stream").none(true)
@@ -75,7 +75,7 @@ void define(py::module_& module, const std::string& type) {
 template <class T>
 void define_given(py::module_& module, const char* name) {
     module.def(
-        name, &given<T>, py::kw_only(), py::arg("index"), py::arg("given"), py::arg("rows"), py::arg("experts"),
+        name, &given<T>, py::arg("index"), py::arg("given"), py::arg("rows"), py::arg("experts"),
         py::arg("top_k"), py::arg("weights"), py::arg("chosen"), py::arg("permutation"), py::arg("offsets"),
         py::arg("counts"), py::arg("threads"), py::arg("stream").none(true)
     );

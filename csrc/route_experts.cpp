@@ -14,6 +14,9 @@ namespace {
 constexpr int kRows = 32;
 static_assert(kChunk % kRows == 0, "chunks are whole blocks");
 
+// Counters that neighbouring rows take in turn: the next addition to one waits for the last.
+constexpr int kChains = 4;
+
 template <class T>
 struct LogSeries;
 template <>
@@ -114,7 +117,7 @@ PRISM_INLINE void route_chunk(const RouteArguments<S>& a, int64_t chunk, Block<T
     Choices<T> choices;
     T load[kMaxExperts][kRows], z[kRows] = {};  // each lane adds up a few rows
     std::fill(&load[0][0], &load[experts][0], T(0));
-    int32_t count[kMaxExperts] = {};
+    int32_t count[kChains][kMaxExperts] = {};
     for (int64_t first = begin; first < end; first += kRows) {
         const int rows = static_cast<int>(std::min<int64_t>(kRows, end - first));
         block.load(a.logits + first * a.row_stride, a.row_stride, rows, experts);
@@ -139,15 +142,21 @@ PRISM_INLINE void route_chunk(const RouteArguments<S>& a, int64_t chunk, Block<T
         }
         for (int j = 0; j < top_k; ++j) {
             for (int r = 0; r < kRows; ++r) weight[j][r] *= a.renormalize ? T(1) / sum[r] : inverse[r];
+            int64_t* const chosen = a.plan.chosen + first * top_k + j;
+            T* const weights = a.weights + first * top_k + j;
             for (int r = 0; r < rows; ++r) {
                 const auto expert = choices.expert[j][r];
-                a.plan.chosen[(first + r) * top_k + j] = expert;
-                a.weights[(first + r) * top_k + j] = weight[j][r];
-                ++count[expert];
+                chosen[r * top_k] = expert;
+                weights[r * top_k] = weight[j][r];
+                ++count[r % kChains][expert];
             }
         }
     }
-    std::copy(count, count + experts, &a.plan.count(chunk, 0));
+    for (int e = 0; e < experts; ++e) {
+        int32_t all = 0;
+        for (int chain = 0; chain < kChains; ++chain) all += count[chain][e];
+        a.plan.count(chunk, e) = all;
+    }
     double* sums = a.sums + chunk * (experts + 1);
     for (int k = 0; k < experts; ++k) sums[k] = lane_sum(load[k], kRows);
     sums[experts] = lane_sum(z, kRows);
@@ -204,12 +213,29 @@ void hand_out_places(const PlanArguments& a, int threads) {
     }
     a.offsets[a.experts] = place;
     parallel_for(chunks, a.rows * a.top_k * 2, threads, [&](int64_t begin, int64_t end) {
-        for (int64_t chunk = begin; chunk < end; ++chunk) {
-            int32_t* next = &a.count(chunk, 0);
-            const int64_t last = std::min(a.rows, (chunk + 1) * kChunk) * a.top_k;
-            for (int64_t at = chunk * kChunk * a.top_k; at < last; ++at) a.permutation[next[a.chosen[at]]++] = at;
+        const int64_t size = kChunk * a.top_k, all = a.rows * a.top_k;
+        const int64_t* const chosen = a.chosen;
+        int64_t* const permutation = a.permutation;
+        int32_t* const next = a.counts;
+        const int experts = a.experts;
+        const auto hand_out = [=](int64_t chunk, int64_t at) { permutation[next[chunk * experts + chosen[at]]++] = at; };
+        int64_t chunk = begin;
+        for (; chunk + kChains <= end && (chunk + kChains) * size <= all; chunk += kChains) {
+            for (int64_t i = 0; i < size; ++i) {
+                for (int64_t chain = chunk; chain < chunk + kChains; ++chain) hand_out(chain, chain * size + i);
+            }
+        }
+        for (; chunk < end; ++chunk) {
+            const int64_t last = std::min(all, (chunk + 1) * size);
+            for (int64_t at = chunk * size; at < last; ++at) hand_out(chunk, at);
         }
     });
+}
+
+// Memory whose contents do not matter.
+template <class T>
+std::unique_ptr<T[]> room(int64_t n) {
+    return std::unique_ptr<T[]>(new T[n]);
 }
 
 // Loops compiled twice need a name without template parameters.
@@ -229,12 +255,16 @@ PRISM_FOR(Float16, float)
 }  // namespace
 
 template <class S>
-void route_experts_cpu(const RouteArguments<S>& a, int threads) {
+void route_experts_cpu(RouteArguments<S> a, int threads) {
     using T = typename ComputedIn<S>::type;
     const int experts = a.plan.experts;
     const int64_t chunks = chunks_of(a.plan.rows);
+    const auto counts = room<int32_t>(chunks * experts);
+    const auto sums = room<double>(chunks * (experts + 1));
+    a.plan.counts = counts.get();
+    a.sums = sums.get();
     parallel_for(chunks, a.plan.rows * (experts + a.plan.top_k) * 8, threads, [&](int64_t begin, int64_t end) {
-        const auto block = std::make_unique<Block<T>>();
+        const std::unique_ptr<Block<T>> block(new Block<T>);  // its contents do not matter
         for (int64_t chunk = begin; chunk < end; ++chunk) chunk_of(a, chunk, *block);
     });
     double total[kMaxExperts + 1] = {};
@@ -247,8 +277,10 @@ void route_experts_cpu(const RouteArguments<S>& a, int threads) {
 }
 
 template <class T>
-void plan_experts_cpu(const GivenArguments<T>& a, int threads) {
-    const PlanArguments& plan = a.plan;
+void plan_experts_cpu(GivenArguments<T> a, int threads) {
+    PlanArguments& plan = a.plan;
+    const auto counts = room<int32_t>(chunks_of(plan.rows) * plan.experts);
+    plan.counts = counts.get();
     parallel_for(chunks_of(plan.rows), plan.rows * plan.top_k * 4, threads, [&](int64_t begin, int64_t end) {
         for (int64_t chunk = begin; chunk < end; ++chunk) {
             int32_t* count = &plan.count(chunk, 0);
@@ -270,7 +302,7 @@ void route_experts_backward_cpu(const RouteGradientArguments<S>& a, int threads)
     using T = typename ComputedIn<S>::type;
     const int64_t blocks = (a.rows + kRows - 1) / kRows;
     parallel_for(blocks, a.rows * (a.experts + a.top_k) * 8, threads, [&](int64_t begin, int64_t end) {
-        const auto block = std::make_unique<Block<T>>();
+        const std::unique_ptr<Block<T>> block(new Block<T>);  // its contents do not matter
         for (int64_t at = begin; at < end; ++at) {
             const int64_t first = at * kRows;
             rows_of(a, first, static_cast<int>(std::min<int64_t>(kRows, a.rows - first)), *block);
@@ -279,14 +311,14 @@ void route_experts_backward_cpu(const RouteGradientArguments<S>& a, int threads)
 }
 
 #define PRISM_FOR(S)                                                  \
-    template void route_experts_cpu(const RouteArguments<S>&, int); \
+    template void route_experts_cpu(RouteArguments<S>, int);         \
     template void route_experts_backward_cpu(const RouteGradientArguments<S>&, int);
 PRISM_FOR(float)
 PRISM_FOR(double)
 PRISM_FOR(Bfloat16)
 PRISM_FOR(Float16)
 #undef PRISM_FOR
-template void plan_experts_cpu(const GivenArguments<float>&, int);
-template void plan_experts_cpu(const GivenArguments<double>&, int);
+template void plan_experts_cpu(GivenArguments<float>, int);
+template void plan_experts_cpu(GivenArguments<double>, int);
 
 }  // namespace prism

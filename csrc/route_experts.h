@@ -93,11 +93,11 @@ struct RouteGradientArguments {
     }
 };
 
-// CPU twins, on at most `threads` threads.
+// CPU twins, on at most `threads` threads. They bring their own workspace.
 template <class S>
-void route_experts_cpu(const RouteArguments<S>& a, int threads);
+void route_experts_cpu(RouteArguments<S> a, int threads);
 template <class T>
-void plan_experts_cpu(const GivenArguments<T>& a, int threads);
+void plan_experts_cpu(GivenArguments<T> a, int threads);
 template <class S>
 void route_experts_backward_cpu(const RouteGradientArguments<S>& a, int threads);
 

@@ -113,7 +113,12 @@ def ours_experts(backend: str, recompute: bool = False) -> Provider:
         if backend == "native" and x["hidden"].device.type != "cpu":
             raise Unsupported("reads the offsets on the host: for the CPU")
         routing = ops.plan_experts(x["chosen"], x["weights"], len(x["down"]))
-        return (ops.moe_experts(*(x[n] for n in WEIGHTED), routing, recompute=recompute, backend=backend),)
+        try:
+            return (ops.moe_experts(*(x[n] for n in WEIGHTED), routing, recompute=recompute, backend=backend),)
+        except NotImplementedError as error:
+            if backend != "stock":
+                raise
+            raise Unsupported(str(error)) from None
 
     return run
 

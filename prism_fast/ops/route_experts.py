@@ -44,9 +44,9 @@ def route_experts(
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= experts:
         raise ValueError(f"{op}: top_k={top_k!r} must be an integer in [1, {experts}], the number of experts")
     if choose(op, BACKENDS, backend, router_logits) == "native":
-        from .native.route_experts import run
+        import prism_fast.ops.native.route_experts as native  # this form costs no call of the import machinery
 
-        return run(router_logits, top_k, renormalize=renormalize)
+        return native.run(router_logits, top_k, renormalize=renormalize)
     return reference_route(router_logits, top_k, renormalize=renormalize)
 
 
@@ -77,7 +77,7 @@ def plan_experts(
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
         raise ValueError(f"{op}: num_experts={num_experts!r} must be an integer >= 1")
     if choose(op, BACKENDS, backend, top_k_weights) == "native":
-        from .native.route_experts import plan
+        import prism_fast.ops.native.route_experts as native
 
-        return plan(top_k_index, top_k_weights, num_experts)
+        return native.plan(top_k_index, top_k_weights, num_experts)
     return reference_plan(top_k_index, top_k_weights, num_experts)

@@ -81,7 +81,7 @@ section_tests() {
 }
 
 section_ops() {
-    "$PYTHON" -m prism_fast.cli bench ops ${cpu:+--cpu} --seconds 2 --json "$scratch/ops.data.json" ${BENCH_OPS_ARGS:-}
+    "$PYTHON" -m prism_fast.cli bench ops ${cpu:+--cpu} --seconds 1.5 --json "$scratch/ops.data.json" ${BENCH_OPS_ARGS:-}
 }
 
 section_attention() {

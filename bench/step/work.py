@@ -13,6 +13,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VL
 
 from prism_fast.models.checkpointing import use_gradient_checkpointing
 from prism_fast.models.discriminator import Discriminator, build_discriminator
+from prism_fast.models.fused_trunk import use_fused_trunk
 from prism_fast.models.logprob_head import LogProbHead
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
 from prism_fast.models.policy import TinyPolicy, tiny_config
@@ -214,6 +215,8 @@ def build(sizes: Widths, weights: Weights, *, stock: bool, dtype: torch.dtype, c
         discriminator = Discriminator(backbone).to(weights.head.device)
         with torch.no_grad():
             discriminator.v_head[1].weight.copy_(weights.head)
+        for model in (policy, discriminator):
+            use_fused_trunk(model)
     if checkpointing:
         for model in (policy, backbone):
             use_gradient_checkpointing(model)

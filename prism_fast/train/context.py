@@ -9,7 +9,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -175,8 +175,8 @@ def _opened(config: Config, console: Console, folder: Path, device: torch.device
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     disable_progress_bar()  # transformers' bars for each load and save would tear ours
+    metrics = MetricsWriter(folder, keep_bytes=resumed.metrics_bytes())
     with (
-        closing(MetricsWriter(folder, keep_bytes=resumed.metrics_bytes())) as metrics,
         answer_checker(config) as checker,
         Progress(console) as progress,
         StopRequest() as stop,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import time
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
-from prism_fast.models.writing import append_whole, disk_full
+from prism_fast.models.writing import append_whole
 from prism_fast.train.checkpoint import CheckpointError
 
 
@@ -34,8 +38,10 @@ class MetricsWriter:
             )
         self.path.touch()
         os.truncate(self.path, keep_bytes)
-        self._board_folder = folder / "tensorboard"
-        self._board = SummaryWriter(str(self._board_folder))
+        board = folder / "tensorboard"
+        board.mkdir(exist_ok=True)
+        self._events = board / f"events.out.tfevents.{time.time():.0f}.{os.getpid()}"
+        self._add(Event(file_version="brain.Event:2"))
 
     def write(self, stage: str, step: int, values: dict[str, float | int | str | None]) -> None:
         """Add a line.
@@ -45,6 +51,7 @@ class MetricsWriter:
             DiskFullError: no room for it; the lines before it stay and nothing of it is left.
         """
         record: dict[str, float | int | str] = {"stage": stage, "step": step}
+        shown = []
         for key, value in values.items():
             if value is None:
                 continue
@@ -52,14 +59,16 @@ class MetricsWriter:
                 raise ValueError(f"metric {key!r} of {stage} step {step} is {value}")
             record[key] = value
             if not isinstance(value, str):
-                with disk_full(self._board_folder):  # what its thread met while it wrote comes up here
-                    self._board.add_scalar(f"{stage}/{key}", value, step)
+                shown.append(Summary.Value(tag=f"{stage}/{key}", simple_value=float(value)))
         append_whole(self.path, (json.dumps(record) + "\n").encode())
+        self._add(Event(step=step, summary=Summary(value=shown)))
+
+    def _add(self, event: Event) -> None:
+        # TensorBoard's own writer has a thread, whose errors on a full disk appear beside the one message of a run.
+        event.wall_time, framed = time.time(), io.BytesIO()
+        RecordWriter(framed).write(event.SerializeToString())
+        append_whole(self._events, framed.getvalue())
 
     def size(self) -> int:
         """Bytes written so far."""
         return self.path.stat().st_size
-
-    def close(self) -> None:
-        with disk_full(self._board_folder):
-            self._board.close()

@@ -114,7 +114,6 @@ def test_metrics_on_a_full_disk_keep_their_whole_lines(tmp_path, monkeypatch):
         with pytest.raises(DiskFullError, match=r"no space left for .*metrics\.jsonl \(it takes"):
             writer.write("sft", 2, {"a": 2.0})
     writer.write("sft", 3, {"a": 3.0})
-    writer.close()
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 3]
 
 

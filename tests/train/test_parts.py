@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prism_fast.config import OptimizerConfig, SftConfig
 from prism_fast.train.engine import LocalEngine, NonFiniteError
@@ -107,5 +109,18 @@ def test_a_metric_that_is_not_finite_is_refused_and_an_absent_one_left_out(tmp_p
     writer.write("sft", 1, {"a": 1.5, "b": None})
     with pytest.raises(ValueError, match="'c'"):
         writer.write("sft", 2, {"c": float("nan")})
-    writer.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"stage": "sft", "step": 1, "a": 1.5}\n'
+
+
+def test_tensorboard_shows_what_metrics_hold_and_no_thread_writes_it(tmp_path):
+    threads = threading.active_count()
+    for first in (1, 3):  # the second time as a resumed run
+        size = (tmp_path / "metrics.jsonl").stat().st_size if first > 1 else 0
+        writer = MetricsWriter(tmp_path, keep_bytes=size)
+        for step in (first, first + 1):
+            writer.write("sft", step, {"loss": 1.5 * step, "tokens": step, "name": "x"})
+    assert threading.active_count() == threads, "its errors would not be those of the run"
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert board.Tags()["scalars"] == ["sft/loss", "sft/tokens"]
+    assert [(e.step, e.value) for e in board.Scalars("sft/loss")] == [(n, 1.5 * n) for n in (1, 2, 3, 4)]

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from prism_fast.bench.gemm_probe import Row, line, measured_ceiling, milliseconds, percentiles
+from prism_fast.bench.gemm_probe import Row, ceiling_of, line, milliseconds
 from prism_fast.bench.ops.machine import machine
+from prism_fast.bench.ops.measure import percentiles
 
 SHAPE, SMOKE = (32768, 2048, 6144, 4, 2), (40, 32, 48, 3, 2)  # tokens, hidden, inner, experts, top_k
 PRODUCTS = ("up", "down", "act", "weights", "back")
@@ -215,7 +216,7 @@ def main() -> None:
     x = make_layer(a.shape or (SMOKE if a.smoke else SHAPE), device)
     small = moe.Tile(32, 32, 32, 2, 4)
     table = moe.Tiles(small, small, small, small) if a.smoke else moe.tiles_for(x.hidden)
-    ceiling = measured_ceiling(device)
+    ceiling = ceiling_of(device)
     rows: list[Row] = []
     for name, product in products(x).items():
         if a.product and name not in a.product:

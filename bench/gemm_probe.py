@@ -5,6 +5,9 @@ cannot win it back. Three products (logits = hidden·Wᵀ, d_hidden = dZ·W, d_w
 bf16 operands, bf16 and fp32 outputs, and the third one added to a float32 matrix (add), which torch can do in slices of
 rows; ours and torch's take turns in one process; each is checked against float64 on random rows and columns in the same
 run. Inputs are random normal: a product of zeros runs faster than real data.
+
+    python3 -m prism_fast.bench.gemm_probe              needs a card
+    python3 -m prism_fast.bench.gemm_probe --smoke      the program, in Triton's interpreter
 """
 
 from __future__ import annotations
@@ -12,13 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
+from prism_fast.bench.ops.measure import measured_ceiling, percentiles
 
 VOCABULARY, TOKENS, WIDTHS = 151936, 8192, (2048, 2560, 4096)
 SMOKE = (520, 136, (64,))  # CPU: correctness of this program, no figures
@@ -163,19 +167,9 @@ def measure(op: str, n: int, h: int, v: int, out_dtype: torch.dtype, device: str
     return list(rows.values())
 
 
-def percentiles(x: list[float]) -> tuple[float, float, float]:
-    fifths = statistics.quantiles(x, n=5, method="inclusive")
-    return fifths[0], statistics.median(x), fifths[3]
-
-
-def measured_ceiling(device: str) -> float | None:
-    """TFLOP/s of torch.mm at 8192³ in bf16 on random data, in this process."""
-    if device == "cpu":
-        return None
-    a, b = (torch.randn((8192, 8192), device=device).bfloat16() for _ in range(2))
-    out = torch.empty_like(a)
-    spent = [milliseconds(lambda: torch.mm(a, b, out=out), device) for _ in range(13)][3:]
-    return 2 * 8192**3 / statistics.median(spent) / 1e9
+def ceiling_of(device: str) -> float | None:
+    """TFLOP/s of a large product in bf16 in this process; None on the CPU, where the figures mean nothing."""
+    return None if device == "cpu" else measured_ceiling(device, {torch.bfloat16})["TFLOP/s bfloat16"]
 
 
 def line(row: Row) -> str:
@@ -204,7 +198,7 @@ def main() -> None:
         raise SystemExit("gemm_probe: no GPU here; --smoke runs tiny shapes in Triton's interpreter")
     torch.manual_seed(int(time.time()))
     v, n, widths = SMOKE if a.smoke else (VOCABULARY, TOKENS, WIDTHS)
-    ceiling = measured_ceiling(device)
+    ceiling = ceiling_of(device)
     print(f"ceiling (torch.mm, 8192³, bf16): {ceiling:.1f} TFLOP/s" if ceiling else "smoke run: times mean nothing")
     rows: list[Row] = []
     for h in widths:

@@ -89,7 +89,7 @@ section_attention() {
     "$PYTHON" -m prism_fast.cli bench ops ${cpu:+--cpu} --op attention --seconds 2 --json "$scratch/attention.data.json"
 }
 
-section_gemm() { "$PYTHON" bench/gemm_probe.py ${cpu:+--smoke} --json "$scratch/gemm.data.json" ${GEMM_PROBE_ARGS:-}; }
+section_gemm() { "$PYTHON" -m prism_fast.bench.gemm_probe ${cpu:+--smoke} --json "$scratch/gemm.data.json" ${GEMM_PROBE_ARGS:-}; }
 
 section_step() {
     # Five steps of every column, an optimizer update each, at the widths of the 4B policy and the 2B x 4 discriminator.

@@ -153,13 +153,18 @@ def measure(
 
 
 def _fill(row: Row, spent: list[float], op: Op, work: float, ceiling: dict[str, float]) -> None:
-    fifths = statistics.quantiles(spent, n=5, method="inclusive")
-    row.ms_p20, row.ms_p50, row.ms_p80 = fifths[0], statistics.median(spent), fifths[3]
+    row.ms_p20, row.ms_p50, row.ms_p80 = percentiles(spent)
     row.runs = len(spent)
     row.unit = op.unit
     row.rate = work / (row.ms_p50 * 1e-3) / (1e12 if op.unit == "TFLOP/s" else 1e9)
     key = f"{op.unit} {row.dtype}" if op.unit == "TFLOP/s" else op.unit
     row.ceiling_percent = 100 * row.rate / ceiling[key] if key in ceiling else None
+
+
+def percentiles(spent: list[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th."""
+    fifths = statistics.quantiles(spent, n=5, method="inclusive")
+    return fifths[0], statistics.median(spent), fifths[3]
 
 
 def measured_ceiling(device: str, dtypes: set[torch.dtype]) -> dict[str, float]:

@@ -84,7 +84,7 @@ def test_product_probe_computes_the_right_thing_on_cpu(tmp_path):
     pytest.importorskip("triton")
     out = tmp_path / "gemm.json"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "bench" / "gemm_probe.py"), "--smoke", "--json", str(out)]
+    command = [sys.executable, "-m", "prism_fast.bench.gemm_probe", "--smoke", "--json", str(out)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(out.read_text())["rows"]

@@ -26,17 +26,6 @@ bool read(
     return reader.fits() && !group.is_none() && !weights.is_none();
 }
 
-inline bool fits(
-    const py::handle& scores, const py::handle& group, const py::handle& weights, const py::handle& valid,
-    const py::handle& gate, const py::handle& offset
-) {
-    Reader reader(scores);
-    AdvantageArguments<float> narrow{};
-    AdvantageArguments<double> wide{};
-    return holds<float>(reader.like()) ? read(reader, narrow, group, weights, valid, gate, offset)
-                                       : read(reader, wide, group, weights, valid, gate, offset);
-}
-
 template <class T>
 bool run_in(
     Reader& reader, AdvantageArguments<T> a, const py::handle& group, const py::handle& weights, const py::handle& valid,
@@ -70,9 +59,27 @@ inline bool run(
     return holds<float>(reader.like()) ? in(AdvantageArguments<float>{}) : in(AdvantageArguments<double>{});
 }
 
+// A whole call on the CPU, its result allocated here: None, and nothing done, where an argument is not as the kernels read it.
+inline py::object eager(
+    int normalize, int invalid, double eps, double invalid_penalty, double power, bool singleton_identity, bool per_score,
+    const py::handle& scores, const py::handle& group, const py::handle& weights, const py::handle& valid,
+    const py::handle& gate, const py::handle& offset, int threads
+) {
+    Reader reader(scores);
+    const dlpack::Tensor& like = reader.like();
+    if (!runs_here(reader) || like.dims != 2) return py::none();
+    const py::object out =
+        per_score ? new_empty(scores, py::make_tuple(like.sizes[0], like.sizes[1])) : new_empty(scores, py::int_(like.sizes[0]));
+    const bool done = run(
+        scores, group, weights, valid, gate, offset, out, normalize, invalid, eps, invalid_penalty, power, singleton_identity,
+        per_score, 0, threads, py::none()
+    );
+    return done ? out : py::none();
+}
+
 inline void add(py::module_& module) {
     module.def("group_advantage", &run);
-    module.def("group_advantage_fits", &fits);
+    module.def("group_advantage_eager", &eager);
 }
 
 }  // namespace prism::bind::group_advantage_

@@ -61,19 +61,6 @@ bool read(Reader& reader, PolicyArguments<T>& a, const Given& x) {
     return reader.fits();
 }
 
-inline bool fits(
-    const py::handle& logp, const py::handle& advantage, const py::handle& cu_seqlens, const py::handle& old_logp,
-    const py::handle& token_advantage, const py::handle& entropy, const py::handle& ref_logp, const py::handle& is_weight,
-    const py::handle& mask, const py::handle& denominator, const py::handle& norm_length
-) {
-    Reader reader(logp);
-    const Given given{advantage, cu_seqlens, old_logp, token_advantage, entropy, ref_logp, is_weight, mask, denominator,
-                      norm_length};
-    PolicyArguments<float> narrow{};
-    PolicyArguments<double> wide{};
-    return holds<float>(reader.like()) ? read(reader, narrow, given) : read(reader, wide, given);
-}
-
 template <class T>
 bool run_in(
     Reader& reader, const PolicyPlan& plan, const Given& given, const py::handle& loss, const py::handle& stats,
@@ -109,13 +96,51 @@ inline bool run(
                : run_in<double>(reader, plan, given, loss, stats, slopes, wanted, workspace, threads, stream);
 }
 
+inline bool requires_grad(const py::handle& x) {
+    static PyObject* const name = PyUnicode_InternFromString("requires_grad");
+    const auto answer = py::reinterpret_steal<py::object>(PyObject_GetAttr(x.ptr(), name));
+    if (!answer) throw py::error_already_set();
+    return answer.ptr() == Py_True;
+}
+
+// A whole call on the CPU, its results allocated here: (loss, statistics); None, and nothing done, where an argument is not as
+// the kernel reads it. `attach(logp, entropy, (), (loss, stats, slopes))` gives the loss its gradient, `name` the statistics
+// their names, both from the tensors that they get.
+inline py::object eager(
+    const py::object& attach, const py::object& name, const PolicyPlan& plan, const py::handle& logp, const py::handle& entropy,
+    const py::handle& advantage, const py::handle& cu_seqlens, const py::handle& old_logp, const py::handle& token_advantage,
+    const py::handle& ref_logp, const py::handle& is_weight, const py::handle& mask, const py::handle& denominator,
+    const py::handle& norm_length, bool learns, int threads
+) {
+    Reader reader(logp);
+    if (!runs_here(reader) || reader.like().dims != 1) return py::none();
+    const int64_t tokens = reader.like().sizes[0];
+    const bool of_entropy =
+        learns && plan.options.entropy_coef != 0.0 && !entropy.is_none() && requires_grad(entropy);
+    const int wanted = of_entropy ? 2 : learns && requires_grad(logp) ? 1 : 0;
+    const py::object loss = new_empty(logp, py::tuple(0)), stats = new_empty(logp, py::int_(static_cast<int>(stat_count)));
+    py::object slopes = py::none();
+    if (wanted == 1) slopes = new_empty(logp, py::int_(tokens));
+    if (wanted == 2) slopes = new_empty(logp, py::make_tuple(2, tokens));
+    const bool done = run(
+        plan, logp, entropy, advantage, cu_seqlens, old_logp, token_advantage, ref_logp, is_weight, mask, denominator,
+        norm_length, loss, stats, slopes, wanted, 0, threads, py::none()
+    );
+    if (!done) return py::none();
+    const py::object value =
+        wanted == 0 ? loss
+                    : attach(logp, of_entropy ? entropy : py::handle(Py_None), py::tuple(0), py::make_tuple(loss, stats, slopes));
+    const py::tuple views = stats.attr("unbind")();
+    return py::make_tuple(value, name(views[py::slice(0, stat_count - 1, 1)]));
+}
+
 inline void add(py::module_& module) {
     module.attr("policy_stats") = static_cast<int>(stat_count);
     module.attr("policy_partials") = kPartials;
     py::class_<PolicyPlan>(module, "PolicyPlan");
     module.def("policy_plan", &plan);
     module.def("policy_loss", &run);
-    module.def("policy_loss_fits", &fits);
+    module.def("policy_loss_eager", &eager);
 }
 
 }  // namespace prism::bind::policy_loss_

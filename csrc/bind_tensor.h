@@ -139,4 +139,15 @@ T* allocated(const py::handle& object) {
     return first<T>(x);
 }
 
+// `like.new_empty(size)`.
+inline py::object new_empty(const py::handle& like, const py::handle& size) {
+    static PyObject* const name = PyUnicode_InternFromString("new_empty");
+    PyObject* made = PyObject_CallMethodOneArg(like.ptr(), name, size.ptr());
+    if (made == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(made);
+}
+
+// Whether tensors of the CPU are to be computed on it: a dry run counts the launches that a card would see.
+inline bool runs_here(const Reader& reader) { return reader.fits() && reader.on_cpu() && !launch_count().dry; }
+
 }  // namespace prism::bind

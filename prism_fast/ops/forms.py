@@ -79,9 +79,9 @@ class TwoForms:
             def backward(ctx, *upstream):
                 return (refusing_backward if torch.is_grad_enabled() else eager_backward)(ctx, *upstream)
 
+        # Function.apply without its part in Python, which costs as much again and serves functorch alone.
+        self.apply = super(torch.autograd.Function, Eager).apply
         self._guarded = Eager.apply
-        # Its part in C; the part in Python, which costs as much again, serves functorch alone.
-        self._apply = super(torch.autograd.Function, Eager).apply
 
     def __call__(self, *arguments) -> Sequence[Tensor]:
         """All outputs; those beyond the results are without gradient."""
@@ -103,7 +103,7 @@ class TwoForms:
 
     def attach(self, first: Sequence[Tensor | None], arguments: tuple, outputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
         """What ``run`` gave for ``arguments``, its results now with gradients for the ``first`` of them."""
-        apply = self._guarded if torch._C._are_functorch_transforms_active() else self._apply
+        apply = self._guarded if torch._C._are_functorch_transforms_active() else self.apply
         found = apply(*first, arguments, outputs)
         return (found, *outputs[1:]) if self.results == 1 else (*found, *outputs[self.results :])
 

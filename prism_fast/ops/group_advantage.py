@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -74,28 +74,24 @@ def group_advantage(
     Source: GRPO (arXiv 2402.03300, section 4.1.2); the six alignment advantages of PRISM (arXiv 2604.28123,
     ``compute_grpo_multi_reward_advantage``) are one or two such calls, see ``prism_fast.algorithms.advantages``.
     """
-    compiling = torch.compiler.is_compiling()
-    fits = not compiling and native.group_advantage_fits(scores, group, weights, valid, gate, offset)
-    if not fits:
-        checks.tensor(OP, "scores", scores, shape=(None, None))
-        rows, columns = scores.shape
-        checks.tensor(OP, "group", group, shape=(rows,), dtypes=checks.INTEGERS, like=scores)
-        if valid is not None:
-            checks.tensor(OP, "valid", valid, shape=(rows,), dtypes=(torch.bool,), like=scores)
-        checks.rows(OP, scores, rows, gate=gate, offset=offset)
-        weights = _weights(weights, columns, scores)
-    resolve = _resolve if compiling else _resolved  # compilers look through caches, with a warning
-    resolve(normalize, eps, invalid, invalid_penalty, singleton, power, per_score, offset is not None)
+    if torch.compiler.is_compiling():  # compilers look through caches, with a warning
+        _settle(normalize, eps, invalid, invalid_penalty, singleton, power, per_score, offset is not None)
+    else:
+        eager = _settled(normalize, eps, invalid, invalid_penalty, singleton, power, per_score, offset is not None)
+        if eager is not None and native.serves_eagerly(backend):
+            found = eager(scores, group, weights, valid, gate, offset, torch.get_num_threads())
+            if found is not None:
+                return found
+    checks.tensor(OP, "scores", scores, shape=(None, None))
+    rows, columns = scores.shape
+    checks.tensor(OP, "group", group, shape=(rows,), dtypes=checks.INTEGERS, like=scores)
+    if valid is not None:
+        checks.tensor(OP, "valid", valid, shape=(rows,), dtypes=(torch.bool,), like=scores)
+    checks.rows(OP, scores, rows, gate=gate, offset=offset)
+    weights = _weights(weights, columns, scores)
     kernel = reference
     if choose(OP, BACKENDS, backend, scores) == "native":
-        import prism_fast.ops.native.group_advantage as compiled
-
-        if fits:
-            return compiled.compute(
-                scores, group, weights, valid, gate, offset, normalize, eps, invalid, invalid_penalty, singleton, power,
-                per_score,
-            )  # fmt: skip
-        kernel = compiled.run
+        from prism_fast.ops.native.group_advantage import run as kernel
     return kernel(
         scores=scores,
         group=group,
@@ -113,7 +109,7 @@ def group_advantage(
     )
 
 
-def _resolve(
+def _settle(
     normalize: str,
     eps: float,
     invalid: str,
@@ -122,8 +118,11 @@ def _resolve(
     power: float,
     per_score: bool,
     has_offset: bool,
-) -> None:
-    """Check the options that need no tensor. Raises ValueError."""
+) -> Callable[..., Tensor | None] | None:
+    """Check the options that need no tensor: the compiled form of an eager call with them where there is one.
+
+    Raises ValueError.
+    """
     checks.choice(OP, "normalize", normalize, NORMALIZE)
     checks.choice(OP, "invalid", invalid, INVALID)
     checks.choice(OP, "singleton", singleton, SINGLETON)
@@ -136,9 +135,14 @@ def _resolve(
         raise ValueError(f"{OP}: per_score=True needs one term per score; normalize='combined' has only their sum")
     if per_score and (has_offset or invalid_penalty != 0.0):
         raise ValueError(f"{OP}: offset and invalid_penalty belong to the sum; add them after per_score=True")
+    if torch.compiler.is_compiling() or not native.available():
+        return None
+    from prism_fast.ops.native.group_advantage import eager
+
+    return eager(normalize, eps, invalid, invalid_penalty, singleton, power, per_score)
 
 
-_resolved = checks.once(_resolve)
+_settled = checks.once(_settle)
 
 
 def _weights(weights: Tensor | Sequence[float], columns: int, scores: Tensor) -> Tensor:

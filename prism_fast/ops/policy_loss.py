@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -120,28 +122,16 @@ def policy_loss(
     CISPO 2506.13585 eq. 4 (bounds of ScaleRL, 2510.13786); SAPO 2511.20347; bnpo as in TRL; clamps, dual clip and the
     form of GSPO as in verl ``compute_policy_loss_vanilla`` and ``compute_policy_loss_gspo``.
     """
-    compiling = torch.compiler.is_compiling()
-    if compiling or not native.policy_loss_fits(
-        logp,
-        advantage,
-        cu_seqlens,
-        old_logp,
-        token_advantage,
-        entropy,
-        ref_logp,
-        is_weight,
-        mask,
-        denominator,
-        norm_length,
-    ):
-        columns = dict(
-            old_logp=old_logp, token_advantage=token_advantage, entropy=entropy, ref_logp=ref_logp, is_weight=is_weight
+    has_norm, eager = norm_length is not None, None
+    if torch.compiler.is_compiling():  # compilers look through caches, with a warning
+        aggregation = resolve_options(
+            loss, clip, delta, dual_clip, sapo_temperature, aggregation, has_norm, kl, entropy_coef, kl_coef
         )
-        _check(logp, advantage, cu_seqlens, columns, mask, denominator, norm_length)
-    resolve = resolve_options if compiling else _resolved  # compilers look through caches, with a warning
-    aggregation = resolve(
-        loss, clip, delta, dual_clip, sapo_temperature, aggregation, norm_length is not None, kl, entropy_coef, kl_coef
-    )
+    else:
+        aggregation, eager = _settled(
+            loss, clip, delta, dual_clip, sapo_temperature, aggregation, has_norm, denominator is not None, kl,
+            entropy_coef, kl_coef,
+        )  # fmt: skip
     if (advantage is None) == (token_advantage is None):
         raise ValueError(f"{OP}: pass exactly one of advantage [B] and token_advantage [N]")
     if token_advantage is not None and loss == "gspo":
@@ -150,6 +140,17 @@ def policy_loss(
         raise ValueError(f"{OP}: entropy_coef={entropy_coef} needs entropy")
     if kl_coef != 0.0 and ref_logp is None:
         raise ValueError(f"{OP}: kl_coef={kl_coef} needs ref_logp")
+    if eager is not None and native.serves_eagerly(backend):
+        found = eager(
+            logp, entropy, advantage, cu_seqlens, old_logp, token_advantage, ref_logp, is_weight, mask, denominator,
+            norm_length, torch.is_grad_enabled(), torch.get_num_threads(),
+        )  # fmt: skip
+        if found is not None:
+            return found
+    columns = dict(
+        old_logp=old_logp, token_advantage=token_advantage, entropy=entropy, ref_logp=ref_logp, is_weight=is_weight
+    )
+    _check(logp, advantage, cu_seqlens, columns, mask, denominator, norm_length)
     kernel = reference
     if choose(OP, BACKENDS, backend, logp) == "native":
         from prism_fast.ops.native.policy_loss import run as kernel
@@ -248,7 +249,31 @@ def resolve_options(
     return aggregation
 
 
-_resolved = checks.once(resolve_options)
+@checks.once
+def _settled(
+    loss: str,
+    clip: tuple[float, float] | None,
+    delta: float | None,
+    dual_clip: float | None,
+    sapo_temperature: tuple[float, float],
+    aggregation: str | None,
+    has_norm_length: bool,
+    has_denominator: bool,
+    kl: str,
+    entropy_coef: float,
+    kl_coef: float,
+) -> tuple[str, Callable | None]:
+    """The aggregation, and the compiled form of an eager call with these options where there is one."""
+    aggregation = resolve_options(
+        loss, clip, delta, dual_clip, sapo_temperature, aggregation, has_norm_length, kl, entropy_coef, kl_coef
+    )
+    if not native.available():
+        return aggregation, None
+    from prism_fast.ops.native.policy_loss import eager
+
+    clip = CLIP_OF_LOSS.get(loss) if clip is None else clip
+    options = (clip, delta, dual_clip, sapo_temperature, aggregation, has_denominator, kl, entropy_coef, kl_coef)
+    return aggregation, eager(loss, *options)
 
 
 def _pair(name: str, value: object, *, strict: bool) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,11 @@ from prism_fast.ops.policy_loss import policy_loss
 
 if not native.available():
     pytest.skip(native.why_not(), allow_module_level=True)
+
+from prism_fast.ops.native import group_advantage as compiled_advantage
+from prism_fast.ops.native import policy_loss as compiled_loss
+
+public = sys.modules[policy_loss.__module__]
 
 CU_SEQLENS = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
 SCORES, GROUP, WEIGHTS = torch.randn(6, 2), torch.arange(6) // 3, torch.ones(2)
@@ -47,7 +53,7 @@ def test_torch_operators_per_call():
     def forward():
         return policy_loss(leaf, sequence, CU_SEQLENS, old_logp=old, entropy=old, backend="native")[0]
 
-    assert operators(forward) == ["empty_like", "new_empty", "new_empty", "unbind.int"]
+    assert operators(forward) == ["new_empty"] * 3 + ["unbind.int"]
     loss = forward()
     # Upstream is 1: what the forward pass wrote is the gradient. The first operator is the engine's own.
     assert operators(lambda: torch.autograd.grad(loss, leaf, retain_graph=True)) == ["ones_like"]
@@ -110,11 +116,14 @@ def test_options_are_checked_once_and_refused_each_time(monkeypatch):
 
 def test_waves_use_the_compiled_policy_loss(monkeypatch, generator):
     """linear_policy_loss asks for it in every wave, whatever computes the head."""
-    from prism_fast.ops.native import policy_loss as compiled
-
     calls = []
-    run = compiled.run
-    monkeypatch.setattr(compiled, "run", lambda *a, **k: (calls.append(1), run(*a, **k))[1])
+    settled = public._settled
+
+    def counting(*options):
+        aggregation, eager = settled(*options)
+        return aggregation, lambda *tensors: (calls.append(1), eager(*tensors))[1]
+
+    monkeypatch.setattr(public, "_settled", counting)
     hidden, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (9, 21))
     for backend in (None, "reference"):
         ops.linear_policy_loss(
@@ -125,15 +134,16 @@ def test_waves_use_the_compiled_policy_loss(monkeypatch, generator):
 
 def test_what_the_kernels_read_as_it_is(generator):
     """Tensors that fit are not looked at again, so nothing may fit that a check would refuse or a kernel misread."""
+    eager = compiled_loss.eager("grpo", (0.2, 0.2), None, None, (1.0, 1.05), "token_mean", True, "k3", 0.0, 0.0)
     wide = lambda n: torch.randn(n, generator=generator)  # noqa: E731
     good = dict(
-        logp=wide(9), advantage=wide(3), cu_seqlens=CU_SEQLENS, old_logp=wide(9), token_advantage=wide(9),
-        entropy=wide(9), ref_logp=wide(9), is_weight=wide(9), mask=wide(9) > 0, denominator=torch.tensor(3),
+        logp=wide(9), entropy=wide(9), advantage=wide(3), cu_seqlens=CU_SEQLENS, old_logp=wide(9),
+        token_advantage=wide(9), ref_logp=wide(9), is_weight=wide(9), mask=wide(9) > 0, denominator=torch.tensor(3),
         norm_length=torch.tensor(3.0),
     )  # fmt: skip
-    fits = lambda **changed: native.policy_loss_fits(*(good | changed).values())  # noqa: E731
+    fits = lambda **changed: eager(*(good | changed).values(), False, 1) is not None  # noqa: E731
     assert fits() and fits(mask=wide(9), denominator=0.0, norm_length=1) and fits(logp=torch.nn.Parameter(wide(9)))
-    assert fits(**{name: None for name in list(good)[3:]})
+    assert fits(entropy=None, **{name: None for name in list(good)[4:]})
 
     class Marked(torch.Tensor):
         pass
@@ -156,7 +166,8 @@ def test_what_the_kernels_read_as_it_is(generator):
     scores = dict(
         scores=wide(12).view(6, 2), group=GROUP, weights=WEIGHTS, valid=VALID, gate=wide(6), offset=wide(6)
     )  # fmt: skip
-    fits = lambda **changed: native.group_advantage_fits(*(scores | changed).values())  # noqa: E731
+    eager_advantage = compiled_advantage.eager("per_score", 1e-6, "below_min", 0.0, "zero", 1.0, False)
+    fits = lambda **changed: eager_advantage(*(scores | changed).values(), 1) is not None  # noqa: E731
     assert fits() and fits(scores=wide(12).view(2, 6).T, valid=None, gate=None, offset=None)
     for name, x in scores.items():
         other = torch.float64 if x.is_floating_point() else torch.int32

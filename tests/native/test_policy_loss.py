@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -64,7 +65,8 @@ def evaluate(function, data: dict, **options) -> list[torch.Tensor]:
     x = OPTIONS | data | options
     sources = [x["logp"], x["entropy"]]
     loss, stats = function(x.pop("logp"), x.pop("advantage"), x.pop("cu_seqlens"), **x)
-    grads = torch.autograd.grad(loss * 1.7, [s for s in sources if s is not None], allow_unused=True)
+    sources = [s for s in sources if s is not None and s.requires_grad]
+    grads = torch.autograd.grad(loss * 1.7, sources, allow_unused=True)
     return [loss.detach(), *stats, *grads]
 
 
@@ -104,6 +106,28 @@ def test_parity_over_all_options(loss, aggregation, dtype, device, generator):
         {"kl_coef": 0.0}, {"entropy_coef": 0.0}, {"entropy": None, "entropy_coef": 0.0},
     ):  # fmt: skip
         both(data | missing, **own(loss, aggregation))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("loss", "aggregation"), PAIRS)
+def test_eager_calls_give_the_same_bits(loss, aggregation, dtype, generator):
+    """The public op reads plain tensors of the CPU in one call, `run` after looking at each."""
+    data = batch(generator, dtype=dtype)
+    frozen = data | {"logp": data["logp"].detach(), "entropy": data["entropy"].detach()}
+    for base, changed in itertools.product(
+        (data, data | {"entropy": frozen["entropy"]}, data | {"entropy_coef": 0.0}),
+        ({}, {"old_logp": None}, {"mask": data["mask"].to(dtype)}, {"mask": None, "denominator": 7.0},
+         {"ref_logp": None, "kl_coef": 0.0}, {"kl": "k3+"}, {"denominator": torch.tensor(9)}),
+    ):  # fmt: skip
+        options = own(loss, aggregation) | changed
+        found, wanted = (
+            evaluate(partial(policy_loss, backend="native"), base, **options),
+            evaluate(run, base, **options),
+        )
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    loss, _ = policy_loss(**frozen, **own(loss, aggregation), backend="native")
+    assert not loss.requires_grad
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
 # Version of the binding's signatures that this Python code calls; csrc/binding.cpp carries the same number.
-INTERFACE = 8
+INTERFACE = 9
 
 _BUILD = "run `pip install -e . --no-build-isolation` or `python setup.py build_ext --inplace` in the checkout"
 
@@ -53,11 +54,6 @@ def module():
     return _C
 
 
-def _fits_nothing(*tensors: object) -> bool:
-    return False
-
-
-# Whether all tensors of a call are plain and just as the kernels read them: then no check would refuse them. False
-# means nothing: without the module, for anything unusual, for mistakes.
-policy_loss_fits = _fits_nothing if _reason else _C.policy_loss_fits
-group_advantage_fits = _fits_nothing if _reason else _C.group_advantage_fits
+def serves_eagerly(backend: str | None) -> bool:
+    """Whether an eager call with plain tensors on the CPU comes here, by the rules of ``ops.backend``."""
+    return not _reason and (backend == "native" or (backend is None and not os.environ.get("PRISM_FAST_BACKEND")))

@@ -5,6 +5,9 @@ Semantics and validation stand in ``prism_fast.ops.group_advantage``; the arithm
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,17 +22,17 @@ INVALID = {"below_min": 0, "exclude": 1, "as_is": 2}
 
 
 def run(**arguments) -> Tensor:
-    """Arguments of `compute`, already validated by the public op.
+    """Arguments of `_run`, already validated by the public op.
 
     The result has no gradient. Does not synchronise, and can be captured in a CUDA graph. Raises RuntimeError where the
     kernels are missing.
     """
     if plain(arguments["scores"]):
-        return compute(**arguments)
+        return _run(**arguments)
     return _operator(**{name: x.detach() if isinstance(x, Tensor) else x for name, x in arguments.items()})
 
 
-def compute(
+def _run(
     scores: Tensor,
     group: Tensor,
     weights: Tensor,
@@ -44,7 +47,7 @@ def compute(
     power: float,
     per_score: bool,
 ) -> Tensor:
-    """`run` for plain tensors: [B], or [B, K] with ``per_score``; float64 for float64 scores, else float32."""
+    """[B], or [B, K] with ``per_score``; float64 for float64 scores, else float32."""
     out, kernel = _allocate(scores, per_score), native.module().group_advantage
     rest = (
         out, NORMALIZE[normalize], INVALID[invalid], eps, invalid_penalty, power, singleton == "identity", per_score,
@@ -63,6 +66,17 @@ def compute(
     return out
 
 
+def eager(
+    normalize: str, eps: float, invalid: str, invalid_penalty: float, singleton: str, power: float, per_score: bool
+) -> Callable[..., Tensor | None]:
+    """(scores, group, weights, valid, gate, offset, threads) -> `run` with these options, in one call.
+
+    None for anything but plain tensors of the CPU, just as the kernel reads them: then no check would refuse them.
+    """
+    options = (NORMALIZE[normalize], INVALID[invalid], eps, invalid_penalty, power, singleton == "identity", per_score)
+    return functools.partial(native.module().group_advantage_eager, *options)
+
+
 def _kind(scores: Tensor) -> torch.dtype:
     return torch.float64 if scores.dtype == torch.float64 else torch.float32
 
@@ -71,7 +85,7 @@ def _allocate(scores: Tensor, per_score: bool) -> Tensor:
     return scores.new_empty(scores.shape if per_score else scores.shape[:1], dtype=_kind(scores))
 
 
-_operator = torch.library.custom_op("prism_fast::group_advantage", compute, mutates_args=())
+_operator = torch.library.custom_op("prism_fast::group_advantage", _run, mutates_args=())
 
 
 @_operator.register_fake

@@ -6,6 +6,7 @@ Semantics and validation stand in ``prism_fast.ops.policy_loss``; the arithmetic
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -64,16 +65,13 @@ def run(
     if entropy is not None and not entropy_learns and entropy.requires_grad:
         entropy = entropy.detach()
     wanted = 2 if entropy_learns else 1 if learns and logp.requires_grad else 0
-    low, high = (0.0, 0.0) if clip is None else clip
-    bound = dual_clip if delta is None else delta
     inputs = (
         logp, entropy, advantage, cu_seqlens, old_logp, token_advantage, ref_logp, is_weight, mask, denominator,
         norm_length,
     )  # fmt: skip
-    options = (
-        loss, aggregation, kl, denominator is not None, low, high, bound is not None, 1.0 if bound is None else bound,
-        *sapo_temperature, kl_coef, entropy_coef,
-    )  # fmt: skip
+    options = _options(
+        loss, clip, delta, dual_clip, sapo_temperature, aggregation, denominator is not None, kl, entropy_coef, kl_coef
+    )
     if calls.plain(logp):
         outputs = _compute(inputs, _plan(*options), wanted)
         value = outputs[0]
@@ -199,3 +197,45 @@ _forms = TwoForms(
     save=_save,
     gradients=_gradients,
 )
+
+
+def eager(
+    loss: str,
+    clip: tuple[float, float] | None,
+    delta: float | None,
+    dual_clip: float | None,
+    sapo_temperature: tuple[float, float],
+    aggregation: str,
+    has_denominator: bool,
+    kl: str,
+    entropy_coef: float,
+    kl_coef: float,
+) -> Callable[..., tuple[Tensor, PolicyStats] | None]:
+    """(the eleven tensors of `_compute`, whether gradients are on, threads) -> `run` with these options, in one call.
+
+    None for anything but plain tensors of the CPU, just as the kernel reads them: then no check would refuse them.
+    """
+    options = _options(
+        loss, clip, delta, dual_clip, sapo_temperature, aggregation, has_denominator, kl, entropy_coef, kl_coef
+    )
+    return functools.partial(native.module().policy_loss_eager, _forms.apply, PolicyStats._make, _plan(*options))
+
+
+def _options(
+    loss: str,
+    clip: tuple[float, float] | None,
+    delta: float | None,
+    dual_clip: float | None,
+    sapo_temperature: tuple[float, float],
+    aggregation: str,
+    has_denominator: bool,
+    kl: str,
+    entropy_coef: float,
+    kl_coef: float,
+) -> tuple:
+    """Arguments of `_plan`."""
+    bound = dual_clip if delta is None else delta
+    return (
+        loss, aggregation, kl, has_denominator, *((0.0, 0.0) if clip is None else clip), bound is not None,
+        1.0 if bound is None else bound, *sapo_temperature, kl_coef, entropy_coef,
+    )  # fmt: skip

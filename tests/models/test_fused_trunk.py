@@ -58,8 +58,10 @@ def policy(processor):
 def groups(make_prompt, make_rows):
     """An image, and branches of several lengths, one of a single token: positions are no running numbers."""
     first, second, third = make_rows([3, 1, 2])
-    prompt = make_prompt((32, 64), text="")
-    return [PromptGroup(prompt, [first, second]), PromptGroup(make_prompt(text=""), [third])]
+    image, plain = make_prompt((32, 64), text=""), make_prompt(text="")
+    image = replace(image, input_ids=image.input_ids[4:11])  # a line break, the image between its marks, two more
+    plain = replace(plain, input_ids=plain.input_ids[:3])
+    return [PromptGroup(image, [first, second]), PromptGroup(plain, [third])]
 
 
 def backbone_of(policy, kind):

@@ -222,6 +222,7 @@ def switched(finished, small_run, tmp_path_factory) -> tuple[list[str], Path]:
     """Warm-up from a discriminator with neither, then alignment, with both on."""
     export, out = finished / "export", tmp_path_factory.mktemp("switched") / "run"
     models = [f"model.policy={export / 'sft'}", f"model.discriminator={export / 'discriminator-warmup'}"]
+    models.append(f"data.pairs={finished / 'data' / 'pairs' / 'pairs.jsonl'}")
     overrides = [*small_run, *models, *ON, "stages=[warmup,align]", "data.eval=null", "checkpoint_every=1"]
     return overrides, run_small(out, overrides)
 

@@ -120,9 +120,33 @@ def test_a_step_that_the_kept_groups_fill_generates_nothing():
     assert sampler.take(3).numbers["sampling/age_max"] == 2, "none waits longer than max_oversampling steps"
 
 
+def published_step(plans: list[str], wanted: int) -> list[tuple[int, int]]:
+    """(round, place) of the groups of a published step: whole rounds until there are enough, the first of them, what is
+    left over dropped; behind ten rounds an error."""
+    found: list[tuple[int, int]] = []
+    for round, plan in enumerate(plans):
+        found += [(round, place) for place, useful in enumerate(plan) if useful == "u"]
+        if len(found) >= wanted:
+            return found[:wanted]
+        if round + 1 == 10:
+            raise ValueError("generated too many batches")
+    raise AssertionError("more plans are needed")
+
+
+def test_the_published_surplus_is_lost_ours_is_the_next_steps():
+    plans = ["uuuuuuu", "uuuuuuuuu"]
+    assert [published_step(plans[step:], 4) for step in (0, 1)] == [[(0, place) for place in range(4)]] * 2
+    source = Source(*plans)
+    sampler = _sampler(source)
+    trained = _indices(sampler.take(1).trained) + _indices(sampler.take(2).trained)
+    assert trained == [*source.calls[0][2][:7], source.calls[1][2][0]], "nothing useful was generated for nothing"
+
+
 def test_the_published_bound_ends_the_run_ours_trains_on_what_was_found():
-    """Published: ValueError behind 10 rounds without enough groups, and what a round gave too much is dropped."""
-    source = Source(*["u"] + ["."] * 9)
+    plans = ["u"] + ["."] * 9
+    with pytest.raises(ValueError, match="too many batches"):
+        published_step(plans, 4)
+    source = Source(*plans)
     sampled = _sampler(source).take(1)
     assert len(source.calls) == 10 and sampled.numbers["sampling/rounds"] == 10
     assert len(sampled.trained.groups) == 1 and sampled.numbers["sampling/missing"] == 3

@@ -83,16 +83,16 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def environment(config: Config, device: torch.device) -> dict[str, str | int]:
-    """What the run ran on; stands in ``environment.json`` and in the report.
-
-    Raises:
-        ConfigError: ``model.fused_trunk`` asks for kernels that cannot run here.
-    """
+def trunk_in_force(config: Config, device: torch.device) -> str:
+    """Whose kernels ``model.fused_trunk`` means here. Raises ConfigError where it asks for some that cannot run."""
     try:
-        trunk = trunk_kernels(config.model.fused_trunk, device, DTYPES[config.model.dtype])
+        return trunk_kernels(config.model.fused_trunk, device, DTYPES[config.model.dtype])
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def environment(config: Config, device: torch.device) -> dict[str, str | int]:
+    """What the run ran on; stands in ``environment.json`` and in the report. Raises as :func:`trunk_in_force`."""
     names = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn", "math-verify")
     versions = {name: metadata.version(name) for name in names}
     facts: dict[str, str | int] = {
@@ -101,7 +101,7 @@ def environment(config: Config, device: torch.device) -> dict[str, str | int]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         **versions,
-        "norms, rotary and SwiGLU": trunk,
+        "norms, rotary and SwiGLU": trunk_in_force(config, device),
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()

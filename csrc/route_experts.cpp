@@ -263,7 +263,7 @@ void route_experts_cpu(RouteArguments<S> a, int threads) {
     const auto sums = room<double>(chunks * (experts + 1));
     a.plan.counts = counts.get();
     a.sums = sums.get();
-    parallel_for(chunks, a.plan.rows * (experts + a.plan.top_k) * 8, threads, [&](int64_t begin, int64_t end) {
+    parallel_for(chunks, a.plan.rows * (experts + a.plan.top_k) * 2, threads, [&](int64_t begin, int64_t end) {
         const std::unique_ptr<Block<T>> block(new Block<T>);  // its contents do not matter
         for (int64_t chunk = begin; chunk < end; ++chunk) chunk_of(a, chunk, *block);
     });
@@ -301,7 +301,7 @@ template <class S>
 void route_experts_backward_cpu(const RouteGradientArguments<S>& a, int threads) {
     using T = typename ComputedIn<S>::type;
     const int64_t blocks = (a.rows + kRows - 1) / kRows;
-    parallel_for(blocks, a.rows * (a.experts + a.top_k) * 8, threads, [&](int64_t begin, int64_t end) {
+    parallel_for(blocks, a.rows * (a.experts + a.top_k) * 2, threads, [&](int64_t begin, int64_t end) {
         const std::unique_ptr<Block<T>> block(new Block<T>);  // its contents do not matter
         for (int64_t at = begin; at < end; ++at) {
             const int64_t first = at * kRows;

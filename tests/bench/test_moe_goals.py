@@ -34,23 +34,30 @@ def in_turn(rivals: dict[str, Callable[[], object]], rounds: int, warm_up: int =
     return {name: statistics.median(times) for name, times in spent.items()}
 
 
+SHAPE = (4096, 256, 768, 4, 2)  # T, H, I, E, k
+EAGER, GROUPED, OURS = "eager", "transformers grouped_mm", "prism_fast native"
+
+
 def test_experts_are_ahead_of_transformers():
-    """Forward and backward of the layer at T 4096, H 256, I 768, E 4, k 2, and its memory."""
-    op, shape = OPS["moe_experts"], (4096, 256, 768, 4, 2)
-    names = ("eager", "transformers grouped_mm", "prism_fast native")
-    ours = names[-1]
-    x = op.inputs(shape, torch.float32, "cpu")
+    """Forward and backward of the layer, 15 rounds in turn."""
+    op = OPS["moe_experts"]
+    x = op.inputs(SHAPE, torch.float32, "cpu")
     exact = op.run(op.exact, in_float64(x, op.leaves))
-    for name in names:
+    for name in (EAGER, GROUPED, OURS):
         assert max(errors(op, op.run(op.providers[name], x), exact).values()) < 2e-6, name
-    ms = in_turn({name: lambda run=op.providers[name]: op.run(run, x) for name in names}, 15)
-    assert ms[ours] <= 0.97 * ms["eager"], ms
-    assert ms[ours] <= min(ms[name] for name in names[:-1]) / 0.9, ms
-    memory = {name: peak_on_cpu(op.name, name, shape, torch.float32) for name in names}
-    assert memory[ours] == min(memory.values()), memory
+    ms = in_turn({name: lambda run=op.providers[name]: op.run(run, x) for name in (EAGER, GROUPED, OURS)}, 15)
+    print(ms)
+    assert ms[OURS] <= 0.97 * ms[EAGER] and ms[OURS] <= ms[GROUPED] / 0.9, ms
 
 
-@pytest.mark.parametrize(("tokens", "least"), [(4096, 5.0), (512, 2.0)])
+def test_experts_take_less_memory_than_transformers():
+    """Forward and backward in a process of its own."""
+    memory = {name: peak_on_cpu("moe_experts", name, SHAPE, torch.float32) for name in (EAGER, GROUPED, OURS)}
+    print(memory)
+    assert memory[OURS] <= 0.8 * min(memory[EAGER], memory[GROUPED]), memory
+
+
+@pytest.mark.parametrize(("tokens", "least"), [(4096, 5.0), (512, 2.5)])
 def test_routing_is_ahead_of_softmax_topk_sort(tokens, least):
     """E 4, k 2. At 512 tokens the time is that of six allocations and the call."""
     op = OPS["route_experts"]
@@ -66,4 +73,5 @@ def test_routing_is_ahead_of_softmax_topk_sort(tokens, least):
             300,
             warm_up=30,
         )
+    print(ms)
     assert ms["eager"] >= least * ms["ours"], ms

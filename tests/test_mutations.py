@@ -258,9 +258,7 @@ MUTATIONS = {
     "entropy gradient without the entropy": Mutation(
         REFERENCE + "softmax_rows", "coefficient.add_(entropy[:, None])", "coefficient", logprob_gradients
     ),
-    "idle rows not cleared": Mutation(
-        REFERENCE + "softmax_rows", "    clear_rows_(e, idle)\n", "", idle_rows
-    ),
+    "idle rows not cleared": Mutation(REFERENCE + "softmax_rows", "    clear_rows_(e, idle)\n", "", idle_rows),
     "ties made by the clamp": Mutation(
         REFERENCE + "pairwise_loss", "same = teacher[row] == student", "same = margin == 0.0", ties
     ),

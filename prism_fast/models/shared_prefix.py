@@ -46,7 +46,8 @@ def shared_prefix_attention(
             f"{'a' if attention_mask is not None else 'no'} mask and dropout {dropout}: its layout says what each "
             "token sees"
         )
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    # Not x[0]: its gradient would be zeros of the whole tensor and a copy into them.
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     return ops.shared_prefix_attention(q, k, v, prefix_layout, scale=scaling)[None], None
 
 

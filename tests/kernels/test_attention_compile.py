@@ -25,7 +25,7 @@ def compile_for(*arguments: str, cache: Path, timeout: float) -> list[dict]:
 
 
 def check(found: list[dict], forms: int) -> None:
-    # float32 is multiplied without tensor cores and is no path for speed: two of its kernels spill, one and four numbers.
+    # float32 is multiplied without tensor cores and is no path for speed: two of its kernels spill, up to four numbers.
     allowed = {"torch.bfloat16": 0, "torch.float32": 16}
     assert [c for c in found if c["spills"] > allowed[c["dtype"]]] == []
     # One kernel per form, although lengths and the number of segments differed between launches.

@@ -224,7 +224,8 @@ void policy_loss_cpu(PolicyArguments<T> a, int threads) {
         ordered = ordered && a.ordered(sequence);
     }
     const double inverse = inverse_denominator(a, tokens, sequences, ordered);
-    parallel_for(a.sequences, a.tokens * 16, threads, [&](int64_t begin, int64_t end) {
+    // Some thousand tokens are done before a second thread has begun.
+    parallel_for(a.sequences, a.tokens * 4, threads, [&](int64_t begin, int64_t end) {
         for (int64_t sequence = begin; sequence < end; ++sequence) sequence_pass(a, sequence, inverse);
     });
     const int64_t padding = a.sequences == 0 ? 0 : a.end(a.sequences - 1);

@@ -16,8 +16,9 @@ from prism_fast.ops import native
 @pytest.mark.long
 @pytest.mark.skipif(not native.available(), reason="the compiled module is not built")
 @pytest.mark.parametrize("mode", ["grpo", "gspo"])
-@pytest.mark.parametrize(("shape", "least"), [((16, 512), 1.5), ((64, 4096), 2.0)])
+@pytest.mark.parametrize(("shape", "least"), [((16, 512), 4.5), ((64, 4096), 2.0)])
 def test_compiled_policy_step_beats_the_eager_formula(mode, shape, least):
+    """The goal at 16 x 512 is 5: quiet runs give 4.8 to 5.9, so the bound stands below."""
     op = OPS[f"group_advantage+policy_loss({mode})"]
     chosen = {"eager", "prism_fast reference", "prism_fast native"}
     rows = measure(op, shape, torch.float32, "cpu", seconds=3.0, ceiling={}, only=chosen.__contains__)

@@ -26,7 +26,8 @@ def run(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, *, reco
             f"{ALIGNMENT} bytes; got {hidden.dtype}, H {width}, I {inner}: pass backend='reference'"
         )
     if recompute and torch.is_grad_enabled():
-        return checkpoint(_grouped, hidden, gate_up, down, routing, use_reentrant=False)
+        # Nothing here is random, and reading the state of a card's generator would make the host wait.
+        return checkpoint(_grouped, hidden, gate_up, down, routing, use_reentrant=False, preserve_rng_state=False)
     return _grouped(hidden, gate_up, down, routing)
 
 

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from rich.console import Console
 from prism_fast.config import load_config
 from prism_fast.data.readers import read_tasks
 from prism_fast.models.processor import Processor
-from prism_fast.train import resume
+from prism_fast.train import context, resume
 from prism_fast.train.checkpoint import read_checkpoint
 from prism_fast.train.pipeline import run_eval, run_stages
 from prism_fast.train.record import RunRecord
@@ -129,3 +130,19 @@ def test_a_run_directory_has_one_user_and_its_record_is_not_shorter_than_its_che
     assert RunRecord(**json.loads((folder / "record.json").read_text())).completed[-1] == "rlvr"
     with pytest.raises(ValueError, match="not empty.*prism-fast resume"):
         run_stages(config, Console(quiet=True))
+
+
+def test_told_to_stop_before_the_first_step_nothing_stays(small_run, tmp_path, monkeypatch):
+    config = load_config("digits", [*small_run, f"out={tmp_path / 'run'}"])
+    monkeypatch.setattr(context, "environment", lambda *arguments: sys.exit(0))  # what a signal's handler does
+    with pytest.raises(SystemExit):
+        run_stages(config, Console(quiet=True))
+    assert not (tmp_path / "run").exists()
+
+
+def test_digits_that_a_killed_run_had_half_written_are_removed(small_run, tmp_path):
+    half = tmp_path / "run" / "data" / ".digits.999999999.partial"
+    half.mkdir(parents=True)
+    with pytest.raises(ValueError, match="not empty"):
+        run_stages(load_config("digits", [*small_run, f"out={tmp_path / 'run'}"]), Console(quiet=True))
+    assert not half.exists()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -185,9 +186,26 @@ def rewrite(folder, change) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_missing_head_is_an_error_even_when_the_side_file_has_one(folder):
+def published_head(folder) -> torch.nn.Linear:
+    """A score head as the published loader makes it: drawn from the global generator, then overwritten by what it
+    finds."""
+    head = torch.nn.Linear(32, 1, bias=False)
+    torch.nn.init.normal_(head.weight, std=0.02)
+    found = load_file(folder / "model.safetensors").get(HEAD_KEY)
+    if found is None:
+        warnings.warn("no weights of the score head were found", stacklevel=2)
+    else:
+        head.load_state_dict({"weight": found})
+    return head
+
+
+def test_a_missing_head_is_an_error_where_the_published_loader_draws_one(folder, discriminator):
+    assert torch.equal(published_head(folder).weight, discriminator.v_head[1].weight)
     rewrite(folder, lambda state: state.pop(HEAD_KEY))
-    assert (folder / "value_head.pt").is_file()
+    with pytest.warns(UserWarning, match="score head"):
+        drawn = [published_head(folder).weight for _ in range(2)]
+    assert not torch.equal(*drawn), "other scores at every start"
+    assert (folder / "value_head.pt").is_file(), "the side file does not help either"
     with pytest.raises(ValueError, match=rf"model.safetensors has no {HEAD_KEY}"):
         load_discriminator(folder)
 

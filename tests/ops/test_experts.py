@@ -282,19 +282,18 @@ def test_the_gate_at_its_limits(dtype):
 
 @needs_native
 def test_bits_do_not_depend_on_threads(generator):
+    """Every token has three rows in one expert, so that the threads' borders fall between rows of one token."""
     before, results = torch.get_num_threads(), []
-    upstream = torch.randn(900, 40, generator=generator)
-    pre = torch.randn(900, 400, generator=generator)
-    mine, weights = torch.arange(0, 1800, 2), torch.rand(1800, generator=generator)
-    mine[1::2] = mine[::2] + 1  # both rows of every second token
+    rows = torch.randn(910, 400, generator=generator)
+    mine, weights = torch.arange(910), torch.rand(910, generator=generator)
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            act, d_act, d_pre = torch.empty(900, 200), pre[:, :200].contiguous(), torch.empty(900, 400)
-            d_weights, total = torch.zeros(1800), torch.zeros(900, 40)
-            compiled._swiglu(pre, act)
-            compiled._swiglu_backward(pre, mine, weights, d_act, d_pre, d_weights)
-            compiled._add_rows(upstream, mine, 2, weights, total)
+            act, d_act, d_pre = torch.empty(910, 200), rows[:, :200].contiguous(), torch.empty(910, 400)
+            d_weights, total = torch.zeros(910), torch.zeros(304, 400)
+            compiled._swiglu(rows, act)
+            compiled._swiglu_backward(rows, mine, weights, d_act, d_pre, d_weights)
+            compiled._add_rows(rows, mine, 3, weights, total)
             results.append((act, d_act, d_pre, d_weights, total))
     finally:
         torch.set_num_threads(before)

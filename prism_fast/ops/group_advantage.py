@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import checks, native
-from .backend import choose
+from . import checks
+from .backend import choose, takes_native
 from .reference.group_advantage import group_advantage as reference
 
 OP = "group_advantage"
@@ -78,7 +78,7 @@ def group_advantage(
         _settle(normalize, eps, invalid, invalid_penalty, singleton, power, per_score, offset is not None)
     else:
         eager = _settled(normalize, eps, invalid, invalid_penalty, singleton, power, per_score, offset is not None)
-        if eager is not None and native.serves_eagerly(backend):
+        if eager is not None and takes_native(backend):
             found = eager(scores, group, weights, valid, gate, offset, torch.get_num_threads())
             if found is not None:
                 return found
@@ -135,7 +135,11 @@ def _settle(
         raise ValueError(f"{OP}: per_score=True needs one term per score; normalize='combined' has only their sum")
     if per_score and (has_offset or invalid_penalty != 0.0):
         raise ValueError(f"{OP}: offset and invalid_penalty belong to the sum; add them after per_score=True")
-    if torch.compiler.is_compiling() or not native.available():
+    if torch.compiler.is_compiling():
+        return None
+    import prism_fast.ops.native as native
+
+    if not native.available():
         return None
     from prism_fast.ops.native.group_advantage import eager
 

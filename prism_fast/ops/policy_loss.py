@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import checks, native
-from .backend import choose
+from . import checks
+from .backend import choose, takes_native
 from .reference.aggregation import LOSSES, OF_LOSS, SEQ_MEAN_TOKEN_SUM_NORM
 from .reference.policy_loss import policy_loss as reference
 from .results import PolicyStats
@@ -140,7 +140,7 @@ def policy_loss(
         raise ValueError(f"{OP}: entropy_coef={entropy_coef} needs entropy")
     if kl_coef != 0.0 and ref_logp is None:
         raise ValueError(f"{OP}: kl_coef={kl_coef} needs ref_logp")
-    if eager is not None and native.serves_eagerly(backend):
+    if eager is not None and takes_native(backend):
         found = eager(
             logp, entropy, advantage, cu_seqlens, old_logp, token_advantage, ref_logp, is_weight, mask, denominator,
             norm_length, torch.is_grad_enabled(), torch.get_num_threads(),
@@ -267,6 +267,8 @@ def _settled(
     aggregation = resolve_options(
         loss, clip, delta, dual_clip, sapo_temperature, aggregation, has_norm_length, kl, entropy_coef, kl_coef
     )
+    import prism_fast.ops.native as native
+
     if not native.available():
         return aggregation, None
     from prism_fast.ops.native.policy_loss import eager

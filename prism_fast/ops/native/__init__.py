@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -52,8 +51,3 @@ def module():
     if _reason:
         raise RuntimeError(_reason)
     return _C
-
-
-def serves_eagerly(backend: str | None) -> bool:
-    """Whether an eager call with plain tensors on the CPU comes here, by the rules of ``ops.backend``."""
-    return not _reason and (backend == "native" or (backend is None and not os.environ.get("PRISM_FAST_BACKEND")))

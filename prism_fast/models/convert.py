@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import Qwen3VLMoeConfig
+from torch import Tensor
+from transformers import Qwen3VLMoeConfig, Qwen3VLMoeModel
 
 from prism_fast.models.checkpoints import (
     SHARD_INDEX,
@@ -26,14 +28,21 @@ from prism_fast.models.checkpoints import (
 )
 from prism_fast.models.discriminator import (
     EXPERT_KEYS,
-    build_discriminator,
+    HEAD_STD,
+    new_scorer,
     released_config,
-    save_discriminator,
+    write_discriminator,
 )
 from prism_fast.models.policy import load_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.scorer import Scorer, read_scorer, write_side_head
-from prism_fast.models.upcycle import refuse_square_experts
+from prism_fast.models.upcycle import (
+    check_complete,
+    check_options,
+    refuse_square_experts,
+    sparse_config,
+    sparse_weights,
+)
 from prism_fast.models.writing import refuse_existing, whole_folder
 
 RELEASED, STOCK = "released", "stock"
@@ -53,7 +62,8 @@ def upcycle_folder(
     seed: int,
 ) -> None:
     """Dense policy folder to discriminator folder in the released layout and the policy's own dtype; ``seed`` decides
-    noise, routers and score head (see :func:`prism_fast.models.discriminator.build_discriminator`).
+    noise, routers and score head (see :func:`prism_fast.models.discriminator.build_discriminator`, which gives the same
+    weights). The dense model is in memory whole, the sparse one a file at a time.
 
     Raises:
         FileExistsError: ``destination`` exists.
@@ -62,14 +72,24 @@ def upcycle_folder(
     source, destination = Path(source), Path(destination)
     refuse_existing(destination)
     policy = load_policy(source, dtype="auto")
-    discriminator = build_discriminator(
-        policy, num_experts=num_experts, top_k=top_k, noise_std=noise_std, router_std=router_std, seed=seed
-    )
-    del policy  # its memory is not needed to write
+    check_options(policy.config, num_experts, top_k, noise_std, router_std)
+    config = sparse_config(policy.config, num_experts, top_k)
+    with torch.device("meta"):
+        sparse = Qwen3VLMoeModel(config).to(policy.dtype).state_dict()
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        written = set()
+        for name, tensor in sparse_weights(
+            policy, num_experts=num_experts, noise_std=noise_std, router_std=router_std, seed=seed
+        ):
+            if name.startswith("model."):  # the language-model head stays behind
+                written.add(name)
+                yield name, tensor
+        check_complete(written, (f"model.{name}" for name in sparse))
+
     processor = Processor.from_pretrained(source)
-    needs = sum(tensor.nbytes for tensor in discriminator.state_dict().values())
-    with whole_folder(destination, needs=needs) as folder:
-        save_discriminator(discriminator, processor, folder)
+    with whole_folder(destination, needs=sum(tensor.nbytes for tensor in sparse.values())) as folder:
+        write_discriminator(weights(), new_scorer(config, HEAD_STD, seed), config, policy.dtype, processor, folder)
 
 
 def to_released(source: str | Path, destination: str | Path) -> None:

@@ -9,6 +9,7 @@ routing bias (``models.scorer``) are stored beside them.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from prism_fast.models.processor import Processor
 
 RELEASED_HEAD_DROPOUT = 0.1
+HEAD_STD = 0.02
 # Of no use to a reader, and the first of them may be the path of a machine.
 _GENERIC_FIELDS = frozenset(PreTrainedConfig().to_dict()) - {"model_type", "dtype", "transformers_version"}
 EXPERT_KEYS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
@@ -161,7 +163,7 @@ def build_discriminator(
     top_k: int = 2,
     noise_std: float = 0.01,
     router_std: float = 0.02,
-    head_std: float = 0.02,
+    head_std: float = HEAD_STD,
     head_dropout: float = 0.0,
     switches: SpanSwitches | None = None,
     seed: int,
@@ -172,10 +174,14 @@ def build_discriminator(
     switches = SpanSwitches() if switches is None else switches
     moe = upcycle(policy, num_experts=num_experts, top_k=top_k, noise_std=noise_std, router_std=router_std, seed=seed)
     discriminator = Discriminator(moe.model, head_dropout=head_dropout, switches=switches)
-    generator = torch.Generator().manual_seed(seed + 1)  # seed itself has been spent on the experts
-    head = torch.randn((1, moe.config.text_config.hidden_size), generator=generator) * head_std
-    discriminator.set_scorer(Scorer(head, None).with_switches(switches, moe.config, "a new discriminator"))
+    discriminator.set_scorer(new_scorer(moe.config, head_std, seed).with_switches(switches, moe.config, "a new one"))
     return discriminator
+
+
+def new_scorer(config: Qwen3VLMoeConfig, head_std: float, seed: int) -> Scorer:
+    """One head for all spans, ``N(0, head_std²)``."""
+    generator = torch.Generator().manual_seed(seed + 1)  # seed itself is spent on the experts
+    return Scorer(torch.randn((1, config.text_config.hidden_size), generator=generator) * head_std, None)
 
 
 def load_discriminator(
@@ -239,19 +245,34 @@ def save_discriminator(model: Discriminator, processor: Processor | None, path: 
     """Write the released layout: sharded safetensors with base keys, hub-layout experts and ``v_head.1.weight``, a
     configuration that transformers 4.57 and 5 both read, ``value_head.pt``, and the processor's files if one is
     given. What of ``models.scorer`` is on is stored as it says."""
+    named = ((f"model.{name}", tensor) for name, tensor in model.backbone.state_dict().items())
+    write_discriminator(named, model.scorer(), model.backbone.config, model.backbone.dtype, processor, path)
+
+
+def write_discriminator(
+    named: Iterable[tuple[str, Tensor]],
+    scorer: Scorer,
+    config: Qwen3VLMoeConfig,
+    dtype: torch.dtype,
+    processor: Processor | None,
+    path: str | Path,
+) -> None:
+    """:func:`save_discriminator` from names and weights as transformers 5 has them, which need not all be there at
+    once."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {}
-    for name, tensor in model.backbone.state_dict().items():
-        state[f"model.{name}"] = tensor.transpose(1, 2) if name.endswith(EXPERT_KEYS) else tensor
-    scorer = model.scorer()
-    state[HEAD_KEY] = scorer.head
-    if scorer.routing_bias is not None:
-        state[BIAS_KEY] = scorer.routing_bias
-    save_shards(state, folder)
+
+    def stored() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in named:
+            yield name, tensor.transpose(1, 2) if name.endswith(EXPERT_KEYS) else tensor
+        yield HEAD_KEY, scorer.head
+        if scorer.routing_bias is not None:
+            yield BIAS_KEY, scorer.routing_bias
+
+    save_shards(stored(), folder)
     write_side_head(scorer, folder)
-    config = released_config(model.backbone.config, model.backbone.dtype) | scorer.switches.config_entry()
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    released = released_config(config, dtype) | scorer.switches.config_entry()
+    (folder / "config.json").write_text(json.dumps(released, indent=2, sort_keys=True) + "\n")
     if processor is not None:
         processor.save_pretrained(folder)
 

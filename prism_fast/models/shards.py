@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -15,14 +14,41 @@ from prism_fast.models.checkpoints import SHARD_INDEX, WEIGHTS
 SHARD_BYTES = 5 * 10**9  # Hugging Face's own limit
 
 
-def save_shards(state: Mapping[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write ``model.safetensors``, or numbered shards and their index. Views of any strides are copied one file at a
-    time; no two tensors share memory. Weights that stood in ``folder`` go."""
+def save_shards(named: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write ``model.safetensors``, or numbered shards and their index. Tensors are asked for one after the other, and
+    views of any strides copied; never more than one file's are held, ``shard_bytes`` or one larger tensor. No two share
+    memory. Weights that stood in ``folder`` go."""
     for old in (folder / WEIGHTS, folder / SHARD_INDEX, *folder.glob("model-?????-of-?????.safetensors")):
         old.unlink(missing_ok=True)
-    plan = split_torch_state_dict_into_shards(dict(state), max_shard_size=shard_bytes)
-    for file, names in plan.filename_to_tensors.items():
-        save_file({name: state[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / SHARD_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    files: list[list[str]] = []  # names of the tensors in each
+    held: dict[str, Tensor] = {}
+    total = bytes_held = 0
+
+    def flush() -> None:
+        save_file(held, _part(folder, len(files)), metadata={"format": "pt"})
+        files.append(list(held))
+        held.clear()
+
+    for name, tensor in named:
+        if held and bytes_held + tensor.nbytes > shard_bytes:
+            flush()
+            bytes_held = 0
+        held[name] = tensor.contiguous()
+        bytes_held += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(files) == 1:
+        _part(folder, 0).rename(folder / WEIGHTS)
+        return
+    weight_map = {}
+    for index, names in enumerate(files):
+        file = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
+        _part(folder, index).rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / SHARD_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _part(folder: Path, index: int) -> Path:
+    """A file's name while their number is not known."""
+    return folder / f"part-{index}.safetensors"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 from transformers import (
@@ -68,6 +70,15 @@ def refuse_square_experts(hidden_size: int, moe_intermediate_size: int) -> None:
             )
 
 
+def check_options(dense: Qwen3VLConfig, num_experts: int, top_k: int, noise_std: float, router_std: float) -> None:
+    """Raise ``ValueError`` for what :func:`upcycle` refuses."""
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k must lie in [1, num_experts={num_experts}], got {top_k}")
+    if noise_std < 0 or router_std < 0:
+        raise ValueError(f"noise_std and router_std must not be negative, got {noise_std} and {router_std}")
+    refuse_square_experts(dense.text_config.hidden_size, dense.text_config.intermediate_size)
+
+
 def upcycle(
     policy: Qwen3VLForConditionalGeneration,
     *,
@@ -87,12 +98,8 @@ def upcycle(
     Raises:
         ValueError: square expert tensors, ``top_k`` outside ``[1, num_experts]``, a negative deviation.
     """
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k must lie in [1, num_experts={num_experts}], got {top_k}")
-    if noise_std < 0 or router_std < 0:
-        raise ValueError(f"noise_std and router_std must not be negative, got {noise_std} and {router_std}")
+    check_options(policy.config, num_experts, top_k, noise_std, router_std)
     text = policy.config.text_config
-    refuse_square_experts(text.hidden_size, text.intermediate_size)
     parameter = next(policy.parameters())
     config = sparse_config(policy.config, num_experts, top_k)
     with torch.random.fork_rng(devices=[]), no_init_weights():
@@ -102,7 +109,14 @@ def upcycle(
     model.tie_weights()  # left out together with the initialisation
     use_linear_patch_embedding(model)
     use_batched_vision_attention(model)
-    _copy_weights(policy, model, noise_std, router_std, torch.Generator().manual_seed(seed))
+    sparse, written = model.state_dict(), set()
+    with torch.no_grad():
+        for name, tensor in sparse_weights(
+            policy, num_experts=num_experts, noise_std=noise_std, router_std=router_std, seed=seed
+        ):
+            sparse[name].copy_(tensor)
+            written.add(name)
+    check_complete(written, sparse)
     model = model.to(parameter.device)
     use_prism_experts(model)
     return model
@@ -131,35 +145,34 @@ def sparse_config(dense: Qwen3VLConfig, num_experts: int, top_k: int) -> Qwen3VL
 
 
 @torch.no_grad()
-def _copy_weights(
-    policy: Qwen3VLForConditionalGeneration,
-    model: Qwen3VLMoeForConditionalGeneration,
-    noise_std: float,
-    router_std: float,
-    generator: torch.Generator,
-) -> None:
-    def noise(shape: torch.Size, std: float) -> Tensor:
+def sparse_weights(
+    policy: Qwen3VLForConditionalGeneration, *, num_experts: int, noise_std: float, router_std: float, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of the sparse model's weights, those that :func:`upcycle` gives it, one after the other on the
+    policy's device: whoever writes them to files never holds the whole model. Copied weights are the policy's own."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(shape: tuple[int, ...], std: float) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32) * std
 
-    def perturbed(dense: Tensor, shape: torch.Size) -> Tensor:
+    def perturbed(dense: Tensor) -> Tensor:  # [rows, columns] -> [E, rows, columns]
         # float64 models keep their digits; everything else is added in float32 and rounded once
         wide = torch.float64 if dense.dtype == torch.float64 else torch.float32
-        return (dense.cpu().to(wide) + noise(shape, noise_std).to(wide)).to(dense.dtype)
+        return noise((num_experts, *dense.shape), noise_std).to(wide).add_(dense.cpu().to(wide)).to(dense)
 
-    sparse = model.state_dict()
-    written = set()
     for name, tensor in policy.state_dict().items():
         if ".mlp." not in name or ".visual." in name:
-            sparse[name].copy_(tensor)
-            written.add(name)
-    dense_layers = policy.model.language_model.layers
-    for index, (dense, moe) in enumerate(zip(dense_layers, model.model.language_model.layers, strict=True)):
-        experts, mlp = moe.mlp.experts, dense.mlp
+            yield name, tensor
+    for index, layer in enumerate(policy.model.language_model.layers):
+        mlp, prefix = layer.mlp, f"model.language_model.layers.{index}.mlp"
         gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])  # [2I, H]
-        experts.gate_up_proj.copy_(perturbed(gate_up, experts.gate_up_proj.shape))  # [E, 2I, H]
-        experts.down_proj.copy_(perturbed(mlp.down_proj.weight, experts.down_proj.shape))  # [E, H, I]
-        moe.mlp.gate.weight.copy_(noise(moe.mlp.gate.weight.shape, router_std))  # [E, H]
-        prefix = f"model.language_model.layers.{index}.mlp"
-        written |= {f"{prefix}.experts.gate_up_proj", f"{prefix}.experts.down_proj", f"{prefix}.gate.weight"}
+        yield f"{prefix}.experts.gate_up_proj", perturbed(gate_up)  # [E, 2I, H]
+        yield f"{prefix}.experts.down_proj", perturbed(mlp.down_proj.weight)  # [E, H, I]
+        router = noise((num_experts, gate_up.shape[1]), router_std)  # [E, H]
+        yield f"{prefix}.gate.weight", router.to(gate_up)
+
+
+def check_complete(written: set[str], sparse: Iterable[str]) -> None:
+    """Raise ``ValueError`` where the dense model had no value for a weight of the sparse one."""
     if unwritten := sorted(set(sparse) - written):
         raise ValueError(f"the dense model has no weights for {', '.join(unwritten)}: this Qwen3-VL variant is unknown")

@@ -216,12 +216,12 @@ def test_weights_are_turned_round_one_file_at_a_time(tmp_path, monkeypatch):
         "save_file",
         lambda state, *a, **o: sizes.append(sum(t.nbytes for t in state.values())) or write(state, *a, **o),
     )
-    save_shards({name: x.transpose(1, 2) for name, x in stored.items()}, tmp_path, shard_bytes=2 * one)
+    save_shards(((name, x.transpose(1, 2)) for name, x in stored.items()), tmp_path, shard_bytes=2 * one)
     assert sizes == [2 * one] * 3 and len(list(tmp_path.glob("*.safetensors"))) == 3
     assert same(tensors(tmp_path), {name: x.transpose(1, 2).contiguous() for name, x in stored.items()})
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(stored) and index["metadata"]["total_size"] == 6 * one
-    save_shards(stored, tmp_path)
+    save_shards(stored.items(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"] and same(tensors(tmp_path), stored)
 
 
@@ -247,7 +247,7 @@ print(resident("VmHWM") - before)
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the high-water mark of a process as Linux has it")
 def test_upcycling_does_not_double_the_memory(dense, processor, tmp_path):
-    """At its highest point there is the dense model, the sparse one, and less than a third of it besides."""
+    """At its highest point there is the dense model and less than half of the sparse one, whose files are smaller."""
     size = dataclasses.replace(SMALL, hidden_size=256, intermediate_size=2048, num_layers=12)
     save_policy(build_tiny_policy(processor, size, seed=1), processor, tmp_path / "policy")
     done = subprocess.run(
@@ -258,7 +258,7 @@ def test_upcycling_does_not_double_the_memory(dense, processor, tmp_path):
     bytes_of = {name: sum(f.stat().st_size for f in weight_files(tmp_path / name)) for name in ("policy", "real")}
     assert bytes_of["real"] > 2e8
     print(done.stdout, bytes_of)
-    assert int(done.stdout) < bytes_of["policy"] + 1.3 * bytes_of["real"], bytes_of
+    assert int(done.stdout) < bytes_of["policy"] + 0.5 * bytes_of["real"], bytes_of
 
 
 def test_a_folder_appears_whole(tmp_path):

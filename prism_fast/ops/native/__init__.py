@@ -20,8 +20,12 @@ else:
     _reason = ""
     if _C.interface != INTERFACE:
         _reason = f"prism_fast._C was built from other sources (interface {_C.interface}, needed {INTERFACE}); {_BUILD}"
-    elif not _C.use_tensors(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter):
-        _reason = f"torch {torch.__version__} hands out its tensors by another DLPack than version 1"
+    elif (table := getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)) is None or not _C.use_tensors(
+        table, torch.Tensor, torch.nn.Parameter
+    ):
+        _reason = (
+            f"torch {torch.__version__} does not hand out its tensors by DLPack 1's C functions; torch >= 2.11 does"
+        )
     else:
         _C.share_threads_of(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 

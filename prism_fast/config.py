@@ -200,6 +200,11 @@ class DiscriminatorUpdateConfig:
 
     score_clip: float | None = None  # scores are clamped to +- this in the loss and the advantage
     score_reg: float | None = None  # weight of the scores' mean square in the discriminator's loss
+    # b in score - b * log(1 + tokens of its span), in the loss and the advantage: no text is better for being long.
+    length_penalty: float = 0.0
+    # Weight of a term that holds the scores of a prompt's responses apart, at normal quantiles of deviation 1 (GRGC,
+    # arXiv 2609.39757). Bradley-Terry alone is least where all are equal, and equal scores have no advantage.
+    spread: float = 0.0
     updates: int = 1  # per step; the first learns from the pass that gave the rewards, each further one from its own
     # Here and in the warm-up, beginning as what they replace, so that switching on changes no score. shared: one score
     # head for captions and reasonings, as published; per_span: one for each.
@@ -331,6 +336,10 @@ class Config:
             allowed = "'spans' with semantics=released, which has no whole-response mode"
             _require(self.align.discriminate == "spans", "align.discriminate", allowed, self.align.discriminate)
             self.align.discriminator.refuse_per_span("semantics=released, whose discriminator has one head and no bias")
+            spread = self.align.discriminator.spread
+            _require(
+                spread == 0, "align.discriminator.spread", "0 with semantics=released, which has no such term", spread
+            )
         if self.semantics == "paper":
             allowed = "'default' with semantics=paper, whose equations have no other"
             _require(self.align.advantage == "default", "align.advantage", allowed, self.align.advantage)

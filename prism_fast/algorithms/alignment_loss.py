@@ -101,7 +101,7 @@ def discriminator_loss(
     )
     if student.shape[0] == 0:
         return loss, stats
-    shown = _as_scored(teacher, None if lengths is None else lengths[0], length_penalty, score_clip)
+    shown = as_scored(teacher, None if lengths is None else lengths[0], length_penalty, score_clip)
     nobody = (valid.sum() if valid_everywhere is None else valid_everywhere) == 0
     return loss + FALLBACK * nobody.to(shown.dtype) * softplus(-shown.mean(0)).sum(), stats
 
@@ -110,8 +110,8 @@ def _finite(score: Tensor) -> Tensor:
     return torch.nan_to_num(score, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _as_scored(score: Tensor, length: Tensor | None, penalty: float | Sequence[float], clip: float | None) -> Tensor:
-    """Length-corrected and clamped scores, as they enter the loss."""
+def as_scored(score: Tensor, length: Tensor | None, penalty: float | Sequence[float], clip: float | None) -> Tensor:
+    """Scores [N, K] as they enter the loss: less ``penalty`` times log(1 + ``length`` [N, K]), then clamped."""
     score = score if score.dtype == torch.float64 else score.float()
     if length is not None:
         rate = torch.stack([score.new_full((), b) for b in _rates(penalty, score.shape[1])])

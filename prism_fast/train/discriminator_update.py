@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prism_fast.algorithms.alignment_loss import discriminator_loss
+from prism_fast.algorithms.alignment_loss import as_scored, discriminator_loss
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import Config
 from prism_fast.models.discriminator import Discriminator, expert_choices, load_balance_loss
@@ -96,6 +96,8 @@ def loss_options(config: Config, *, warmup: bool = False) -> dict[str, Any]:
         "semantics": config.semantics,
         "score_clip": clip if given.score_clip is None else given.score_clip,
         "score_reg": reg if given.score_reg is None else given.score_reg,
+        "length_penalty": given.length_penalty,
+        "spread": given.spread,
     }
 
 
@@ -186,6 +188,15 @@ def _gather(score: Tensor, teacher_rows: list[list[int]], student_rows: list[lis
     return [teacher, torch.where(index >= 0, score[index.clamp(min=0)], 0.0)]
 
 
+def _lengths(groups: Sequence[SpanGroup], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens of the teachers' [G, K] and the students' spans [B, K]; an invalid response has none."""
+    nothing = ((),) * len(groups[0].teacher)
+    students = [framed or nothing for group in groups for framed in group.students]
+    rows = ([list(map(len, framed)) for framed in side] for side in ([group.teacher for group in groups], students))
+    teacher, student = (torch.tensor(side, device=device) for side in rows)
+    return teacher, student
+
+
 class _Reader:
     """One step's spans and the forwards that read their ends."""
 
@@ -260,6 +271,8 @@ def discriminator_step(
     score_reg: float,
     tokens_per_micro_batch: int,
     layout: Layout,
+    length_penalty: float = 0.0,
+    spread: float = 0.0,
     aux_coef: float = 0.0,
     positions: str = "mrope",
     poll: Callable[[], None] = lambda: None,
@@ -270,6 +283,8 @@ def discriminator_step(
 
     Args:
         backward: called with each micro-batch's loss and by name with the scores it comes from; ``None`` scores only.
+        length_penalty: b in score - b * log(1 + tokens of the span), which is what is learned from and what rewards.
+        spread: weight of ``pairwise_loss``'s term of that name.
         aux_coef: weight of the load-balancing loss over the routers of all layers (0: none).
         poll: called before each micro-batch; it may raise to stop.
 
@@ -304,7 +319,9 @@ def discriminator_step(
     def pairs_loss(learned: Sequence[Tensor], members: Sequence[int]) -> Tensor:
         group_of_row = torch.tensor([i for i, g in enumerate(members) for _ in groups[g].students], device=device)
         valid = torch.tensor([framed is not None for g in members for framed in groups[g].students], device=device)
-        options = {"semantics": semantics, "score_clip": score_clip, "score_reg": score_reg, **counts}
+        options = {"semantics": semantics, "score_clip": score_clip, "score_reg": score_reg, "spread": spread, **counts}
+        if length_penalty:
+            options |= {"lengths": _lengths([groups[g] for g in members], device), "length_penalty": length_penalty}
         loss, _ = discriminator_loss(*learned, group_of_row, valid, **options)
         return loss * (len(valid) / rows_total) if semantics == "released" else loss
 
@@ -333,6 +350,9 @@ def discriminator_step(
                 discriminator, ends, [span for part in unit for span in reader.spans(part)], groups
             )
             members = list(dict.fromkeys(g for part in unit for g, _ in part.branches))
+            if length_penalty:
+                tokens_of = _lengths([groups[g] for g in members], device)
+                reward = [as_scored(x, n, length_penalty, None) for x, n in zip(reward, tokens_of, strict=True)]
             loss = pairs_loss(learned, members) + aux
             if backward is not None:
                 backward(loss, teacher_scores=learned[0], student_scores=learned[1])

@@ -79,13 +79,23 @@ def test_equal_scores_teach_nothing(semantics):
 
 
 def test_the_recipe_may_give_what_the_semantics_leaves_open():
-    assert loss_options(load_config("digits")) == {"semantics": "prism_fast", "score_clip": 10.0, "score_reg": 0.001}
+    off = {"length_penalty": 0.0, "spread": 0.0}
+    ours = {"semantics": "prism_fast", "score_clip": 10.0, "score_reg": 0.001, **off}
+    assert loss_options(load_config("digits")) == ours
     paper = load_config("digits", ["semantics=paper"])
-    assert loss_options(paper) == {"semantics": "paper", "score_clip": None, "score_reg": 0.0}
-    given = ["align.discriminator.score_clip=4", "align.discriminator.score_reg=0.5", "align.format_penalty=0.25"]
+    assert loss_options(paper) == {"semantics": "paper", "score_clip": None, "score_reg": 0.0, **off}
+    key = "align.discriminator"
+    given = [f"{key}.score_clip=4", f"{key}.score_reg=0.5", f"{key}.length_penalty=0.1", "align.format_penalty=0.25"]
     for semantics in SEMANTICS:
         options = loss_options(load_config("digits", [f"semantics={semantics}", *given]))
-        assert options == {"semantics": semantics, "score_clip": 4.0, "score_reg": 0.5}
+        assert options == {
+            "semantics": semantics,
+            "score_clip": 4.0,
+            "score_reg": 0.5,
+            "length_penalty": 0.1,
+            "spread": 0,
+        }
+    assert loss_options(load_config("digits", [f"{key}.spread=0.2"]))["spread"] == 0.2
     assert advantage("semantics=paper", *given)[3] == -0.25
 
 
@@ -120,6 +130,8 @@ def test_the_printed_loss_is_the_plain_one(generator):
         (["align.discriminate=whole"], "align.discriminate"),
         (["align.discriminator.score_clip=0"], "score_clip must be positive"),
         (["align.discriminator.score_reg=-1"], "score_reg must be 0 or more"),
+        (["semantics=released", "align.discriminator.spread=0.1"], "spread must be 0 with semantics=released"),
+        (["align.discriminator.length_penalty=-1"], "length_penalty must be 0 or more"),
         (["semantics=papr"], "semantics"),
     ],
 )

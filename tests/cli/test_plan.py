@@ -239,8 +239,9 @@ def test_what_a_stage_does_not_do_is_not_planned(config):
 
 
 def test_tables_state_the_assumptions(invoke):
-    code, shown = invoke("plan", "digits", env={"COLUMNS": "200"})
+    code, shown = invoke("plan", "digits")
     assert code == 0
+    shown = " ".join(shown.split())  # wrapped at the width of whatever terminal there is
     for text in (
         "1,330,144",
         "peak of the stage",

@@ -3,6 +3,7 @@
 // microsecond. Nothing is copied and nothing is owned: what a view points to belongs to the tensor.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "bind.h"

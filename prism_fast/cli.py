@@ -194,14 +194,18 @@ def main() -> None:
         sys.exit(1)
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # one that was not set from Python cannot be set again
+                signal.signal(number, handler)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     """Unwind, so that what is half-written is removed. Training has not begun yet or is over: its exit code says that
     it stopped as told; that of a command which had something else to do says that it did not get there."""
+    for further in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(further, signal.SIG_IGN)  # a second one would interrupt the tidying up
     os.write(2, f"stopped by {signal.Signals(number).name}; no step was in progress, nothing is lost\n".encode())
-    sys.exit(0 if sys.argv[1:2] and sys.argv[1] in TRAINING else 128 + number)
+    trains = sys.argv[1:2] and sys.argv[1] in TRAINING and "--dry-run" not in sys.argv
+    sys.exit(0 if trains else 128 + number)
 
 
 def _curable(error: Exception) -> bool:

@@ -134,6 +134,7 @@ def _read(folder: Path, key: str, shape: tuple[int, ...], without: str) -> Tenso
 
 def write_side_head(scorer: Scorer, folder: Path) -> None:
     """``value_head.pt`` beside the weights, for TRL-style readers; never read here. Two heads or a routing bias have
-    none: such a reader would compute other scores with it, and without it finds no head."""
+    none: such a reader would compute other scores with it, and without it finds no head. One that stood there goes."""
+    (folder / "value_head.pt").unlink(missing_ok=True)
     if len(scorer.head) == 1 and scorer.routing_bias is None:
         torch.save({"v_head.summary.weight": scorer.head.cpu()}, folder / "value_head.pt")

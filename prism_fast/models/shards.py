@@ -18,8 +18,8 @@ def save_shards(named: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: 
     """Write ``model.safetensors``, or numbered shards and their index. Tensors are asked for one after the other, and
     views of any strides copied; never more than one file's are held, ``shard_bytes`` or one larger tensor. No two share
     memory. Weights that stood in ``folder`` go."""
-    for old in (folder / WEIGHTS, folder / SHARD_INDEX, *folder.glob("model-?????-of-?????.safetensors")):
-        old.unlink(missing_ok=True)
+    for left in folder.glob("part-*.safetensors"):  # of a call that broke off
+        left.unlink()
     files: list[list[str]] = []  # names of the tensors in each
     held: dict[str, Tensor] = {}
     total = bytes_held = 0
@@ -37,6 +37,8 @@ def save_shards(named: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: 
         bytes_held += tensor.nbytes
         total += tensor.nbytes
     flush()
+    for old in (folder / WEIGHTS, folder / SHARD_INDEX, *folder.glob("model-?????-of-?????.safetensors")):
+        old.unlink(missing_ok=True)
     if len(files) == 1:
         _part(folder, 0).rename(folder / WEIGHTS)
         return

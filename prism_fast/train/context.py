@@ -201,5 +201,6 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 
 def _nothing_done(folder: Path) -> bool:
-    metrics = folder / "metrics.jsonl"
-    return not metrics.exists() or metrics.stat().st_size == 0
+    """Neither a line of metrics nor finished batches (``chunks``), which may be hours of work before the first line."""
+    kept = (folder / "metrics.jsonl", *folder.rglob("*.chunks"), *folder.glob("evals/*"))
+    return not any(path.is_file() and path.stat().st_size for path in kept)

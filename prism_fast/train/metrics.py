@@ -60,8 +60,8 @@ class MetricsWriter:
             record[key] = value
             if not isinstance(value, str):
                 shown.append(Summary.Value(tag=f"{stage}/{key}", simple_value=float(value)))
-        append_whole(self.path, (json.dumps(record) + "\n").encode())
         self._add(Event(step=step, summary=Summary(value=shown)))
+        append_whole(self.path, (json.dumps(record) + "\n").encode())  # last: what stands here has been written whole
 
     def _add(self, event: Event) -> None:
         # TensorBoard's own writer has a thread, whose errors on a full disk appear beside the one message of a run.

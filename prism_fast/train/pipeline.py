@@ -184,10 +184,11 @@ def _warmup(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
             switches=span_switches(run.config),
             seed=derive_seed(run.config.seed, "discriminator"),
         )
+        discriminator = _learner(run, discriminator.to(run.device))
     else:
         discriminator = _load_discriminator(run, artifacts.discriminator)
     samples = reader.read("pairs", pairs, processor)
-    artifacts.discriminator = warm_up(run, _learner(run, discriminator.to(run.device)), processor, samples)
+    artifacts.discriminator = warm_up(run, discriminator, processor, samples)
 
 
 def _head_dropout(run: Run) -> float:

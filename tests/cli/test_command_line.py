@@ -144,11 +144,13 @@ def test_a_stopped_run_says_how_to_go_on_and_a_failed_one_why(tmp_path, monkeypa
     assert code == 0 and "prism-fast resume graded" in shown
 
 
-@pytest.mark.parametrize(("name", "code"), [("run", 0), ("eval", 0), ("doctor", None), ("--help", None)])
+@pytest.mark.parametrize(
+    ("name", "code"), [("run", 0), ("eval", 0), ("run digits --dry-run", None), ("doctor", None), ("--help", None)]
+)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_between_steps(monkeypatch, capfd, name, code, number):
     before = signal.getsignal(number)
-    monkeypatch.setattr(sys, "argv", ["prism-fast", name])
+    monkeypatch.setattr(sys, "argv", ["prism-fast", *name.split()])
     monkeypatch.setattr(cli, "app", lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as stop:
         cli.main()

@@ -209,6 +209,7 @@ def test_weights_are_turned_round_one_file_at_a_time(tmp_path, monkeypatch):
     one = stored["t0"].nbytes
     (tmp_path / "model.safetensors").write_bytes(b"of another day")
     (tmp_path / "model-00009-of-00009.safetensors").write_bytes(b"of another day")
+    (tmp_path / "part-7.safetensors").write_bytes(b"of a call that broke off")
     sizes = []
     write = shards.save_file
     monkeypatch.setattr(

@@ -98,13 +98,16 @@ def test_what_needs_a_kind_says_so(policy, batch):
         Discriminator(build(policy).backbone, head_in_float32=False, switches=SpanSwitches(heads="per_span"))
 
 
-def test_a_folder_holds_both_and_says_so(folder, learnt, batch):
+def test_a_folder_holds_both_and_says_so(folder, learnt, batch, tmp_path):
     found = load_discriminator(folder).eval()
     assert found.scorer().switches == BOTH and torch.equal(scores(found, batch), scores(learnt, batch))
     assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in learnt.state_dict().items())
     entry = json.loads((folder / "config.json").read_text())[CONFIG_KEY]
     assert entry["heads"] == "per_span" and entry["routing_bias"] == "span" and "stock transformers" in entry["note"]
     assert not (folder / "value_head.pt").exists(), "a reader of one head and no bias would score wrongly"
+    (tmp_path / "value_head.pt").write_bytes(b"of one head")
+    save_discriminator(learnt, None, tmp_path)
+    assert not (tmp_path / "value_head.pt").exists(), "nor may one stay that stood there"
     double = load_discriminator(folder, dtype=torch.float64)
     assert double.routing_bias.dtype == double.v_head[1].weight.dtype == torch.float64
     half = load_discriminator(folder, dtype=torch.bfloat16)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -187,3 +189,23 @@ def test_graph_capture(generator):
     logits.copy_(torch.randn(3000, 4, generator=generator).cuda())
     graph.replay()
     compare(found, route_experts(logits, 2), 0.0)
+
+
+FORKED = """
+import os, torch
+from prism_fast.ops import route_experts
+torch.set_num_threads(2)
+logits = torch.randn(1 << 14, 8)
+here = route_experts(logits, 2, backend="native")
+if os.fork() == 0:
+    again = route_experts(logits, 2, backend="native")
+    os._exit(0 if all(torch.equal(a, b) for a, b in zip(here, again)) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_forked_child_computes_on_its_own_threads():
+    """It has none of those that the parent computed with, and must not wait for them."""
+    done = subprocess.run([sys.executable, "-c", FORKED], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

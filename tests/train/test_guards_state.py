@@ -132,6 +132,23 @@ def test_a_run_directory_has_one_user_and_its_record_is_not_shorter_than_its_che
         run_stages(config, Console(quiet=True))
 
 
+@pytest.mark.parametrize("kept", ["data/pairs.chunks", "evals/eval.chunks", "evals/eval.jsonl", "metrics.jsonl"])
+def test_a_failed_run_with_finished_batches_stays(small_run, tmp_path, monkeypatch, kept):
+    """Batches of answers are hours of work, and come before the first line of metrics."""
+    folder = tmp_path / "run"
+    config = load_config("digits", [*small_run, f"out={folder}"])
+
+    def fails(*arguments) -> dict:
+        (folder / kept).parent.mkdir(exist_ok=True)
+        (folder / kept).write_text("a batch\n")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(context, "environment", fails)
+    with pytest.raises(OSError, match="no space left"):
+        run_stages(config, Console(quiet=True))
+    assert (folder / kept).read_text() == "a batch\n"
+
+
 def test_told_to_stop_before_the_first_step_nothing_stays(small_run, tmp_path, monkeypatch):
     config = load_config("digits", [*small_run, f"out={tmp_path / 'run'}"])
     monkeypatch.setattr(context, "environment", lambda *arguments: sys.exit(0))  # what a signal's handler does

@@ -99,7 +99,8 @@ def test_a_crash_at_any_step_of_saving_leaves_a_whole_checkpoint(tmp_path):
     assert code == DONE and n > 15
 
 
-def test_metrics_on_a_full_disk_keep_their_whole_lines(tmp_path, monkeypatch):
+@pytest.mark.parametrize("full", ["metrics.jsonl", "events.out"])
+def test_metrics_on_a_full_disk_keep_their_whole_lines(tmp_path, monkeypatch, full):
     writer = MetricsWriter(tmp_path)
     writer.write("sft", 1, {"a": 1.0})
 
@@ -110,8 +111,9 @@ def test_metrics_on_a_full_disk_keep_their_whole_lines(tmp_path, monkeypatch):
             return super().write(line[:-10])  # most of it fits
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda path, mode, buffering: Full(path, mode))
-        with pytest.raises(DiskFullError, match=r"no space left for .*metrics\.jsonl \(it takes"):
+        opened = Path.open
+        patch.setattr(Path, "open", lambda p, mode, buffering: (Full if full in p.name else opened)(p, mode))
+        with pytest.raises(DiskFullError, match=f"no space left for .*{full}.* .it takes"):
             writer.write("sft", 2, {"a": 2.0})
     writer.write("sft", 3, {"a": 3.0})
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 3]

@@ -12,6 +12,8 @@ from prism_fast.data.digits import DigitsSpec, write_digits
 from prism_fast.data.readers import read_tasks
 from prism_fast.data.samples import Demonstration
 from prism_fast.data.writers import write_sharegpt
+from prism_fast.models.processor import Processor
+from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.train.pipeline import run_stages
 
 SMALL = [
@@ -36,6 +38,12 @@ SMALL = [
     "rlvr.rollout.n=4",
     *(f"{key}.max_new_tokens=72" for key in ("warmup", "align.rollout", "rlvr.rollout", "eval")),
 ]
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    """With a vocabulary of 320."""
+    return Processor.build(train_tokenizer(["<caption>\n- digits: 1 2\n</caption>"] * 9, 320))
 
 
 @pytest.fixture(scope="session")

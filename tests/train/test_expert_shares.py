@@ -14,7 +14,7 @@ from prism_fast.train.discriminator_update import discriminator_step
 from prism_fast.train.expert_shares import SHOWN, ExpertShares, span_information
 from prism_fast.train.layouts import prepare
 from tests.support.float64 import Float64Islands
-from tests.train.test_score_rows import SIZE, WHOLE, critic, groups, processor  # noqa: F401
+from tests.train.test_score_rows import SIZE, WHOLE, critic, groups  # noqa: F401
 from tests.train.test_score_rows import step as learn
 
 

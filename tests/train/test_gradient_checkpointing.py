@@ -19,8 +19,6 @@ from prism_fast.data.samples import Demonstration
 from prism_fast.models.checkpointing import use_gradient_checkpointing
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import build_tiny_policy
-from prism_fast.models.processor import Processor
-from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.report.html import write_report
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train import sft
@@ -36,11 +34,6 @@ from tests.support.small_policy import SMALL
 WHOLE = 10**6
 SIZE = replace(SMALL, num_layers=4, deepstack_layers=(0, 1))
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def processor() -> Processor:
-    return Processor.build(train_tokenizer(["<caption>\n- digits: 1 2\n</caption>"] * 9, 320))
 
 
 @pytest.fixture(scope="module")

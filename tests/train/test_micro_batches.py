@@ -19,8 +19,6 @@ from prism_fast.config import OptimizerConfig
 from prism_fast.data.samples import Demonstration
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import build_tiny_policy
-from prism_fast.models.processor import Processor
-from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train import sft
 from prism_fast.train.discriminator_update import SpanGroup, discriminate
@@ -37,11 +35,6 @@ WHOLE = 10**6
 # Packed rows are compared with padded ones, another order of summing: twice the tolerance in float32.
 TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-6, 2e-5)}
 SIZE = SMALL
-
-
-@pytest.fixture(scope="module")
-def processor() -> Processor:
-    return Processor.build(train_tokenizer(["<caption>\n- digits: 1 2\n</caption>"] * 9, 320))
 
 
 @pytest.fixture(scope="module")

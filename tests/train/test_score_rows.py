@@ -13,9 +13,7 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTex
 from prism_fast.models.discriminator import Discriminator, build_discriminator
 from prism_fast.models.forward import collate
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
-from prism_fast.models.processor import Processor
 from prism_fast.models.score_rows import LastLayer
-from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.train.discriminator_update import SpanGroup, discriminator_step
 from prism_fast.train.layouts import prepare
 from tests.support.float64 import Float64Islands
@@ -23,11 +21,6 @@ from tests.support.small_policy import SMALL
 
 SIZE = replace(SMALL, num_layers=3, deepstack_layers=(0, 1))
 WHOLE = 10**6
-
-
-@pytest.fixture(scope="module")
-def processor() -> Processor:
-    return Processor.build(train_tokenizer(["<caption>\n- digits: 1 2\n</caption>"] * 9, 320))
 
 
 @pytest.fixture

@@ -17,9 +17,7 @@ from prism_fast.models import packing, shared_prefix
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.packing import PromptGroup, SharedImages
 from prism_fast.models.policy import build_tiny_policy
-from prism_fast.models.processor import Processor
 from prism_fast.models.scorer import SpanSwitches
-from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train import layouts
 from prism_fast.train.discriminator_update import SpanGroup, discriminate, end_states
@@ -32,11 +30,6 @@ from tests.support.small_policy import SMALL
 
 SIZE = dataclasses.replace(SMALL, num_layers=3)
 WHOLE = 10**6
-
-
-@pytest.fixture(scope="module")
-def processor() -> Processor:
-    return Processor.build(train_tokenizer(["<caption>\n- digits: 1 2\n</caption>"] * 9, 320))
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ from prism_fast.train.pipeline import run_stages
 from prism_fast.train.signals import Stopped
 from tests.support.float64 import Float64Islands
 from tests.train.conftest import run_small
-from tests.train.test_score_rows import SIZE, WHOLE, groups, processor, step  # noqa: F401
+from tests.train.test_score_rows import SIZE, WHOLE, groups, step  # noqa: F401
 
 BOTH = SpanSwitches("per_span", "span")
 ON = ["align.discriminator.heads=per_span", "align.discriminator.routing_bias=span"]
@@ -42,7 +42,7 @@ LAYOUTS = [("padded", WHOLE), ("padded", 1), ("shared_prefix", WHOLE), ("shared_
 BIAS, HEAD = "routing_bias", "v_head.1.weight"
 
 
-def build(processor, switches: SpanSwitches | None = BOTH) -> Discriminator:  # noqa: F811
+def build(processor, switches: SpanSwitches | None = BOTH) -> Discriminator:
     policy = build_tiny_policy(processor, SIZE, seed=2)
     model = build_discriminator(policy, seed=3, head_std=0.2, router_std=0.3, switches=switches)
     prepare("shared_prefix", model.backbone)
@@ -50,7 +50,7 @@ def build(processor, switches: SpanSwitches | None = BOTH) -> Discriminator:  # 
 
 
 @pytest.fixture
-def learnt(processor, generator) -> Discriminator:  # noqa: F811
+def learnt(processor, generator) -> Discriminator:
     """With both on, in float64, and values that show."""
     model = build(processor).double()
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_one_text_as_caption_and_as_reasoning_has_two_scores(processor, groups, 
         assert scores.teacher[0, 0] != scores.teacher[0, 1] == scores.student[0, 1]
 
 
-def test_metrics_of_what_is_learned(processor, learnt):  # noqa: F811
+def test_metrics_of_what_is_learned(processor, learnt):
     assert learned_numbers(build(processor, SpanSwitches())) == {}
     assert learned_numbers(build(processor)) == {
         "routing_bias_caption": 0.0,
@@ -205,7 +205,7 @@ def test_combinations_without_meaning_are_refused_by_name(key, other):
         load_config("digits", [f"align.discriminator.{key}", other])
 
 
-def test_a_bias_is_not_decayed_and_heads_are(processor):  # noqa: F811
+def test_a_bias_is_not_decayed_and_heads_are(processor):
     model = build(processor)
     decayed, exempt = (group["params"] for group in LocalEngine(model, OptimizerConfig()).optimizer.param_groups)
     assert any(p is model.v_head[1].weight for p in decayed) and any(p is model.routing_bias for p in exempt)

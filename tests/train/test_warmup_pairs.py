@@ -11,8 +11,6 @@ from prism_fast.config import OptimizerConfig
 from prism_fast.data.samples import Pair
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import build_tiny_policy
-from prism_fast.models.processor import Processor
-from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.train.discriminator_update import discriminate
 from prism_fast.train.engine import LocalEngine
 from prism_fast.train.layouts import prepare
@@ -20,11 +18,6 @@ from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.passes import Passes
 from prism_fast.train.warmup import group_pairs
 from tests.support.small_policy import SMALL
-
-
-@pytest.fixture(scope="module")
-def processor() -> Processor:
-    return Processor.build(train_tokenizer(["<caption>\n- digits: 1 2\n</caption>"] * 9, 320))
 
 
 def pair(uid: str, image: Image.Image, teacher: str, student: str, question: str = "what is it?") -> Pair:

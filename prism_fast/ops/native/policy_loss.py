@@ -199,26 +199,14 @@ _forms = TwoForms(
 )
 
 
-def eager(
-    loss: str,
-    clip: tuple[float, float] | None,
-    delta: float | None,
-    dual_clip: float | None,
-    sapo_temperature: tuple[float, float],
-    aggregation: str,
-    has_denominator: bool,
-    kl: str,
-    entropy_coef: float,
-    kl_coef: float,
-) -> Callable[..., tuple[Tensor, PolicyStats] | None]:
-    """(the eleven tensors of `_compute`, whether gradients are on, threads) -> `run` with these options, in one call.
+def eager(*settled: object) -> Callable[..., tuple[Tensor, PolicyStats] | None]:
+    """(the eleven tensors of `_compute`, whether gradients are on, threads) -> `run` with the options ``settled``
+    (those of `_options`), in one call.
 
     None for anything but plain tensors of the CPU, just as the kernel reads them: then no check would refuse them.
     """
-    options = _options(
-        loss, clip, delta, dual_clip, sapo_temperature, aggregation, has_denominator, kl, entropy_coef, kl_coef
-    )
-    return functools.partial(native.module().policy_loss_eager, _forms.apply, PolicyStats._make, _plan(*options))
+    plan = _plan(*_options(*settled))
+    return functools.partial(native.module().policy_loss_eager, _forms.apply, PolicyStats._make, plan)
 
 
 def _options(

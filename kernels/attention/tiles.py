@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prism_fast.kernels.gemm.persistent import card
+from prism_fast.kernels.launch import card
 
 MAX_WIDTH = 128
 

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from prism_fast.kernels.launch import card, scratch, tile_position
+
 
 class Tile(NamedTuple):
     """Output tile ``m × n``, depth ``k`` per step, tile rows per raster group, pipeline stages, warps."""
@@ -31,16 +33,6 @@ TILES = {
     9: Tile(m=128, n=256, k=64, group=8, stages=3, warps=8),
     10: Tile(m=128, n=256, k=64, group=8, stages=2, warps=8),
 }
-
-
-@triton.jit
-def tile_position(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Row and column of a tile in grouped raster order: GROUP tile rows share their columns of B while it is in L2."""
-    per_group = GROUP * tiles_n
-    first_row = (tile // per_group) * GROUP
-    rows = tl.minimum(tiles_m - first_row, GROUP)
-    within = tile % per_group
-    return first_row + within % rows, within // rows
 
 
 @triton.jit
@@ -114,11 +106,6 @@ def addressable(x: torch.Tensor) -> bool:
     return 1 in (rows, columns) and max(rows, columns) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
 
 
-def scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    """Triton's allocator for descriptors that are made in a kernel."""
-    return torch.empty(size, dtype=torch.int8, device="cuda" if torch.cuda.is_available() else "cpu")
-
-
 def matmul(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -167,11 +154,3 @@ def matmul(
         num_stages=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return out
-
-
-def card(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, compute capability × 10)."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return properties.multi_processor_count, 10 * properties.major + properties.minor
-    return 4, 90  # Triton's interpreter: enough programs to exercise the walk over tiles

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from prism_fast.kernels.gemm.persistent import TILES, addressable, card, matmul
+from prism_fast.kernels.gemm.persistent import TILES, addressable, matmul
+from prism_fast.kernels.launch import card
 
 SLICE_BYTES = 64 << 20
 

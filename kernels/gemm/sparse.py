@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from prism_fast.kernels.gemm.persistent import card, tile_position
+from prism_fast.kernels.launch import card, tile_position
 
 BLOCK = 128  # rows of a block
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from prism_fast.kernels.gemm.persistent import card, scratch, tile_position
+from prism_fast.kernels.launch import card, scratch, tile_position
 from prism_fast.kernels.logprob.combine import Combined, combine_partials
 from prism_fast.kernels.logprob.tiles import FEW_ROWS, Tile, retune, tile_for
 

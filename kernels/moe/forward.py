@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from prism_fast.kernels.gemm.persistent import card, tile_position
+from prism_fast.kernels.launch import card, tile_position
 from prism_fast.kernels.moe.tiles import Tile
 
 RASTER = 8  # tile rows that share their columns of the weights while these are in L2

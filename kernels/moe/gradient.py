@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from prism_fast.kernels.gemm.persistent import card, tile_position
+from prism_fast.kernels.launch import card, tile_position
 from prism_fast.kernels.moe.forward import RASTER, load_columns, load_rows, precision
 from prism_fast.kernels.moe.tiles import Tile
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from prism_fast.kernels.gemm.persistent import card
+from prism_fast.kernels.launch import card
 
 
 class Tile(NamedTuple):

@@ -30,7 +30,7 @@ $(STAMP): $(SOURCES)
 	$(PY) -m pip install --quiet "setuptools>=77" wheel "pybind11>=2.13" -c constraints.txt
 	$(PY) -m pip install --quiet "$(TORCH)" -c constraints.txt
 	$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install --quiet "$(TRITON)" -c constraints.txt
-	$(PY) -m pip install --quiet --no-build-isolation -e ".[test]" -c constraints.txt
+	$(PY) -m pip install --quiet --no-build-isolation -e ".[train,test]" -c constraints.txt
 	touch $@
 
 test: $(STAMP)

@@ -25,6 +25,7 @@ DISTRIBUTION = "prism-fast"
 IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml"}
 # Used where they are installed, in no extra: they have to be built against the machine's own torch and CUDA.
 UNLISTED = {"flash-attn": "optional: attention of the vision tower on a GPU; build it against the installed torch"}
+NEEDED = (None, "train")  # the ops' own requirement and the trainer's, whose command asks; other extras are a choice
 SECONDS = 20  # for a compiler or a driver tool to answer
 
 
@@ -72,8 +73,9 @@ def declared() -> tuple[list[tuple[Requirement, str | None]], str]:
 
 
 def packages(requirements: Iterable[tuple[Requirement, str | None]]) -> list[Check]:
-    """Every declared package: present, absent, outside its range, or not importable. Packages of extras are looked up,
-    not imported (some take a minute); one outside its range is broken, for it would be used."""
+    """Every declared package: present, absent, outside its range, or not importable. Packages of extras other than
+    ``train`` are looked up, not imported (some take a minute); one outside its range is broken, for it would be
+    used."""
     checks: dict[str, Check] = {}
     for requirement, extra in sorted(requirements, key=lambda entry: entry[1] == "test"):  # users want the others
         if requirement.name in checks:
@@ -94,14 +96,14 @@ def _package(requirement: Requirement, extra: str | None) -> Check:
     again = f"pip install '{name}{wanted}'"
     version = _version(name)
     if version is None:
-        if extra is None:
+        if extra in NEEDED:
             return Check(where, name, "broken", "absent", wanted, again)
         return Check(
             where, name, "absent", "absent", wanted, f"pip install '.[{extra}]' in the checkout, if you need it"
         )
     if not requirement.specifier.contains(version, prereleases=True):
         return Check(where, name, "broken", f"{version}, outside the supported range", wanted, again)
-    if extra is None:
+    if extra in NEEDED:
         try:
             importlib.import_module(IMPORT_NAMES.get(name, name.replace("-", "_")))
         except Exception as error:  # whatever a broken package raises is what there is to report

@@ -22,6 +22,7 @@ FLOORS = [
     {"rollout"},
     {"train"},
     {"report", "cli", "commands", "doctor", "plan", "dry_run", "integrations", "bench"},
+    {"entry"},
 ]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 # `config` describes runs: only those who run them may read it.

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -32,8 +33,15 @@ def run(command: list[str], cwd: Path, **environment: str) -> subprocess.Complet
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=110)
 
 
-def python(code: str, cwd: Path, **environment: str) -> str:
-    done = run([sys.executable, "-c", code], cwd, **environment)
+def isolated(code: str, cwd: Path, package: Path) -> subprocess.CompletedProcess:
+    """Runs ``code`` with the copy of the package in ``package`` and the installed packages. Without ``site``, which
+    would put the editable installation in: its finder completes any copy with what the checkout has."""
+    where = os.pathsep.join((str(package), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
+    return run([sys.executable, "-S", "-c", code], cwd, PYTHONPATH=where)
+
+
+def python(code: str, cwd: Path, package: Path | None = None) -> str:
+    done = isolated(code, cwd, package or cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -73,7 +81,7 @@ def installed(tree, tmp_path_factory) -> Path:
 
 @needs_compiler
 def test_wheel_without_cuda_serves_the_cpu(installed, tmp_path):
-    package, gemm, suite, available, cuda, total, why = python(USE, tmp_path, PYTHONPATH=str(installed)).splitlines()
+    package, gemm, suite, available, cuda, total, why = python(USE, tmp_path, installed).splitlines()
     assert Path(suite) == installed / "prism_fast" / "bench" / "ops" / "suite.py"
     assert Path(package).is_relative_to(installed)
     assert Path(gemm) == installed / "prism_fast" / "kernels" / "gemm" / "__init__.py"
@@ -91,7 +99,43 @@ def test_wheel_holds_the_data_and_no_strangers(installed):
             assert (installed / path.relative_to(ROOT)).is_file(), path
     assert not list(installed.rglob("*.cu")) and not list(installed.rglob("*.cpp"))
     scripts = next(installed.glob("*.dist-info")) / "entry_points.txt"
-    assert "prism-fast = prism_fast.cli:main" in scripts.read_text()
+    assert "prism-fast = prism_fast.entry:main" in scripts.read_text()
+
+
+ALONE = """
+import sys
+import torch
+given = set(sys.modules)
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in ("prism_fast", "torch", *sys.stdlib_module_names):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from prism_fast import ops
+loaded = {name.split(".")[0] for name in set(sys.modules) - given}
+assert loaded <= {"prism_fast", "torch", *sys.stdlib_module_names}, loaded
+assert "prism_fast._C" not in sys.modules and "torch.utils.cpp_extension" not in set(sys.modules) - given
+torch.manual_seed(0)
+scores = torch.randn(4, 2)
+advantage = ops.group_advantage(scores, torch.tensor([0, 0, 1, 1]), weights=[0.5, 0.5])
+hidden, weight = torch.randn(6, 16, requires_grad=True), torch.randn(11, 16, requires_grad=True)
+cu = torch.tensor([0, 1, 3, 4, 6], dtype=torch.int32)
+loss, stats = ops.linear_policy_loss(hidden, weight, torch.arange(6), advantage, cu, loss="dapo")
+loss.backward()
+print(float(weight.grad.abs().sum()) > 0, "prism_fast._C" in sys.modules)
+from prism_fast.entry import main
+main()
+"""
+
+
+@needs_compiler
+def test_ops_run_and_the_command_explains_itself_with_torch_alone(installed, tmp_path):
+    done = isolated(ALONE, tmp_path, installed)
+    assert done.stdout.split() == ["True", "True"], done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "pip install 'prism-fast[train]'" in done.stderr and "typer is missing" in done.stderr
 
 
 def version(installed: Path) -> str:

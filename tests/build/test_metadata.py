@@ -45,24 +45,36 @@ def test_every_import_is_declared():
     assert missing == {}
 
 
-def test_extras_are_not_needed_to_import_the_package():
-    """Nothing that only an extra installs is imported at the top of a module outside kernels/."""
-    core = names(PROJECT["dependencies"])
-    for path in sorted((ROOT / "prism_fast").rglob("*.py")):
+def imported_at_the_top(folder: Path) -> dict[str, str]:
+    """Distribution -> place, for what is imported as soon as a module is."""
+    found = {}
+    for path in sorted(folder.rglob("*.py")):
         for node in ast.parse(path.read_text()).body:
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 modules = [node.module]
             for module in (m.split(".")[0] for m in modules):
-                ours = module in sys.stdlib_module_names or module in ("prism_fast", "__future__")
-                assert ours or canonical(DISTRIBUTION.get(module, module)) in core, f"{path}:{node.lineno} {module}"
+                if module not in sys.stdlib_module_names and module not in ("prism_fast", "__future__"):
+                    found[canonical(DISTRIBUTION.get(module, module))] = f"{path.relative_to(ROOT)}:{node.lineno}"
+    return found
+
+
+def test_the_ops_need_torch_alone():
+    assert names(PROJECT["dependencies"]) == {"torch"}
+    assert set(imported_at_the_top(ROOT / "kernels")) == {"torch", "triton"}  # torch brings Triton where it serves
+
+
+def test_other_extras_are_not_needed_to_import_the_trainer():
+    core = names(PROJECT["dependencies"]) | names(PROJECT["optional-dependencies"]["train"])
+    assert {k: v for k, v in imported_at_the_top(ROOT / "prism_fast").items() if k not in core} == {}
 
 
 def test_pins_cover_the_core_and_name_no_place():
     lines = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if x and not x.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", x) for x in lines), lines
     free = {"torch", "triton"}  # chosen in the Makefile
-    wanted = names(PROJECT["dependencies"]) | names(PROJECT["optional-dependencies"]["test"])
+    extras = PROJECT["optional-dependencies"]
+    wanted = names(PROJECT["dependencies"]) | names(extras["train"]) | names(extras["test"])
     assert wanted - free - names(lines) == set()
 
 

@@ -1,9 +1,9 @@
 """Tiles of the expert products: each product of a mixture-of-experts layer alone, at every tile worth a try.
 
 Tells whether another tile or a deeper pipeline would be faster than the table's (kernels/moe/tiles.py; its line stands
-first), and whether tensor copies would: beside ours stand torch.mm and our persistent product with tensor copies,
-expert by expert on rows that are gathered already, without the activation or the routing weights that ours computes
-along. Providers take turns in one process and are checked against float64 in the same run; exit code 1 if one is wrong.
+first): beside ours stands torch.mm, expert by expert on rows that are gathered already, without the activation or the
+routing weights that ours computes along. Providers take turns in one process and are checked against float64 in the
+same run; exit code 1 if one is wrong.
 
     python3 -m prism_fast.bench.expert_tiles                      32,768 tokens, H 2048, I 6144, 4 experts, top-2
     python3 -m prism_fast.bench.expert_tiles --product up --shape 32768x2048x768x128x8
@@ -15,8 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,13 +25,57 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from prism_fast.bench.gemm_probe import Row, ceiling_of, line, milliseconds
 from prism_fast.bench.ops.machine import machine
-from prism_fast.bench.ops.measure import percentiles
+from prism_fast.bench.ops.measure import measured_ceiling, percentiles
 
 SHAPE, SMOKE = (32768, 2048, 6144, 4, 2), (40, 32, 48, 3, 2)  # tokens, hidden, inner, experts, top_k
 PRODUCTS = ("up", "down", "act", "weights", "back")
 LIMIT = 2e-2  # normwise relative error in bfloat16
+
+
+@dataclass
+class Row:
+    """One line of the result. Times in milliseconds, the error relative to the norm of the exact product."""
+
+    op: str
+    provider: str
+    shape: str
+    status: str  # ok, unsupported, wrong
+    note: str = ""
+    ms_p20: float | None = None
+    ms_p50: float | None = None
+    ms_p80: float | None = None
+    tflops: float | None = None
+    ceiling_percent: float | None = None
+    error_norm: float | None = None
+
+
+def milliseconds(call: Callable[[], object], device: str) -> float:
+    if device == "cpu":
+        started = time.perf_counter()
+        call()
+        return (time.perf_counter() - started) * 1e3
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def ceiling_of(device: str) -> float | None:
+    """TFLOP/s of a large product in bf16 in this process; None on the CPU, where the figures mean nothing."""
+    return None if device == "cpu" else measured_ceiling(device, {torch.bfloat16})["TFLOP/s bfloat16"]
+
+
+def line(row: Row) -> str:
+    if row.ms_p50 is None:
+        return f"{row.op:<9} {row.shape:<20} {row.provider:<26} {row.status}: {row.note[:70]}"
+    share = f"{row.ceiling_percent:5.1f} %" if row.ceiling_percent else "      -"
+    return (
+        f"{row.op:<9} {row.shape:<20} {row.provider:<26} {row.ms_p50:8.3f} ms {row.tflops:7.1f} TF/s {share}  "
+        f"error {row.error_norm:.1e}"
+    )
 
 
 class Layer(NamedTuple):
@@ -147,21 +192,18 @@ def candidates(tile) -> list:
 
 
 def measure(name: str, product: Product, tile, device: str, rounds: int, ceiling: float | None) -> list[Row]:
-    from prism_fast.kernels.gemm import matmul
-
     pairs = product.pairs()
     plain = [a.double() @ b.double() for a, b in pairs]
     calls: dict[str, Callable[[], object]] = {
         "torch.mm": lambda: [torch.mm(a, b) for a, b in pairs],
-        "tensor copies": lambda: [matmul(a, b) for a, b in pairs if len(a)],
     }
     for t in candidates(tile):
         calls[f"ours {t.m}x{t.n}x{t.k} s{t.stages} w{t.warps}"] = lambda t=t: product.ours(t)
-    own = list(calls)[2]
+    own = list(calls)[1]
     wanted, shape = product.exact(plain), "+".join(str(len(a)) for a, _ in pairs[:4])
     rows, times = {}, {}
     for provider, call in calls.items():
-        rows[provider] = row = Row(name, provider, shape, "bfloat16", "ok")
+        rows[provider] = row = Row(name, provider, shape, "ok")
         try:
             found = call()
         except Exception as error:

@@ -31,7 +31,6 @@ class Scores(NamedTuple):
     entropy: torch.Tensor  # nats
     kept: torch.Tensor | None  # [n, >= V] in the operands' dtype, e^(z - tile_max); what stands past V means nothing
     tile_max: torch.Tensor  # [tiles, n]
-    tile_sum: torch.Tensor  # [tiles, n], Σ exp(z - tile_max) over the tile
     width: int  # columns of a tile
 
 
@@ -190,9 +189,9 @@ def scores(
         tile = tile_for(capability, n, hidden.dtype, rich)
     m, s, u, target_logit = _launch(*operands, tile)
     if n == 0:
-        return Scores(*(target_logit.clone() for _ in range(4)), kept, m, s, tile.v)
+        return Scores(*(target_logit.clone() for _ in range(4)), kept, m, tile.v)
     joined: Combined = combine_partials(m, s, u, target_logit)
-    return Scores(*joined, kept, m, s, tile.v)
+    return Scores(*joined, kept, m, tile.v)
 
 
 def _launch(hidden, weight, target, heat, bias, softcap, entropy, kept, programs, tile) -> tuple[torch.Tensor, ...]:

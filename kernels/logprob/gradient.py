@@ -36,7 +36,6 @@ def gradient_kernel(
     softcap,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
-    SKIP_IDLE: tl.constexpr,  # leave rows without upstream gradient as they are: nobody will read them
     ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -49,12 +48,9 @@ def gradient_kernel(
     if ENTROPY:
         h = tl.load(h_ptr + row, inside, other=0.0)
         idle = idle & (h == 0.0)
-    wanted = inside
-    if SKIP_IDLE:
-        wanted = inside & ~idle
     column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     at = kept_ptr + row.to(tl.int64)[:, None] * kept_stride + column[None, :]
-    there = wanted[:, None] & (column < V)[None, :]
+    there = inside[:, None] & (column < V)[None, :]
     e = tl.load(at, there, other=0.0).to(tl.float32)
 
     tile_max = tl.load(tile_max_ptr + tile.to(tl.int64) * N + row, inside, other=0.0)
@@ -91,13 +87,11 @@ def gradient_(
     vocabulary: int,
     *,
     softcap: float | None = None,
-    skip_idle: bool = False,
 ) -> torch.Tensor:
     """Turn ``found.kept`` into the gradient of the raw scores and return it as a view [n, vocabulary].
 
     ``target``, ``heat``, ``softcap`` as in `scores`; ``g``, ``h`` [n] float32, contiguous: upstream gradients of
-    log-probability and entropy (None: no entropy). Rows where both are 0 become exact zeros whatever they hold, or stay
-    as they are with ``skip_idle``.
+    log-probability and entropy (None: no entropy). Rows where both are 0 become exact zeros whatever they hold.
     """
     kept = found.kept
     n = kept.shape[0]
@@ -107,7 +101,7 @@ def gradient_(
     gradient_kernel[(triton.cdiv(n, BLOCK_ROWS) * tiles,)](
         kept, found.tile_max, found.row_max, found.log_sum, found.logp, found.entropy, target, heat, g,
         g if h is None else h, n, vocabulary, kept.stride(0), 0 if heat.numel() == 1 else 1,
-        1.0 if softcap is None else softcap, SOFTCAP=softcap is not None, ENTROPY=h is not None, SKIP_IDLE=skip_idle,
+        1.0 if softcap is None else softcap, SOFTCAP=softcap is not None, ENTROPY=h is not None,
         ROWS=BLOCK_ROWS, BLOCK_V=found.width, num_warps=4,
     )  # fmt: skip
     return kept[:, :vocabulary]

@@ -29,9 +29,6 @@ def linear_logprob(
     save: str = "auto",
     save_limit_bytes: int = SAVE_LIMIT_BYTES,
     weight_grad_out: Tensor | None = None,
-    vocab_group: object | None = None,
-    tile_skip_mass: float = 0.0,
-    compact_rows: bool = False,
     backend: str | None = None,
 ) -> LogProb:
     """``log softmax(cap(hidden @ weight.T + bias) / temperature)[target]`` per row, and its entropy.
@@ -51,16 +48,6 @@ def linear_logprob(
         save_limit_bytes: for ``auto``, bytes.
         weight_grad_out: [V, H] float32 or float64; the weight's gradient is added to it and ``weight.grad`` stays as it
             is.
-        vocab_group: process group over which the vocabulary is shared out: ``weight`` (and ``bias``, and
-            ``weight_grad_out``) hold this rank's rows of the matrix, consecutive in the order of the ranks, of any
-            numbers; ``target`` counts in the whole vocabulary. Every rank passes the same rows and options and gets the
-            same bits; the gradient of ``hidden`` is summed over the ranks.
-        tile_skip_mass: probability mass in [0, 1) that backward may leave out of each row, by whole tiles of the
-            vocabulary ("triton", without entropy). The tile of a row's target is never left out, so the gradient of a
-            row of scores differs by less than |upstream| * tile_skip_mass / temperature in the 1-norm.
-        compact_rows: with "triton", backward multiplies only the rows with an upstream gradient, by our own products
-            instead of cuBLAS, which cannot read their number from the device; pays where many rows have none. The
-            same gradients either way.
         backend: None, "reference" or "triton" (CUDA; bfloat16, float16 or float32; H divisible by 16). None is "triton"
             on CUDA and "reference" elsewhere.
 
@@ -71,8 +58,7 @@ def linear_logprob(
 
     Raises:
         ValueError: wrong shape, dtype, device or option.
-        NotImplementedError: ``vocab_group`` under torch.compile or with ``tile_skip_mass``; ``tile_skip_mass`` > 0
-            without "triton" or with entropy; float64 or an unknown card with "triton".
+        NotImplementedError: float64 or an unknown card with "triton".
         RuntimeError: "triton" without CUDA tensors or without Triton.
 
     Source: temperature-scaled log-softmax and its entropy (verl ``logprobs_from_logits_v2``, ``entropy_from_logits``);
@@ -81,24 +67,8 @@ def linear_logprob(
     validate(OP, hidden, weight, target, bias, temperature, softcap, weight_grad_out)
     checks.choice(OP, "save", save, SAVE)
     checks.number(OP, "save_limit_bytes", save_limit_bytes, low=0)
-    checks.number(OP, "tile_skip_mass", tile_skip_mass, low=0.0, high=1.0)
     chosen = choose(OP, BACKENDS, backend, hidden)
-    if tile_skip_mass > 0.0 and (entropy or chosen != "triton"):
-        raise NotImplementedError(
-            f"{OP}: tile_skip_mass={tile_skip_mass} with backend={chosen!r}, entropy={entropy}: only 'triton' skips "
-            f"tiles, and its bound holds for log-probabilities alone; pass 0.0 (exact)"
-        )
     keeps = _keeps(save, save_limit_bytes, hidden, weight, bias, chosen)
-    if vocab_group is not None:
-        if tile_skip_mass > 0.0 or torch.compiler.is_compiling():
-            raise NotImplementedError(
-                f"{OP}: vocab_group with tile_skip_mass={tile_skip_mass} or under torch.compile; pass 0.0 and call it "
-                f"outside of compiled code"
-            )
-        return _vocab_parallel(
-            hidden, weight, bias, target, temperature, softcap, entropy, ignore_index, keeps, weight_grad_out,
-            compact_rows, vocab_group, chosen,
-        )  # fmt: skip
     options = {
         "bias": bias,
         "temperature": temperature,
@@ -111,39 +81,8 @@ def linear_logprob(
     if chosen == "triton":
         from .triton.linear_logprob import linear_logprob as fused
 
-        skips = {"compact_rows": compact_rows, "tile_skip_mass": tile_skip_mass}
-        return fused(hidden, weight, target, **options, **skips)
+        return fused(hidden, weight, target, **options)
     return reference(hidden, weight, target, **options)
-
-
-def _vocab_parallel(
-    hidden, weight, bias, target, temperature, softcap, entropy, ignore_index, keeps, weight_grad_out, compact_rows,
-    vocab_group, chosen,
-) -> LogProb:  # fmt: skip
-    from . import vocab_parallel
-
-    if chosen == "triton":
-        from .triton.head import STATISTICS_ROWS, Rows, heat_rows, wave_rows
-
-        heat = heat_rows(temperature, hidden)
-        step = STATISTICS_ROWS if not torch.is_grad_enabled() else wave_rows(weight)
-
-        def make_rows(own: Tensor) -> Rows:
-            return Rows(hidden, weight, bias, own, heat, softcap, entropy, compact_rows)
-    else:
-        from .reference.linear_logprob import Rows, block_rows
-        from .reference.softmax_rows import temperature_rows
-
-        kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        heat = temperature_rows(temperature, hidden.shape[0], hidden.new_empty(0, dtype=kind))
-        step = block_rows(weight.shape[0], hidden)
-
-        def make_rows(own: Tensor) -> Rows:
-            return Rows(hidden, weight, bias, own, heat, softcap, entropy)
-
-    return vocab_parallel.run(
-        hidden, weight, bias, target, make_rows, step, keeps, entropy, ignore_index, weight_grad_out, vocab_group
-    )
 
 
 def validate(

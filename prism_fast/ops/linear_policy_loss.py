@@ -48,7 +48,6 @@ def linear_policy_loss(
     softcap: float | None = None,
     ignore_index: int = -100,
     weight_grad_out: Tensor | None = None,
-    compact_rows: bool = False,
     borders: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, PolicyStats]:
@@ -63,7 +62,6 @@ def linear_policy_loss(
             Without it the gradient of a half-precision weight is collected in a float32 matrix of the op's own.
             Backward must then be called with the gradient 1 (scale the loss through ``denominator``); any other gives
             NaN.
-        compact_rows: as in ``linear_logprob``; rows of a group without advantage and clipped tokens have no gradient.
         borders: the offsets of ``cu_seqlens`` as Python numbers. Needed on a GPU by gspo and gspo_token with
             ``old_logp``; on the CPU they are read from ``cu_seqlens``.
         backend: None, "reference" or "triton", as in ``linear_logprob``. None lets ``policy_loss`` choose its own.
@@ -120,7 +118,6 @@ def linear_policy_loss(
             ignore_index=ignore_index,
             save="recompute",
             weight_grad_out=weight_grad_out,
-            compact_rows=compact_rows,
             backend=chosen,
         )
         return policy(found.logp, advantage, cu_seqlens, entropy=found.entropy if with_entropy else None)
@@ -128,7 +125,6 @@ def linear_policy_loss(
         from .triton.head import Rows, heat_rows, wave_rows
 
         step, column, heat = wave_rows(weight), target, heat_rows(temperature, hidden)
-        more = {"compact": compact_rows}
     else:
         from .reference.linear_logprob import Rows, block_rows
         from .reference.softmax_rows import target_rows, temperature_rows
@@ -136,13 +132,12 @@ def linear_policy_loss(
         step = block_rows(weight.shape[0], hidden)
         column, _, _ = target_rows(target, weight.shape[0], ignore_index)
         heat = temperature_rows(temperature, hidden.shape[0], hidden.new_empty(0, dtype=_wide(hidden)))
-        more = {}
     whole = _borders(borders, cu_seqlens, hidden.shape[0]) if loss in WHOLE and old_logp is not None else None
     return waves.run(
         hidden,
         weight,
         bias,
-        lambda: Rows(hidden, weight, bias, column, heat, softcap, with_entropy, **more),
+        lambda: Rows(hidden, weight, bias, column, heat, softcap, with_entropy),
         lambda logp, spread: policy(logp, advantage, cu_seqlens, entropy=spread),
         waves.cuts(hidden.shape[0], step, whole),
         target,

@@ -50,18 +50,18 @@ USE = """
 import torch, prism_fast
 from prism_fast import ops
 from prism_fast.ops import native
-import prism_fast.kernels.gemm, prism_fast.kernels.logprob, prism_fast.bench.ops.suite
+import prism_fast.kernels.logprob, prism_fast.bench.ops.suite
 a = ops.group_advantage(torch.tensor([[1.0], [3.0]]), torch.tensor([1, 1]), weights=[1.0])
-print(prism_fast.__file__, prism_fast.kernels.gemm.__file__, prism_fast.bench.ops.suite.__file__, sep="\\n")
+print(prism_fast.__file__, prism_fast.kernels.logprob.__file__, prism_fast.bench.ops.suite.__file__, sep="\\n")
 print(native.available(), native.has_cuda(), a.sum().item(), sep="\\n")
 print(native.why_not())
 """
 
 
 def test_bare_checkout_works_and_says_what_is_missing(tree):
-    package, gemm, suite, available, cuda, total, why = python(USE, tree).splitlines()
+    package, logprob, suite, available, cuda, total, why = python(USE, tree).splitlines()
     assert Path(suite) == tree / "bench" / "ops" / "suite.py"
-    assert Path(package).is_relative_to(tree) and Path(gemm) == tree / "kernels" / "gemm" / "__init__.py"
+    assert Path(package).is_relative_to(tree) and Path(logprob) == tree / "kernels" / "logprob" / "__init__.py"
     assert (available, cuda, float(total)) == ("False", "False", 0.0)
     assert "prism_fast._C" in why and "build_ext --inplace" in why
 
@@ -81,10 +81,10 @@ def installed(tree, tmp_path_factory) -> Path:
 
 @needs_compiler
 def test_wheel_without_cuda_serves_the_cpu(installed, tmp_path):
-    package, gemm, suite, available, cuda, total, why = python(USE, tmp_path, installed).splitlines()
+    package, logprob, suite, available, cuda, total, why = python(USE, tmp_path, installed).splitlines()
     assert Path(suite) == installed / "prism_fast" / "bench" / "ops" / "suite.py"
     assert Path(package).is_relative_to(installed)
-    assert Path(gemm) == installed / "prism_fast" / "kernels" / "gemm" / "__init__.py"
+    assert Path(logprob) == installed / "prism_fast" / "kernels" / "logprob" / "__init__.py"
     assert (available, cuda, float(total)) == ("True", "False", 0.0)
     assert "without CUDA" in why and "nvcc" in why
 

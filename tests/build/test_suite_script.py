@@ -27,7 +27,7 @@ def test_it_parses():
 def test_sections_and_caps():
     done = suite("--list")
     caps = {name: int(seconds) for name, seconds in map(str.split, done.stdout.splitlines())}
-    assert list(caps) == ["build", "tests", "ops", "attention", "gemm", "step", "digits"]
+    assert list(caps) == ["build", "tests", "ops", "attention", "step", "digits"]
     assert caps["digits"] <= 120 and sum(caps.values()) < 10 * 60 - 30  # the rest is start-up and killing what is cut
 
 
@@ -38,13 +38,13 @@ def test_wrong_arguments_are_refused(arguments):
 
 
 def test_a_failing_section_fails_the_suite_and_is_flushed(tmp_path):
-    done = suite("--only", "gemm", OUT=str(tmp_path), GEMM_PROBE_ARGS="--no-such-option")
+    done = suite("--only", "step", OUT=str(tmp_path), BENCH_STEP_ARGS="--no-such-option")
     assert done.returncode == 1
-    result = json.loads((tmp_path / "gemm.json").read_text())
+    result = json.loads((tmp_path / "step.json").read_text())
     assert result["status"] == "failed" and result["exit_code"] == 2 and result["data"] is None
     assert result["machine"]["torch"] and "no-such-option" in (tmp_path / "suite.log").read_text()
     assert (ROOT / "bench" / "UNMEASURED.md").read_text() in done.stdout
-    assert done.stdout.rstrip().splitlines()[-1].split()[:2] == ["gemm", "failed"]  # the short table stands last
+    assert done.stdout.rstrip().splitlines()[-1].split()[:2] == ["step", "failed"]  # the short table stands last
     assert not list(tmp_path.glob("record-*"))
 
 
@@ -73,32 +73,16 @@ def test_what_was_measured_on_a_card_is_kept_as_a_record(tmp_path, monkeypatch):
 
     monkeypatch.setattr(flush, "machine", lambda: {"card": "NVIDIA H200", "date": "2030-01-02"})
     (tmp_path / "data.json").write_text('{"rows": []}')
-    out, data = tmp_path / "gemm.json", tmp_path / "data.json"
-    command = ["flush", "--section", "gemm", "--exit-code", "0", "--cap", "5", "--started", "0"]
+    out, data = tmp_path / "step.json", tmp_path / "data.json"
+    command = ["flush", "--section", "step", "--exit-code", "0", "--cap", "5", "--started", "0"]
     monkeypatch.setattr(sys, "argv", [*command, "--data", str(data), "--out", str(out)])
     flush.main()
-    assert (tmp_path / "record-gemm-nvidia_h200-2030-01-02.json").read_text() == out.read_text()
-
-
-def test_product_probe_computes_the_right_thing_on_cpu(tmp_path):
-    pytest.importorskip("triton")
-    out = tmp_path / "gemm.json"
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "prism_fast.bench.gemm_probe", "--smoke", "--json", str(out)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(out.read_text())["rows"]
-    ours = [r for r in rows if r["provider"].startswith("triton")]
-    assert len(ours) == 7 and all(r["status"] == "ok" for r in ours) and {r["op"] for r in rows} >= {"logits", "add"}
-    # What cannot run here is listed with the reason, never dropped.
-    absent = [r for r in rows if r["status"] == "unsupported"]
-    assert {r["provider"] for r in absent} == {"torch.mm", "torch.mm, whole", "torch.mm, slices"}
-    assert all("CUDA" in r["note"] for r in absent)
+    assert (tmp_path / "record-step-nvidia_h200-2030-01-02.json").read_text() == out.read_text()
 
 
 def test_unmeasured_names_every_section():
     text = (ROOT / "bench" / "UNMEASURED.md").read_text()
     records = (ROOT / "bench" / "results").glob("record-*.json")
     measured = {p.name.split("-")[1] for p in records if "-cpu-" not in p.name}
-    for section in {"tests", "ops", "attention", "gemm", "step", "digits"} - measured:
+    for section in {"tests", "ops", "attention", "step", "digits"} - measured:
         assert f"--only {section}" in text, section

@@ -13,24 +13,16 @@ import sys
 import torch
 
 from prism_fast.kernels import moe
-from prism_fast.kernels.gemm import TILES, matmul, sparse
 from prism_fast.kernels.logprob import TILES as SCORE_TILES
 from prism_fast.kernels.logprob import combine_partials, gradient_, scores
 from tests.support.triton_aot import RecordingDriver
 
 
-def launch_everything(sm: int) -> None:
+def launch_combine() -> None:
     # Left alone, Triton would compile 1, multiples of 16 and other numbers apart.
     for splits, rows in ((5, 96), (5, 37), (1, 37), (16, 1)):
         m, s, u = (torch.zeros((splits, rows)) for _ in range(3))
         combine_partials(m, s, u, torch.zeros(rows))
-    if sm < 90:
-        return  # bulk tensor copies begin with Hopper
-    # The three products of a language-model head, small: hidden·Wᵀ, dZ·W and dZᵀ·hidden.
-    hidden, weight, dz = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((256, 128), (512, 128), (256, 512)))
-    for out_dtype in (torch.bfloat16, torch.float32):
-        for a, b in ((hidden, weight.t()), (dz, weight), (dz.t(), hidden)):
-            matmul(a, b, out_dtype=out_dtype, tile=TILES[sm // 10])
 
 
 def launch_scores(sm: int, shipped: bool) -> None:
@@ -48,16 +40,6 @@ def launch_scores(sm: int, shipped: bool) -> None:
             found = scores(hidden, weight, target, heat, **options, entropy=learns, keep=learns, tile=tile)
             for h in (g, None) if learns else ():
                 gradient_(found, target, heat, g, h, 512, softcap=options.get("softcap"))
-
-
-def launch_sparse(shipped: bool) -> None:
-    """The products over chosen rows, with and without lists of tiles."""
-    order, count = sparse.compact(torch.zeros(200, dtype=torch.bool))
-    for dtype in (torch.bfloat16, torch.float32) if shipped else (torch.bfloat16,):
-        dz, weight, hidden = (torch.zeros(shape, dtype=dtype) for shape in ((200, 512), (512, 128), (200, 128)))
-        for lists in (None, sparse.lists(torch.zeros((2, 2), dtype=torch.bool), 256)):
-            sparse.product_of_rows(hidden, dz, weight, order, count, lists)
-            sparse.product_of_columns(weight.float(), dz, hidden, order, count, lists, accumulate=True)
 
 
 def launch_experts(sm: int) -> None:
@@ -89,10 +71,9 @@ def main(archs: list[int], shipped: bool) -> None:
     for sm in archs:
         driver = RecordingDriver(sm)
         driver.install()
-        launch_everything(sm)
+        launch_combine()
         if shipped or sm == 90:
             launch_scores(sm, shipped)
-            launch_sparse(shipped)
         if shipped:
             launch_experts(sm)
         for c in driver.compiled:

@@ -30,7 +30,6 @@ def policy(x: dict[str, torch.Tensor], **options) -> torch.Tensor:
 CALLS = {
     "logits": partial(logprob, save="logits"),
     "recompute": partial(logprob, save="recompute"),
-    "compacted": partial(logprob, save="logits", compact_rows=True),
     "grpo": policy,
     "gspo": partial(policy, loss="gspo"),
 }

@@ -11,7 +11,6 @@ import torch
 
 pytest.importorskip("triton")
 from prism_fast.kernels import logprob
-from prism_fast.kernels.gemm import sparse
 from prism_fast.ops import native
 from prism_fast.ops.native.selected_logprob import run as native_logprob
 from prism_fast.ops.reference.selected_logprob import selected_logprob as reference_logprob
@@ -61,16 +60,3 @@ def test_kept_exponentials_and_their_gradient(far, generator):
         assert gradient.data_ptr() == buffer.data_ptr()
         results.append((kept.logp, kept.entropy, gradient.clone()))
     assert all(a.equal(b) for a, b in zip(*results, strict=True)) and results[0][2].abs().min() > 0
-
-
-def test_sparse_products(far, generator):
-    weight, hidden = (noise(generator, n, 16, dtype=torch.bfloat16) for n in (COLUMNS, ROWS))
-    far.copy_(noise(generator, ROWS, COLUMNS))
-    order, count = sparse.compact(torch.tensor([False, True, True], device=DEVICE))
-    results = []
-    for dz in (far.clone(memory_format=torch.contiguous_format), far):
-        of_hidden, of_weight = torch.zeros_like(hidden), torch.zeros(COLUMNS, 16, device=DEVICE)
-        sparse.product_of_rows(of_hidden, dz, weight, order, count, None)
-        sparse.product_of_columns(of_weight, dz, hidden, order, count, None, accumulate=True)
-        results.append((of_hidden, of_weight))
-    assert all(a.equal(b) and a.any() for a, b in zip(*results, strict=True))

@@ -55,27 +55,6 @@ def test_weight_gradient_goes_straight_into_a_float32_buffer(generator):
     assert weight.grad is None and hidden.grad.equal(wanted[0]) and bank.bfloat16().equal(wanted[1])
 
 
-def test_compacted_rows_give_the_same_gradients(generator, monkeypatch):
-    """A group without advantage and masked tokens have no gradient, and their rows are not read by the products."""
-    from prism_fast.kernels.gemm import sparse
-
-    counts = []
-    real = sparse.compact
-    monkeypatch.setattr(sparse, "compact", lambda active: counts.append(int(active.sum())) or real(active))
-    hidden, weight, _, target = inputs(generator)
-    target[60:65] = -100
-    cu_seqlens = torch.tensor(OFFSETS, dtype=torch.int32, device=DEVICE)
-    advantage = torch.tensor([0.0, 1.0, 1.5, -0.5], device=DEVICE)
-    results = []
-    for compact_rows in (False, True):
-        loss, _ = linear_policy_loss(
-            hidden, weight, target, advantage, cu_seqlens, compact_rows=compact_rows, backend="triton"
-        )
-        results.append(torch.autograd.grad(loss, (hidden, weight)))
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
-    assert sum(counts) == 20 - 5 and not results[1][0][:50].any()
-
-
 @pytest.mark.gpu
 def test_sequence_ratios_ask_for_borders_on_a_gpu(generator):
     hidden, weight, _, target = inputs(generator)

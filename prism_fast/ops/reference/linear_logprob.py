@@ -59,7 +59,7 @@ class Found(NamedTuple):
 class Rows:
     """Operands of a head, and the gradients it has collected. The kernels' counterpart: ``ops.triton.head.Rows``.
 
-    hidden [N, H], weight [V, H], bias [V] or None, target [N] int64, a column or -1, heat [N, 1].
+    hidden [N, H], weight [V, H], bias [V] or None, target [N] int64, a column each, heat [N, 1].
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Rows:
         """Set up the gradients of hidden, weight and bias that `backward` fills; ``weight_grad`` is added to."""
         self.wants = wants
         self.hidden_grad = torch.empty_like(self.hidden) if wants[0] else None
-        self.weight_grad = (torch.zeros_like(self.weight) if weight_grad is None else weight_grad) if wants[1] else None
+        self.weight_grad = weight_grad if wants[1] else None
         self.bias_grad = torch.zeros_like(self.bias) if wants[2] else None
 
     def backward(self, block: slice, found: Found, g: Tensor, h: Tensor | None) -> None:
@@ -131,23 +131,30 @@ class Rows:
         factor = torch.empty_like(heat)  # [n, 1]; the gradient of the scores is factor * m
         for part in self._chunks(m):
             factor[part] = rows.gradient_(
-                m[part], column[part], found.log_sum[part], g[part], None if h is None else h[part],
+                m[part], column[part], found.logp[part], found.log_sum[part], g[part], None if h is None else h[part],
                 found.entropy[part], heat[part], self.softcap, found.top[part],
                 None if h is None and self.softcap is None else self._spare(m[part]),
             )  # fmt: skip
-        if self.wants[0]:
-            torch.mm(m, self.weight, out=self.hidden_grad[block]).mul_(factor)
-        if self.wants[1]:
-            # A row without upstream gradient must add nothing, even where its hidden state is not finite.
-            active = g != 0.0 if h is None else (g != 0.0) | (h != 0.0)
-            kind = self.weight_grad.dtype
-            self.weight_grad.addmm_(m.t().to(kind), torch.where(active[:, None], factor * x, 0.0).to(kind))
-        if self.wants[2]:
-            self.bias_grad.addmv_(m.t(), factor[:, 0])
+        with torch.autocast(x.device.type, enabled=False):  # it would round what is meant to stay float32
+            if self.wants[0]:
+                torch.mm(m, self.weight, out=self.hidden_grad[block]).mul_(factor)
+            if self.wants[1]:
+                # A row without upstream gradient must add nothing, even where its hidden state is not finite.
+                active = g != 0.0 if h is None else (g != 0.0) | (h != 0.0)
+                own = torch.where(active[:, None], factor * x, 0.0)
+                if self.weight_grad is None:
+                    self.weight_grad = torch.mm(m.t(), own)
+                else:
+                    kind = self.weight_grad.dtype
+                    self.weight_grad.addmm_(m.t().to(kind), own.to(kind))
+            if self.wants[2]:
+                self.bias_grad.addmv_(m.t(), factor[:, 0])
         self.room = room
 
     def gradients(self, with_weight: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden, weight (None without ``with_weight``) and bias, in their dtypes; None where not wanted."""
+        if self.wants[1] and self.weight_grad is None:  # there were no rows
+            self.weight_grad = torch.zeros_like(self.weight)
         found = (self.hidden_grad, self.weight_grad if with_weight else None, self.bias_grad)
         return tuple(None if x is None else x.to(kind) for x, kind in zip(found, self.dtypes, strict=True))
 
@@ -201,6 +208,7 @@ def _run_backward(
     bias: Tensor | None,
     target: Tensor,
     heat: Tensor,
+    logp: Tensor,
     entropies: Tensor,
     log_sum: Tensor,
     top: Tensor,
@@ -223,7 +231,7 @@ def _run_backward(
     head.prepare((want_hidden, want_weight, want_bias), weight_grad_out)
     for block in _blocks(hidden.shape[0], vocabulary, head.hidden):
         room = None if kept is None else kept[block]
-        found = Found(log_sum, entropies[block] if entropy else entropies, log_sum[block], top[block], room)
+        found = Found(logp[block], entropies[block] if entropy else entropies, log_sum[block], top[block], room)
         head.backward(block, found, g[block], None if h is None else h[block])
     return tuple(hidden.new_empty(0) if x is None else x for x in head.gradients(weight_grad_out is None))
 
@@ -235,7 +243,7 @@ _backward_operator = torch.library.custom_op(
 
 @_backward_operator.register_fake
 def _(logp_grad, entropy_grad, hidden, weight, bias, *rest):
-    weight_grad_out, (want_hidden, want_weight, want_bias) = rest[6], rest[-3:]
+    weight_grad_out, (want_hidden, want_weight, want_bias) = rest[7], rest[-3:]
     return (
         torch.empty_like(hidden) if want_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if want_weight and weight_grad_out is None else hidden.new_empty(0),
@@ -250,7 +258,7 @@ def _fake(hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy,
 
 def _save(ctx, inputs, output) -> None:
     hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, _ = inputs
-    ctx.save_for_backward(hidden, weight, bias, target, heat, *output[1:])
+    ctx.save_for_backward(hidden, weight, bias, target, heat, *output)
     # Not saved: it is written to between forward and backward, by design.
     ctx.weight_grad_out, ctx.options = weight_grad_out, (softcap, entropy, ignore_index)
 

@@ -56,10 +56,11 @@ class _SelectedLogProb(torch.autograd.Function):
         for at in range(0, logits.shape[0], ctx.step):
             block = slice(at, min(logits.shape[0], at + ctx.step))
             z = logits[block].to(log_sum.dtype, copy=True)
-            top = rows.exponentials_(z, column[block], heat[block], None, entropy=False)[-1]
+            logp, *_, top = rows.exponentials_(z, column[block], heat[block], None, entropy=False)
             factor = rows.gradient_(
                 z,
                 column[block],
+                logp,
                 log_sum[block],
                 g[block],
                 None if ge is None else ge[block],

@@ -43,8 +43,7 @@ def exponentials_(
     """In place: raw scores z [n, V] -> exponentials e of z' = cap(z) / temperature minus the row maximum.
 
     Returns (logp [n], log-sum [n], entropy [n] or empty, row maximum [n, 1]): log p_t = z'_t - log sum e and
-    H = log sum e - sum e z' / sum e. logp means nothing for column -1. With ``entropy``, ``spare`` [n, V] is written
-    over.
+    H = log sum e - sum e z' / sum e. With ``entropy``, ``spare`` [n, V] is written over.
     """
     if softcap is not None:
         z.div_(softcap).tanh_().mul_(softcap)
@@ -53,7 +52,7 @@ def exponentials_(
     z.sub_(top)
     # A raw score of -inf (a banned token) counts as the lowest number: its probability is 0, and 0 * z' stays 0.
     lowest = torch.finfo(z.dtype).min
-    at_target = z.gather(-1, column.clamp(min=0)[:, None])[:, 0].clamp(min=lowest)
+    at_target = z.gather(-1, column[:, None])[:, 0].clamp(min=lowest)
     if entropy:
         spare = torch.clamp(z, min=lowest, out=spare)
     total = z.exp_().sum(-1)
@@ -65,6 +64,7 @@ def exponentials_(
 def gradient_(
     e: Tensor,
     column: Tensor,
+    logp: Tensor,
     log_sum: Tensor,
     logp_grad: Tensor,
     entropy_grad: Tensor | None,
@@ -82,22 +82,23 @@ def gradient_(
     the entropy has a gradient or the scores are capped.
     """
     idle = logp_grad == 0.0 if entropy_grad is None else (logp_grad == 0.0) & (entropy_grad == 0.0)
-    g = logp_grad[:, None]
+    g, at = logp_grad[:, None], column[:, None]
     slope = None
     if softcap is not None:
-        # Of tanh, from z' + top = log e + top. Where e is 0 the score is lost, and nothing is left to multiply.
-        capped = torch.log(e, out=spare).clamp_(min=LOG_PROBABILITY_FLOOR).add_(top).mul_(temperature / softcap)
+        # Of tanh, from z' + top = log e + top. Where e is 0 the score is lost: of the target it is known otherwise,
+        # elsewhere nothing is left to multiply.
+        capped = torch.log(e, out=spare).add_(top)
+        capped.scatter_(-1, at, (logp + log_sum)[:, None] + top).mul_(temperature / softcap).clamp_(-1.0, 1.0)
         slope = 1.0 - capped.square_()
     e.mul_(torch.exp(-log_sum)[:, None])  # p
     if entropy_grad is None:
-        factor, at_target = -g, -1.0
+        factor, own = -g, torch.full_like(g, -1.0)
     else:
         # Probabilities are 0 long before the floor; without it a banned token's 0 would meet an infinite coefficient.
         coefficient = torch.log(e, out=spare).clamp_(min=LOG_PROBABILITY_FLOOR)
         e.mul_(coefficient.add_(entropy[:, None]).mul_(entropy_grad[:, None]).add_(g))
-        factor, at_target = -torch.ones_like(g), -g
-    own = torch.where(column[:, None] < 0, 0.0, at_target).to(e.dtype)  # -1: the target is no column here
-    e.scatter_add_(-1, column.clamp(min=0)[:, None], own)
+        factor, own = torch.full_like(g, -1.0), -g
+    e.scatter_add_(-1, at, own)
     if slope is not None:
         e.mul_(slope)
     clear_rows_(e, idle)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .. import products
+
 if TYPE_CHECKING:
     from prism_fast.kernels.logprob import Scores
 
@@ -32,8 +34,7 @@ class Rows:
     """Operands of a head, and the gradients it has collected.
 
     hidden [N, H], weight [V, H], bias [V] or None, target [N] (anything outside [0, V) is no column), heat [N] or [1]
-    float32. ``compact``: leave rows without upstream gradient out of the backward products. ``skip_mass``: leave out
-    tiles of the vocabulary too, of at most this probability mass per row.
+    float32.
     """
 
     def __init__(
@@ -45,8 +46,6 @@ class Rows:
         heat: Tensor,
         softcap: float | None,
         entropy: bool,
-        compact: bool = False,
-        skip_mass: float = 0.0,
     ):
         if hidden.dtype == torch.float64:
             raise NotImplementedError("linear_logprob: backend='triton' has no float64; pass backend='reference'")
@@ -59,114 +58,63 @@ class Rows:
         self.bias = None if bias is None else bias.contiguous()
         self.target, self.heat = target.contiguous(), heat
         self.softcap, self.entropy = softcap, entropy
-        self.compact, self.skip_mass = compact, skip_mass
         self.dtypes = (hidden.dtype, weight.dtype, hidden.dtype)
 
     def forward(self, block: slice, keep: bool) -> Scores:
         """Scores of the rows ``block``, with their exponentials if they are to be kept."""
-        from prism_fast.kernels import logprob
+        from prism_fast.kernels import launch, logprob
 
-        return logprob.scores(
-            self.hidden[block],
-            self.weight,
-            self.target[block],
-            self._heat(block),
-            bias=self.bias,
-            softcap=self.softcap,
-            entropy=self.entropy,
-            keep=keep,
-        )
+        with launch.on_device(self.hidden):
+            return logprob.scores(
+                self.hidden[block],
+                self.weight,
+                self.target[block],
+                self._heat(block),
+                bias=self.bias,
+                softcap=self.softcap,
+                entropy=self.entropy,
+                keep=keep,
+            )
 
-    def prepare(self, wants: tuple[bool, bool, bool], weight_grad: Tensor | None, waves: int = 2) -> None:
-        """Set up the gradients that `backward` fills in ``waves`` calls; ``weight_grad`` is added to.
-
-        One wave's weight gradient is rounded once, by its product; several are added up in float32.
-        """
-        n = self.hidden.shape[0]
+    def prepare(self, wants: tuple[bool, bool, bool], weight_grad: Tensor | None) -> None:
+        """Set up the gradients of hidden, weight and bias that `backward` fills; ``weight_grad`` is added to."""
         self.wants = wants
-        wide = {"dtype": torch.float32, "device": self.hidden.device}
         self.hidden_grad = torch.empty_like(self.hidden) if wants[0] else None
-        self.bias_grad = torch.zeros(self.weight.shape[0], **wide) if wants[2] else None
+        self.bias_grad = self.weight.new_zeros(self.weight.shape[0], dtype=torch.float32) if wants[2] else None
         self.weight_grad = weight_grad if wants[1] else None
-        if wants[1] and weight_grad is None and (waves != 1 or n == 0):
-            self.weight_grad = torch.zeros(self.weight.shape, **wide)
 
     def backward(self, block: slice, found: Scores, g: Tensor, h: Tensor | None) -> None:
         """Add what the rows ``block`` contribute; uses up ``found.kept``. ``g``, ``h`` [n] float32, h with entropy."""
-        from prism_fast.kernels import gemm, logprob
+        from prism_fast.kernels import launch, logprob
 
-        sparse = self.compact or self.skip_mass > 0.0
-        dz = logprob.gradient_(
-            found,
-            self.target[block],
-            self._heat(block),
-            g,
-            h,
-            self.weight.shape[0],
-            softcap=self.softcap,
-            skip_idle=sparse and not self.wants[2],
-        )  # [n, V]
-        # A row without upstream gradient must add nothing, even where its hidden state is not finite.
-        active = g != 0.0 if h is None else (g != 0.0) | (h != 0.0)
         # Products outside an autocast region: it would round what is meant to stay float32.
-        with torch.autocast(dz.device.type, enabled=False):
-            if sparse:
-                self._sparse_products(block, found, dz, active)
-            else:
-                if self.wants[0]:
-                    self.hidden_grad[block] = gemm.product(dz, self.weight, self.hidden.dtype)
-                if self.wants[1]:
-                    x = torch.where(active[:, None], self.hidden[block], 0.0)
-                    if self.weight_grad is None:
-                        self.weight_grad = gemm.product(dz.t(), x, self.weight.dtype)
-                    else:
-                        gemm.add_product(self.weight_grad, dz.t(), x)
+        with launch.on_device(self.hidden), torch.autocast(self.hidden.device.type, enabled=False):
+            dz = logprob.gradient_(
+                found, self.target[block], self._heat(block), g, h, self.weight.shape[0], softcap=self.softcap
+            )  # [n, V]
+            if self.wants[0]:
+                self.hidden_grad[block] = products.product(dz, self.weight, self.hidden.dtype)
+            if self.wants[1]:
+                # A row without upstream gradient must add nothing, even where its hidden state is not finite.
+                active = g != 0.0 if h is None else (g != 0.0) | (h != 0.0)
+                x = torch.where(active[:, None], self.hidden[block], 0.0)
+                if self.weight_grad is None:  # one wave alone is rounded once, several are added up in float32
+                    kind = self.weight.dtype if len(x) == len(self.hidden) else torch.float32
+                    self.weight_grad = products.product(dz.t(), x, kind)
+                else:
+                    products.add_product(self.weight_grad, dz.t(), x)
             if self.wants[2]:
                 self.bias_grad += dz.sum(0, dtype=torch.float32)
 
-    def _sparse_products(self, block: slice, found: Scores, dz: Tensor, active: Tensor) -> None:
-        """The products over the rows that matter and, with ``skip_mass``, the tiles that matter to them."""
-        from prism_fast.kernels.gemm import sparse
-
-        order, count = sparse.compact(active)
-        lists = None
-        if self.skip_mass > 0.0:
-            wanted = tiles_wanted(found, self.target[block], order, count, self.skip_mass, sparse.BLOCK)
-            lists = sparse.lists(wanted, found.width)
-        if self.wants[0]:
-            self.hidden_grad[block] = 0.0
-            sparse.product_of_rows(self.hidden_grad[block], dz, self.weight, order, count, lists)
-        if self.wants[1]:
-            fresh = self.weight_grad is None
-            if fresh:
-                self.weight_grad = torch.empty_like(self.weight)
-            sparse.product_of_columns(
-                self.weight_grad, dz, self.hidden[block], order, count, lists, accumulate=not fresh
-            )
-
     def gradients(self, with_weight: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden, weight (None without ``with_weight``) and bias, in their dtypes; None where not wanted."""
+        if self.wants[1] and self.weight_grad is None:  # there were no rows
+            self.weight_grad = torch.zeros_like(self.weight)
         found = (self.hidden_grad, self.weight_grad if with_weight else None, self.bias_grad)
         return tuple(None if x is None else x.to(kind) for x, kind in zip(found, self.dtypes, strict=True))
 
     def _heat(self, block: slice) -> Tensor:
         return self.heat if self.heat.shape[0] == 1 else self.heat[block]
-
-
-def tiles_wanted(found: Scores, target: Tensor, order: Tensor, count: Tensor, skip_mass: float, block: int) -> Tensor:
-    """[blocks, tiles] bool: tiles that hold a target, or more than ``skip_mass`` / tiles of some row's probability.
-
-    A row loses less than that in each tile left out, hence less than ``skip_mass`` in all of them.
-    """
-    tiles, n = found.tile_max.shape
-    mass = found.tile_sum * torch.exp((found.tile_max - found.row_max) - found.log_sum)  # [tiles, n]
-    needed = mass.isnan() | (mass >= skip_mass / tiles)
-    needed |= torch.arange(tiles, device=mass.device)[:, None] == target.div(found.width, rounding_mode="floor")
-    needed = needed.index_select(1, order) & (torch.arange(n, device=mass.device) < count)
-    blocks = -(-n // block)
-    padded = torch.zeros((tiles, blocks * block), dtype=torch.bool, device=mass.device)
-    padded[:, :n] = needed
-    return padded.view(tiles, blocks, block).any(-1).t()
 
 
 def heat_rows(temperature: float | Tensor, hidden: Tensor) -> Tensor:

@@ -30,15 +30,10 @@ def linear_logprob(
     ignore_index: int,
     save: bool,
     weight_grad_out: Tensor | None,
-    compact_rows: bool,
-    tile_skip_mass: float,
 ) -> LogProb:
     """See ``prism_fast.ops.linear_logprob``. ``save``: keep the exponentials of the scores for the backward pass."""
     heat = heat_rows(temperature, hidden)
-    arguments = (
-        hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save, compact_rows,
-        tile_skip_mass,
-    )  # fmt: skip
+    arguments = (hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save)
     return LogProb(*_forms(*arguments)[:2])
 
 
@@ -53,13 +48,10 @@ def _run(
     entropy: bool,
     ignore_index: int,
     save: bool,
-    compact_rows: bool,
-    tile_skip_mass: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N] or [0], row maximum, log-sum, kept, tile maxima, tile sums).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp [N], entropy [N] or [0], row maximum, log-sum, kept, tile maxima).
 
-    The last five are empty unless saved, the tile sums also where nobody will skip tiles. What only backward looks at
-    is passed along for it.
+    The last four are empty unless saved. What only backward looks at is passed along for it.
     """
     rows = Rows(hidden, weight, bias, target, heat, softcap, entropy)
     n = hidden.shape[0]
@@ -71,10 +63,9 @@ def _run(
     nothing = logp.new_empty(0)
     spread = spread if entropy else nothing.clone()
     if not save:
-        return logp, spread, *(nothing.clone() for _ in range(2)), hidden.new_empty(0), nothing.clone(), nothing
+        return logp, spread, nothing.clone(), nothing.clone(), hidden.new_empty(0), nothing
     (whole,) = found
-    sums = whole.tile_sum if tile_skip_mass > 0.0 else nothing
-    return logp, spread, whole.row_max, whole.log_sum, whole.kept, whole.tile_max, sums
+    return logp, spread, whole.row_max, whole.log_sum, whole.kept, whole.tile_max
 
 
 def _run_backward(
@@ -91,12 +82,9 @@ def _run_backward(
     log_sum: Tensor,
     kept: Tensor | None,
     tile_max: Tensor,
-    tile_sum: Tensor,
     weight_grad_out: Tensor | None,
     softcap: float | None,
     ignore_index: int,
-    compact_rows: bool,
-    tile_skip_mass: float,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
@@ -108,14 +96,14 @@ def _run_backward(
     g = softmax_rows.upstream(logp_grad, logp, ignored)
     g = torch.where(outside & (g != 0.0), math.nan, g).contiguous()
     h = softmax_rows.upstream(entropy_grad, logp, ignored).contiguous() if entropy else None
-    rows = Rows(hidden, weight, bias, target, heat, softcap, entropy, compact_rows, tile_skip_mass)
+    rows = Rows(hidden, weight, bias, target, heat, softcap, entropy)
     saved = kept is not None
     step = max(n, 1) if saved else wave_rows(weight)
-    rows.prepare((want_hidden, want_weight, want_bias), weight_grad_out, waves=-(-n // step))
+    rows.prepare((want_hidden, want_weight, want_bias), weight_grad_out)
     for at in range(0, n, step):
         block = slice(at, min(n, at + step))
         if saved:
-            found = _found(row_max, log_sum, logp, spread if entropy else logp, kept, tile_max, tile_sum, rows)
+            found = _found(row_max, log_sum, logp, spread if entropy else logp, kept, tile_max, rows)
         else:
             found = rows.forward(block, keep=True)
         rows.backward(block, found, g[block], None if h is None else h[block])
@@ -129,17 +117,14 @@ def _joined(found: list[Scores], name: str) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _found(row_max, log_sum, logp, spread, kept, tile_max, tile_sum, rows: Rows) -> Scores:
+def _found(row_max, log_sum, logp, spread, kept, tile_max, rows: Rows) -> Scores:
     from prism_fast.kernels import logprob
 
     width = logprob.tile_width(rows.hidden, rich=rows.bias is not None or rows.softcap is not None)
-    return logprob.Scores(row_max, log_sum, logp, spread, kept, tile_max, tile_sum, width)
+    return logprob.Scores(row_max, log_sum, logp, spread, kept, tile_max, width)
 
 
-def _fake(
-    hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save, compact_rows,
-    tile_skip_mass,
-):  # fmt: skip
+def _fake(hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save):
     n, vocabulary = hidden.shape[0], weight.shape[0]
     wide = {"dtype": torch.float32}
     kept = m = hidden.new_empty(0)
@@ -157,7 +142,6 @@ def _fake(
         hidden.new_empty(statistics, **wide),
         kept,
         torch.empty_like(m, **wide),
-        torch.empty_like(m, **wide) if tile_skip_mass > 0.0 else hidden.new_empty(0, **wide),
     )
 
 
@@ -168,7 +152,7 @@ _backward_operator = torch.library.custom_op(
 
 @_backward_operator.register_fake
 def _(logp_grad, entropy_grad, hidden, weight, bias, *rest):
-    weight_grad_out, (want_hidden, want_weight, want_bias) = rest[9], rest[-3:]
+    weight_grad_out, (want_hidden, want_weight, want_bias) = rest[8], rest[-3:]
     nothing = hidden.new_empty
     return (
         torch.empty_like(hidden) if want_hidden else nothing(0),
@@ -178,17 +162,17 @@ def _(logp_grad, entropy_grad, hidden, weight, bias, *rest):
 
 
 def _save(ctx, inputs, output) -> None:
-    hidden, weight, bias, target, heat, weight_grad_out, softcap, _, ignore_index, _, compact_rows, skip = inputs
+    hidden, weight, bias, target, heat, weight_grad_out, softcap, _, ignore_index, _ = inputs
     ctx.save_for_backward(hidden, weight, bias, target, heat, *output)
     # Not saved: it is written to between forward and backward, by design.
-    ctx.weight_grad_out, ctx.options = weight_grad_out, (softcap, ignore_index, compact_rows, skip)
+    ctx.weight_grad_out, ctx.options = weight_grad_out, (softcap, ignore_index)
 
 
 def _gradients(ctx, traced: bool, logp_grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor | None, ...]:
     wants, into = ctx.needs_input_grad[:3], ctx.weight_grad_out
-    *saved, kept, tile_max, tile_sum = ctx.saved_tensors
+    *saved, kept, tile_max = ctx.saved_tensors
     kept = kept if kept.dim() == 2 else None  # an operator that changes nothing must not seem to
-    arguments = (logp_grad, entropy_grad, *saved, kept, tile_max, tile_sum, into, *ctx.options)
+    arguments = (logp_grad, entropy_grad, *saved, kept, tile_max, into, *ctx.options)
     found = (_backward_operator if traced else _run_backward)(*arguments, *wants)
     if (
         kept is not None and not traced

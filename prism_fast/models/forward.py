@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 
 from prism_fast.models.positions import mrope_positions, text_positions
 from prism_fast.models.processor import EncodedPrompt
+from prism_fast.models.transfer import moved
 from prism_fast.models.vision import encode_images, place_images
 
 
@@ -50,7 +51,7 @@ class TokenBatch:
     def to(self, device: str | torch.device) -> TokenBatch:
         """The same batch with every tensor on ``device``."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return TokenBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in fields.items()})
+        return TokenBatch(**{k: moved(v, device) if isinstance(v, Tensor) else v for k, v in fields.items()})
 
 
 class ResponseRows(NamedTuple):

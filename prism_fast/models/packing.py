@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 from prism_fast.models.forward import PromptLayout, ResponseRows, continuation_ids, lay_out_prompt
 from prism_fast.models.processor import EncodedPrompt
 from prism_fast.models.shared_prefix import require_shared_prefix
+from prism_fast.models.transfer import moved
 from prism_fast.models.vision import ImageFeatures, encode_images, place_images
 from prism_fast.ops import PrefixLayout
 
@@ -73,7 +74,7 @@ class PackedRow:
 
 def _move(value: object, device: str | torch.device) -> object:
     if isinstance(value, Tensor):
-        return value.to(device)
+        return moved(value, device)
     if isinstance(value, (PrefixLayout, ResponseRows)):
         return type(value)(*(_move(part, device) for part in value))
     return value
@@ -281,7 +282,7 @@ def _encode(backbone: nn.Module, prompts: Sequence[EncodedPrompt], device: torch
     """The features of each prompt, by one pass of the vision tower."""
     grids = torch.cat([prompt.image_grid_thw for prompt in prompts])
     pixels = torch.cat([prompt.pixel_values for prompt in prompts])
-    encoded = encode_images(backbone, pixels.to(device), grids.to(device))
+    encoded = encode_images(backbone, moved(pixels, device), moved(grids, device))
     merged = backbone.config.vision_config.spatial_merge_size**2
     counts = [int(prompt.image_grid_thw.prod(-1).sum()) // merged for prompt in prompts]
     levels = (

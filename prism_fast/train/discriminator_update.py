@@ -26,6 +26,7 @@ from prism_fast.models.experts import chosen_experts
 from prism_fast.models.packing import PromptGroup
 from prism_fast.models.processor import EncodedPrompt
 from prism_fast.models.scorer import SPAN_KINDS, SpanSwitches
+from prism_fast.models.transfer import moved
 from prism_fast.train.engine import LocalEngine
 from prism_fast.train.expert_shares import ExpertShares, learned_numbers
 from prism_fast.train.layouts import Ends, Layout, Part, Step, lay_out, longest_item
@@ -126,7 +127,7 @@ def discriminate(
     the engine.
 
     Raises:
-        NonFiniteError: the loss is NaN or infinite.
+        NonFiniteError: with ``learn``, the loss or a score is NaN or infinite; no gradient is left.
         StepTooLargeError: the largest piece that cannot be cut does not fit into memory.
     """
     computed = [group.computed() for group in groups]
@@ -147,6 +148,7 @@ def discriminate(
         discard=engine.discard,
         longest=longest_item(layout, computed, whole_groups=True),
     )
+    engine.verify()  # before the scores reward anything
     return scores._replace(packing_error=error), loss
 
 
@@ -169,7 +171,7 @@ def _scores(
     teacher = [rows(g, groups[g].teacher) for g in members]
     invalid = [-1] * len(groups[members[0]].teacher)
     student = [rows(g, framed) if framed else invalid for g in members for framed in groups[g].students]
-    kind = torch.tensor([column for _, column, _ in spans], device=hidden.device)  # [M]
+    kind = moved(torch.tensor([column for _, column, _ in spans]), hidden.device)  # [M]
     learned = _gather(discriminator.score_hidden(hidden, kind), teacher, student)
     if discriminator.training and discriminator.v_head[0].p > 0:
         # The published head drops hidden units while it learns, never while it scores; the backbone is the same.
@@ -183,8 +185,8 @@ def _scores(
 
 def _gather(score: Tensor, teacher_rows: list[list[int]], student_rows: list[list[int]]) -> list[Tensor]:
     """Scores [M] to teacher [G, K] and student [B, K]; a student's -1 (invalid) scores 0."""
-    teacher = score[torch.tensor(teacher_rows, device=score.device)]
-    index = torch.tensor(student_rows, device=score.device)
+    teacher = score[moved(torch.tensor(teacher_rows), score.device)]
+    index = moved(torch.tensor(student_rows), score.device)
     return [teacher, torch.where(index >= 0, score[index.clamp(min=0)], 0.0)]
 
 
@@ -193,7 +195,7 @@ def _lengths(groups: Sequence[SpanGroup], device: torch.device) -> tuple[Tensor,
     nothing = ((),) * len(groups[0].teacher)
     students = [framed or nothing for group in groups for framed in group.students]
     rows = ([list(map(len, framed)) for framed in side] for side in ([group.teacher for group in groups], students))
-    teacher, student = (torch.tensor(side, device=device) for side in rows)
+    teacher, student = (moved(torch.tensor(side), device) for side in rows)
     return teacher, student
 
 
@@ -247,7 +249,7 @@ class _Reader:
         self, unit: Sequence[Part], upstream: Tensor, backward: Callable[..., None], poll: Callable[[], None]
     ) -> list[Tensor]:
         """Compute the parts of a cut group again and send ``upstream`` [M, H], the loss's gradient at the ends of their
-        spans, through each; returns what each adds to the loss (0-d float64)."""
+        spans, through each; returns what each adds to the loss (0-d float64, on the device)."""
         added = []
         for part, gradient in zip(unit, upstream.split([len(part.branches) for part in unit]), strict=True):
             poll()
@@ -255,7 +257,7 @@ class _Reader:
             aux = self.balance(computed)
             backward((computed.hidden * gradient).sum() + aux)
             self.step.finish(part, backward)
-            added.append(torch.as_tensor(aux).detach().double().cpu())
+            added.append((upstream.new_zeros((), dtype=torch.float64) + aux).detach())
         return added
 
 
@@ -317,8 +319,8 @@ def discriminator_step(
     shares = ExpertShares(columns, reader.experts[0])
 
     def pairs_loss(learned: Sequence[Tensor], members: Sequence[int]) -> Tensor:
-        group_of_row = torch.tensor([i for i, g in enumerate(members) for _ in groups[g].students], device=device)
-        valid = torch.tensor([framed is not None for g in members for framed in groups[g].students], device=device)
+        group_of_row = moved(torch.tensor([i for i, g in enumerate(members) for _ in groups[g].students]), device)
+        valid = moved(torch.tensor([framed is not None for g in members for framed in groups[g].students]), device)
         options = {"semantics": semantics, "score_clip": score_clip, "score_reg": score_reg, "spread": spread, **counts}
         if length_penalty:
             options |= {"lengths": _lengths([groups[g] for g in members], device), "length_penalty": length_penalty}
@@ -326,7 +328,7 @@ def discriminator_step(
         return loss * (len(valid) / rows_total) if semantics == "released" else loss
 
     found: dict[int, tuple[Tensor, Tensor]] = {}  # per group: rewards of the teacher [K] and of the students [n, K]
-    loss_total = torch.zeros((), dtype=torch.float64)
+    loss_total = torch.zeros((), dtype=torch.float64, device=device)
     tokens = repeated = 0
     with torch.set_grad_enabled(backward is not None):
         for unit in step.units():
@@ -356,7 +358,7 @@ def discriminator_step(
             loss = pairs_loss(learned, members) + aux
             if backward is not None:
                 backward(loss, teacher_scores=learned[0], student_scores=learned[1])
-            loss_total += loss.detach().double().cpu()
+            loss_total += loss.detach().double()
             if cut:
                 for added in reader.repeat(unit, ends.grad, backward, poll):
                     loss_total += added
@@ -364,10 +366,11 @@ def discriminator_step(
             else:
                 for part in unit:
                     step.finish(part, backward)
-            students = reward[1].float().cpu().split([len(groups[g].students) for g in members])
-            for g, teacher, student in zip(members, reward[0].float().cpu(), students, strict=True):
+            students = reward[1].float().split([len(groups[g].students) for g in members])
+            for g, teacher, student in zip(members, reward[0].float(), students, strict=True):
                 found[g] = (teacher, student)
-    teacher = torch.stack([found[g][0] for g in range(len(groups))])
-    student = torch.cat([found[g][1] for g in range(len(groups))])
+    # The one place where the host waits for the step's forwards.
+    teacher = torch.stack([found[g][0] for g in range(len(groups))]).cpu()
+    student = torch.cat([found[g][1] for g in range(len(groups))]).cpu()
     numbers = shares.numbers() | learned_numbers(discriminator)
-    return GroupScores(student, teacher, tokens, repeated, numbers), loss_total
+    return GroupScores(student, teacher, tokens, repeated, numbers), loss_total.cpu()

@@ -44,6 +44,7 @@ class LocalEngine:
         self.updates = 0
         self.packing_checked = False  # set by train.self_check
         self.where = "an update"  # for errors; a stage puts its name and step here
+        self._seen: list[tuple[Tensor, dict[str, Tensor]]] = []  # per micro-batch: all finite (0-d bool), of what
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         exempt = [p for name, p in trainable if p.ndim < 2 or name.endswith("bias")]  # norms and biases
         decayed = [p for name, p in trainable if not (p.ndim < 2 or name.endswith("bias"))]
@@ -88,28 +89,40 @@ class LocalEngine:
                     }
 
     def backward(self, loss: Tensor, **made_of: Tensor) -> None:
-        """Add the gradient of a micro-batch's loss.
+        """Add the gradient of a micro-batch's loss. `verify` looks at the loss and what it was ``made_of`` (scores,
+        log-probs): looking now would make the host wait for the device between two micro-batches."""
+        named = {"loss": loss.detach(), **{name: tensor.detach() for name, tensor in made_of.items()}}
+        self._seen.append((torch.stack([tensor.isfinite().all() for tensor in named.values()]).all(), named))
+        loss.backward()
+
+    def verify(self) -> None:
+        """Look at the micro-batches since the last update, once for all of them.
 
         Raises:
-            NonFiniteError: the loss or something that it was ``made_of`` (scores, log-probs) is NaN or infinite. No
-                gradient was formed.
+            NonFiniteError: a loss or something that it was made of is NaN or infinite; the gradients are dropped.
         """
-        with torch.no_grad():  # one flag, one transfer: what is wrong is looked up only if something is
-            finite = torch.stack([tensor.isfinite().all() for tensor in (loss, *made_of.values())]).all()
-        if not finite:
-            refuse_non_finite(f"{self.where}, before the backward pass", loss=loss, **made_of)
-        loss.backward()
+        if not self._seen:
+            return
+        finite = torch.stack([flag for flag, _ in self._seen]).tolist()
+        if all(finite):
+            self._seen.clear()
+            return
+        number, named = finite.index(False), self._seen[finite.index(False)][1]
+        self.discard()
+        refuse_non_finite(f"{self.where}, micro-batch {number + 1} of {len(finite)}", **named)
 
     def discard(self) -> None:
         """Drop the accumulated gradients without an update."""
+        self._seen.clear()
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> float:
         """Clip, update, clear the gradients; returns the gradient norm before clipping.
 
         Raises:
-            NonFiniteError: the norm is NaN or infinite; nothing was updated.
+            NonFiniteError: as `verify`, or the norm is NaN or infinite; nothing was updated.
         """
+        self.verify()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm))
         if not math.isfinite(norm):
             bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prism_fast.data.framing import SPANS
 from prism_fast.models.discriminator import Discriminator
+from prism_fast.models.transfer import moved
 
 SHOWN = 16  # of more experts than these, no single one's share becomes a metric
 
@@ -58,7 +59,7 @@ class ExpertShares:
         """
         if not choices:
             return
-        kind = torch.tensor([0, *(1 + column for column in columns)], device=branch.device)[branch + 1]  # [X]
+        kind = moved(torch.tensor([0, *(1 + column for column in columns)]), branch.device)[branch + 1]  # [X]
         chosen = torch.stack(list(choices))  # [layers, X, top_k]
         layers, kinds = len(chosen), len(self.kinds)
         layer = torch.arange(layers, device=kind.device)[:, None, None]

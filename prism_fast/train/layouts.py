@@ -20,6 +20,7 @@ from prism_fast.models.packing import Branch, PackedRow, PromptGroup, SharedImag
 from prism_fast.models.score_rows import states_at
 from prism_fast.models.shared_prefix import use_shared_prefix
 from prism_fast.models.span_bias import SpanBias, span_bias
+from prism_fast.models.transfer import moved
 from prism_fast.train.microbatch import by_tokens
 
 Layout = Literal["shared_prefix", "padded"]
@@ -54,7 +55,7 @@ def _biased(bias: Tensor | None, kinds: Sequence[int], branch: Tensor) -> dict[s
     ``Ends.branch`` is of kind ``kinds[m]``."""
     if bias is None:
         return {}
-    kind = torch.tensor([-1, *kinds], device=branch.device)[branch + 1]  # [X]
+    kind = moved(torch.tensor([-1, *kinds]), branch.device)[branch + 1]  # [X]
     return {"span_bias": span_bias(bias, kind)}
 
 
@@ -100,7 +101,8 @@ class PackedStep:
         """``kinds`` of the row's branches: where they have a ``routing_bias``, the one that each gets."""
         segment, layout = (row.layout.branch_prefix >= 0).long(), row.layout  # a prompt or a branch
         number = torch.where(segment > 0, segment.cumsum(0) - 1, -1)
-        branch = number.repeat_interleave(layout.cu_branch.diff(), output_size=row.tokens).to(self.backbone.device)
+        branch = number.repeat_interleave(layout.cu_branch.diff(), output_size=row.tokens)
+        branch = moved(branch, self.backbone.device)
         row = row.to(self.backbone.device)
         run = partial(packed_outputs, self.backbone, row, self.images, **_biased(routing_bias, kinds, branch))
         hidden, out = states_at(self.backbone, row.span_end, partial(run, **kwargs))
@@ -167,18 +169,19 @@ class PaddedStep:
             model_config=self.backbone.config,
             pad_id=self.pad_id,
             positions=self.positions,
-        ).to(self.backbone.device)
+        )
 
     def forward(self, part: PaddedPart) -> Forward:
-        batch = self._batch(part)
-        hidden = language_outputs(self.backbone, batch).last_hidden_state
-        return Forward(hidden.flatten(0, 1), response_rows(batch))  # [B·S, H]
+        device, batch = self.backbone.device, self._batch(part)
+        predict = ResponseRows(*(moved(x, device) for x in response_rows(batch)))  # counted where it costs no waiting
+        hidden = language_outputs(self.backbone, batch.to(device)).last_hidden_state
+        return Forward(hidden.flatten(0, 1), predict)  # [B·S, H]
 
     def ends(
         self, part: PaddedPart, *, routing_bias: Tensor | None = None, kinds: Sequence[int] = (), **kwargs: bool
     ) -> Ends:
         """As of a packed step."""
-        batch = self._batch(part)
+        batch = self._batch(part).to(self.backbone.device)
         rows, width = batch.input_ids.shape
         number = torch.arange(rows, device=batch.lengths.device)
         prompt = torch.arange(width, device=number.device) < batch.prompt_lengths[:, None]  # [B, S]

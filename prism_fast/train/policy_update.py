@@ -125,16 +125,7 @@ def update_policy(
             )
             if released:
                 loss = loss * (len(rows) / len(lengths))
-            try:
-                engine.backward(loss, logp=logp)
-            except NonFiniteError as error:
-                bad = ops.bad_values(device)
-                if not bad:
-                    raise
-                raise NonFiniteError(
-                    f"{error}: {bad} response tokens lie outside the {model.lm_head.out_features} rows of the output "
-                    "matrix; do tokenizer and model belong together?"
-                ) from None
+            engine.backward(loss, logp=logp)
             step.finish(part, engine.backward)
             computed_tokens += part.tokens
             loss_sum += float(loss.detach())
@@ -147,6 +138,16 @@ def update_policy(
     loss_sum, computed_tokens, gaps, ratios, passes = budget.run(
         accumulate, discard=engine.discard, longest=longest_item(layout, groups)
     )
+    try:
+        engine.verify()
+    except NonFiniteError as error:
+        bad = ops.bad_values(device)
+        if not bad:
+            raise
+        raise NonFiniteError(
+            f"{error}: {bad} response tokens lie outside the {model.lm_head.out_features} rows of the output "
+            "matrix; do tokenizer and model belong together?"
+        ) from None
     active = sum(contributes)
     gap = torch.cat(gaps) if gaps else torch.empty(0)
     return {

@@ -41,7 +41,7 @@ def _infinite_scores(engine):
 
 INFINITE = "align step 2.*not finite: teacher_scores.*inf.*student_scores"  # the loss of clamped scores is finite
 CASES = [
-    ("align", "discriminate", _poison_critic, (), "align step 2, before the backward pass"),
+    ("align", "discriminate", _poison_critic, (), "align step 2, micro-batch 1 of"),
     ("align", "discriminate", _infinite_scores, ("align.discriminator.score_reg=0",), INFINITE),
     ("align", "update_policy", _poison_policy, (), "align step 2.*logp"),
     ("align", "update_policy", _poison_gradient, (), "align step 2: the gradient norm is"),

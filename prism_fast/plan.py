@@ -250,7 +250,7 @@ class _Planner:
 
     def _sft(self, name: str = "sft") -> StagePlan:
         sft, response = self.config.sft, self.config.eval.max_new_tokens
-        update = self._policy_update(sft.batch, 1, response, sft.tokens_per_micro_batch, layout="padded")
+        update = self._policy_update(sft.batch, 1, response, sft.tokens_per_micro_batch)
         tokens = {"policy update": sft.batch * (self.prompt + response)}
         return StagePlan(name, (Phase("update", (*self._held("policy", self.policy), *update)), *self._eval()), tokens)
 
@@ -326,11 +326,8 @@ class _Planner:
             Component("sampling scores", 4 * 4 * rows * text.vocab_size),
         )
 
-    def _policy_update(
-        self, prompts: int, n: int, response: int, budget: int, *, layout: Layout | None = None
-    ) -> tuple[Component, ...]:
-        text = self.dense.text_config
-        layout = self.config.layout if layout is None else layout
+    def _policy_update(self, prompts: int, n: int, response: int, budget: int) -> tuple[Component, ...]:
+        text, layout = self.dense.text_config, self.config.layout
         images, rows = self._micro_batch(prompts, n, response, budget, layout)
         computed = rows * response + self.prompt * (images if layout == "shared_prefix" else rows)
         # The kernels keep exponentials in the weights' dtype, the reference on a CPU computes in float32.

@@ -1,6 +1,7 @@
 """Packed rows ``[prompt with image | branch | branch | …]``: what continuations of one prompt share is computed once.
 
-A branch sees its prompt and itself; its positions continue from the prompt's largest one; its first token is predicted
+A prompt with a single branch shares nothing: both are one segment, an ordinary sequence (all rows of SFT are such). A
+branch sees its prompt and itself; its positions continue from the prompt's largest one; its first token is predicted
 by the prompt's last row, whose hidden state is therefore read once per branch. The result is that of
 ``models.forward``, where the prompt is repeated in front of every continuation; tokens fall from n(P + R) to P + nR.
 """
@@ -44,10 +45,10 @@ class PackedRow:
     ``input_ids`` ``[1, T]``, ``position_ids`` ``[3, 1, T]`` int64; ``layout``: who sees whom. ``branches``: which
     branch stands at which place, in the order of everything below. ``predict``: the rows that predict the branches'
     tokens (the first one of a branch by the last row of its prompt). ``span_end`` ``[B]`` int64: the last row of each
-    branch (of its prompt for an empty one). ``copies`` ``[T]`` int64: how often a token would be computed without
-    sharing. ``prompts``: the distinct prompts with images, ``image_slot`` ``[M]`` the rows of their image tokens in
-    ascending order and ``image_feature`` ``[M]`` the features that belong there, counted over ``prompts``; None without
-    images.
+    branch (of its prompt for an empty one). ``branch`` ``[T]`` int64: which of the B branches a token belongs to, -1: a
+    prompt. ``copies`` ``[T]`` int64: how often a token would be computed without sharing. ``prompts``: the distinct
+    prompts with images, ``image_slot`` ``[M]`` the rows of their image tokens in ascending order and ``image_feature``
+    ``[M]`` the features that belong there, counted over ``prompts``; None without images.
     """
 
     input_ids: Tensor
@@ -56,6 +57,7 @@ class PackedRow:
     branches: tuple[Branch, ...]
     predict: ResponseRows
     span_end: Tensor
+    branch: Tensor
     copies: Tensor
     prompts: tuple[EncodedPrompt, ...]
     image_slot: Tensor | None
@@ -145,14 +147,14 @@ def _rows(groups: Sequence[PromptGroup], budget: int) -> list[list[_Unit]]:
 
 
 def _row(units: list[tuple[PromptGroup, PromptLayout, _Unit]], config: PreTrainedConfig) -> PackedRow:
-    ids, positions, copies, slots, features = [], [], [], [], []
+    ids, positions, owner, copies, slots, features = [], [], [], [], [], []
     cu, branch_prefix, prefix_start, prefix_len = [0], [], [], []
     branches: list[Branch] = []
     predict, target, counts, span_end = [], [], [], []
     first_feature: dict[int, int] = {}
     prompts: list[EncodedPrompt] = []
     encoded = 0
-    for number, (group, prompt, unit) in enumerate(units):
+    for group, prompt, unit in units:
         start, length = cu[-1], prompt.ids.size
         if prompt.image_slot.size and id(group.prompt) not in first_feature:
             first_feature[id(group.prompt)] = encoded
@@ -163,32 +165,38 @@ def _row(units: list[tuple[PromptGroup, PromptLayout, _Unit]], config: PreTraine
         features.append(np.arange(at, at + prompt.image_slot.size))
         ids.append(prompt.ids)
         positions.append(prompt.positions)
+        owner.append(np.full(length, -1))
         copies.append(np.full(length, len(unit.branches)))
-        prefix_start.append(start)
-        prefix_len.append(length)
-        branch_prefix.append(-1)
-        cu.append(start + length)
-        last = start + length - 1  # the row that predicts every branch's first token
+        shared = len(unit.branches) > 1
+        if shared:
+            prefix_start.append(start)
+            prefix_len.append(length)
+            branch_prefix.append(-1)
+            cu.append(start + length)
+        begin = start + length
+        last = begin - 1  # the row that predicts every branch's first token
         for b in unit.branches:
             tail = continuation_ids(b, group.branches[b], config)
-            begin, n = cu[-1], tail.size
+            n = tail.size
             ids.append(tail)
             positions.append(np.tile(np.arange(prompt.next_position, prompt.next_position + n), (3, 1)))
+            owner.append(np.full(n, len(branches)))
             copies.append(np.ones(n, dtype=np.int64))
-            branch_prefix.append(number)
+            branch_prefix.append(len(prefix_start) - 1 if shared else -1)
             cu.append(begin + n)
             branches.append((unit.group, b))
             predict.append(np.concatenate(([last], np.arange(begin, begin + n - 1)))[:n])
             target.append(tail)
             counts.append(n)
             span_end.append(begin + n - 1 if n else last)
+            begin += n
     lengths = np.diff(cu)
     return PackedRow(
         input_ids=torch.from_numpy(np.concatenate(ids))[None],
         position_ids=torch.from_numpy(np.concatenate(positions, axis=1))[:, None],
         layout=PrefixLayout(
             *(torch.tensor(x, dtype=torch.int32) for x in (cu, prefix_start, prefix_len, branch_prefix)),
-            max_prefix=max(prefix_len),
+            max_prefix=max(prefix_len, default=0),
             max_branch=int(lengths.max()),
         ),
         branches=tuple(branches),
@@ -198,6 +206,7 @@ def _row(units: list[tuple[PromptGroup, PromptLayout, _Unit]], config: PreTraine
             torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32),
         ),
         span_end=torch.tensor(span_end),
+        branch=torch.from_numpy(np.concatenate(owner)),
         copies=torch.from_numpy(np.concatenate(copies)),
         prompts=tuple(prompts),
         image_slot=torch.from_numpy(np.concatenate(slots)) if prompts else None,

@@ -99,14 +99,10 @@ class PackedStep:
         self, row: PackedRow, *, routing_bias: Tensor | None = None, kinds: Sequence[int] = (), **kwargs: bool
     ) -> Ends:
         """``kinds`` of the row's branches: where they have a ``routing_bias``, the one that each gets."""
-        segment, layout = (row.layout.branch_prefix >= 0).long(), row.layout  # a prompt or a branch
-        number = torch.where(segment > 0, segment.cumsum(0) - 1, -1)
-        branch = number.repeat_interleave(layout.cu_branch.diff(), output_size=row.tokens)
-        branch = moved(branch, self.backbone.device)
         row = row.to(self.backbone.device)
-        run = partial(packed_outputs, self.backbone, row, self.images, **_biased(routing_bias, kinds, branch))
+        run = partial(packed_outputs, self.backbone, row, self.images, **_biased(routing_bias, kinds, row.branch))
         hidden, out = states_at(self.backbone, row.span_end, partial(run, **kwargs))
-        return Ends(hidden, row.copies, branch, out.router_logits if kwargs else None)
+        return Ends(hidden, row.copies, row.branch, out.router_logits if kwargs else None)
 
     def finish(self, row: PackedRow, backward: Callable[[Tensor], object] | None) -> None:
         """After a part's own backward (None: there was none): the gradient of images that several rows share."""

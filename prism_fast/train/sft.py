@@ -15,89 +15,95 @@ from prism_fast.data.order import SampleOrder
 from prism_fast.data.samples import Demonstration
 from prism_fast.models.packing import PromptGroup
 from prism_fast.models.policy import save_policy
-from prism_fast.models.processor import EncodedPrompt, Processor
+from prism_fast.models.processor import Processor
 from prism_fast.train.context import Run
 from prism_fast.train.engine import LocalEngine
-from prism_fast.train.layouts import PaddedStep
+from prism_fast.train.layouts import Layout, Step, lay_out, longest_item, prepare
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.passes import Passes, counted_passes
-from prism_fast.train.policy_update import token_logprobs
+from prism_fast.train.policy_update import response_states, token_logprobs
 from prism_fast.train.resume import StageState
 from prism_fast.train.seeds import derive_seed
+from prism_fast.train.self_check import self_check
 
 
 @dataclass(frozen=True)
 class EncodedDemos:
-    """Demonstrations as token ids; responses end with the end token."""
+    """Demonstrations as token ids: groups of one response each, for they seldom share a prompt. Responses end with the
+    end token."""
 
-    prompts: list[EncodedPrompt]
-    responses: list[tuple[int, ...]]
+    groups: list[PromptGroup]
+    layout: Layout
+    pad_id: int
 
     @classmethod
-    def of(cls, demos: Sequence[Demonstration], processor: Processor) -> EncodedDemos:
-        return cls(
-            [processor.encode_prompt(demo.messages, demo.images) for demo in demos],
-            [(*processor.encode_plain(demo.response), processor.eos_id) for demo in demos],
-        )
+    def of(cls, demos: Sequence[Demonstration], processor: Processor, layout: Layout) -> EncodedDemos:
+        def response(demo: Demonstration) -> tuple[int, ...]:
+            return (*processor.encode_plain(demo.response), processor.eos_id)
+
+        groups = [PromptGroup(processor.encode_prompt(d.messages, d.images), [response(d)]) for d in demos]
+        return cls(groups, layout, processor.pad_id)
 
     @property
-    def lengths(self) -> list[int]:
-        return [len(p.input_ids) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
+    def longest(self) -> int:
+        """Tokens of the longest demonstration."""
+        return longest_item(self.layout, self.groups)
 
     @property
     def response_tokens(self) -> int:
-        return sum(map(len, self.responses))
+        return sum(len(response) for group in self.groups for response in group.branches)
 
-    def cut(self, tokens: int, model, pad_id: int) -> PaddedStep:
-        """Forwards of at most ``tokens`` padded tokens. Demonstrations seldom share a prompt, so nothing is packed."""
-        groups = [PromptGroup(p, [r]) for p, r in zip(self.prompts, self.responses, strict=True)]
-        return PaddedStep(model.model, groups, tokens, pad_id=pad_id)
+    def cut(self, tokens: int, model) -> Step:
+        """Forwards of at most ``tokens`` tokens (padding counts)."""
+        return lay_out(self.layout, model.model, self.groups, tokens, pad_id=self.pad_id)
 
 
-def _validation_loss(run: Run, model, demos: EncodedDemos, pad_id: int, budget: TokenBudget) -> float:
+def _validation_loss(run: Run, model, demos: EncodedDemos, budget: TokenBudget) -> float:
     """Nats per response token, response tokens of all demonstrations counting the same."""
     model.eval()
 
     def evaluate(tokens: int) -> float:
-        total = 0.0
-        step = demos.cut(tokens, model, pad_id)
+        total = torch.zeros((), dtype=torch.float64, device=model.device)
+        step = demos.cut(tokens, model)
         for part in step.parts:
             run.stop.poll("SFT validation")
             with torch.no_grad():
                 logp = token_logprobs(model, step.forward(part), temperature=1.0)
-            total -= float(logp.sum())
-        return total
+            total -= logp.sum()
+            step.finish(part, None)
+        return float(total)
 
-    total = budget.run(evaluate, discard=lambda: None, longest=max(demos.lengths))
+    total = budget.run(evaluate, discard=lambda: None, longest=demos.longest)
     return total / demos.response_tokens
 
 
-def _update(
-    engine: LocalEngine, demos: Sequence[Demonstration], processor: Processor, run: Run, budget: TokenBudget
-) -> dict[str, float | int | None]:
+def _update(engine: LocalEngine, encoded: EncodedDemos, budget: TokenBudget) -> dict[str, float | int | None]:
     """One optimizer step on the mean negative log-prob of the demonstrations' response tokens."""
     engine.model.train()
-    encoded = EncodedDemos.of(demos, processor)
     tokens = encoded.response_tokens
 
     def accumulate(limit: int) -> tuple[float, Passes]:
-        loss_sum = 0.0
-        step = encoded.cut(limit, engine.model, processor.pad_id)
+        losses = []
+        step = encoded.cut(limit, engine.model)
         with counted_passes(engine.model.model) as passes:
             for part in step.parts:
                 logp = token_logprobs(engine.model, step.forward(part), temperature=1.0)
                 loss = -logp.sum() / tokens
                 engine.backward(loss, logp=logp)
-                loss_sum += float(loss.detach())
-        return loss_sum, passes
+                step.finish(part, engine.backward)
+                losses.append(loss.detach().double())
+        return float(torch.stack(losses).sum()), passes  # the step's one look at its losses
 
-    loss_sum, passes = budget.run(accumulate, discard=engine.discard, longest=max(encoded.lengths))
+    checked = {"budget": budget.tokens, "pad_id": encoded.pad_id}
+    error = self_check(engine, encoded.layout, engine.model.model, encoded.groups, response_states, **checked)
+    loss, passes = budget.run(accumulate, discard=engine.discard, longest=encoded.longest)
     return {
-        "sft/loss": loss_sum,
+        "sft/loss": loss,
         "sft/lr": engine.lr(),
         "sft/grad_norm": engine.step(),
         "sft/tokens": tokens,
         "sft/token_budget": budget.change(),
+        "sft/packing_error": error,
         **passes.numbers("policy"),
     }
 
@@ -150,7 +156,9 @@ def train_sft(
     decay = PlateauDecay(config)
     engine = LocalEngine(model, config.optimizer, schedule=decay)
     order = SampleOrder(len(demos), seed=derive_seed(run.config.seed, "sft", "order"))
-    validation = EncodedDemos.of([val[i] for i in range(len(val))], processor)
+    layout = run.config.layout
+    prepare(layout, model)
+    validation = EncodedDemos.of([val[i] for i in range(len(val))], processor, layout)
     budgets = {"policy": config.tokens_per_micro_batch}
     state = StageState(run, "sft", engines={"policy": engine}, budgets=budgets, order=order, extra=decay)
     budget = state.budgets["policy"]
@@ -160,10 +168,10 @@ def train_sft(
             if numbers is None:
                 state.begin_step()
                 chunk = [demos[i] for i in order.next_indices(config.batch)]
-                numbers = _update(engine, chunk, processor, run, budget)
+                numbers = _update(engine, EncodedDemos.of(chunk, processor, layout), budget)
                 state.hold(numbers)
             if engine.updates % config.eval_every == 0 or engine.updates == decay.end:
-                numbers["sft/val_loss"] = _validation_loss(run, model, validation, processor.pad_id, budget)
+                numbers["sft/val_loss"] = _validation_loss(run, model, validation, budget)
                 decay.observe(engine.updates, numbers["sft/val_loss"])
             run.metrics.write("sft", engine.updates, numbers)
             bar.advance(loss=numbers["sft/loss"], val_loss=numbers.get("sft/val_loss"), lr=numbers["sft/lr"])
@@ -179,12 +187,13 @@ def continue_sft(run: Run, model, processor: Processor, demos: Sequence[Demonstr
     )
     order = SampleOrder(len(demos), seed=derive_seed(run.config.seed, "sft_continued", "order"))
     budgets = {"policy": config.tokens_per_micro_batch}
+    prepare(run.config.layout, model)
     state = StageState(run, "sft_continued", engines={"policy": engine}, budgets=budgets, order=order)
     with run.progress.bar("sft_continued", updates, done=state.step) as bar:
         while state.step < updates:
             state.begin_step()
-            indices = order.next_indices(config.batch)
-            numbers = _update(engine, [demos[i] for i in indices], processor, run, state.budgets["policy"])
+            chunk = [demos[i] for i in order.next_indices(config.batch)]
+            numbers = _update(engine, EncodedDemos.of(chunk, processor, run.config.layout), state.budgets["policy"])
             run.metrics.write("sft_continued", engine.updates, numbers)
             bar.advance(loss=numbers["sft/loss"], lr=numbers["sft/lr"])
             state.end_step(last=state.step == updates)

@@ -16,13 +16,17 @@ from prism_fast.models.shared_prefix import use_shared_prefix
 from tests.support.float64 import Float64Islands
 
 # One prompt without image, one with one, one with two of other sizes; ragged branches, one of a single token, some that
-# are not computed, and a group with none at all.
-LENGTHS = ((5, None, 9, 1), (4, 12, 3), (None, 2, 7, 7, 1), (None, None))
+# are not computed, and a group with none at all. Demonstrations: one branch each, so that no segment sees another one.
+LENGTHS = {
+    "groups": ((5, None, 9, 1), (4, 12, 3), (None, 2, 7, 7, 1), (None, None)),
+    "demonstrations": ((6,), (None, 1), (9,), (None, None)),
+    "both": ((5, 2), (7,), (None, 8, 3), (1,)),
+}
 CUTS = {"one row": 10_000, "several rows": 160, "sub-groups": 75, "one branch each": 1}
 
 
-@pytest.fixture
-def groups(make_prompt, make_rows):
+@pytest.fixture(params=LENGTHS)
+def groups(request, make_prompt, make_rows):
     prompts = [
         make_prompt(),
         make_prompt((128, 32)),
@@ -30,7 +34,7 @@ def groups(make_prompt, make_rows):
         make_prompt((32, 32), text="Nobody answers."),
     ]
     found = []
-    for prompt, lengths in zip(prompts, LENGTHS, strict=True):
+    for prompt, lengths in zip(prompts, LENGTHS[request.param], strict=True):
         rows = iter(make_rows([n for n in lengths if n is not None]))
         found.append(PromptGroup(prompt, [None if n is None else next(rows) for n in lengths]))
     return found
@@ -58,17 +62,15 @@ def gradients(model, loss):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def compare(found, wanted, tolerance, exact=None):
-    """The whole gradient and each parameter's within the tolerance. In float32 single ones are sums with much
-    cancellation (routers): beyond the tolerance, at most twice as far from the unshared ones as those are from the
-    ``exact`` ones."""
+def compare(found, wanted, tolerance):
+    """The whole gradient within the tolerance. In float32 single parameters' are sums with much cancellation (routers):
+    ten times the tolerance for each; float64 has the proof."""
     assert found.keys() == wanted.keys() and found
     flat = [torch.cat([gradient.flatten() for gradient in part.values()]) for part in (found, wanted)]
     assert (flat[0] - flat[1]).norm() <= tolerance * flat[1].norm()
     for name, gradient in wanted.items():
         assert gradient.abs().max() > 0, name
-        rounding = 0.0 if exact is None else float((gradient - exact[name]).norm())
-        assert (found[name] - gradient).norm() <= max(tolerance * float(gradient.norm()), 2 * rounding), name
+        assert (found[name] - gradient).norm() <= 10 * tolerance * gradient.norm(), name
 
 
 def precision(kind):
@@ -87,19 +89,13 @@ def test_policy_loss_and_every_gradient_equal_the_unshared_ones(policy, processo
     advantage = torch.randn(len(order), generator=generator, dtype=dtype)
     tokens = sum(len(groups[g].branches[b]) for g, b in order)
 
-    def loss_of(hidden, rows, advantage, model=model):
+    def loss_of(hidden, rows, advantage):
         logp = ops.linear_logprob(hidden, model.lm_head.weight, rows.target).logp
         options = {"denominator": torch.tensor(float(tokens)), "loss": "dapo"}
         return ops.policy_loss(logp, advantage, rows.cu_seqlens, **options)[0], logp
 
     batch = unshared(groups, order, model, processor)
     wanted = response_rows(batch)
-    exact = None
-    if kind == "float32":
-        wide = copy.deepcopy(model).double()
-        with Float64Islands():
-            hidden = hidden_states(wide.model, batch).flatten(0, 1)[wanted.index]
-            exact = gradients(wide, loss_of(hidden, wanted, advantage.double(), wide)[0])
     with islands:
         loss, logp = loss_of(hidden_states(model.model, batch).flatten(0, 1)[wanted.index], wanted, advantage)
         want = gradients(model, loss)
@@ -113,10 +109,10 @@ def test_policy_loss_and_every_gradient_equal_the_unshared_ones(policy, processo
             images.finish(row, lambda surrogate: surrogate.backward())
             done, total = done + len(row.branches), total + float(part.detach())
             found.append(packed)
-    assert done == sum(n is not None for lengths in LENGTHS for n in lengths)
+    assert done == sum(branch is not None for group in groups for branch in group.branches)
     torch.testing.assert_close(torch.cat(found), logp, rtol=tolerance, atol=tolerance)
     assert total == pytest.approx(float(loss.detach()), rel=tolerance, abs=tolerance)
-    compare({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, want, tolerance, exact)
+    compare({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, want, tolerance)
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -131,11 +127,6 @@ def test_discriminator_scores_losses_and_gradients_equal_the_unshared_ones(
     order = laid_out(groups, rows)
     upstream = torch.randn(len(order), generator=generator, dtype=dtype)
     batch = unshared(groups, order, model.backbone, processor)
-    exact = None
-    if kind == "float32":
-        wide = copy.deepcopy(model).double()
-        with Float64Islands():
-            exact = gradients(wide, (wide(batch).score * upstream).sum())
     with islands:
         out = model(batch)
         want = gradients(model, (out.score * upstream).sum())
@@ -148,5 +139,6 @@ def test_discriminator_scores_losses_and_gradients_equal_the_unshared_ones(
             images.finish(row, lambda surrogate: surrogate.backward())
             done += len(row.branches)
             found.append(score.detach())
-    torch.testing.assert_close(torch.cat(found), out.score.detach(), rtol=tolerance, atol=tolerance)
-    compare({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, want, tolerance, exact)
+    # Scores are sums with cancellation, too, of the order of 1.
+    torch.testing.assert_close(torch.cat(found), out.score.detach(), rtol=tolerance, atol=4 * tolerance)
+    compare({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, want, tolerance)

@@ -31,16 +31,18 @@ def test_row_layout(policy, make_prompt, make_rows):
     ids = [*prompt.input_ids, *tails[0], *tails[1], *other.input_ids, *tails[2]]
     assert row.input_ids.tolist() == [ids] and row.tokens == len(ids) == p + 4 + q + 4
     assert row.branches == ((0, 0), (0, 2), (0, 3), (1, 0))
-    assert row.layout.cu_branch.tolist() == [0, p, p + 3, p + 4, p + 4, p + 4 + q, p + 8 + q]
-    assert row.layout.branch_prefix.tolist() == [-1, 0, 0, 0, -1, 1]
-    assert (row.layout.prefix_start.tolist(), row.layout.prefix_len.tolist()) == ([0, p + 4], [p, q])
-    assert (row.layout.max_prefix, row.layout.max_branch) == (max(p, q), max(p, q))
+    # The other prompt has one branch: nothing to share, one segment.
+    assert row.layout.cu_branch.tolist() == [0, p, p + 3, p + 4, p + 4, p + 8 + q]
+    assert row.layout.branch_prefix.tolist() == [-1, 0, 0, 0, -1]
+    assert (row.layout.prefix_start.tolist(), row.layout.prefix_len.tolist()) == ([0], [p])
+    assert (row.layout.max_prefix, row.layout.max_branch) == (p, max(p, q + 4))
     assert all(x.dtype == torch.int32 for x in row.layout[:4])
     start = p + 4 + q
     assert row.predict.index.tolist() == [p - 1, p, p + 1, p - 1, start - 1, start, start + 1, start + 2]
     assert row.predict.target.tolist() == [*tails[0], *tails[1], *tails[2]]
     assert row.predict.cu_seqlens.tolist() == [0, 3, 4, 4, 8]
     assert row.span_end.tolist() == [p + 2, p + 3, p - 1, start + 3]
+    assert row.branch.tolist() == [-1] * p + [0] * 3 + [1] + [-1] * q + [3] * 4
     assert row.copies.tolist() == [3] * p + [1] * 4 + [1] * q + [1] * 4
     after = int(row.position_ids[:, 0, :p].max()) + 1
     assert row.position_ids[:, 0, p : p + 4].tolist() == [[after, after + 1, after + 2, after]] * 3
@@ -209,7 +211,7 @@ def test_moving_a_row_moves_everything_but_pixels(policy, make_prompt, make_rows
     tensors = [getattr(moved, f.name) for f in dataclasses.fields(moved)]
     tensors = [*tensors, *moved.layout, *moved.predict]
     found = [x.device.type for x in tensors if isinstance(x, torch.Tensor)]
-    assert len(found) == 6 + 4 + 3 and set(found) == {"meta"}
+    assert len(found) == 7 + 4 + 3 and set(found) == {"meta"}
 
 
 def test_refusals(policy, processor, make_prompt, make_rows):

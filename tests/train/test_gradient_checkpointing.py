@@ -114,15 +114,19 @@ def test_discriminator(processor, prompts, generator, layout, budget, parts, sco
     assert share < 0.8, share
 
 
-def test_sft(processor, prompts):
+@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
+def test_sft(processor, prompts, layout):
     model = build_tiny_policy(processor, SIZE, seed=1)
+    prepare(layout, model)
     demos = [
         Demonstration(str(n), messages, "- digits: 1 2 and more", images)
         for n, (messages, images) in enumerate(prompts)
     ]
 
+    encoded = sft.EncodedDemos.of(demos, processor, layout)
+
     def step(engine: LocalEngine) -> Passes:
-        numbers = sft._update(engine, demos, processor, None, TokenBudget(WHOLE, notify=pytest.fail))
+        numbers = sft._update(engine, encoded, TokenBudget(WHOLE, notify=pytest.fail))
         names = ("learned", "without_gradient", "recomputed", "images")
         return Passes(*(numbers[f"passes/policy_{name}"] for name in names))
 

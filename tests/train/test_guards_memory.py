@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from prism_fast.algorithms.presets import PolicyLossOptions
-from prism_fast.config import OptimizerConfig, load_config
+from prism_fast.config import OptimizerConfig
 from prism_fast.data.samples import Demonstration
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train.engine import LocalEngine
+from prism_fast.train.layouts import prepare
 from prism_fast.train.microbatch import StepTooLargeError, TokenBudget, out_of_memory
 from prism_fast.train.policy_update import PolicyBatch, update_policy
-from prism_fast.train.sft import _update
+from prism_fast.train.sft import EncodedDemos, _update
 
 
 def allocate_too_much() -> None:
@@ -92,11 +92,11 @@ def _sft_step(setup, tokens: int, fail_at: int = 0):
     demos = [Demonstration(str(i), [{"role": "user", "content": t}], t, []) for i, t in enumerate(texts)]
     told: list[str] = []
     budget = TokenBudget(tokens, notify=told.append)
-    run = SimpleNamespace(device=torch.device("cpu"), config=load_config("digits"))
-    return engine, _update(engine, demos, processor, run, budget), told, budget
+    prepare("shared_prefix", engine.model)
+    return engine, _update(engine, EncodedDemos.of(demos, processor, "shared_prefix"), budget), told, budget
 
 
-@pytest.mark.parametrize(("step", "tokens"), [(_policy_step, 96), (_sft_step, 200)])
+@pytest.mark.parametrize(("step", "tokens"), [(_policy_step, 96), (_sft_step, 100)])
 @pytest.mark.parametrize("fail_at", [1, 2])
 def test_a_step_that_ran_out_of_memory_is_the_step_with_half_the_budget(setup, step, tokens, fail_at):
     full, whole = step(setup, tokens)[:2]
@@ -109,7 +109,8 @@ def test_a_step_that_ran_out_of_memory_is_the_step_with_half_the_budget(setup, s
     for name, gradient in again.gradients.items():
         assert torch.equal(gradient, half.gradients[name]), name
         torch.testing.assert_close(gradient, full.gradients[name], rtol=0, atol=1e-6 * float(largest))
-    changed = {key for key in numbers if numbers[key] != expected[key]}
+    # The check of packed rows ran before, with another budget: other rounding.
+    changed = {key for key in numbers if numbers[key] != expected[key] and not key.endswith("packing_error")}
     assert budget.tokens == tokens // 2 and changed == {next(key for key in numbers if key.endswith("token_budget"))}
     assert numbers[changed.pop()] == tokens // 2 and budget.change() is None, "the metric is written once"
     assert len(told) == 1 and f"{tokens // 2} tokens" in told[0] and "alloc" in told[0]

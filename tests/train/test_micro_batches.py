@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,14 +38,16 @@ SIZE = SMALL
 
 @pytest.fixture(scope="module")
 def prompts(processor):
-    """Two prompts with images of different sizes, one without; 20 to 60 tokens."""
-    rng = np.random.default_rng(3)
-    made = []
-    for text, size in (("what is this?", (64, 64)), ("and this one here?", (96, 64)), ("no image", None)):
-        images = [] if size is None else [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))]
-        content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
-        made.append(([{"role": "user", "content": content}], images))
-    return made
+    """Two prompts with an image of different sizes, one without; 20 to 60 tokens."""
+    return [ask("what is this?", (64, 64)), ask("and this one here?", (96, 64)), ask("no image")]
+
+
+def ask(text: str, *sizes: tuple[int, int]) -> tuple[list[dict], list[Image.Image]]:
+    """Messages and images, random by their sizes."""
+    rng = np.random.default_rng([3, *(n for size in sizes for n in size)])
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}], images
 
 
 def both(*cuts: int) -> list[Cut]:
@@ -99,16 +100,40 @@ def dtype(request):
 
 
 def test_sft(processor, prompts, dtype, generator):
+    """With no, one and two images, responses of one token (the end's) and more, a prompt that two share."""
     engine = engine_of(build_tiny_policy(processor, SIZE, seed=1), dtype)
-    texts = ["1 2", "- digits: 1 2\n</caption> and a good deal more", "<caption>", "2"]
+    texts = ["1 2", "- digits: 1 2\n</caption> and a good deal more", "", "2", "<caption>"]
     demos = [
         Demonstration(str(n), messages, text, images)
-        for n, (text, (messages, images)) in enumerate(zip(texts, [*prompts, prompts[0]], strict=True))
+        for n, (text, (messages, images)) in enumerate(
+            zip(texts, [*prompts, prompts[0], ask("these?", (32, 64), (96, 32))], strict=True)
+        )
     ]
-    lengths = sft.EncodedDemos.of(demos, processor).lengths
-    assert [len(by_tokens(lengths, cut)) for cut in (WHOLE, 150, 1)] == [1, 2, 4]
-    run = SimpleNamespace(device=torch.device("cpu"))
-    compare(dtype, engine, lambda budget, _: sft._update(engine, demos, processor, run, budget), both(150, 1)[:2])
+    parts, numbers = [], []
+
+    def step(budget: TokenBudget, layout: str) -> None:
+        encoded = sft.EncodedDemos.of(demos, processor, layout)
+        parts.append(len(encoded.cut(budget.tokens, engine.model).parts))
+        numbers.append(sft._update(engine, encoded, budget))
+
+    compare(dtype, engine, step, both(150, 1))
+    assert parts == [1, 3, 5, 1, 2, 5]
+    relative = 1e-12 if dtype == torch.float64 else 1e-5
+    assert [n["sft/loss"] for n in numbers] == [pytest.approx(numbers[0]["sft/loss"], rel=relative)] * 6
+    assert len({n["sft/tokens"] for n in numbers}) == 1 and numbers[3]["sft/packing_error"] > 0
+
+
+def test_packed_demonstrations_are_ordinary_sequences(processor, prompts):
+    """No segment sees another one, and no token is computed twice or padded."""
+    demos = [Demonstration("1", messages, "1 2", images) for messages, images in prompts]
+    encoded = sft.EncodedDemos.of(demos, processor, "shared_prefix")
+    model = build_tiny_policy(processor, SIZE, seed=1)
+    prepare("shared_prefix", model)
+    (row,) = encoded.cut(WHOLE, model).parts
+    lengths = [len(group.prompt.input_ids) + len(group.branches[0]) for group in encoded.groups]
+    assert sorted(row.layout.cu_branch.diff().tolist()) == sorted(lengths) and row.tokens == sum(lengths)
+    assert row.layout.branch_prefix.tolist() == [-1] * 3 and row.layout.prefix_start.numel() == 0
+    assert encoded.longest == max(lengths) and encoded.response_tokens == len(row.predict.target)
 
 
 def spans(generator, *lengths: int) -> tuple[tuple[int, ...], ...]:

@@ -73,8 +73,9 @@ KINDS = ("policy", "discriminator")
 
 
 def span_groups(groups) -> list[SpanGroup]:
-    """Whole responses: the first branch is the teacher's."""
-    return [SpanGroup(g.prompt, (g.branches[0] or (7,),), [(x,) for x in g.branches[1:] if x]) for g in groups]
+    """Whole responses: the first branch is the teacher's. Of the groups with two or more: one alone shares nothing."""
+    used = [g for g in groups if len(g.branches) > 1]
+    return [SpanGroup(g.prompt, (g.branches[0] or (7,),), [(x,) for x in g.branches[1:] if x]) for g in used]
 
 
 def checked(engine: LocalEngine, processor, groups, kind: str) -> float:
@@ -281,10 +282,11 @@ def test_a_routing_bias_that_packed_rows_forget_is_noticed(processor, prompts, g
         check_packing(model.backbone, some, read, **options)
 
 
-@pytest.mark.parametrize("stage", ["warmup", "align", "rlvr"])
+@pytest.mark.parametrize("stage", ["sft", "sft_continued", "warmup", "align", "rlvr"])
 def test_every_packed_stage_checks_before_it_learns(finished, run_again, tmp_path, monkeypatch, stage):
     export = finished / "export"
-    start = [f"model.policy={export / 'sft'}", f"stages=[{stage}]", "data.eval=null"]
+    stages = "[sft_continued,rlvr]" if stage == "sft_continued" else f"[{stage}]"
+    start = [f"model.policy={export / 'sft'}", f"stages={stages}", "data.eval=null"]
     start += [f"model.discriminator={export / 'discriminator-warmup'}"] if stage == "align" else []
     branches_see_each_other(monkeypatch)
     with pytest.raises(PackingError):

@@ -29,7 +29,7 @@ from prism_fast.models.sizes import (
 )
 from prism_fast.models.upcycle import sparse_config
 from prism_fast.models.writing import shown_bytes
-from prism_fast.ops.linear_logprob import SAVE_LIMIT_BYTES
+from prism_fast.ops import budgets
 from prism_fast.train.context import DTYPES
 from prism_fast.train.discriminator_update import span_switches
 from prism_fast.train.layouts import Layout
@@ -333,7 +333,9 @@ class _Planner:
         # The kernels keep exponentials in the weights' dtype, the reference on a CPU computes in float32.
         width = max(4, self.dtype.itemsize) if self.device == "cpu" else self.dtype.itemsize
         scores = rows * response * text.vocab_size * width
-        recomputed = scores > SAVE_LIMIT_BYTES
+        device = torch.device(self.device)
+        absent = device.type == "cuda" and not torch.cuda.is_available()  # a plan for another machine: a large card
+        recomputed = scores > (budgets.SAVE_BYTES_LARGE if absent else budgets.save_bytes(device))
         return (
             Component("policy gradients", self.policy.weight_bytes),
             Component("policy activations", language_activation_bytes(text, computed, self.dtype, **self.keeps)),

@@ -180,7 +180,7 @@ def scores(
         _addressable(name, x)
     n = hidden.shape[0]
     programs, capability = card(hidden.device)
-    kept = keep_buffer(n, weight) if keep is True else (None if keep is False else keep)
+    kept = keep_buffer(n, weight.shape[0], hidden) if keep is True else (None if keep is False else keep)
     operands = (hidden, weight, target, heat, bias, softcap, entropy, kept, programs)
     if tile is None:
         rich = bias is not None or softcap is not None
@@ -219,11 +219,10 @@ def _launch(hidden, weight, target, heat, bias, softcap, entropy, kept, programs
     return m, s, u, target_logit
 
 
-def keep_buffer(n: int, weight: torch.Tensor) -> torch.Tensor:
-    """[n, >= V] for kept exponentials; rows start at multiples of 128 bytes, as tensor copies and cuBLAS want."""
-    unit = 128 // weight.element_size()
-    padded = triton.cdiv(weight.shape[0], unit) * unit
-    return torch.empty((n, padded), dtype=weight.dtype, device=weight.device)
+def keep_buffer(n: int, vocabulary: int, like: torch.Tensor) -> torch.Tensor:
+    """[n, >= vocabulary] for kept exponentials; rows start at multiples of 128 bytes: tensor copies and cuBLAS ask."""
+    unit = 128 // like.element_size()
+    return like.new_empty((n, triton.cdiv(vocabulary, unit) * unit))
 
 
 def tile_width(hidden: torch.Tensor, rich: bool) -> int:

@@ -7,7 +7,8 @@ the weight that the module's own hooks have gathered.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,32 @@ class LogProbHead(nn.Linear):
     """``nn.Linear`` whose forward can also take labels.
 
     ``head(hidden)`` gives scores [..., V] as ever. ``head(hidden, labels, ...)`` gives
-    ``LogProb(logp [...], entropy [...] or [0])`` of hidden [..., H] and labels [...]; rows are not shifted. Tokens
-    ``banned`` have probability 0, as where they may not be sampled. Options are
-    those of ``prism_fast.ops.linear_logprob``; ``temperature`` may have the shape of the labels. Under autocast the
-    operands are cast as ``nn.Linear`` casts them; log-probabilities are float32 all the same.
+    ``LogProb(logp [...], entropy [...] or [0])`` of hidden [..., H] and labels [...]; rows are not shifted.
+    `policy_loss` gives a loss over them, computed in the same forward, so that hooks around it fire. ``banned=True``:
+    the tokens of `ban` have probability 0, as where they may not be sampled. Other options are those of the op, by
+    default ``prism_fast.ops.linear_logprob``; ``temperature`` may have the shape of the labels. Under autocast hidden
+    is cast, products are in its dtype, and statistics and the weight's gradient are float32 all the same.
     """
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.register_buffer("ban_row", None, persistent=False)  # [V] 0 or -inf, dtype of the weight
+
+    def ban(self, tokens: Sequence[int]) -> None:
+        """The tokens that ``banned=True`` leaves out, instead of those named before.
+
+        The row moves with the module and is not part of its state. Raises ValueError for a token outside the matrix and
+        for a module without memory (device "meta").
+        """
+        if wrong := [token for token in tokens if not 0 <= token < self.out_features]:
+            raise ValueError(
+                f"LogProbHead.ban: tokens {wrong[:5]} lie outside the {self.out_features} rows of the matrix"
+            )
+        if self.weight.is_meta:
+            raise ValueError("LogProbHead.ban: the module is on the device meta; call ban() once its weight has memory")
+        row = torch.zeros(self.out_features, dtype=self.weight.dtype)
+        row[list(tokens)] = -torch.inf
+        self.ban_row = row.to(self.weight.device)
 
     @classmethod
     def take_over(cls, linear: nn.Linear) -> LogProbHead:
@@ -62,15 +84,11 @@ class LogProbHead(nn.Linear):
         hidden: Tensor,
         labels: Tensor | None = None,
         *,
-        banned: Sequence[int] = (),
+        banned: bool = False,
         temperature: float | Tensor = 1.0,
-        softcap: float | None = None,
-        entropy: bool = False,
-        ignore_index: int = -100,
-        save: str = "auto",
-        weight_grad_out: Tensor | None = None,
-        backend: str | None = None,
-    ) -> Tensor | ops.LogProb:
+        op: Callable = ops.linear_logprob,
+        **options,
+    ) -> Tensor | ops.LogProb | tuple:
         if labels is None:
             return super().forward(hidden)
         if isinstance(self.weight, DTensor):
@@ -84,28 +102,72 @@ class LogProbHead(nn.Linear):
             )
         if isinstance(temperature, Tensor) and temperature.dim() > 1:
             temperature = temperature.reshape(-1)
-        bias = self.bias
-        if banned:
-            bias = torch.zeros_like(self.weight[:, 0]) if bias is None else bias
-            bias = bias.index_fill(0, torch.tensor(banned, device=bias.device), -torch.inf)
         device = hidden.device.type
-        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if torch.is_autocast_enabled(device):
+            hidden = hidden.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):  # the op chooses the precision of its own steps
-            found = ops.linear_logprob(
-                hidden.reshape(-1, hidden.shape[-1]).to(kind or hidden.dtype),
-                self.weight.to(kind or self.weight.dtype),
+            found = op(
+                hidden.reshape(-1, hidden.shape[-1]),
+                self.weight,
                 labels.reshape(-1),
-                bias=None if bias is None else bias.to(kind or bias.dtype),
+                bias=self._bias(banned),
                 temperature=temperature,
-                softcap=softcap,
-                entropy=entropy,
-                ignore_index=ignore_index,
-                save=save,
-                weight_grad_out=weight_grad_out,
-                backend=backend,
+                **options,
             )
-        spread = found.entropy.view(labels.shape) if entropy else found.entropy
+        if not isinstance(found, ops.LogProb):
+            return found
+        spread = found.entropy.view(labels.shape) if found.entropy.shape == found.logp.shape else found.entropy
         return ops.LogProb(found.logp.view(labels.shape), spread)
+
+    def policy_loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        advantage: Tensor | None,
+        cu_seqlens: Tensor,
+        *,
+        options: Any,
+        banned: bool = False,
+        temperature: float | Tensor = 1.0,
+        **tensors,
+    ) -> tuple[Tensor, ops.PolicyStats, Tensor]:
+        """``prism_fast.ops.linear_policy_loss`` with this matrix: three passes over it, memory of one wave of rows.
+
+        Args:
+            hidden [N, H], labels [N], advantage [B], cu_seqlens [B+1]: as there.
+            options: ``PolicyLossOptions``, what ``policy_loss`` takes beside tensors.
+            banned, temperature: as in a call of the head.
+            tensors: the other arguments of ``linear_policy_loss``: ``old_logp``, ``denominator``, ``mask``,
+                ``borders``, ``softcap``, ``weight_grad_out`` and so on.
+
+        Returns:
+            (loss 0-d, PolicyStats, logp [N] of the labels, float32, without gradient).
+
+        Raises:
+            ValueError, NotImplementedError: as the op, and as a call of the head.
+        """
+        logp = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+        loss, stats = self(
+            hidden,
+            labels,
+            banned=banned,
+            temperature=temperature,
+            op=ops.linear_policy_loss,
+            advantage=advantage,
+            cu_seqlens=cu_seqlens,
+            logp_out=logp,
+            **options.kwargs(),
+            **tensors,
+        )
+        return loss, stats, logp
+
+    def _bias(self, banned: bool) -> Tensor | None:
+        """[V] or None."""
+        if not banned:
+            return self.bias
+        if self.ban_row is None:
+            raise ValueError("LogProbHead: banned=True, but no tokens are banned; name them with ban()")
+        return self.ban_row if self.bias is None else self.bias + self.ban_row
 
 
 def _adapter_names(module: nn.Module) -> set[str]:

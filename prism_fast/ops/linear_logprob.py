@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks
+from . import budgets, checks
 from .backend import choose
 from .reference.linear_logprob import linear_logprob as reference
 from .results import LogProb
@@ -13,7 +13,6 @@ from .results import LogProb
 OP = "linear_logprob"
 BACKENDS = ("reference", "triton")
 SAVE = ("auto", "logits", "recompute")
-SAVE_LIMIT_BYTES = 1 << 30
 
 
 def linear_logprob(
@@ -27,7 +26,7 @@ def linear_logprob(
     entropy: bool = False,
     ignore_index: int = -100,
     save: str = "auto",
-    save_limit_bytes: int = SAVE_LIMIT_BYTES,
+    save_limit_bytes: int | None = None,
     weight_grad_out: Tensor | None = None,
     backend: str | None = None,
 ) -> LogProb:
@@ -35,17 +34,18 @@ def linear_logprob(
 
     Args:
         hidden: [N, H] floating.
-        weight: [V, H], dtype of ``hidden``.
+        weight: [V, H], dtype of ``hidden``, or float32 beside half-precision ``hidden`` (autocast): it is then rounded
+            for the products, and its gradient is float32.
         target: [N] int64 or int32 in [0, V), or ``ignore_index``. Ignored rows give logp 0, entropy 0 and no gradient;
             any other value outside [0, V) gives NaN and is counted, see ``prism_fast.ops.bad_values``.
-        bias: [V], dtype of ``hidden``. -inf bans a token.
+        bias: [V], dtype of ``hidden`` or float32, added in float32. -inf bans a token, also under a soft cap.
         temperature: number > 0, or a tensor [N] or [] of such; it gets no gradient.
         softcap: cap(z) = softcap * tanh(z / softcap), before the temperature.
         entropy: also compute the entropy of each row, differentiable.
         save: ``logits`` keeps the exponentials of the scaled scores [N, V], in the inputs' dtype with "triton" (3
             matrix passes); ``recompute`` forms them again, in waves of rows (4 passes); ``auto`` keeps them if they fit
-            in ``save_limit_bytes``: a function of shapes only, never of free memory.
-        save_limit_bytes: for ``auto``, bytes.
+            in ``save_limit_bytes``: a function of shapes and the card, never of free memory.
+        save_limit_bytes: for ``auto``, bytes; None is 4 GiB on a GPU of 80 GB or more, 1 GiB elsewhere.
         weight_grad_out: [V, H] float32 or float64; the weight's gradient is added to it and ``weight.grad`` stays as it
             is.
         backend: None, "reference" or "triton" (CUDA; bfloat16, float16 or float32; H divisible by 16). None is "triton"
@@ -66,6 +66,8 @@ def linear_logprob(
     """
     validate(OP, hidden, weight, target, bias, temperature, softcap, weight_grad_out)
     checks.choice(OP, "save", save, SAVE)
+    if save_limit_bytes is None:
+        save_limit_bytes = budgets.save_bytes(hidden.device)
     checks.number(OP, "save_limit_bytes", save_limit_bytes, low=0)
     chosen = choose(OP, BACKENDS, backend, hidden)
     keeps = _keeps(save, save_limit_bytes, hidden, weight, bias, chosen)
@@ -98,13 +100,15 @@ def validate(
     """Refuse operands of a head that do not fit together. Raises ValueError."""
     checks.tensor(op, "hidden", hidden, shape=(None, None))
     n, width = hidden.shape
-    checks.tensor(op, "weight", weight, shape=(None, width), dtypes=(hidden.dtype,), like=hidden)
+    half = hidden.dtype in (torch.bfloat16, torch.float16)
+    dtypes = (hidden.dtype, torch.float32) if half else (hidden.dtype,)
+    checks.tensor(op, "weight", weight, shape=(None, width), dtypes=dtypes, like=hidden)
     vocabulary = weight.shape[0]
     if vocabulary == 0:
         raise ValueError(f"{op}: weight has no rows; the vocabulary must hold at least one token")
     checks.tensor(op, "target", target, shape=(n,), dtypes=checks.INTEGERS, like=hidden)
     if bias is not None:
-        checks.tensor(op, "bias", bias, shape=(vocabulary,), dtypes=(hidden.dtype,), like=hidden)
+        checks.tensor(op, "bias", bias, shape=(vocabulary,), dtypes=dtypes, like=hidden)
     checks.temperature(op, temperature, n, hidden)
     if softcap is not None:
         checks.number(op, "softcap", softcap, low=0.0, strict=True)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import checks, waves
+from . import budgets, checks, waves
 from .backend import choose
 from .linear_logprob import linear_logprob, validate
 from .policy_loss import policy_loss
@@ -48,6 +48,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     ignore_index: int = -100,
     weight_grad_out: Tensor | None = None,
+    logp_out: Tensor | None = None,
     borders: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, PolicyStats]:
@@ -62,14 +63,17 @@ def linear_policy_loss(
             Without it the gradient of a half-precision weight is collected in a float32 matrix of the op's own.
             Backward must then be called with the gradient 1 (scale the loss through ``denominator``); any other gives
             NaN.
+        logp_out: [N] float32 or float64, receives the log-probabilities of the rows, as ``linear_logprob`` gives them,
+            without gradient.
         borders: the offsets of ``cu_seqlens`` as Python numbers. Needed on a GPU by gspo and gspo_token with
             ``old_logp``; on the CPU they are read from ``cu_seqlens``.
         backend: None, "reference" or "triton", as in ``linear_logprob``. None lets ``policy_loss`` choose its own.
 
     Gradients are formed inside the forward, wave after wave of rows: 3 matrix passes, and one wave of scores in memory
-    (320 MiB on a GPU, 64 MiB or 256 rows on a CPU; at least the longest sequence for gspo with ``old_logp``). Backward
-    only scales them, so it may be called again. Under ``torch.compile`` the two ops are composed in one graph instead,
-    the scores are formed again in backward (4 passes), and ``weight_grad_out`` is added to there.
+    (2.5 GiB on a GPU of 80 GB or more, 320 MiB on others, 64 MiB or 256 rows on a CPU; at least the longest sequence
+    for gspo with ``old_logp``). Backward only scales them, so it may be called again. Under ``torch.compile`` the two
+    ops are composed in one graph instead, the scores are formed again in backward (4 passes), and ``weight_grad_out``
+    is added to there.
 
     Returns:
         (loss 0-d, PolicyStats), as ``policy_loss``.
@@ -81,6 +85,9 @@ def linear_policy_loss(
     """
     chosen = choose(OP, BACKENDS, backend, hidden)
     validate(OP, hidden, weight, target, bias, temperature, softcap, weight_grad_out)
+    if logp_out is not None:
+        wide = (torch.float32, torch.float64)
+        checks.tensor(OP, "logp_out", logp_out, shape=tuple(target.shape), dtypes=wide, like=hidden)
     with_entropy = entropy or entropy_coef != 0.0
     kept = target != ignore_index
     if mask is not None:
@@ -120,11 +127,14 @@ def linear_policy_loss(
             weight_grad_out=weight_grad_out,
             backend=chosen,
         )
+        if logp_out is not None:
+            logp_out.copy_(found.logp.detach())
         return policy(found.logp, advantage, cu_seqlens, entropy=found.entropy if with_entropy else None)
     if chosen == "triton":
-        from .triton.head import Rows, heat_rows, wave_rows
+        from .triton.head import Rows, heat_rows
 
-        step, column, heat = wave_rows(weight), target, heat_rows(temperature, hidden)
+        step = budgets.wave_rows(hidden.shape[0], weight.shape[0], hidden)
+        column, heat = target, heat_rows(temperature, hidden)
     else:
         from .reference.linear_logprob import Rows, block_rows
         from .reference.softmax_rows import target_rows, temperature_rows
@@ -144,6 +154,7 @@ def linear_policy_loss(
         ignore_index,
         with_entropy,
         weight_grad_out,
+        logp_out,
     )
 
 

@@ -54,25 +54,29 @@ def run(
     ignore_index: int,
     with_entropy: bool,
     weight_grad_out: Tensor | None,
+    logp_out: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """Loss and statistics; the loss has gradients for hidden, weight and bias where these require them.
 
     The weight's gradient is added to ``weight_grad_out`` here and now, if that is given; backward has then to be called
-    with the gradient 1, and gives NaN otherwise, because it could no longer scale what was added.
+    with the gradient 1, and gives NaN otherwise, because it could no longer scale what was added. ``logp_out`` [N]
+    receives the log-probabilities.
     """
     learns = torch.is_grad_enabled()
     wants = tuple(learns and x is not None and x.requires_grad for x in (hidden, weight, bias))
     loss, *stats = _WavePolicyLoss.apply(
-        hidden, weight, bias, make_rows, policy, waves, target, ignore_index, with_entropy, weight_grad_out, wants
-    )
+        hidden, weight, bias, make_rows, policy, waves, target, ignore_index, with_entropy, weight_grad_out, logp_out,
+        wants,
+    )  # fmt: skip
     return loss, PolicyStats(*stats)
 
 
 class _WavePolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, make_rows, policy, waves, target, ignore_index, with_entropy, weight_grad_out, wants
-    ):
+        ctx, hidden, weight, bias, make_rows, policy, waves, target, ignore_index, with_entropy, weight_grad_out,
+        logp_out, wants,
+    ):  # fmt: skip
         head = make_rows()
         n = hidden.shape[0]
         kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -92,6 +96,8 @@ class _WavePolicyLoss(torch.autograd.Function):
                 g, h = _upstream(policy, logp, entropy)
                 head.backward(block, found, g[block], None if h is None else h[block])
             del found  # its memory serves the next wave
+        if logp_out is not None:
+            logp_out.copy_(logp)
         loss, stats = policy(logp, entropy)
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
@@ -104,13 +110,13 @@ class _WavePolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, loss_grad, *_):
         if loss_grad is None:
-            return (None,) * 11
+            return (None,) * 12
         if ctx.added:
             loss_grad = torch.where(loss_grad == 1.0, 1.0, torch.nan)
         saved = ctx.saved_tensors
         if loss_grad.device.type != "cpu" or loss_grad != 1.0:  # a CPU sees for nothing that nothing would change
             saved = [None if x is None else (x * loss_grad).to(x.dtype) for x in saved]
-        return *saved, *[None] * 8
+        return *saved, *[None] * 9
 
 
 def _upstream(policy: Policy, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:

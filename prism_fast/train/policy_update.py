@@ -50,9 +50,9 @@ def response_states(step: Step, part: Part) -> tuple[Tensor, list[int]]:
     return computed.hidden.index_select(0, computed.predict.index), computed.predict.cu_seqlens.diff().tolist()
 
 
-def token_logprobs(model, computed: Forward, *, temperature: float, banned: Sequence[int] = ()) -> Tensor:
+def token_logprobs(model, computed: Forward, *, temperature: float, banned: bool = False) -> Tensor:
     """Log-probs [N] float32 of the continuation tokens of a forward, with gradient, by the model's
-    :class:`LogProbHead`: no other row reaches it. ``banned``: tokens that could not be sampled."""
+    :class:`LogProbHead`: no other row reaches it. ``banned``: without the tokens that its ``ban`` named."""
     hidden = computed.hidden.index_select(0, computed.predict.index)  # [N, H]
     return model.lm_head(hidden, computed.predict.target, temperature=temperature, banned=banned).logp
 
@@ -89,6 +89,7 @@ def update_policy(
     """
     refuse_non_finite(engine.where, advantage=batch.advantage)
     model = engine.model
+    model.lm_head.ban(banned)
     lengths = torch.tensor([len(c.token_ids) for c in batch.completions])
     denominator = loss_denominator(options.loss, lengths, aggregation=options.aggregation).to(device)
     contributes = ((batch.advantage != 0) | released).tolist()
@@ -106,7 +107,7 @@ def update_policy(
         for part in step.parts:
             rows = [row_of[p][k] for p, k in part.branches]
             computed = step.forward(part)
-            logp = token_logprobs(model, computed, temperature=temperature, banned=banned)
+            logp = token_logprobs(model, computed, temperature=temperature, banned=bool(banned))
             sampled = torch.tensor([lp for b in rows for lp in batch.completions[b].logprobs], device=device)  # [N]
             old = torch.tensor(
                 [stale[b] for b in rows for _ in batch.completions[b].token_ids], device=device

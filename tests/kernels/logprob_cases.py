@@ -18,8 +18,9 @@ SMALL = Tile(n=64, v=64, h=32, group=2, stages=2, warps=4, split=True)
 def small_tiles(monkeypatch):
     """Several tiles and waves with few programs; both forms of the epilogue."""
     monkeypatch.setattr(tiles, "TILES", {b: SMALL._replace(split=not b.rich) for b in tiles.TILES})
-    monkeypatch.setattr("prism_fast.ops.triton.head.WAVE_UNIT", 48)
-    monkeypatch.setattr("prism_fast.ops.triton.head.WAVE_BYTES", 1)
+    monkeypatch.setattr("prism_fast.ops.budgets.WAVE_UNIT", 48)
+    monkeypatch.setattr("prism_fast.ops.budgets.WAVE_BYTES", 1)
+    monkeypatch.setattr("prism_fast.ops.budgets.WAVE_BYTES_LARGE", 1)
     monkeypatch.setattr("prism_fast.ops.triton.linear_logprob.STATISTICS_ROWS", 56)
 
 

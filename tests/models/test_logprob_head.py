@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from prism_fast import ops
+from prism_fast.algorithms.presets import policy_options
 from prism_fast.models.logprob_head import LogProbHead
 
 B, S, H, V = 2, 5, 8, 23
@@ -39,13 +40,13 @@ def test_it_is_the_linear_layer_it_took_over(bias, generator):
     assert linear.weight.grad.any()
 
 
-def test_under_autocast_operands_are_cast_and_statistics_are_not(generator):
+def test_under_autocast_products_are_half_and_statistics_are_not(generator):
     hidden, labels = inputs(generator)
     head = LogProbHead.take_over(nn.Linear(H, V))
     with torch.autocast("cpu", torch.bfloat16):
         found = head(hidden, labels, entropy=True)
-    half = [x.bfloat16() for x in (hidden.view(-1, H), head.weight, head.bias)]
-    wanted = ops.linear_logprob(half[0], half[1], labels.view(-1), bias=half[2], entropy=True)
+    half = [x.bfloat16() for x in (hidden.view(-1, H), head.weight)]
+    wanted = ops.linear_logprob(half[0], half[1], labels.view(-1), bias=head.bias, entropy=True)
     assert found.logp.dtype == torch.float32 and torch.equal(found.logp.view(-1), wanted.logp)
     assert torch.equal(found.entropy.view(-1), wanted.entropy)
     (found.logp.sum() + found.entropy.sum()).backward()
@@ -174,3 +175,157 @@ def test_a_weight_that_is_there_only_while_its_module_runs(save, generator):
     assert head.weight.shape == (0,) and torch.equal(gradients[0], plain.weight.grad) and torch.equal(x.grad, y.grad)
     with pytest.raises(ValueError, match=r"weight must have shape \[any, 8\], got \[0\]"):  # from outside of the module
         ops.linear_logprob(hidden.view(-1, H), head.weight, labels.view(-1))
+
+
+def policy_inputs(generator, n: int = B * S):
+    """hidden [n, H], labels [n] with one ignored, advantage [2], cu_seqlens [3]."""
+    hidden, labels = torch.randn(n, H, generator=generator), torch.randint(0, V, (n,), generator=generator)
+    labels[1] = -100
+    return hidden, labels, torch.tensor([1.5, -0.5]), torch.tensor([0, n // 3, n], dtype=torch.int32)
+
+
+OPTIONS = policy_options("prism", max_response=S)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_banned_tokens_have_probability_zero(bias, generator):
+    hidden, labels = inputs(generator)
+    head = LogProbHead(H, V, bias=bias)
+    with pytest.raises(ValueError, match=r"banned=True, but no tokens are banned; name them with ban\(\)"):
+        head(hidden, labels, banned=True)
+    head.ban([3, 22, 3])
+    allowed = torch.tensor([v for v in range(V) if v not in (3, 22)])
+    labels = allowed[labels.clamp(min=0) % len(allowed)]
+    logits = nn.functional.linear(hidden, head.weight, head.bias)
+    for softcap in (None, 2.0):
+        capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        wanted = capped.gather(-1, labels[..., None])[..., 0] - capped[..., allowed].logsumexp(-1)
+        found = head(hidden, labels, banned=True, softcap=softcap).logp
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(head(hidden, labels).logp, found) and torch.equal(head(hidden), logits)
+    head(hidden, labels, banned=True).logp.sum().backward()
+    assert not head.weight.grad[[3, 22]].any() and head.weight.grad[allowed].any()
+    assert bias is False or (not head.bias.grad[[3, 22]].any() and head.bias.grad[allowed].any())
+
+
+def test_the_banned_row_moves_with_the_module_and_is_no_state(generator):
+    head = LogProbHead.take_over(nn.Linear(H, V))
+    state = list(head.state_dict())
+    head.ban([5])
+    assert list(head.state_dict()) == state == ["weight", "bias"]
+    assert head.ban_row.tolist() == [-torch.inf if v == 5 else 0.0 for v in range(V)]
+    assert head.bfloat16().ban_row.dtype == torch.bfloat16 and head.to("meta").ban_row.is_meta
+    with pytest.raises(ValueError, match="on the device meta; call ban"):
+        head.ban([5])
+    with pytest.raises(ValueError, match=r"tokens \[-1, 23\] lie outside the 23 rows"):
+        LogProbHead(H, V).ban([-1, 4, 23])
+
+
+@pytest.mark.parametrize("loss", ["prism", "gspo"])
+def test_the_policy_loss_is_that_of_the_ops(loss, generator):
+    hidden, labels, advantage, cu_seqlens = policy_inputs(generator)
+    head = LogProbHead(H, V)
+    head.ban([4])
+    labels = torch.where(labels == 4, 5, labels)
+    options = policy_options(loss, max_response=S)
+    heat = torch.rand(len(labels), generator=generator) + 0.5
+    old_logp = torch.full((len(labels),), -3.0)
+    results = []
+    for fused in (True, False):
+        x = hidden.clone().requires_grad_()
+        head.zero_grad()
+        if fused:
+            value, stats, logp = head.policy_loss(
+                x, labels, advantage, cu_seqlens, options=options, banned=True, temperature=heat, old_logp=old_logp
+            )
+            assert not logp.requires_grad and logp.dtype == torch.float32
+        else:
+            logp = head(x, labels, banned=True, temperature=heat).logp
+            value, stats = ops.policy_loss(
+                logp, advantage, cu_seqlens, old_logp=old_logp, mask=labels != -100, **options.kwargs()
+            )
+        value.backward()
+        results.append((value, *stats, logp, x.grad, head.weight.grad.clone(), head.bias.grad.clone()))
+    torch.testing.assert_close(
+        *results, rtol=1e-5, atol=1e-6, equal_nan=True
+    )  # NaN: statistics that were not asked for
+
+
+def test_policy_loss_of_a_frozen_matrix(generator):
+    hidden, labels, advantage, cu_seqlens = policy_inputs(generator)
+    head = LogProbHead(H, V, bias=False)
+    wanted = hidden.clone().requires_grad_()
+    head.policy_loss(wanted, labels, advantage, cu_seqlens, options=OPTIONS)[0].backward()
+    head.requires_grad_(False)
+    head.weight.grad = None
+    x = hidden.clone().requires_grad_()
+    loss, _, logp = head.policy_loss(x, labels, advantage, cu_seqlens, options=OPTIONS)
+    loss.backward()
+    assert torch.equal(x.grad, wanted.grad) and head.weight.grad is None
+    assert torch.equal(logp, head(hidden, labels).logp)
+    with torch.no_grad():
+        assert torch.equal(head.policy_loss(x, labels, advantage, cu_seqlens, options=OPTIONS)[0], loss)
+
+
+def test_policy_loss_under_autocast(generator):
+    """Products in bfloat16; the gradient of the float32 weight is not rounded to it."""
+    hidden, labels, advantage, cu_seqlens = policy_inputs(generator)
+    head = LogProbHead(H, V, bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _, logp = head.policy_loss(hidden, labels, advantage, cu_seqlens, options=OPTIONS)
+    loss.backward()
+    weight = head.weight.detach().bfloat16().requires_grad_()
+    wanted = ops.linear_logprob(hidden.bfloat16(), weight, labels)
+    assert torch.equal(logp, wanted.logp)
+    assert head.weight.grad.dtype == torch.float32 and not torch.equal(head.weight.grad, head.weight.grad.bfloat16())
+
+
+def test_policy_loss_where_the_weight_is_there_only_while_its_module_runs(generator):
+    """As ZeRO-3 holds it: hooks around the module's forward and backward fill it, in between it is empty."""
+    hidden, labels, advantage, cu_seqlens = policy_inputs(generator)
+    plain, head = LogProbHead(H, V), LogProbHead(H, V)
+    head.load_state_dict(plain.state_dict())
+    full, fired = head.weight.detach().clone(), []
+
+    def gather(*_):
+        fired.append("gather")
+        head.weight.data = full.clone()
+
+    def release(*_):
+        fired.append("release")
+        head.weight.data = full.new_empty(0)
+
+    release()
+    head.register_forward_pre_hook(gather)
+    head.register_forward_hook(release)
+    head.register_full_backward_pre_hook(gather)
+    gradients = []
+    head.weight.register_post_accumulate_grad_hook(lambda weight: gradients.append(weight.grad.clone()) or release())
+    x, y = (hidden.clone().requires_grad_() for _ in range(2))
+    loss, _, logp = head.policy_loss(x, labels, advantage, cu_seqlens, options=OPTIONS)
+    assert head.weight.shape == (0,), "released between forward and backward"
+    loss.backward()
+    wanted, _, same = plain.policy_loss(y, labels, advantage, cu_seqlens, options=OPTIONS)
+    wanted.backward()
+    assert fired == ["release", "gather", "release", "gather", "release"]
+    assert torch.equal(loss, wanted) and torch.equal(logp, same) and torch.equal(x.grad, y.grad)
+    assert torch.equal(gradients[0], plain.weight.grad) and head.weight.shape == (0,)
+
+
+def test_policy_loss_of_a_sharded_head(one_rank, generator):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    hidden, labels, advantage, cu_seqlens = policy_inputs(generator)
+    plain, sharded = LogProbHead(H, V), LogProbHead(H, V)
+    sharded.load_state_dict(plain.state_dict())
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=True)
+    gradients = []
+    for head in (plain, sharded):
+        x = hidden.clone().requires_grad_()
+        head.ban([4])
+        loss, _, _ = head.policy_loss(x, labels, advantage, cu_seqlens, options=OPTIONS, banned=True)
+        loss.backward()
+        weight = head.weight.grad
+        gradients.append((x.grad, weight if head is plain else weight.full_tensor()))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -96,3 +96,50 @@ def test_probabilities_sum_to_one(kind, backend, generator):
         linear_logprob(torch.ones(len(row), 1), row[:, None].contiguous(), tokens).logp,
     ):
         assert (logp <= 0).all() and abs(logp.double().exp().sum().item() - 1.0) < 1e-6
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("save", ["logits", "recompute"])
+def test_soft_cap_where_the_targets_exponential_underflows(save, dtype, entropy, generator):
+    """Scores at both ends of the cap, so far apart that exp(z - max) is 0, and a slope there that is not."""
+    hidden = torch.randn(N, 16, generator=generator, dtype=torch.float64)
+    hidden[:, 0] = torch.linspace(5, 12, N, dtype=torch.float64)
+    weight = torch.randn(V, 16, generator=generator, dtype=torch.float64) * 0.1
+    weight[:, 0] = torch.where(torch.arange(V) % 3 == 0, 8.0, -8.0)
+    target, heat = torch.arange(N), torch.linspace(0.02, 0.6, N, dtype=torch.float64)
+    g, h = torch.randn(2, N, generator=generator, dtype=torch.float64)
+
+    def by_autograd(x, w):
+        values = eager(30 * torch.tanh(x @ w.t() / 30) / heat.to(x.dtype)[:, None], target)
+        return torch.autograd.grad((values[0] * g + entropy * values[1] * h).sum(), (x, w))
+
+    operands = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+    found = linear_logprob(*operands, target, softcap=30.0, temperature=heat, entropy=entropy, save=save)
+    total = (found.logp * g).sum() + ((found.entropy * h).sum() if entropy else 0.0)
+    ours = torch.autograd.grad(total, operands)
+    exact = by_autograd(*(x.detach().double().requires_grad_() for x in operands))
+    usual = by_autograd(*operands)
+    assert found.logp.min() < -700
+    for a, b, truth in zip(ours, usual, exact, strict=True):
+        for size in (torch.linalg.vector_norm, lambda x: x.abs().max()):
+            allowed = 2 * size(b.double() - truth) + (1e-11 if dtype == torch.float64 else 5e-7) * size(truth)
+            assert size(a.double() - truth) <= allowed, (size(a.double() - truth), allowed)
+
+
+@pytest.mark.parametrize("save", ["logits", "recompute"])
+def test_a_banned_token_stays_banned_under_a_soft_cap(save, generator):
+    hidden, weight = (torch.randn(n, 16, generator=generator, dtype=torch.float64).requires_grad_() for n in (N, V))
+    bias = torch.randn(V, generator=generator, dtype=torch.float64)
+    banned = torch.arange(V) % 5 == 0
+    bias[banned] = -torch.inf
+    bias.requires_grad_()
+    target = torch.arange(N) * 5 + 1
+    found = linear_logprob(hidden, weight, target, bias=bias, softcap=3.0, entropy=True, save=save)
+    z = 3.0 * torch.tanh((hidden @ weight[~banned].t() + bias[~banned]) / 3.0)
+    wanted = eager(z, (~banned).cumsum(0)[target] - 1)
+    torch.testing.assert_close(tuple(found), wanted)
+    leaves = (hidden, weight, bias)
+    ours, theirs = (torch.autograd.grad((x[0] - x[1]).sum(), leaves) for x in (found, wanted))
+    torch.testing.assert_close(ours, theirs)
+    assert not ours[1][banned].any() and not ours[2][banned].any()

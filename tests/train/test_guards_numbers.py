@@ -60,9 +60,7 @@ def test_log_probs_of_a_spoiled_policy(setup):
     with torch.no_grad():
         spoiled.model.language_model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
     engine = _engine(spoiled)
-    with pytest.raises(
-        NonFiniteError, match=r"align step 7, micro-batch 1 of 1: .*loss.*logp \(6 of 6, first nan"
-    ):
+    with pytest.raises(NonFiniteError, match=r"align step 7, micro-batch 1 of 1: .*loss.*logp \(6 of 6, first nan"):
         _update(engine, setup, [1.0, -1.0])
     assert all(p.grad is None for p in engine.parameters), "no gradient is left"
     _assert_untouched(engine, spoiled)

@@ -52,7 +52,8 @@ class Found(NamedTuple):
     logp: Tensor  # [n] of the target's column
     entropy: Tensor  # [n], or [0] if it was not asked for
     log_sum: Tensor  # [n] relative to the maximum
-    top: Tensor  # [n, 1] row maximum
+    top: Tensor  # [n, 1], and own [n]: as in `softmax_rows.exponentials_`
+    own: Tensor
     room: Tensor | None  # [at least n, V] that begins with the exponentials of scores minus maximum, if kept
 
 
@@ -75,6 +76,9 @@ class Rows:
         self.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         self.hidden, self.weight, self.bias = _lifted(hidden, weight, bias)
         self.target, self.heat, self.softcap, self.entropy = target, heat.to(self.hidden.dtype), softcap, entropy
+        self.ban = None  # [V] 0 or -inf: the cap would lift a banned token's -inf
+        if bias is not None and softcap is not None:
+            self.ban = torch.where(self.bias == -math.inf, self.bias, 0.0)
         self.room: Tensor | None = None  # [rows, V] where the scores of an earlier block were, to be used again
         self.spare: Tensor | None = None  # [chunk, V]
 
@@ -86,22 +90,22 @@ class Rows:
         return Found(*statistics, room if keep else None)
 
     def _exponentials(self, block: slice, entropy: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(exponentials of the scores, (logp, entropy, log-sum, maximum)), as in `Found`."""
+        """(exponentials of the scores, (logp, entropy, log-sum, top, own)), as in `Found`."""
         x, heat, column = self.hidden[block], self.heat[block], self.target[block]
         room, self.room = self.room, None
         if room is None or room.shape[0] < x.shape[0]:
             room = x.new_empty(x.shape[0], self.weight.shape[0])
         z = _product(x, self.weight, self.bias, room[: x.shape[0]])
         logp, log_sum, top = z.new_empty(len(z)), z.new_empty(len(z)), z.new_empty(len(z), 1)
-        spread = z.new_empty(len(z) if entropy else 0)
+        spread, own = z.new_empty(len(z) if entropy else 0), z.new_empty(len(z))
         for part in self._chunks(z):
             spare = self._spare(z[part]) if entropy else None
-            logp[part], log_sum[part], found, top[part] = rows.exponentials_(
-                z[part], column[part], heat[part], self.softcap, entropy, spare
+            logp[part], log_sum[part], found, top[part], own[part] = rows.exponentials_(
+                z[part], column[part], heat[part], self.softcap, entropy, spare, self.ban
             )
             if entropy:
                 spread[part] = found
-        return room, (logp, spread, log_sum, top)
+        return room, (logp, spread, log_sum, top, own)
 
     def _chunks(self, z: Tensor) -> Iterator[slice]:
         step = rows.chunk_rows(z.shape[1], z)
@@ -131,7 +135,7 @@ class Rows:
         factor = torch.empty_like(heat)  # [n, 1]; the gradient of the scores is factor * m
         for part in self._chunks(m):
             factor[part] = rows.gradient_(
-                m[part], column[part], found.logp[part], found.log_sum[part], g[part], None if h is None else h[part],
+                m[part], column[part], found.own[part], found.log_sum[part], g[part], None if h is None else h[part],
                 found.entropy[part], heat[part], self.softcap, found.top[part],
                 None if h is None and self.softcap is None else self._spare(m[part]),
             )  # fmt: skip
@@ -141,12 +145,12 @@ class Rows:
             if self.wants[1]:
                 # A row without upstream gradient must add nothing, even where its hidden state is not finite.
                 active = g != 0.0 if h is None else (g != 0.0) | (h != 0.0)
-                own = torch.where(active[:, None], factor * x, 0.0)
+                scaled = torch.where(active[:, None], factor * x, 0.0)
                 if self.weight_grad is None:
-                    self.weight_grad = torch.mm(m.t(), own)
+                    self.weight_grad = torch.mm(m.t(), scaled)
                 else:
                     kind = self.weight_grad.dtype
-                    self.weight_grad.addmm_(m.t().to(kind), own.to(kind))
+                    self.weight_grad.addmm_(m.t().to(kind), scaled.to(kind))
             if self.wants[2]:
                 self.bias_grad.addmv_(m.t(), factor[:, 0])
         self.room = room
@@ -170,28 +174,28 @@ def _run(
     entropy: bool,
     ignore_index: int,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N] or [0], log-sum [N], row maximum [N, 1], exponentials [N, V] or [0] if not saved).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, entropy [N] or [0], log-sum, top [N, 1], own, exponentials [N, V] or [0] if not saved).
 
     heat [N, 1]. What only backward looks at is passed along for it.
     """
     n, vocabulary = hidden.shape[0], weight.shape[0]
     column, ignored, outside = rows.target_rows(target, vocabulary, ignore_index)
     head = Rows(hidden, weight, bias, column, heat, softcap, entropy)
-    logp, entropies, log_sum, top, kept = _allocate(head.hidden, vocabulary, entropy, save)
+    logp, entropies, log_sum, top, own, kept = _allocate(head.hidden, vocabulary, entropy, save)
     for block in _blocks(n, vocabulary, head.hidden):
         if save:
             head.room = kept[block]
         found = head.forward(block, save)
-        logp[block], log_sum[block], top[block] = found.logp, found.log_sum, found.top
+        logp[block], log_sum[block], top[block], own[block] = found.logp, found.log_sum, found.top, found.own
         if entropy:
             entropies[block] = found.entropy
-    return *rows.finish(logp, entropies, ignored, counted(outside)), log_sum, top, kept
+    return *rows.finish(logp, entropies, ignored, counted(outside)), log_sum, top, own, kept
 
 
 def _allocate(like: Tensor, vocabulary: int, entropy: bool, save: bool) -> tuple[Tensor, ...]:
     n = like.shape[0]
-    sizes = ((n,), (n if entropy else 0,), (n,), (n, 1), (n, vocabulary) if save else (0,))
+    sizes = ((n,), (n if entropy else 0,), (n,), (n, 1), (n,), (n, vocabulary) if save else (0,))
     return tuple(like.new_empty(size) for size in sizes)
 
 
@@ -208,10 +212,10 @@ def _run_backward(
     bias: Tensor | None,
     target: Tensor,
     heat: Tensor,
-    logp: Tensor,
     entropies: Tensor,
     log_sum: Tensor,
     top: Tensor,
+    own: Tensor,
     kept: Tensor | None,
     weight_grad_out: Tensor | None,
     softcap: float | None,
@@ -231,7 +235,8 @@ def _run_backward(
     head.prepare((want_hidden, want_weight, want_bias), weight_grad_out)
     for block in _blocks(hidden.shape[0], vocabulary, head.hidden):
         room = None if kept is None else kept[block]
-        found = Found(logp[block], entropies[block] if entropy else entropies, log_sum[block], top[block], room)
+        spread = entropies[block] if entropy else entropies
+        found = Found(log_sum[block], spread, log_sum[block], top[block], own[block], room)
         head.backward(block, found, g[block], None if h is None else h[block])
     return tuple(hidden.new_empty(0) if x is None else x for x in head.gradients(weight_grad_out is None))
 
@@ -258,7 +263,7 @@ def _fake(hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy,
 
 def _save(ctx, inputs, output) -> None:
     hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, _ = inputs
-    ctx.save_for_backward(hidden, weight, bias, target, heat, *output)
+    ctx.save_for_backward(hidden, weight, bias, target, heat, *output[1:])
     # Not saved: it is written to between forward and backward, by design.
     ctx.weight_grad_out, ctx.options = weight_grad_out, (softcap, entropy, ignore_index)
 
@@ -284,7 +289,7 @@ def _computed(x: Tensor) -> torch.dtype:
 def _lifted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Operands in float32 (float64 for float64): products of half-precision numbers are then exact."""
     kind = _computed(hidden)
-    return hidden.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
+    return hidden.to(kind), weight.to(hidden.dtype).to(kind), None if bias is None else bias.to(kind)
 
 
 def _product(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> Tensor:

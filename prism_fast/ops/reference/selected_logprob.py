@@ -34,7 +34,7 @@ class _SelectedLogProb(torch.autograd.Function):
         for at in range(0, n, step):
             block = slice(at, min(n, at + step))
             z = logits[block].to(kind, copy=True)
-            logp[block], log_sum[block], found, _ = rows.exponentials_(z, column[block], heat[block], None, entropy)
+            logp[block], log_sum[block], found, *_ = rows.exponentials_(z, column[block], heat[block], None, entropy)
             if entropy:
                 entropies[block] = found
         ctx.save_for_backward(logits, column, ignored, outside, heat, log_sum, entropies)
@@ -56,11 +56,11 @@ class _SelectedLogProb(torch.autograd.Function):
         for at in range(0, logits.shape[0], ctx.step):
             block = slice(at, min(logits.shape[0], at + ctx.step))
             z = logits[block].to(log_sum.dtype, copy=True)
-            logp, *_, top = rows.exponentials_(z, column[block], heat[block], None, entropy=False)
+            *_, top, own = rows.exponentials_(z, column[block], heat[block], None, entropy=False)
             factor = rows.gradient_(
                 z,
                 column[block],
-                logp,
+                own,
                 log_sum[block],
                 g[block],
                 None if ge is None else ge[block],

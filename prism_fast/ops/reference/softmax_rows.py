@@ -38,33 +38,49 @@ def target_rows(target: Tensor, vocabulary: int, ignore_index: int) -> tuple[Ten
 
 
 def exponentials_(
-    z: Tensor, column: Tensor, temperature: Tensor, softcap: float | None, entropy: bool, spare: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z: Tensor,
+    column: Tensor,
+    temperature: Tensor,
+    softcap: float | None,
+    entropy: bool,
+    spare: Tensor | None = None,
+    ban: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """In place: raw scores z [n, V] -> exponentials e of z' = cap(z) / temperature minus the row maximum.
 
-    Returns (logp [n], log-sum [n], entropy [n] or empty, row maximum [n, 1]): log p_t = z'_t - log sum e and
-    H = log sum e - sum e z' / sum e. With ``entropy``, ``spare`` [n, V] is written over.
+    Returns (logp [n], log-sum [n], entropy [n] or empty, top [n, 1], own [n]):
+    log p_t = z'_t - max z' - log sum e and H = log sum e - sum e z' / sum e. top and own are the maximum and the
+    target's of y = tanh(z / softcap) with a soft cap, of z' without. With ``entropy``, ``spare`` [n, V] is written
+    over. ``ban`` [V], 0 or -inf, is added after the cap, which would lift a banned token's -inf.
     """
     if softcap is not None:
-        z.div_(softcap).tanh_().mul_(softcap)
-    z.div_(temperature)
+        z.div_(softcap).tanh_()
+        if ban is not None:
+            z.add_(ban)
+    else:
+        z.div_(temperature)
     top = z.amax(-1, keepdim=True)
+    own = z.gather(-1, column[:, None])
     z.sub_(top)
     # A raw score of -inf (a banned token) counts as the lowest number: its probability is 0, and 0 * z' stays 0.
     lowest = torch.finfo(z.dtype).min
-    at_target = z.gather(-1, column[:, None])[:, 0].clamp(min=lowest)
+    at_target = own - top
+    if softcap is not None:
+        z.mul_(softcap / temperature)
+        at_target.mul_(softcap / temperature)
+    at_target = at_target[:, 0].clamp(min=lowest)
     if entropy:
         spare = torch.clamp(z, min=lowest, out=spare)
     total = z.exp_().sum(-1)
     log_sum = total.log()
     held = log_sum - spare.mul_(z).sum(-1) / total if entropy else z.new_empty(0)
-    return at_target - log_sum, log_sum, held, top
+    return at_target - log_sum, log_sum, held, top, own[:, 0]
 
 
 def gradient_(
     e: Tensor,
     column: Tensor,
-    logp: Tensor,
+    own: Tensor,
     log_sum: Tensor,
     logp_grad: Tensor,
     entropy_grad: Tensor | None,
@@ -76,29 +92,29 @@ def gradient_(
 ) -> Tensor:
     """In place: exponentials e [n, V] -> m [n, V]; returns factor [n, 1]. The gradient of the raw scores is factor * m.
 
-    With z' as in `exponentials_`, d logp / dz'_j = [j = target] - p_j and dH / dz'_j = -p_j (log p_j + H). What
-    belongs to a whole row stays outside of m, because the caller can multiply its narrow operand with it. Rows whose
-    upstream gradients are exactly 0 come out as exact zeros whatever they hold. ``spare`` [n, V] is written over where
-    the entropy has a gradient or the scores are capped.
+    With z', ``top`` and ``own`` as in `exponentials_`, d logp / dz'_j = [j = target] - p_j and
+    dH / dz'_j = -p_j (log p_j + H). What belongs to a whole row stays outside of m, because the caller can multiply its
+    narrow operand with it. Rows whose upstream gradients are exactly 0 come out as exact zeros whatever they hold.
+    ``spare`` [n, V] is written over where the entropy has a gradient or the scores are capped.
     """
     idle = logp_grad == 0.0 if entropy_grad is None else (logp_grad == 0.0) & (entropy_grad == 0.0)
     g, at = logp_grad[:, None], column[:, None]
     slope = None
     if softcap is not None:
-        # Of tanh, from z' + top = log e + top. Where e is 0 the score is lost: of the target it is known otherwise,
-        # elsewhere nothing is left to multiply.
-        capped = torch.log(e, out=spare).add_(top)
-        capped.scatter_(-1, at, (logp + log_sum)[:, None] + top).mul_(temperature / softcap).clamp_(-1.0, 1.0)
+        # Of tanh, from y = top + log e · temperature / softcap. Where e is 0 the score is lost and nothing is left to
+        # multiply, but at the target, whose gradient does not vanish with its probability.
+        capped = torch.log(e, out=spare).mul_(temperature / softcap).add_(top)
+        capped.scatter_(-1, at, own[:, None]).clamp_(-1.0, 1.0)
         slope = 1.0 - capped.square_()
     e.mul_(torch.exp(-log_sum)[:, None])  # p
     if entropy_grad is None:
-        factor, own = -g, torch.full_like(g, -1.0)
+        factor, at_target = -g, torch.full_like(g, -1.0)
     else:
         # Probabilities are 0 long before the floor; without it a banned token's 0 would meet an infinite coefficient.
         coefficient = torch.log(e, out=spare).clamp_(min=LOG_PROBABILITY_FLOOR)
         e.mul_(coefficient.add_(entropy[:, None]).mul_(entropy_grad[:, None]).add_(g))
-        factor, own = torch.full_like(g, -1.0), -g
-    e.scatter_add_(-1, at, own)
+        factor, at_target = torch.full_like(g, -1.0), -g
+    e.scatter_add_(-1, at, at_target)
     if slope is not None:
         e.mul_(slope)
     clear_rows_(e, idle)

@@ -16,25 +16,16 @@ from .. import products
 if TYPE_CHECKING:
     from prism_fast.kernels.logprob import Scores
 
-# Scores of one wave where they are not kept: large enough for the products, small beside weights and gradients.
-WAVE_BYTES = 320 << 20
-WAVE_UNIT = 128
 # Statistics per tile of the vocabulary of rows whose scores are not kept: a few hundred numbers per row.
 STATISTICS_ROWS = 8192
 WIDTH_UNIT = 16
 
 
-def wave_rows(weight: Tensor) -> int:
-    """Rows whose scores are held at once."""
-    rows = WAVE_BYTES // (weight.shape[0] * weight.element_size())
-    return max(WAVE_UNIT, rows // WAVE_UNIT * WAVE_UNIT)
-
-
 class Rows:
     """Operands of a head, and the gradients it has collected.
 
-    hidden [N, H], weight [V, H], bias [V] or None, target [N] (anything outside [0, V) is no column), heat [N] or [1]
-    float32.
+    hidden [N, H], weight [V, H] (rounded to the dtype of hidden), bias [V] or None, target [N] (anything outside [0, V)
+    is no column), heat [N] or [1] float32.
     """
 
     def __init__(
@@ -54,11 +45,11 @@ class Rows:
                 f"linear_logprob: backend='triton' needs a hidden size divisible by {WIDTH_UNIT}, got "
                 f"{hidden.shape[1]}; pad hidden and weight with zeros, or pass backend='reference'"
             )
-        self.hidden, self.weight = _aligned(hidden), _aligned(weight)
+        self.hidden, self.weight = _aligned(hidden), _aligned(weight.to(hidden.dtype))
         self.bias = None if bias is None else bias.contiguous()
         self.target, self.heat = target.contiguous(), heat
         self.softcap, self.entropy = softcap, entropy
-        self.dtypes = (hidden.dtype, weight.dtype, hidden.dtype)
+        self.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
 
     def forward(self, block: slice, keep: bool) -> Scores:
         """Scores of the rows ``block``, with their exponentials if they are to be kept."""
@@ -99,7 +90,7 @@ class Rows:
                 active = g != 0.0 if h is None else (g != 0.0) | (h != 0.0)
                 x = torch.where(active[:, None], self.hidden[block], 0.0)
                 if self.weight_grad is None:  # one wave alone is rounded once, several are added up in float32
-                    kind = self.weight.dtype if len(x) == len(self.hidden) else torch.float32
+                    kind = self.dtypes[1] if len(x) == len(self.hidden) else torch.float32
                     self.weight_grad = products.product(dz.t(), x, kind)
                 else:
                     products.add_product(self.weight_grad, dz.t(), x)
@@ -109,7 +100,7 @@ class Rows:
     def gradients(self, with_weight: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden, weight (None without ``with_weight``) and bias, in their dtypes; None where not wanted."""
         if self.wants[1] and self.weight_grad is None:  # there were no rows
-            self.weight_grad = torch.zeros_like(self.weight)
+            self.weight_grad = torch.zeros_like(self.weight, dtype=self.dtypes[1])
         found = (self.hidden_grad, self.weight_grad if with_weight else None, self.bias_grad)
         return tuple(None if x is None else x.to(kind) for x, kind in zip(found, self.dtypes, strict=True))
 

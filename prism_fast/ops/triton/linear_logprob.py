@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .. import budgets
 from ..bad_values import counted
 from ..forms import TwoForms
 from ..reference import softmax_rows
 from ..results import LogProb
-from .head import STATISTICS_ROWS, Rows, heat_rows, wave_rows
+from .head import STATISTICS_ROWS, Rows, heat_rows
 
 if TYPE_CHECKING:
     from prism_fast.kernels.logprob import Scores
@@ -98,7 +99,7 @@ def _run_backward(
     h = softmax_rows.upstream(entropy_grad, logp, ignored).contiguous() if entropy else None
     rows = Rows(hidden, weight, bias, target, heat, softcap, entropy)
     saved = kept is not None
-    step = max(n, 1) if saved else wave_rows(weight)
+    step = max(n, 1) if saved else budgets.wave_rows(n, vocabulary, hidden)
     rows.prepare((want_hidden, want_weight, want_bias), weight_grad_out)
     for at in range(0, n, step):
         block = slice(at, min(n, at + step))
@@ -132,7 +133,7 @@ def _fake(hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy,
         from prism_fast.kernels import logprob
 
         width = logprob.tile_width(hidden, rich=bias is not None or softcap is not None)
-        kept = logprob.keep_buffer(n, weight)
+        kept = logprob.keep_buffer(n, vocabulary, hidden)
         m = hidden.new_empty((-(-vocabulary // width), n))
     statistics = n if save else 0
     return (

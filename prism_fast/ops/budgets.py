@@ -1,0 +1,30 @@
+"""Memory that a head may take for scores: by the card's total memory, never by what is free, so that runs repeat."""
+
+from __future__ import annotations
+
+import torch
+
+LARGE = 72 << 30  # bytes in all; what is sold with 80 GB reports a little less
+# Kept for the backward pass of one call.
+SAVE_BYTES, SAVE_BYTES_LARGE = 1 << 30, 4 << 30
+# One wave where they are not kept. Each wave reads the weight and reads and writes its float32 gradient: on a large
+# card 8192 rows of 151,936 tokens are one wave.
+WAVE_BYTES, WAVE_BYTES_LARGE = 320 << 20, 5 << 29
+WAVE_UNIT = 128
+
+
+def save_bytes(device: torch.device) -> int:
+    """Bytes of scores that ``save="auto"`` keeps."""
+    return SAVE_BYTES_LARGE if _large(device) else SAVE_BYTES
+
+
+def wave_rows(rows: int, vocabulary: int, like: torch.Tensor) -> int:
+    """Rows of a wave: as few waves as fit, all but the last alike. Scores have the dtype of ``like``."""
+    room = WAVE_BYTES_LARGE if _large(like.device) else WAVE_BYTES
+    most = max(1, room // (vocabulary * like.element_size()) // WAVE_UNIT) * WAVE_UNIT
+    waves = max(1, -(-rows // most))
+    return max(1, -(-rows // (waves * WAVE_UNIT))) * WAVE_UNIT
+
+
+def _large(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= LARGE

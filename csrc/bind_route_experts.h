@@ -6,20 +6,22 @@
 namespace prism::bind::route_experts_ {
 
 inline PlanArguments plan(
-    Address chosen, int64_t rows, int experts, int top_k, Address permutation, Address offsets, Address counts
+    Address chosen, int64_t rows, int experts, int top_k, Address permutation, Address tokens, Address slots, Address offsets,
+    Address counts
 ) {
-    return {at<int64_t>(chosen), rows, experts, top_k, at<int64_t>(permutation), at<int32_t>(offsets), at<int32_t>(counts)};
+    return {at<int64_t>(chosen), rows,          experts,          top_k, at<int64_t>(permutation), at<int32_t>(tokens),
+            at<int32_t>(slots),  at<int32_t>(offsets), at<int32_t>(counts)};
 }
 
 template <class S>
 void run(
     Address logits, int64_t row_stride, int64_t rows, int experts, int top_k, bool renormalize, Address weights,
-    Address chosen, Address permutation, Address offsets, Address load, Address z_stat, Address sums, Address counts,
-    int threads, const py::object& stream
+    Address chosen, Address permutation, Address tokens, Address slots, Address offsets, Address load, Address z_stat,
+    Address sums, Address counts, int threads, const py::object& stream
 ) {
     using T = typename ComputedIn<S>::type;
     const RouteArguments<S> a{
-        plan(chosen, rows, experts, top_k, permutation, offsets, counts), at<const S>(logits), row_stride, renormalize,
+        plan(chosen, rows, experts, top_k, permutation, tokens, slots, offsets, counts), at<const S>(logits), row_stride, renormalize,
         at<T>(weights), at<T>(load), at<T>(z_stat), at<double>(sums)};
     dispatch(
         stream, [&] { route_experts_cpu(a, threads); }, [&](void* cuda) { return route_experts_cuda(a, cuda); }
@@ -46,10 +48,10 @@ void backward(
 template <class T>
 void given(
     Address index, Address given, int64_t rows, int experts, int top_k, Address weights, Address chosen, Address permutation,
-    Address offsets, Address counts, int threads, const py::object& stream
+    Address tokens, Address slots, Address offsets, Address counts, int threads, const py::object& stream
 ) {
     const GivenArguments<T> a{
-        plan(chosen, rows, experts, top_k, permutation, offsets, counts), at<const int64_t>(index), at<const T>(given),
+        plan(chosen, rows, experts, top_k, permutation, tokens, slots, offsets, counts), at<const int64_t>(index), at<const T>(given),
         at<T>(weights)};
     dispatch(
         stream, [&] { plan_experts_cpu(a, threads); }, [&](void* cuda) { return plan_experts_cuda(a, cuda); }
@@ -61,8 +63,8 @@ void define(py::module_& module, const std::string& type) {
     module.def(
         ("route_experts_" + type).c_str(), &run<S>, py::arg("logits"), py::arg("row_stride"), py::arg("rows"),
         py::arg("experts"), py::arg("top_k"), py::arg("renormalize"), py::arg("weights"), py::arg("chosen"),
-        py::arg("permutation"), py::arg("offsets"), py::arg("load"), py::arg("z_stat"), py::arg("sums"), py::arg("counts"),
-        py::arg("threads"), py::arg("stream").none(true)
+        py::arg("permutation"), py::arg("tokens"), py::arg("slots"), py::arg("offsets"), py::arg("load"),
+        py::arg("z_stat"), py::arg("sums"), py::arg("counts"), py::arg("threads"), py::arg("stream").none(true)
     );
     module.def(
         ("route_experts_backward_" + type).c_str(), &backward<S>, py::arg("logits"), py::arg("row_stride"),
@@ -76,8 +78,8 @@ template <class T>
 void define_given(py::module_& module, const char* name) {
     module.def(
         name, &given<T>, py::arg("index"), py::arg("given"), py::arg("rows"), py::arg("experts"),
-        py::arg("top_k"), py::arg("weights"), py::arg("chosen"), py::arg("permutation"), py::arg("offsets"),
-        py::arg("counts"), py::arg("threads"), py::arg("stream").none(true)
+        py::arg("top_k"), py::arg("weights"), py::arg("chosen"), py::arg("permutation"), py::arg("tokens"), py::arg("slots"),
+        py::arg("offsets"), py::arg("counts"), py::arg("threads"), py::arg("stream").none(true)
     );
 }
 

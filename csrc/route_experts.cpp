@@ -213,21 +213,20 @@ void hand_out_places(const PlanArguments& a, int threads) {
     }
     a.offsets[a.experts] = place;
     parallel_for(chunks, a.rows * a.top_k * 2, threads, [&](int64_t begin, int64_t end) {
-        const int64_t size = kChunk * a.top_k, all = a.rows * a.top_k;
-        const int64_t* const chosen = a.chosen;
-        int64_t* const permutation = a.permutation;
         int32_t* const next = a.counts;
-        const int experts = a.experts;
-        const auto hand_out = [=](int64_t chunk, int64_t at) { permutation[next[chunk * experts + chosen[at]]++] = at; };
+        const int experts = a.experts, top_k = a.top_k;
+        const auto hand_out = [=](int64_t chunk, int64_t row) {
+            for (int j = 0; j < top_k; ++j) a.place(next[chunk * experts + a.chosen[row * top_k + j]]++, row, j);
+        };
         int64_t chunk = begin;
-        for (; chunk + kChains <= end && (chunk + kChains) * size <= all; chunk += kChains) {
-            for (int64_t i = 0; i < size; ++i) {
-                for (int64_t chain = chunk; chain < chunk + kChains; ++chain) hand_out(chain, chain * size + i);
+        for (; chunk + kChains <= end && (chunk + kChains) * kChunk <= a.rows; chunk += kChains) {
+            for (int64_t i = 0; i < kChunk; ++i) {
+                for (int64_t chain = chunk; chain < chunk + kChains; ++chain) hand_out(chain, chain * kChunk + i);
             }
         }
         for (; chunk < end; ++chunk) {
-            const int64_t last = std::min(all, (chunk + 1) * size);
-            for (int64_t at = chunk * size; at < last; ++at) hand_out(chunk, at);
+            const int64_t last = std::min(a.rows, (chunk + 1) * kChunk);
+            for (int64_t row = chunk * kChunk; row < last; ++row) hand_out(chunk, row);
         }
     });
 }

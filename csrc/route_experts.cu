@@ -259,7 +259,7 @@ __device__ void place_chunk(const PlanArguments& a, int64_t chunk, const int* st
         if (times == 0) continue;
 #pragma unroll
         for (int j = 0; j < kMaxChosen; ++j) {
-            if (choice.expert[j] == e) a.permutation[place++] = row * a.top_k + j;
+            if (choice.expert[j] == e) a.place(place++, row, j);
         }
     }
 }

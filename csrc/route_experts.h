@@ -23,10 +23,17 @@ struct PlanArguments {
     int64_t rows;
     int experts, top_k;
     int64_t* permutation;  // [rows * top_k] assignments sorted by expert, then by number
+    int32_t* tokens;       // [rows * top_k] the row of each place in it
+    int32_t* slots;        // [rows, top_k] the place of each assignment in it
     int32_t* offsets;      // [experts + 1] first place of each expert in it
     int32_t* counts;       // workspace [chunks + 1, experts]: assignments of each chunk, then of all
 
     PRISM_HD int32_t& count(int64_t chunk, int expert) const { return counts[chunk * experts + expert]; }
+    PRISM_HD void place(int32_t slot, int64_t row, int j) const {
+        permutation[slot] = row * top_k + j;
+        tokens[slot] = static_cast<int32_t>(row);
+        slots[row * top_k + j] = slot;
+    }
 };
 
 // S is the type of the logits, T the one they are computed in.

@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from prism_fast.bench.ops.machine import machine
 from prism_fast.bench.ops.measure import measured_ceiling, percentiles
@@ -79,8 +78,8 @@ def line(row: Row) -> str:
 
 
 class Layer(NamedTuple):
-    """hidden and g [T, H], gate_up [E, 2I, H], down [E, H, I], pre [M, 2I], act [M, I] by slot, weights [T, k] float32,
-    permutation [M] and offsets [E + 1] of the plan, rows [M] the token of a slot, borders: offsets on the host."""
+    """hidden and g [T, H], gate_up [E, 2I, H], down [E, H, I], pre [M, 2I], act [M, I] by slot,
+    tokens [M] and offsets [E + 1] of the plan, borders: offsets on the host."""
 
     hidden: Tensor
     g: Tensor
@@ -88,10 +87,8 @@ class Layer(NamedTuple):
     down: Tensor
     pre: Tensor
     act: Tensor
-    weights: Tensor
-    permutation: Tensor
+    tokens: Tensor
     offsets: Tensor
-    rows: Tensor
     borders: list[int]
 
 
@@ -109,20 +106,17 @@ def make_layer(shape: tuple[int, ...], device: str) -> Layer:
     return Layer(
         noise(tokens, hidden), noise(tokens, hidden), noise(experts, 2 * inner, hidden, scale=hidden**-0.5),
         noise(experts, hidden, inner, scale=inner**-0.5), noise(slots, 2 * inner), noise(slots, inner),
-        plan.weights.float().contiguous(), plan.permutation.contiguous(), plan.offsets.contiguous(),
-        plan.permutation.long() // top_k, plan.offsets.tolist(),
+        plan.tokens, plan.offsets, plan.offsets.tolist(),
     )  # fmt: skip
 
 
 class Product(NamedTuple):
-    """One product: ``pairs()`` the operands per expert, ``ours(tile)`` what is timed, ``seen`` of it what is compared
-    with ``exact(plain)``, where ``plain`` holds the products of the pairs in float64. ``tile``: its name in the table.
-    """
+    """One product: ``pairs()`` the operands per expert, ``ours(tile)`` what is timed and compared with
+    ``exact(plain)``, where ``plain`` holds the products of the pairs in float64. ``tile``: its name in the table."""
 
     flop: float
     pairs: Callable[[], list[tuple[Tensor, Tensor]]]
-    ours: Callable[[object], object]
-    seen: Callable[[object], Tensor]
+    ours: Callable[[object], Tensor]
     exact: Callable[[list[Tensor]], Tensor]
     tile: str
 
@@ -130,51 +124,38 @@ class Product(NamedTuple):
 def products(x: Layer) -> dict[str, Product]:
     from prism_fast.kernels import moe
 
-    (tokens, hidden), inner, top_k = x.hidden.shape, x.down.shape[2], x.weights.shape[1]
-    slots = tokens * top_k
+    slots, hidden, inner = len(x.tokens), x.hidden.shape[1], x.down.shape[2]
     parts = [slice(a, b) for a, b in zip(x.borders, x.borders[1:], strict=False)]
-    plan = (x.permutation, x.offsets)
-    gathered, g = x.hidden[x.rows], x.g[x.rows]  # [M, H] by slot
+    plan = (x.tokens, x.offsets)
+    gathered, g = x.hidden[x.tokens], x.g[x.tokens]  # [M, H] by slot
 
     def up(tile) -> Tensor:
         pre = torch.empty_like(x.pre)
-        moe.up_product(x.hidden, x.gate_up, *plan, top_k, tile, pre=pre, act=torch.empty_like(x.act))
+        moe.up_product(x.hidden, x.gate_up, *plan, tile, pre=pre, act=torch.empty_like(x.act))
         return pre
-
-    def share(plain: list[Tensor]) -> Tensor:
-        """Gradient of the routing weights, by slot: what ``act_gradient`` sums over a row of its product."""
-        gate, up = x.pre.double().chunk(2, 1)
-        return (torch.cat(plain) * silu(gate) * up).sum(1)
-
-    def by_slot(of_assignment: Tensor) -> Tensor:
-        return of_assignment[x.permutation.long()]
-
-    def as_is(found: Tensor) -> Tensor:
-        return found
 
     flop = 2.0 * slots * hidden * inner
     return {
         "up": Product(
             2 * flop, lambda: [(gathered[p], w.t()) for p, w in zip(parts, x.gate_up, strict=True)],
-            up, as_is, torch.cat, "up",
+            up, torch.cat, "up",
         ),
         "down": Product(
             flop, lambda: [(x.act[p], w.t()) for p, w in zip(parts, x.down, strict=True)],
-            lambda tile: moe.rows_product(x.act, x.down, *plan, tile), by_slot, torch.cat, "rows",
+            lambda tile: moe.rows_product(x.act, x.down, None, x.offsets, tile), torch.cat, "rows",
         ),
         "act": Product(
             flop, lambda: [(g[p], w) for p, w in zip(parts, x.down, strict=True)],
-            lambda tile: moe.act_gradient(x.g, x.down, x.pre, x.weights, *plan, tile),
-            lambda found: by_slot(found[2].flatten()), share, "act",
+            lambda tile: moe.rows_product(x.g, x.down.transpose(1, 2), *plan, tile), torch.cat, "rows",
         ),
         "weights": Product(
             flop, lambda: [(g[p].t(), x.act[p]) for p in parts],
-            lambda tile: moe.weight_gradient(x.down, x.g, x.act, *plan, top_k, tile, gather_a=True, gather_b=False),
-            as_is, torch.stack, "weights",
+            lambda tile: moe.weight_gradient(x.down, x.g, x.act, *plan, tile, gather_a=True, gather_b=False),
+            torch.stack, "weights",
         ),
         "back": Product(
             2 * flop, lambda: [(x.pre[p], w) for p, w in zip(parts, x.gate_up, strict=True)],
-            lambda tile: moe.rows_product(x.pre, x.gate_up.transpose(1, 2), *plan, tile), by_slot, torch.cat, "rows",
+            lambda tile: moe.rows_product(x.pre, x.gate_up.transpose(1, 2), None, x.offsets, tile), torch.cat, "rows",
         ),
     }  # fmt: skip
 
@@ -213,7 +194,7 @@ def measure(name: str, product: Product, tile, device: str, rounds: int, ceiling
             row.status, row.note = "unsupported", f"{type(error).__name__}: {error}".splitlines()[0]
             continue
         if provider.startswith("ours"):
-            got, exact = product.seen(found), wanted
+            got, exact = found, wanted
         else:
             got, exact = (torch.cat([part.flatten() for part in parts]) for parts in (found, plain))
         row.error_norm = ((got.double() - exact).norm() / exact.norm()).item()
@@ -257,7 +238,7 @@ def main() -> None:
     device = "cpu" if a.smoke else "cuda"
     x = make_layer(a.shape or (SMOKE if a.smoke else SHAPE), device)
     small = moe.Tile(32, 32, 32, 2, 4)
-    table = moe.Tiles(small, small, small, small) if a.smoke else moe.tiles_for(x.hidden)
+    table = moe.Tiles(small, small, small) if a.smoke else moe.tiles_for(x.hidden)
     ceiling = ceiling_of(device)
     rows: list[Row] = []
     for name, product in products(x).items():

@@ -44,9 +44,9 @@ def ours_routing(backend: str) -> Provider:
 
 
 def routing_bytes(shape: tuple[int, ...], dtype: torch.dtype, mode: str) -> float:
-    """Forward reads the logits and writes 20 bytes per assignment, backward writes the gradient and reads 16."""
+    """Forward reads the logits and writes 28 bytes per assignment, backward writes the gradient and reads 16."""
     tokens, experts, top_k = shape
-    forward = tokens * (experts * dtype.itemsize + top_k * 20)
+    forward = tokens * (experts * dtype.itemsize + top_k * 28)
     backward = tokens * (experts * dtype.itemsize + top_k * 16)
     return {"inference": forward, "forward": forward, "backward": backward, "full": forward + backward}[mode]
 

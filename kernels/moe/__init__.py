@@ -1,8 +1,9 @@
-"""Mixture of SwiGLU experts: grouped products with device-side offsets."""
+"""Mixture of SwiGLU experts: grouped products with device-side offsets, and the passes between products."""
 
-from prism_fast.kernels.moe.forward import combine, rows_product, up_product
-from prism_fast.kernels.moe.gradient import act_gradient, weight_gradient
+from prism_fast.kernels.moe.products import rows_product, up_product
+from prism_fast.kernels.moe.rows import clear_idle, combine_rows, gather_rows, swiglu, swiglu_gradient
 from prism_fast.kernels.moe.tiles import TILES, Tile, Tiles, tiles_for
+from prism_fast.kernels.moe.weights import weight_gradient
 
 __all__ = [
     "TILES",
@@ -11,7 +12,10 @@ __all__ = [
     "tiles_for",
     "up_product",
     "rows_product",
-    "combine",
-    "act_gradient",
     "weight_gradient",
+    "gather_rows",
+    "swiglu",
+    "swiglu_gradient",
+    "combine_rows",
+    "clear_idle",
 ]

@@ -24,28 +24,23 @@ class Tiles(NamedTuple):
 
     up: Tile
     rows: Tile
-    act: Tile  # its epilogue reads gate and up and writes three tiles: half as wide
     weights: Tile
 
 
 _HALF = Tiles(
     up=Tile(128, 128, 64, 3, 8),
     rows=Tile(128, 256, 64, 3, 8),
-    act=Tile(128, 64, 64, 4, 8),
     weights=Tile(128, 256, 64, 3, 8),
 )
 _AMPERE = Tiles(
     up=Tile(128, 64, 32, 4, 8),
     rows=Tile(128, 128, 32, 4, 8),
-    act=Tile(128, 64, 32, 4, 8),
     weights=Tile(128, 128, 32, 4, 8),
 )
 # One register too many with the hub's orientation at depth 64.
 _BLACKWELL = _HALF._replace(up=Tile(128, 128, 32, 4, 8))
 # fp32 products run on the plain arithmetic units: small tiles, one number at a time.
-_FLOAT32 = Tiles(
-    up=Tile(64, 32, 16, 2, 8), rows=Tile(64, 64, 16, 2, 8), act=Tile(64, 32, 16, 2, 8), weights=Tile(64, 64, 16, 2, 8)
-)
+_FLOAT32 = Tiles(up=Tile(64, 32, 16, 2, 8), rows=Tile(64, 64, 16, 2, 8), weights=Tile(64, 64, 16, 2, 8))
 # By (compute capability, bytes per number).
 TILES = {
     (80, 2): _AMPERE,

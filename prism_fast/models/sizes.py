@@ -109,7 +109,7 @@ def language_activation_bytes(
     if not sparse:
         return tokens * (inputs + layers * (layer + 4 * e * text.intermediate_size) + norm + rotary + ids)
     k, inner = text.num_experts_per_tok, text.moe_intermediate_size
-    experts = e * text.num_experts + k * (wide + 8 + 8 + 2 * e * inner)
+    experts = e * text.num_experts + k * (wide + 8 + 8 + 4 + 4 + 2 * e * inner)
     last = tokens * (experts + norm)
     if scored is not None:  # gathered, with their places; the router still reads all rows
         last = scored * (experts + e * hidden + norm + 8)

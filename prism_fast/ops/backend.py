@@ -18,11 +18,11 @@ KNOWN = ("reference", "native", "triton", "stock")
 CURE = "run `prism-fast doctor` to see what is missing, or pass backend='reference'"
 
 
-def choose(op: str, has: tuple[str, ...], requested: str | None, tensor: Tensor) -> str:
+def choose(op: str, has: tuple[str, ...], requested: str | None, tensor: Tensor, default: str | None = None) -> str:
     """Name of the backend to run for ``op``, which has implementations ``has``, on the device of ``tensor``.
 
-    Where an op has both, ``native`` is for the CPU and ``triton`` for CUDA. ``stock`` is the default on the CPU where
-    there is no ``native``.
+    ``default`` is taken where neither the caller nor the environment asks for one. Without it, where an op has both,
+    ``native`` is for the CPU and ``triton`` for CUDA, and ``stock`` is for the CPU where there is no ``native``.
 
     Raises ValueError for an unknown name or one the op does not have, RuntimeError for one this machine cannot run.
     """
@@ -34,6 +34,7 @@ def choose(op: str, has: tuple[str, ...], requested: str | None, tensor: Tensor)
             raise ValueError(f"{op}: {source}={requested!r} is not one of {', '.join(map(repr, KNOWN))}")
         if requested not in has:
             raise ValueError(f"{op}: {source}={requested!r}, but this op has only {', '.join(map(repr, has))}")
+    requested = requested or default
     if requested == "reference" or len(has) == 1:
         return requested or "reference"
     device = tensor.device.type

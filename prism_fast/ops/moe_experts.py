@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import checks
@@ -11,6 +12,25 @@ from .results import Routing
 
 OP = "moe_experts"
 BACKENDS = ("reference", "native", "triton", "stock")
+# Default on CUDA by (major compute capability, dtype). A card that is not listed gets Triton, which refuses by name
+# what it cannot serve; so does what grouped_mm cannot address (`stock.moe_experts.refusal`). Until a card has measured
+# both, products of a library where there is one.
+ON_CUDA = {
+    (8, torch.bfloat16): "triton",
+    (8, torch.float16): "triton",
+    (8, torch.float32): "triton",
+    (9, torch.bfloat16): "stock",
+    (9, torch.float16): "triton",
+    (9, torch.float32): "triton",
+    (10, torch.bfloat16): "stock",
+    (10, torch.float16): "triton",
+    (10, torch.float32): "triton",
+}
+
+
+def on_cuda(major: int, dtype: torch.dtype) -> str:
+    """The backend that serves ``dtype`` by default on cards of compute capability ``major``.x."""
+    return ON_CUDA.get((major, dtype), "triton")
 
 
 def moe_experts(
@@ -33,8 +53,11 @@ def moe_experts(
         recompute: keep only the inputs for backward and form the products again.
         backend: None, "reference" (a loop over experts; on a GPU and in a graph every expert computes every token),
             "native" (PyTorch's products and compiled passes between them, the default on the CPU where the compiled
-            module is built, without it "reference" is), "triton" (the default on CUDA) or "stock"
-            (``torch.nn.functional.grouped_mm``, CPU and CUDA; not float64; H and I whole multiples of 16 bytes).
+            module is built, without it "reference" is), "triton" (CUDA) or "stock"
+            (``torch.nn.functional.grouped_mm``; on CUDA bfloat16 on compute capability 9.x and 10.x alone, with our
+            kernels between the products; on the CPU all but float64; H and I multiples of 16 bytes). On CUDA the
+            default is the entry of ``ON_CUDA`` for the card and dtype: "stock" for bfloat16 on 9.x and 10.x where it
+            takes the shapes and strides, "triton" otherwise.
 
     Returns:
         [T, H] in the dtype of ``hidden``; differentiable in hidden, gate_up, down and routing.weights. Products run in
@@ -42,8 +65,8 @@ def moe_experts(
 
     Raises:
         ValueError: wrong shape, dtype or device.
-        NotImplementedError: float64 on ``triton`` or ``stock``, a card older than the tiles of ``triton``, widths that
-            ``stock`` does not take.
+        NotImplementedError: float64 on ``triton`` or ``stock``, a card older than the tiles of ``triton``, dtypes,
+            cards, widths and strides that ``stock`` does not take.
         RuntimeError: the backend is missing on this machine.
 
     Source: Qwen3-VL-MoE experts in transformers.
@@ -61,8 +84,12 @@ def moe_experts(
         )
     checks.tensor(OP, "routing.experts", routing.experts, shape=(tokens, None), dtypes=checks.INTEGERS, like=hidden)
     checks.tensor(OP, "routing.weights", routing.weights, shape=tuple(routing.experts.shape), like=hidden)
-    checks.tensor(OP, "routing.offsets", routing.offsets, shape=(experts + 1,), dtypes=checks.INTEGERS, like=hidden)
-    match choose(OP, BACKENDS, backend, hidden):
+    assignments, int32, int64 = (routing.experts.numel(),), (torch.int32,), (torch.int64,)
+    checks.tensor(OP, "routing.permutation", routing.permutation, shape=assignments, dtypes=int64, like=hidden)
+    checks.tensor(OP, "routing.tokens", routing.tokens, shape=assignments, dtypes=int32, like=hidden)
+    checks.tensor(OP, "routing.slots", routing.slots, shape=routing.experts.shape, dtypes=int32, like=hidden)
+    checks.tensor(OP, "routing.offsets", routing.offsets, shape=(experts + 1,), dtypes=int32, like=hidden)
+    match choose(OP, BACKENDS, backend, hidden, _default(hidden, gate_up, down)):
         case "native":
             from .native.moe_experts import run
         case "stock":
@@ -72,3 +99,14 @@ def moe_experts(
         case _:
             run = reference
     return run(hidden, gate_up, down, routing, recompute=recompute)
+
+
+def _default(hidden: Tensor, gate_up: Tensor, down: Tensor) -> str | None:
+    if not hidden.is_cuda:
+        return None
+    found = on_cuda(torch.cuda.get_device_properties(hidden.device).major, hidden.dtype)
+    if found == "stock":
+        from .stock.moe_experts import refusal
+
+        return "triton" if refusal(hidden, gate_up, down) else found
+    return found

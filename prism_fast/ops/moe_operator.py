@@ -16,9 +16,9 @@ Run = Callable[..., Tensor]
 def operator(name: str, forward: Callable, backward: Callable) -> tuple[Run, Callable, Callable]:
     """(run, forward operator, backward operator) registered as ``prism_fast::{name}`` and ``…_backward``.
 
-    ``forward(hidden, gate_up, down, weights, permutation, offsets, keep)`` gives the output [T, H] and the
-    up-projection [M, 2I] by slot, [0, 2I] without ``keep``; ``backward(upstream, <the six tensors>, kept, wants)`` the
-    gradients of hidden, gate_up, down and weights, each [0] where not wanted. Both are typed for
+    ``forward(hidden, gate_up, down, weights, permutation, tokens, slots, offsets, keep)`` gives the output [T, H] and
+    the up-projection [M, 2I] by slot, [0, 2I] without ``keep``; ``backward(upstream, <the eight tensors>, kept,
+    wants)`` the gradients of hidden, gate_up, down and weights, each [0] where not wanted. Both are typed for
     ``torch.library.custom_op``.
     """
 
@@ -40,12 +40,12 @@ def operator(name: str, forward: Callable, backward: Callable) -> tuple[Run, Cal
     backward_operator = torch.library.custom_op(f"prism_fast::{name}_backward", backward, mutates_args=())
 
     @forward_operator.register_fake
-    def _(hidden, gate_up, down, weights, permutation, offsets, keep):
+    def _(hidden, gate_up, down, weights, permutation, tokens, slots, offsets, keep):
         kept = hidden.new_empty((permutation.shape[0] if keep else 0, 2 * down.shape[2]))
         return hidden.new_empty((hidden.shape[0], down.shape[1])), kept
 
     @backward_operator.register_fake
-    def _(upstream, hidden, gate_up, down, weights, permutation, offsets, kept, wants):
+    def _(upstream, hidden, gate_up, down, weights, permutation, tokens, slots, offsets, kept, wants):
         dense = torch.empty_like(weights, memory_format=torch.contiguous_format)
         shapes = (hidden.new_empty(hidden.shape), torch.empty_like(gate_up), torch.empty_like(down), dense)
         return [x if wanted else hidden.new_empty(0) for x, wanted in zip(shapes, wants, strict=True)]
@@ -53,7 +53,7 @@ def operator(name: str, forward: Callable, backward: Callable) -> tuple[Run, Cal
     def gradients(ctx, call, upstream):
         wants = list(ctx.needs_input_grad[:4])
         found = call(upstream, *ctx.saved_tensors, wants)
-        return *(x if wanted else None for x, wanted in zip(found, wants, strict=True)), None, None, None
+        return *(x if wanted else None for x, wanted in zip(found, wants, strict=True)), *(None,) * 5
 
     def setup(ctx, inputs, output) -> None:
         ctx.save_for_backward(*inputs[:-1], output[1])
@@ -67,7 +67,8 @@ def operator(name: str, forward: Callable, backward: Callable) -> tuple[Run, Cal
         """Arguments are already validated by the public op. Differentiable once; keeps its inputs and, without
         ``recompute``, the up-projection of every assignment [T · top_k, 2I]."""
         keep = not recompute and torch.is_grad_enabled()
-        arguments = (hidden, gate_up, down, routing.weights, routing.permutation, routing.offsets, keep)
+        plan = (routing.permutation, routing.tokens, routing.slots, routing.offsets)
+        arguments = (hidden, gate_up, down, routing.weights, *plan, keep)
         return forward_operator(*arguments)[0] if torch.compiler.is_compiling() else Eager.apply(*arguments)
 
     return run, forward_operator, backward_operator

@@ -61,6 +61,8 @@ class Routing(NamedTuple):
     weights: Tensor  # [T, top_k] mixing weights
     experts: Tensor  # [T, top_k] int64 expert of each assignment
     permutation: Tensor  # [M] int64: sorted slot -> flat assignment t * top_k + j
+    tokens: Tensor  # [M] int32: sorted slot -> token t
+    slots: Tensor  # [T, top_k] int32: assignment -> its sorted slot, the inverse of the permutation
     offsets: Tensor  # [E + 1] int32: expert e owns sorted slots offsets[e]:offsets[e + 1]
     load: Tensor  # [E] sum over tokens of the router's full softmax (differentiable); [0] from plan_experts
     z_stat: Tensor  # 0-d sum over tokens of logsumexp(logits)^2 (differentiable); [0] from plan_experts

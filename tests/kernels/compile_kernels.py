@@ -46,8 +46,9 @@ def launch_experts(sm: int) -> None:
     """Every product of the experts at the tiles of the card, with weights in either orientation."""
     tokens, hidden, inner, experts, top_k = 300, 256, 512, 4, 2
     slots = tokens * top_k
-    permutation, offsets = torch.zeros(slots, dtype=torch.int64), torch.zeros(experts + 1, dtype=torch.int32)
-    weights, plan = torch.zeros(tokens, top_k), (permutation, offsets)
+    permutation = torch.zeros(slots, dtype=torch.int64)
+    token, offsets = torch.zeros(slots, dtype=torch.int32), torch.zeros(experts + 1, dtype=torch.int32)
+    weights, slot, plan = torch.zeros(tokens, top_k), token.view(tokens, top_k), (token, offsets)
     for dtype in (torch.bfloat16, torch.float32):
         tiles = moe.TILES[sm, dtype.itemsize]
         zeros = lambda *shape, dtype=dtype: torch.zeros(shape, dtype=dtype)  # noqa: E731
@@ -57,14 +58,18 @@ def launch_experts(sm: int) -> None:
             if hub:
                 gate_up, down = (w.transpose(1, 2).contiguous().transpose(1, 2) for w in (gate_up, down))
             for outputs in ((pre, act), (None, act), (pre, None)):
-                moe.up_product(x, gate_up, *plan, top_k, tiles.up, pre=outputs[0], act=outputs[1])
-            parts = moe.rows_product(act, down, *plan, tiles.rows)
-            moe.combine(parts, weights, top_k)
-            moe.combine(parts, None, top_k)
-            moe.act_gradient(x, down, pre, weights, *plan, tiles.act)
-            moe.rows_product(pre, gate_up.transpose(1, 2), *plan, tiles.rows)
-            moe.weight_gradient(down, x, act, *plan, top_k, tiles.weights, gather_a=True, gather_b=False)
-            moe.weight_gradient(gate_up, pre, x, *plan, top_k, tiles.weights, gather_a=False, gather_b=True)
+                moe.up_product(x, gate_up, *plan, tiles.up, pre=outputs[0], act=outputs[1])
+            moe.rows_product(act, down, None, offsets, tiles.rows)
+            moe.rows_product(x, down.transpose(1, 2), *plan, tiles.rows)
+            moe.rows_product(pre, gate_up.transpose(1, 2), None, offsets, tiles.rows)
+            moe.weight_gradient(down, x, act, *plan, tiles.weights, gather_a=True, gather_b=False)
+            moe.weight_gradient(gate_up, pre, x, *plan, tiles.weights, gather_a=False, gather_b=True)
+        moe.gather_rows(x, token)
+        moe.swiglu(pre)
+        moe.swiglu_gradient(act, pre, weights, permutation)
+        for given in (weights, None):
+            moe.combine_rows(zeros(slots, hidden), slot, given)
+        moe.clear_idle(gate_up, offsets)
 
 
 def main(archs: list[int], shipped: bool) -> None:

@@ -12,7 +12,7 @@ from prism_fast.ops import Routing, moe_experts, plan_experts, route_experts
 from prism_fast.ops.triton import moe_experts as kernels
 from tests.support.poison import poisoned
 
-SMALL = Tiles(*(Tile(32, 32, 32, 2, 4) for _ in range(4)))
+SMALL = Tiles(*(Tile(32, 32, 32, 2, 4) for _ in range(3)))
 NAMES = ("out", "hidden", "gate_up", "down", "logits")
 
 
@@ -153,7 +153,7 @@ def test_frozen_weights_drop_their_products(generator, monkeypatch):
 def test_operators_are_registered_properly(generator):
     hidden, gate_up, down, logits = layer(generator, 5, 2, 16, 16, torch.float32)
     routing = route_experts(logits.detach(), 1)
-    plan = (routing.weights, routing.permutation, routing.offsets)
+    plan = (routing.weights, routing.permutation, routing.tokens, routing.slots, routing.offsets)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(kernels._operator, (hidden, gate_up, down, *plan, True), test_utils=checks)
     out, kept = kernels._forward(hidden.detach(), gate_up.detach(), down.detach(), *plan, True)

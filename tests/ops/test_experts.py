@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import pytest
 import torch
 from torch.nn.functional import silu
@@ -11,6 +13,7 @@ from prism_fast.ops.native import moe_experts as compiled
 from prism_fast.ops.reference.moe_experts import _dense
 
 needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not())
+PLAN = attrgetter("permutation", "tokens", "slots", "offsets")
 BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
 
 
@@ -48,6 +51,9 @@ def test_routing(top_k, renormalize, generator):
     sorted_experts = routing.experts.flatten()[routing.permutation]
     assert (sorted_experts.diff() >= 0).all()
     assert torch.equal(routing.permutation.sort().values, torch.arange(11 * top_k))
+    assert torch.equal(routing.tokens, (routing.permutation // top_k).int())
+    assert torch.equal(routing.permutation[routing.slots], torch.arange(11 * top_k).view(11, top_k))
+    assert routing.tokens.dtype == routing.slots.dtype == torch.int32
     for e in range(4):
         mine = routing.permutation[int(routing.offsets[e]) : int(routing.offsets[e + 1])]
         assert (routing.experts.flatten()[mine] == e).all() and (mine.diff() > 0).all()
@@ -78,7 +84,7 @@ def test_plan_starts_where_a_router_ends(generator):
     logits = torch.randn(9, 4, generator=generator)
     routing = route_experts(logits, 2)
     plan = plan_experts(routing.experts.int(), routing.weights, 4)
-    for name in ("weights", "experts", "permutation", "offsets"):
+    for name in ("weights", "experts", "permutation", "tokens", "slots", "offsets"):
         assert torch.equal(getattr(plan, name), getattr(routing, name)), name
     assert plan.load.numel() == 0 and plan.z_stat.numel() == 0
     bad = plan_experts(torch.tensor([[0, 7], [1, 2]]), torch.full((2, 2), 0.5), 4)
@@ -161,7 +167,7 @@ def test_recompute_keeps_only_the_inputs(generator):
 def test_operators_are_registered_properly(generator):
     hidden, gate_up, down, logits = layer(generator, tokens=5)
     routing = route_experts(logits.detach(), 2)
-    plan = (routing.weights.requires_grad_(), routing.permutation, routing.offsets)
+    plan = (routing.weights.requires_grad_(), *PLAN(routing))
     torch.library.opcheck(compiled._operator, (hidden, gate_up, down, *plan, True))
     out, kept = compiled._forward(hidden.detach(), gate_up.detach(), down.detach(), *plan, True)
     inputs = [x.detach() for x in (torch.ones_like(out), hidden, gate_up, down, *plan, kept)]

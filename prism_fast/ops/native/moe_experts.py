@@ -22,11 +22,10 @@ from . import calls
 from .route_experts import KERNEL
 
 
-def _experts(permutation: Tensor, offsets: Tensor, top_k: int) -> list[tuple[int, slice, Tensor, Tensor]]:
+def _experts(permutation: Tensor, tokens: Tensor, offsets: Tensor) -> list[tuple[int, slice, Tensor, Tensor]]:
     """(expert, its slots, tokens [n], assignments [n]) of every expert that has any."""
-    token = permutation.div(top_k, rounding_mode="floor")
     slots = [(e, slice(*border)) for e, border in enumerate(pairwise(offsets.tolist()))]
-    return [(e, s, token[s], permutation[s]) for e, s in slots if s.start < s.stop]
+    return [(e, s, tokens[s], permutation[s]) for e, s in slots if s.start < s.stop]
 
 
 def _fresh(x: Tensor) -> Tensor:
@@ -97,7 +96,15 @@ def _sum_type(x: Tensor) -> torch.dtype:
 
 
 def _forward(
-    hidden: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, permutation: Tensor, offsets: Tensor, keep: bool
+    hidden: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    permutation: Tensor,
+    tokens: Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """(output [T, H], up-projection [M, 2I] in the order of the slots; [0, 2I] without ``keep``)."""
     width, inner = down.shape[1:]
@@ -107,12 +114,12 @@ def _forward(
     # Results are written in place, which autograd would refuse; operands keep the dtype that the caller chose.
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         flat = weights.reshape(-1).to(kind)
-        experts = _experts(permutation, offsets, top_k)
+        experts = _experts(permutation, tokens, offsets)
         scratch = _scratch(experts, hidden, width, inner, *[2 * inner] * (not keep))
-        for e, slots, token, mine in experts:
+        for e, own, token, mine in experts:
             x, act, *again = (room[: len(token)] for room in scratch)
             torch.index_select(hidden, 0, token, out=x)
-            pre = torch.mm(x, gate_up[e].t(), out=kept[slots] if keep else again[0])
+            pre = torch.mm(x, gate_up[e].t(), out=kept[own] if keep else again[0])
             _swiglu(pre, act)
             _add_rows(torch.mm(act, down[e].t(), out=x), mine, top_k, flat, out)
     return out.to(hidden.dtype), kept
@@ -125,6 +132,8 @@ def _backward(
     down: Tensor,
     weights: Tensor,
     permutation: Tensor,
+    tokens: Tensor,
+    slots: Tensor,
     offsets: Tensor,
     kept: Tensor,
     wants: list[bool],
@@ -139,17 +148,17 @@ def _backward(
     d_weights = hidden.new_empty(weights.shape, dtype=kind) if want_weights else nothing(0)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         flat = weights.reshape(-1).to(kind)
-        experts = _experts(permutation, offsets, weights.shape[1])
+        experts = _experts(permutation, tokens, offsets)
         for e in set(range(len(down))).difference(e for e, *_ in experts):
             for gradient in (d_gate_up[e : e + 1], d_down[e : e + 1]):  # nothing to overwrite these with
                 gradient.zero_()
         widths = (width, width, inner, *[2 * inner] * (want_pre + (kept.shape[0] == 0)))
         scratch = _scratch(experts, hidden, *widths)
-        for e, slots, token, mine in experts:
+        for e, own, token, mine in experts:
             x, g, d_act, *wide = (room[: len(token)] for room in scratch)
             torch.index_select(hidden, 0, token, out=x)
             torch.index_select(upstream, 0, token, out=g)
-            pre = kept[slots] if kept.shape[0] else torch.mm(x, gate_up[e].t(), out=wide[-1])
+            pre = kept[own] if kept.shape[0] else torch.mm(x, gate_up[e].t(), out=wide[-1])
             torch.mm(g, down[e], out=d_act)  # before the routing weight
             d_pre = wide[0] if want_pre else None
             _swiglu_backward(pre, mine, flat, d_act, d_pre, d_weights if want_weights else None)

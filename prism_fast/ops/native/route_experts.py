@@ -19,7 +19,8 @@ CHUNK = 256  # rows of a chunk
 MAX_EXPERTS = 256
 MAX_CHOSEN = 8
 
-Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Plan = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def run(router_logits: Tensor, top_k: int, *, renormalize: bool) -> Routing:
@@ -58,10 +59,12 @@ def _allocate(logits: Tensor, top_k: int) -> Parts:
     return weights, *_allocate_plan(logits, top_k, experts), weights.new_empty(experts), weights.new_empty(())
 
 
-def _allocate_plan(like: Tensor, top_k: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate_plan(like: Tensor, top_k: int, experts: int) -> Plan:
+    """(experts, permutation, tokens, slots, offsets) of a Routing."""
     rows = like.shape[0]
     chosen = like.new_empty((rows, top_k), dtype=torch.int64)
-    return chosen, chosen.new_empty(rows * top_k), like.new_empty(experts + 1, dtype=torch.int32)
+    slots = like.new_empty((rows, top_k), dtype=torch.int32)
+    return chosen, chosen.new_empty(rows * top_k), slots.new_empty(rows * top_k), slots, slots.new_empty(experts + 1)
 
 
 def workspaces(like: Tensor, experts: int) -> tuple[Tensor | None, Tensor | None]:
@@ -88,11 +91,11 @@ def into(
 ) -> None:
     """Write the fields of a Routing into ``out``."""
     logits = _rows(router_logits)
-    weights, experts, permutation, offsets, load, z_stat = out
+    weights, experts, permutation, tokens, slots, offsets, load, z_stat = out
     sums, counts = workspace
     kernel = getattr(native.module(), f"route_experts_{KERNEL[logits.dtype]}")
     with calls.on_device("route_experts", logits):
-        # By position: naming sixteen arguments costs a tenth of a call.
+        # By position: naming eighteen arguments costs a tenth of a call.
         kernel(
             logits.data_ptr(),
             logits.stride(0),
@@ -103,6 +106,8 @@ def into(
             weights.data_ptr(),
             experts.data_ptr(),
             permutation.data_ptr(),
+            tokens.data_ptr(),
+            slots.data_ptr(),
             offsets.data_ptr(),
             load.data_ptr(),
             z_stat.data_ptr(),
@@ -162,13 +167,13 @@ class _Eager(torch.autograd.Function):
         out = _run(router_logits, top_k, renormalize)
         ctx.save_for_backward(router_logits, *out[:2])
         ctx.renormalize = renormalize
-        ctx.mark_non_differentiable(*out[1:4])
+        ctx.mark_non_differentiable(*out[1:6])
         ctx.set_materialize_grads(False)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, weights_grad, _experts, _permutation, _offsets, load_grad, z_grad):
+    def backward(ctx, weights_grad, _experts, _permutation, _tokens, _slots, _offsets, load_grad, z_grad):
         gradient = _gradient(*ctx.saved_tensors, weights_grad, load_grad, z_grad, ctx.renormalize)
         return gradient, None, None
 
@@ -193,7 +198,7 @@ def _keep(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, weights_grad, _experts, _permutation, _offsets, load_grad, z_grad):
+def _backward(ctx, weights_grad, _experts, _permutation, _tokens, _slots, _offsets, load_grad, z_grad):
     gradient = _gradient_operator(*ctx.saved_tensors, weights_grad, load_grad, z_grad, ctx.renormalize)
     return gradient, None, None
 
@@ -218,7 +223,9 @@ def plan(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> Routin
     return Routing(*parts, unknown, unknown)
 
 
-def _plan(index: Tensor, given: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _plan(
+    index: Tensor, given: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     index, given = index.contiguous(), given.contiguous()
     weights, out = torch.empty_like(given), _allocate_plan(index, index.shape[1], num_experts)
     plan_into((weights, *out), workspaces(index, num_experts)[1], index, given, num_experts)
@@ -226,10 +233,14 @@ def _plan(index: Tensor, given: Tensor, num_experts: int) -> tuple[Tensor, Tenso
 
 
 def plan_into(
-    out: tuple[Tensor, Tensor, Tensor, Tensor], counts: Tensor | None, index: Tensor, given: Tensor, num_experts: int
+    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    counts: Tensor | None,
+    index: Tensor,
+    given: Tensor,
+    num_experts: int,
 ) -> None:
-    """Write weights, experts, permutation and offsets into ``out``; index and given are contiguous [T, top_k]."""
-    weights, experts, permutation, offsets = out
+    """Write weights, experts, permutation, tokens, slots and offsets into ``out``; index and given are dense."""
+    weights, experts, permutation, tokens, slots, offsets = out
     module = native.module()
     kernel = module.plan_experts_float64 if given.dtype == torch.float64 else module.plan_experts_float32
     with calls.on_device("plan_experts", given):
@@ -242,6 +253,8 @@ def plan_into(
             weights=weights.data_ptr(),
             chosen=experts.data_ptr(),
             permutation=permutation.data_ptr(),
+            tokens=tokens.data_ptr(),
+            slots=slots.data_ptr(),
             offsets=offsets.data_ptr(),
             counts=calls.address(counts),
             threads=torch.get_num_threads(),

@@ -28,20 +28,15 @@ def _expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 def _grouped(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
-    token = routing.permutation // routing.experts.shape[1]
-    borders = routing.offsets.tolist()
+    token, borders = routing.tokens, routing.offsets.tolist()
     parts = [_expert(hidden[token[borders[e] : borders[e + 1]]], gate_up[e], down[e]) for e in range(gate_up.shape[0])]
     return combine(torch.cat(parts), routing).to(hidden.dtype)
 
 
 def combine(rows: Tensor, routing: Routing) -> Tensor:
     """[T, H] weighted sum, in the dtype of the weights, of the experts' rows [M, H] in the order of the permutation."""
-    tokens, top_k = routing.experts.shape
-    slots = rows.to(routing.weights.dtype) * routing.weights.flatten()[routing.permutation, None]
-    # Back to the order of the assignments, then summed over top_k in a fixed order: no two slots add to one place.
-    numbers = torch.arange(tokens * top_k, device=rows.device)
-    back = torch.empty_like(routing.permutation).scatter(0, routing.permutation, numbers)
-    return slots[back].view(tokens, top_k, rows.shape[1]).sum(1)
+    # In the order of the assignments, then summed over top_k in a fixed order: no two slots add to one place.
+    return (rows.to(routing.weights.dtype)[routing.slots] * routing.weights[..., None]).sum(1)
 
 
 def _dense(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:

@@ -22,9 +22,8 @@ def route_experts(router_logits: Tensor, top_k: int, *, renormalize: bool) -> Ro
     weights = probability.gather(-1, experts)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
-    permutation, offsets = _plan(experts, logits.shape[1])
     z_stat = logits.logsumexp(-1).square().sum()
-    return Routing(weights, experts, permutation, offsets, probability.sum(0), z_stat)
+    return Routing(weights, experts, *_plan(experts, logits.shape[1]), probability.sum(0), z_stat)
 
 
 def plan_experts(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> Routing:
@@ -33,13 +32,16 @@ def plan_experts(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -
     known = (top_k_index >= 0) & (top_k_index < num_experts)
     experts = torch.where(known, top_k_index.long(), 0)
     weights = torch.where(known, top_k_weights.to(kind), math.nan)
-    permutation, offsets = _plan(experts, num_experts)
     unknown = weights.new_empty(0)
-    return Routing(weights, experts, permutation, offsets, unknown, unknown)
+    return Routing(weights, experts, *_plan(experts, num_experts), unknown, unknown)
 
 
-def _plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """(permutation [M] int64, offsets [E + 1] int32) of the assignments sorted by expert, then by token."""
+def _plan(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(permutation [M] int64, tokens [M], slots [T, top_k], offsets [E + 1], all int32) of the assignments sorted by
+    expert, then by token."""
     sorted_experts, permutation = experts.flatten().sort(dim=0, stable=True)
+    numbers = torch.arange(len(permutation), device=experts.device, dtype=torch.int32)
+    slots = torch.empty_like(numbers).scatter(0, permutation, numbers).view(experts.shape)
+    tokens = permutation.div(experts.shape[1], rounding_mode="floor").int()
     borders = torch.arange(num_experts + 1, device=experts.device, dtype=sorted_experts.dtype)
-    return permutation, torch.searchsorted(sorted_experts.contiguous(), borders, out_int32=True)
+    return permutation, tokens, slots, torch.searchsorted(sorted_experts.contiguous(), borders, out_int32=True)

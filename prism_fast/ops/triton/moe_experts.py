@@ -13,22 +13,32 @@ from ..moe_operator import operator
 
 
 def _forward(
-    hidden: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, permutation: Tensor, offsets: Tensor, keep: bool
+    hidden: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    permutation: Tensor,
+    tokens: Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """(output [T, H], up-projection [M, 2I] in the order of the slots; [0, 2I] without ``keep``)."""
     from prism_fast.kernels import moe
+    from prism_fast.kernels.launch import on_device
 
     _refuse(hidden)
-    slots, inner, top_k = permutation.shape[0], down.shape[2], weights.shape[1]
-    kept = hidden.new_empty((slots if keep else 0, 2 * inner))
-    if slots == 0 or 0 in down.shape:
+    rows, inner = tokens.shape[0], down.shape[2]
+    kept = hidden.new_empty((rows if keep else 0, 2 * inner))
+    if rows == 0 or 0 in down.shape:
         return hidden.new_zeros((hidden.shape[0], down.shape[1])), kept
     tiles = moe.tiles_for(hidden)
-    permutation, offsets = permutation.contiguous(), offsets.contiguous()
-    act = hidden.new_empty((slots, inner))
-    moe.up_product(hidden, gate_up, permutation, offsets, top_k, tiles.up, pre=kept if keep else None, act=act)
-    parts = moe.rows_product(act, down, permutation, offsets, tiles.rows)  # [M, H] by assignment
-    return moe.combine(parts, _plain(weights), top_k), kept
+    tokens, slots, offsets = tokens.contiguous(), slots.contiguous(), offsets.contiguous()
+    with on_device(hidden):
+        act = hidden.new_empty((rows, inner))
+        moe.up_product(hidden, gate_up, tokens, offsets, tiles.up, pre=kept if keep else None, act=act)
+        parts = moe.rows_product(act, down, None, offsets, tiles.rows)  # [M, H]
+        return moe.combine_rows(parts, slots, _plain(weights)), kept
 
 
 def _backward(
@@ -38,36 +48,42 @@ def _backward(
     down: Tensor,
     weights: Tensor,
     permutation: Tensor,
+    tokens: Tensor,
+    slots: Tensor,
     offsets: Tensor,
     kept: Tensor,
     wants: list[bool],
 ) -> list[Tensor]:
     """Gradients of hidden, gate_up, down and weights, each [0] where not wanted."""
     from prism_fast.kernels import moe
+    from prism_fast.kernels.launch import on_device
 
-    nothing, slots = hidden.new_empty, permutation.shape[0]
-    if slots == 0 or 0 in down.shape:
+    nothing, rows = hidden.new_empty, tokens.shape[0]
+    if rows == 0 or 0 in down.shape:
         sources = (hidden, gate_up, down, weights)
         return [torch.zeros_like(x) if wanted else nothing(0) for x, wanted in zip(sources, wants, strict=True)]
     want_hidden, want_gate_up, want_down, want_weights = wants
-    tiles, top_k = moe.tiles_for(hidden), weights.shape[1]
-    permutation, offsets = permutation.contiguous(), offsets.contiguous()
-    if kept.shape[0] == 0:
-        kept = hidden.new_empty((slots, gate_up.shape[1]))
-        moe.up_product(hidden, gate_up, permutation, offsets, top_k, tiles.up, pre=kept, act=None)
-    d_pre, act, d_weights = moe.act_gradient(upstream, down, kept, _plain(weights), permutation, offsets, tiles.act)
+    tiles = moe.tiles_for(hidden)
+    permutation, tokens, slots, offsets = (x.contiguous() for x in (permutation, tokens, slots, offsets))
     d_down = d_gate_up = d_hidden = nothing(0)
-    if want_down:
-        d_down = moe.weight_gradient(
-            down, upstream, act, permutation, offsets, top_k, tiles.weights, gather_a=True, gather_b=False
-        )
-    if want_gate_up:
-        d_gate_up = moe.weight_gradient(
-            gate_up, d_pre, hidden, permutation, offsets, top_k, tiles.weights, gather_a=False, gather_b=True
-        )
-    if want_hidden:
-        parts = moe.rows_product(d_pre, gate_up.transpose(1, 2), permutation, offsets, tiles.rows)
-        d_hidden = moe.combine(parts, None, top_k)
+    with on_device(hidden):
+        if kept.shape[0] == 0:
+            kept = hidden.new_empty((rows, gate_up.shape[1]))
+            moe.up_product(hidden, gate_up, tokens, offsets, tiles.up, pre=kept, act=None)
+        # [M, I], the activations' gradient before the routing weight, until the activations take its place
+        act = moe.rows_product(upstream, down.transpose(1, 2), tokens, offsets, tiles.rows)
+        d_pre, d_weights = moe.swiglu_gradient(act, kept, _plain(weights), permutation)
+        if want_down:
+            d_down = moe.weight_gradient(
+                down, upstream, act, tokens, offsets, tiles.weights, gather_a=True, gather_b=False
+            )
+        if want_gate_up:
+            d_gate_up = moe.weight_gradient(
+                gate_up, d_pre, hidden, tokens, offsets, tiles.weights, gather_a=False, gather_b=True
+            )
+        if want_hidden:
+            parts = moe.rows_product(d_pre, gate_up.transpose(1, 2), None, offsets, tiles.rows)
+            d_hidden = moe.combine_rows(parts, slots, None)
     return [d_hidden, d_gate_up, d_down, d_weights.to(weights.dtype) if want_weights else nothing(0)]
 
 

@@ -1,10 +1,11 @@
 """Products of tokens with the weights of their experts, over slots: assignments sorted by expert.
 
-Slot s belongs to assignment ``permutation[s]`` (token · top_k + j), and expert e owns the slots ``offsets[e]`` to
-``offsets[e + 1]``. The offsets are read on the device; launches are sized by the card. Every program walks over the
-tiles of all experts in one order. Rows are gathered while they are loaded; those past an expert's last read its first
-one again and are not stored. Columns past the end are masked: an index that wraps would hide from the compiler that
-neighbours lie side by side, and every load would fetch one number (seen in the machine code, as spilled registers).
+Slot s belongs to token ``tokens[s]``, assignment (t, j) to slot ``slots[t, j]``, and expert e owns the slots
+``offsets[e]`` to ``offsets[e + 1]``. The offsets are read on the device; launches are sized by the card. Every program
+walks over the tiles of all experts in one order. Rows are gathered while they are loaded; those past an expert's last
+read its first one again and are not stored. Columns past the end are masked: an index that wraps would hide from the
+compiler that neighbours lie side by side, and every load would fetch one number (seen in the machine code, as spilled
+registers).
 """
 
 from __future__ import annotations
@@ -40,13 +41,12 @@ def load_columns(columns, step, inside, k, K, EVEN: tl.constexpr):
 def up_kernel(
     x_ptr,  # [T, K]
     weight_ptr,  # [E, 2I, K]
-    permutation_ptr,
+    tokens_ptr,
     offsets_ptr,
     pre_ptr,  # [M, 2I] by slot
     act_ptr,  # [M, I] by slot
     K,
     inner,
-    top_k,
     x_stride,
     x_step,
     weight_e,
@@ -77,7 +77,7 @@ def up_kernel(
             slot = begin + block * BLOCK_M + tl.arange(0, BLOCK_M)
             there = slot < end
             slot = tl.where(there, slot, begin).to(tl.int64)
-            token = tl.load(permutation_ptr + slot) // top_k
+            token = tl.load(tokens_ptr + slot).to(tl.int64)
             n = column * BLOCK_N + tl.arange(0, BLOCK_N)
             inside = n < inner
             x_rows = x_ptr + token[:, None] * x_stride
@@ -109,17 +109,20 @@ def up_kernel(
 
 @triton.jit
 def slot_rows_kernel(
-    x_ptr,  # [M, K] by slot
+    x_ptr,  # [M, K] by slot, or [T, K] with GATHER
     weight_ptr,  # [E, N, K]
-    permutation_ptr,
+    tokens_ptr,
     offsets_ptr,
-    out_ptr,  # [M, N] by assignment
+    out_ptr,  # [M, N] by slot
     K,
     N,
+    x_stride,
+    x_step,
     weight_e,
     weight_n,
     weight_k,
     experts,
+    GATHER: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -128,7 +131,7 @@ def slot_rows_kernel(
     PROGRAMS: tl.constexpr,
     RASTER: tl.constexpr,
 ):
-    """out[permutation[s]] = x[s] @ weightᵀ of the slot's expert."""
+    """out[s] = x[s] @ weightᵀ of the slot's expert, with GATHER x[tokens[s]]."""
     columns = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
     first = 0
@@ -144,53 +147,26 @@ def slot_rows_kernel(
             slot = tl.where(there, slot, begin).to(tl.int64)
             n = column * BLOCK_N + tl.arange(0, BLOCK_N)
             inside = n < N
-            x_rows = x_ptr + slot[:, None] * K
+            row = tl.load(tokens_ptr + slot).to(tl.int64) if GATHER else slot
+            x_rows = x_ptr + row[:, None] * x_stride
             weight_columns = weight + n.to(tl.int64)[None, :] * weight_n
             total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for step in range(tl.cdiv(K, BLOCK_K)):
                 k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-                x = load_rows(x_rows, 1, k, K, EVEN_K)
+                x = load_rows(x_rows, x_step, k, K, EVEN_K)
                 y = load_columns(weight_columns, weight_k, inside, k, K, EVEN_K)
                 total = tl.dot(x, y, total, input_precision=PRECISION)
-            assignment = tl.load(permutation_ptr + slot)
-            at = out_ptr + assignment[:, None] * N + n[None, :]
+            at = out_ptr + slot[:, None] * N + n[None, :]
             tl.store(at, total.to(out_ptr.dtype.element_ty), there[:, None] & inside[None, :])
             tile += PROGRAMS
         first += blocks * columns
 
 
-@triton.jit(do_not_specialize=["T"])
-def combine_slots_kernel(
-    parts_ptr,  # [T * top_k, N] by assignment
-    weights_ptr,  # [T * top_k]
-    out_ptr,  # [T, N]
-    T,
-    N,
-    top_k,
-    WEIGHTED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """out[t] = Σ_j weights[t, j] · parts[t, j] in fp32, j in order."""
-    t = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    there = (t < T)[:, None] & (n < N)[None, :]
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for j in range(top_k):
-        assignment = t.to(tl.int64) * top_k + j
-        part = tl.load(parts_ptr + assignment[:, None] * N + n[None, :], there, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            part *= tl.load(weights_ptr + assignment, t < T, other=0.0)[:, None]
-        total += part
-    tl.store(out_ptr + t.to(tl.int64)[:, None] * N + n[None, :], total.to(out_ptr.dtype.element_ty), there)
-
-
 def up_product(
     x: torch.Tensor,
     weight: torch.Tensor,
-    permutation: torch.Tensor,
+    tokens: torch.Tensor,
     offsets: torch.Tensor,
-    top_k: int,
     tile: Tile,
     *,
     pre: torch.Tensor | None,
@@ -201,36 +177,26 @@ def up_product(
     some = pre if act is None else act
     programs = card(x.device)[0]
     up_kernel[(programs,)](
-        x, weight, permutation, offsets, some if pre is None else pre, some, depth, inner, top_k, x.stride(0),
-        x.stride(1), *weight.stride(), experts, STORE_PRE=pre is not None, STORE_ACT=act is not None,
+        x, weight, tokens, offsets, some if pre is None else pre, some, depth, inner, *x.stride(), *weight.stride(),
+        experts, STORE_PRE=pre is not None, STORE_ACT=act is not None,
         EVEN_K=depth % tile.k == 0, PRECISION=precision(x), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         PROGRAMS=programs, RASTER=RASTER, num_stages=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
 
 
 def rows_product(
-    x: torch.Tensor, weight: torch.Tensor, permutation: torch.Tensor, offsets: torch.Tensor, tile: Tile
+    x: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor | None, offsets: torch.Tensor, tile: Tile
 ) -> torch.Tensor:
-    """[M, N] by assignment: ``x`` [M, K] by slot, dense, times the transposed weight [E, N, K] of its expert."""
-    (slots, depth), (experts, width, _) = x.shape, weight.shape
-    out = x.new_empty((slots, width))
-    programs = card(x.device)[0]
+    """[M, N] by slot: ``x`` [M, K] by slot times the transposed weight [E, N, K] of its expert.
+
+    With ``tokens`` [M], x [T, K] holds the rows of the tokens.
+    """
+    slots, (experts, width, depth) = (x if tokens is None else tokens).shape[0], weight.shape
+    out, programs = x.new_empty((slots, width)), card(x.device)[0]
     slot_rows_kernel[(programs,)](
-        x, weight, permutation, offsets, out, depth, width, *weight.stride(), experts, EVEN_K=depth % tile.k == 0,
-        PRECISION=precision(x), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, PROGRAMS=programs, RASTER=RASTER,
-        num_stages=tile.stages, num_warps=tile.warps,
-    )  # fmt: skip
-    return out
-
-
-def combine(parts: torch.Tensor, weights: torch.Tensor | None, top_k: int) -> torch.Tensor:
-    """[T, N] from ``parts`` [T · top_k, N] by assignment, weighted by ``weights`` [T, top_k] fp32 if given."""
-    tokens, width = parts.shape[0] // top_k, parts.shape[1]
-    out = parts.new_empty((tokens, width))
-    block_m, block_n = 16, 256
-    combine_slots_kernel[(triton.cdiv(tokens, block_m), triton.cdiv(width, block_n))](
-        parts, parts if weights is None else weights, out, tokens, width, top_k, WEIGHTED=weights is not None,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+        x, weight, offsets if tokens is None else tokens, offsets, out, depth, width, *x.stride(), *weight.stride(),
+        experts, GATHER=tokens is not None, EVEN_K=depth % tile.k == 0, PRECISION=precision(x), BLOCK_M=tile.m,
+        BLOCK_N=tile.n, BLOCK_K=tile.k, PROGRAMS=programs, RASTER=RASTER, num_stages=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return out
 

@@ -148,7 +148,7 @@ def _rows(groups: Sequence[PromptGroup], budget: int) -> list[list[_Unit]]:
 
 def _row(units: list[tuple[PromptGroup, PromptLayout, _Unit]], config: PreTrainedConfig) -> PackedRow:
     ids, positions, owner, copies, slots, features = [], [], [], [], [], []
-    cu, branch_prefix, prefix_start, prefix_len = [0], [], [], []
+    cu, branch_prefix, prefix_start, prefix_len, followers = [0], [], [], [], []
     branches: list[Branch] = []
     predict, target, counts, span_end = [], [], [], []
     first_feature: dict[int, int] = {}
@@ -171,6 +171,7 @@ def _row(units: list[tuple[PromptGroup, PromptLayout, _Unit]], config: PreTraine
         if shared:
             prefix_start.append(start)
             prefix_len.append(length)
+            followers.append(unit.tokens - length)
             branch_prefix.append(-1)
             cu.append(start + length)
         begin = start + length
@@ -198,6 +199,7 @@ def _row(units: list[tuple[PromptGroup, PromptLayout, _Unit]], config: PreTraine
             *(torch.tensor(x, dtype=torch.int32) for x in (cu, prefix_start, prefix_len, branch_prefix)),
             max_prefix=max(prefix_len, default=0),
             max_branch=int(lengths.max()),
+            max_queries=max(followers, default=0),
         ),
         branches=tuple(branches),
         predict=ResponseRows(

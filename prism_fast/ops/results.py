@@ -81,3 +81,4 @@ class PrefixLayout(NamedTuple):
     branch_prefix: Tensor  # [S] the prefix a segment sees, or -1 (the prefixes themselves, plain sequences)
     max_prefix: int  # upper bound of prefix_len
     max_branch: int  # upper bound of the segments' lengths
+    max_queries: int | None = None  # upper bound of the tokens that see one prefix; None: only the row's length is one

@@ -59,7 +59,10 @@ def shared_prefix_attention(
     checks.tensor(OP, "layout.prefix_start", layout.prefix_start, shape=(None,), dtypes=INT32, like=q)
     prefixes = layout.prefix_start.shape[0]
     checks.tensor(OP, "layout.prefix_len", layout.prefix_len, shape=(prefixes,), dtypes=INT32, like=q)
-    for name, bound in (("max_prefix", layout.max_prefix), ("max_branch", layout.max_branch)):
+    for name in ("max_prefix", "max_branch", "max_queries"):
+        bound = getattr(layout, name)
+        if bound is None and name == "max_queries":
+            continue
         if isinstance(bound, bool) or not isinstance(bound, int) or bound < 0:
             raise ValueError(f"{OP}: layout.{name}={bound!r} must be an integer >= 0")
     if scale is not None:

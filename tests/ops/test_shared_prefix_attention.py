@@ -27,6 +27,7 @@ def layout_of(segments: list[tuple[int, int]]) -> PrefixLayout:
         branch_prefix=torch.tensor([prefixes.index(p) if p >= 0 else -1 for _, p in segments], dtype=torch.int32),
         max_prefix=max((int(lengths[p]) for p in prefixes), default=0),
         max_branch=int(lengths.max()) if segments else 0,
+        max_queries=max((sum(n for n, seen in segments if seen == p) for p in prefixes), default=0),
     )
 
 
@@ -230,6 +231,7 @@ def test_refusals(generator):
         ),
         r"layout.prefix_len must have shape \[1\]": (q, k, v, layout._replace(prefix_len=layout.branch_prefix)),
         "layout.max_prefix=-1": (q, k, v, layout._replace(max_prefix=-1)),
+        "layout.max_queries=-2": (q, k, v, layout._replace(max_queries=-2)),
     }.items():
         with pytest.raises(ValueError, match=f"shared_prefix_attention: {message}"):
             shared_prefix_attention(*arguments)

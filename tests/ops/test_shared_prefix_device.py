@@ -60,6 +60,24 @@ def test_equals_the_repeated_prefix(played, name, generator):
     )
 
 
+def test_without_a_bound_of_the_queries_the_row_is_one(played, generator):
+    segments = LAYOUTS["three groups"]
+    q, k, v = tokens(generator, segments, width=8, value_width=8)
+    layout = layout_of(segments)
+    assert layout.max_queries == 11 < len(q)
+    found = shared_prefix_attention(q, k, v, layout._replace(max_queries=None), backend="stock")
+    torch.testing.assert_close(found, unshared(q, k, v, segments), rtol=1e-12, atol=1e-13)
+
+
+def test_strided_offsets(played, generator):
+    segments = LAYOUTS["three groups"]
+    q, k, v = tokens(generator, segments, width=8, value_width=8)
+    layout = layout_of(segments)
+    strided = layout._replace(**{name: getattr(layout, name).repeat_interleave(2)[::2] for name in layout._fields[:4]})
+    found = shared_prefix_attention(q, k, v, strided, backend="stock")
+    torch.testing.assert_close(found, unshared(q, k, v, segments), rtol=1e-12, atol=1e-13)
+
+
 def test_padding_is_zero_without_gradient(played, generator):
     segments = LAYOUTS["three groups"]
     q, k, v = tokens(generator, [*segments, (4, -1)], width=8, value_width=8)

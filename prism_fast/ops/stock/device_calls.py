@@ -117,18 +117,28 @@ def device_calls(
     branch_prefix: Tensor,
     max_prefix: int,
     max_branch: int,
+    max_queries: int | None = None,
 ) -> tuple[list[OwnCall], list[PrefixCall]]:
-    """None of either kind where a shape or bound says that there is nothing to do."""
+    """None of either kind where a shape or bound says that there is nothing to do.
+
+    ``max_queries`` bounds the kernel's grid, which is cut for the longest sequence of queries and is empty elsewhere:
+    with the length of the row (None) nearly all blocks of a row with many prefixes would have nothing to do.
+    """
     tokens, segments = q.shape[0], branch_prefix.shape[0]
     if tokens == 0 or segments == 0 or max_branch == 0:
         return [], []
-    kernel, cu = kernel_for(q), cu_branch.contiguous()
+    if max_queries is None:
+        max_queries = tokens
+    kernel = kernel_for(q)
+    cu, prefix_start, prefix_len, branch_prefix = (
+        x.contiguous() for x in (cu_branch, prefix_start, prefix_len, branch_prefix)
+    )
     segment = sequence_of_token(cu, tokens)  # [T], S on padding
     everything = Tokens(segment < segments)
     longest = min(max_branch, tokens)
     own = OwnCall(kernel, Sequences(cu, cu, longest, longest, True), everything, everything)
     prefixes = prefix_start.shape[0]
-    if prefixes == 0 or max_prefix == 0:
+    if prefixes == 0 or max_prefix == 0 or max_queries == 0:
         return [own], []
     # Prefixes as they lie; an empty one may start where another does, and must come before it.
     place = (2 * prefix_start.long() + prefix_len).argsort()  # [P]
@@ -151,7 +161,7 @@ def device_calls(
     slot = torch.where(sees[segment], first[index] + position - cu[index], tokens)
     has_queries = torch.cat((cu_queries.diff() > 0, sees[-1:]))  # [2 P + 1], False behind the last prefix
     followed = has_queries[sequence_of_token(cu_keys, tokens)]
-    bound = Sequences(cu_queries, cu_keys, tokens, min(max_prefix, tokens), False)
+    bound = Sequences(cu_queries, cu_keys, min(max_queries, tokens), min(max_prefix, tokens), False)
     return [own], [PrefixCall(kernel, bound, everything, everything, slot, followed)]
 
 

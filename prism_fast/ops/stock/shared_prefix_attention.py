@@ -37,7 +37,7 @@ def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayou
     return _operator(q, k, v, *layout, scale)[0][..., :value_width]
 
 
-def _calls(q: Tensor, *layout: Tensor | int) -> tuple[list, list]:
+def _calls(q: Tensor, *layout: Tensor | int | None) -> tuple[list, list]:
     """The calls of kind 1 and of kind 2."""
     return device_calls(q, *layout) if q.is_cuda else host_calls(*layout[:4])
 
@@ -52,13 +52,15 @@ def _run(
     branch_prefix: Tensor,
     max_prefix: int,
     max_branch: int,
+    max_queries: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(out [T, Hq, D], joint log-sum-exp [T, Hq] in float32, float64 for float64)."""
     q, k, v = dense_heads(q, k, v)
     out = q.new_zeros(q.shape)
     total = q.new_zeros(q.shape[:2], dtype=sum_dtype(q))
-    own, joined = _calls(q, cu_branch, prefix_start, prefix_len, branch_prefix, max_prefix, max_branch)
+    layout = cu_branch, prefix_start, prefix_len, branch_prefix, max_prefix, max_branch, max_queries
+    own, joined = _calls(q, *layout)
     for call in own:
         part, lse = call.attend(q, k, v, scale)
         call.queries.write(out, part)
@@ -86,12 +88,14 @@ def _run_backward(
     branch_prefix: Tensor,
     max_prefix: int,
     max_branch: int,
+    max_queries: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     grad, q, k, v = dense_heads(grad, q, k, v)
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
-    own, joined = _calls(q, cu_branch, prefix_start, prefix_len, branch_prefix, max_prefix, max_branch)
+    layout = cu_branch, prefix_start, prefix_len, branch_prefix, max_prefix, max_branch, max_queries
+    own, joined = _calls(q, *layout)
     for call in own:
         parts = call.gradients(grad, q, k, v, out, total, scale)
         for into, part in zip((dq, dk, dv), parts, strict=True):

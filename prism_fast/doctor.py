@@ -208,6 +208,7 @@ def _ops() -> list[Check]:
 
         from prism_fast import ops
         from prism_fast.ops import backend
+        from prism_fast.ops.moe_experts import ON_CUDA
 
         available = ops.available()
     except Exception as error:
@@ -216,6 +217,8 @@ def _ops() -> list[Check]:
     if torch.cuda.is_available() and not any("triton" in backends for backends in available.values()):
         cure = "pip install '.[gpu]' in the checkout"
         checks.append(Check("ops", "triton kernels", "broken", "not usable on the GPU that is here", "", cure))
+    stock = [f"{str(d).removeprefix('torch.')} on {m}.x" for (m, d), chosen in ON_CUDA.items() if chosen == "stock"]
+    checks.append(Check("ops", "moe_experts on CUDA", "ok", f"stock for {', '.join(stock)}, otherwise triton"))
     wish = os.environ.get(backend.ENVIRONMENT)
     if wish and wish not in backend.KNOWN:
         cure = f"unset it, or set it to one of {', '.join(backend.KNOWN)}"

@@ -190,5 +190,6 @@ def combine_rows(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor 
 
 def clear_idle(out: torch.Tensor, offsets: torch.Tensor) -> None:
     """Zeros in ``out`` [E, R, N], a matrix of dense memory per expert, for experts without slots."""
-    programs = 64
-    clear_idle_kernel[(out.shape[0], programs)](out, offsets, out.shape[1] * out.shape[2], BLOCK=4096, num_warps=8)
+    size, block = out.shape[1] * out.shape[2], 4096
+    programs = min(64, triton.cdiv(size, block))
+    clear_idle_kernel[(out.shape[0], programs)](out, offsets, size, BLOCK=block, num_warps=8)

@@ -60,6 +60,11 @@ class ModelConfig:
     # Norms, rotary embedding and SwiGLU of the language models by Liger's kernels. auto: on CUDA where liger-kernel is
     # installed; liger: or else an error. environment.json and the report say which are in force.
     fused_trunk: Literal["auto", "off", "liger"] = "auto"
+    # Whose kernels compute attention over packed rows and images on CUDA. torch: what is compiled into PyTorch;
+    # flash_attn: the package flash-attn 2; fa3, fa4: FlashAttention 3 on cards of 9.x, 4 on cards of 10.x, put into
+    # PyTorch's place. auto: by a table of cards (ops/flash.py), fa3 or fa4 where they are installed; the others, named,
+    # or else an error. Each has its own bits. environment.json and the report say which are in force.
+    attention: Literal["auto", "torch", "flash_attn", "fa3", "fa4"] = "auto"
     tiny: TinyConfig = field(default_factory=TinyConfig)
 
 

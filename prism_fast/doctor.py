@@ -23,8 +23,8 @@ from packaging.specifiers import SpecifierSet
 
 DISTRIBUTION = "prism-fast"
 IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml"}
-# Used where they are installed, in no extra: they have to be built against the machine's own torch and CUDA.
-UNLISTED = {"flash-attn": "optional: attention of the vision tower on a GPU; build it against the installed torch"}
+# Used where they are installed, in no extra: no index has them.
+UNLISTED = {"flash-attn-3": "optional: model.attention=fa3 on cards of 9.x; built from flash-attention's folder hopper"}
 NEEDED = (None, "train")  # the ops' own requirement and the trainer's, whose command asks; other extras are a choice
 SECONDS = 20  # for a compiler or a driver tool to answer
 
@@ -45,7 +45,7 @@ def examine() -> list[Check]:
     """Look at everything; never raises for what it finds."""
     requirements, python = declared()
     checks = [_python(python), *packages(requirements), *_compilers(), *_devices()]
-    return [*checks, *_compiled(), *_ops(), *_parts(), *_trunk()]
+    return [*checks, *_compiled(), *_ops(), *_parts(), *_trunk(), *_attention()]
 
 
 def healthy(checks: Iterable[Check]) -> bool:
@@ -250,6 +250,21 @@ def _trunk() -> list[Check]:
     used = found.startswith("liger")
     cure = "pip install '.[gpu]' in the checkout" if gpu and not used else ""
     return [Check("trainer", "norms, rotary, SwiGLU", "ok" if used else "absent", found, "", cure)]
+
+
+def _attention() -> list[Check]:
+    """Whose kernels ``model.attention=auto`` means here, in half precision."""
+    try:
+        import torch
+
+        from prism_fast.ops import backend, flash
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        asked = os.environ.get(backend.ENVIRONMENT) or None
+        found = flash.describe("auto", device, torch.bfloat16, asked)
+    except Exception:  # told for torch and the ops
+        return []
+    return [Check("trainer", "attention", "ok", found)]
 
 
 def _output(command: list[str]) -> str:

@@ -18,7 +18,7 @@ from prism_fast.models.sizes import discriminator_size, policy_size
 from prism_fast.models.tokenizer import check_vocab_size
 from prism_fast.models.writing import DiskFullError, shown_bytes
 from prism_fast.plan import adamw_bytes, discriminator_config, make_plan, policy_config, summary
-from prism_fast.train.context import DTYPES, answer_checker, resolve_device, trunk_in_force
+from prism_fast.train.context import DTYPES, answer_checker, attention_in_force, resolve_device, trunk_in_force
 from prism_fast.train.discriminator_update import span_switches
 from prism_fast.train.pipeline import NEEDS, DataFiles
 from prism_fast.train.reading import open_samples
@@ -53,6 +53,7 @@ def check_run(config: Config) -> list[str]:
     """
     device = resolve_device(config.device)
     found = [f"device: {device}", f"norms, rotary and SwiGLU: {trunk_in_force(config, device)}"]
+    found.append(f"attention: {attention_in_force(config, device)}")
     if config.out is not None:
         folder = Path(config.out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

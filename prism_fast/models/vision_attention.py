@@ -8,10 +8,10 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
 from prism_fast.ops.stock.pieces import Rows, batches
+from prism_fast.ops.stock.varlen import varlen_attention
 
 
 class BatchedVisionAttention(nn.Module):
@@ -39,8 +39,7 @@ class BatchedVisionAttention(nn.Module):
         q, k, v = self.qkv(hidden_states).view(tokens, 3, self.num_heads, -1).unbind(1)  # [N, heads, D]
         q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
         if _has_varlen_kernel(q):
-            longest = max(frame_lengths)
-            out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=self.scaling)
+            out = varlen_attention(q, k, v, cu_seqlens, max(frame_lengths), scale=self.scaling)
         else:
             out = _by_size(q, k, v, frame_lengths, self.scaling)
         return self.proj(out.reshape(tokens, -1))

@@ -1,4 +1,4 @@
-"""Registration of a shared-prefix attention with PyTorch, the same for every backend that brings both directions."""
+"""Registration of an attention with PyTorch, the same for every implementation that brings both directions."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-TENSORS = 7  # q, k, v and the four of the layout
+TENSORS = 7  # q, k, v and the four of a PrefixLayout
 
 
-def attention_operator(name: str, forward: Callable, backward: Callable) -> Callable[..., tuple[Tensor, Tensor]]:
+def attention_operator(
+    name: str, forward: Callable, backward: Callable, tensors: int = TENSORS
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """``prism_fast::<name>`` with autograd and fake tensors: whole graphs hold it as one node.
 
     ``forward(q, k, v, cu_branch, prefix_start, prefix_len, branch_prefix, *numbers)`` gives the output [T, Hq, D] and
     the log-sum-exp [T, Hq]; ``backward(grad, q, k, v, out, lse, cu_branch, …, *numbers)`` gives dq, dk, dv. The
-    log-sum-exp has no gradient. ``numbers`` are whatever plain numbers the backend needs, the scale among them.
+    log-sum-exp has no gradient. ``numbers`` are whatever plain numbers the backend needs, the scale among them;
+    ``tensors`` stand before them.
     """
     operator = torch.library.custom_op(f"prism_fast::{name}", forward, mutates_args=())
     backward_operator = torch.library.custom_op(f"prism_fast::{name}_backward", backward, mutates_args=())
@@ -29,8 +32,8 @@ def attention_operator(name: str, forward: Callable, backward: Callable) -> Call
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
     def save(ctx, inputs, output):
-        ctx.numbers = inputs[TENSORS:]
-        ctx.save_for_backward(*inputs[:TENSORS], *output)
+        ctx.numbers = inputs[tensors:]
+        ctx.save_for_backward(*inputs[:tensors], *output)
         ctx.mark_non_differentiable(output[1])
 
     def differentiate(ctx, grad, _):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import checks
 from .backend import choose
+from .flash import packed_backend
 from .reference.shared_prefix_attention import shared_prefix_attention as reference
 from .results import PrefixLayout
 
@@ -30,7 +31,7 @@ def shared_prefix_attention(
         scale: of the scores; None = 1 / sqrt(D).
         backend: None, "reference", "stock" (PyTorch's fused attention kernels, joined by log-sum-exp; on CUDA not
             float64, and in half precision heads of a multiple of 8 up to 256) or "triton" (CUDA; not float64; D = Dv <=
-            128). None is "stock" on the CPU and "triton" on CUDA.
+            128). None is "stock" on the CPU and what ``ops.flash`` says of the card on CUDA.
 
     Returns:
         [T, Hq, Dv] in the dtype of ``q``, 0 on padding (tokens past ``cu_branch[-1]``). Softmax and sums run in float32
@@ -68,7 +69,7 @@ def shared_prefix_attention(
     if scale is not None:
         checks.number(OP, "scale", scale)
     scale = width**-0.5 if scale is None else float(scale)
-    chosen = choose(OP, BACKENDS, backend, q)
+    chosen = choose(OP, BACKENDS, backend, q, packed_backend(q, v))
     if chosen == "triton":
         from .triton.shared_prefix_attention import shared_prefix_attention as fused
 

@@ -23,6 +23,7 @@ import prism_fast
 from prism_fast.config import Config, ConfigError, dump_config
 from prism_fast.models.fused_trunk import trunk_kernels
 from prism_fast.models.writing import clear_partial, whole_folder, write_whole
+from prism_fast.ops import backend, flash
 from prism_fast.rewards import AnswerChecker, Judge
 from prism_fast.train.engine import NonFiniteError
 from prism_fast.train.metrics import MetricsWriter
@@ -91,8 +92,18 @@ def trunk_in_force(config: Config, device: torch.device) -> str:
         raise ConfigError(str(error)) from error
 
 
+def attention_in_force(config: Config, device: torch.device) -> str:
+    """What ``model.attention`` means here. Raises ConfigError where it asks for what cannot run."""
+    try:
+        asked = os.environ.get(backend.ENVIRONMENT) or None
+        return flash.describe(config.model.attention, device, DTYPES[config.model.dtype], asked)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def environment(config: Config, device: torch.device) -> dict[str, str | int]:
-    """What the run ran on; stands in ``environment.json`` and in the report. Raises as :func:`trunk_in_force`."""
+    """What the run ran on; stands in ``environment.json`` and in the report. Raises as :func:`trunk_in_force` and
+    :func:`attention_in_force`."""
     names = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn", "math-verify")
     versions = {name: metadata.version(name) for name in names}
     facts: dict[str, str | int] = {
@@ -102,6 +113,7 @@ def environment(config: Config, device: torch.device) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         **versions,
         "norms, rotary and SwiGLU": trunk_in_force(config, device),
+        "attention": attention_in_force(config, device),
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
@@ -177,6 +189,7 @@ def _opened(config: Config, console: Console, folder: Path, device: torch.device
     disable_progress_bar()  # transformers' bars for each load and save would tear ours
     metrics = MetricsWriter(folder, keep_bytes=resumed.metrics_bytes())
     with (
+        flash.use_attention(config.model.attention, device, DTYPES[config.model.dtype]),
         answer_checker(config) as checker,
         Progress(console) as progress,
         StopRequest() as stop,

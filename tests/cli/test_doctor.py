@@ -49,6 +49,7 @@ def test_this_machine_is_examined_whole(invoke_json):
         assert checks[op]["found"] == ", ".join(backends)
     assert {"C++", "nvcc", "prism_fast._C", "prism_fast.train", "python"} <= set(checks)
     assert checks["norms, rotary, SwiGLU"]["found"].startswith(("liger", "stock ("))
+    assert "; packed rows: " in checks["attention"]["found"] and {"flash-attn-3", "flash-attn-4"} <= set(checks)
     assert shown["healthy"] == all(check["state"] != "broken" for check in checks.values())
     assert "://" not in json.dumps(shown)  # cures are words, never addresses
 

@@ -162,6 +162,7 @@ def test_errors_are_those_a_run_would_meet(command, everything, policy_folder, d
         (["run", "out=full"], "full is not empty"),
         (["run", "device=cuda:99"], "cuda:99"),
         (["run", "device=cpu", "model.fused_trunk=liger"], "model.fused_trunk=liger: Liger's kernels run on CUDA"),
+        (["run", "device=cpu", "model.attention=fa3"], "model.attention=fa3: it runs on CUDA, these models on cpu"),
         (["run", "stages=[]"], "stages is empty"),
         (["run", "data.source=digits", "data.digits.train_digits=1700"], "1700 train and 603 test digits leave"),
         (["run", "data.source=digits", "data.digits.sft_questions=9"], "there are 5 kinds of question"),

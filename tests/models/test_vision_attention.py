@@ -10,6 +10,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionAttentio
 from prism_fast.models import vision_attention
 from prism_fast.models.vision import encode_images
 from prism_fast.models.vision_attention import BatchedVisionAttention, use_batched_vision_attention
+from prism_fast.ops.stock import varlen
 from tests.support import varlen_kernels
 
 
@@ -47,17 +48,13 @@ GRIDS = {
 }
 
 
-def played_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale):
-    """PyTorch's kernel for half precision on a card, any dtype on the CPU."""
-    sequences = varlen_kernels.pairs(cu_q, cu_k, max_q, max_k, len(q), len(k))
-    return varlen_kernels.attend(q, k, v, sequences, False, scale)[0]
-
-
-@pytest.mark.parametrize("varlen", [False, True], ids=["by size", "varlen"])
+@pytest.mark.parametrize("kernels", ["by size", *varlen_kernels.PLAYED])
 @pytest.mark.parametrize("name", GRIDS)
-def test_features_and_gradients_equal_the_stock_tower(towers, generator, monkeypatch, name, varlen):
-    monkeypatch.setattr(vision_attention, "_has_varlen_kernel", lambda q: varlen)
-    monkeypatch.setattr(vision_attention, "varlen_attn", played_varlen)
+def test_features_and_gradients_equal_the_stock_tower(towers, generator, monkeypatch, name, kernels):
+    if kernels != "by size":  # the card's kernels for half precision, played in float64
+        kernel = varlen_kernels.played_kernels(monkeypatch, kernels)
+        monkeypatch.setattr(varlen, "kernel_for", lambda *who: kernel)
+        monkeypatch.setattr(vision_attention, "_has_varlen_kernel", lambda q: True)
     grid = torch.tensor(GRIDS[name])
     pixels = torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 8 * 8, generator=generator, dtype=torch.float64)
     results = []
@@ -89,8 +86,9 @@ def test_attention_is_called_once_per_size_and_asks_for_no_length(policy, make_p
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("choice", varlen_kernels.CHOICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_error_against_float64_is_that_of_the_stock_module_on_the_card(dtype, generator):
+def test_error_against_float64_is_that_of_the_stock_module_on_the_card(dtype, choice, generator):
     """By the varlen kernel: twice the stock module's error plus 4 units in the last place, and no synchronisation."""
     lengths, heads, width = (320, 4, 64, 320), 4, 72
     config = Qwen3VLConfig(vision_config={"hidden_size": heads * width, "num_heads": heads}).vision_config
@@ -109,11 +107,12 @@ def test_error_against_float64_is_that_of_the_stock_module_on_the_card(dtype, ge
 
     exact = run(copy.deepcopy(stock).double(), torch.float64)
     theirs = run(stock, dtype)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        ours = run(BatchedVisionAttention(stock), dtype, frame_lengths=lengths)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with varlen_kernels.on_the_card(choice, dtype):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ours = run(BatchedVisionAttention(stock), dtype, frame_lengths=lengths)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     unit = torch.finfo(dtype).eps
     for a, b, c in zip(ours, theirs, exact, strict=True):
         assert (a - c).norm() <= 2 * (b - c).norm() + 4 * unit * c.norm()

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from prism_fast.ops import shared_prefix_attention
-from prism_fast.ops.stock import device_calls
+from prism_fast.ops.stock import device_calls, varlen
 from prism_fast.ops.stock import shared_prefix_attention as stock
 from tests.ops.test_shared_prefix_attention import SHAPES, layout_of, tokens, unshared
 from tests.support import varlen_kernels
 
 KERNELS = {
-    "flash": device_calls.Kernel(device_calls.flash_forward, device_calls.flash_backward),
-    "efficient": device_calls.Kernel(device_calls.efficient_forward, device_calls.efficient_backward),
+    "flash": varlen.Kernel(varlen.flash_forward, varlen.flash_backward),
+    "efficient": varlen.Kernel(varlen.efficient_forward, varlen.efficient_backward),
 }
-REAL = {name: getattr(device_calls, f"_{name}") for name in ("flash_forward", "flash_backward")}
-REAL |= {name: getattr(device_calls, f"_{name}") for name in ("efficient_forward", "efficient_backward")}
+REAL = {name: getattr(varlen, f"_{name}") for name in ("flash_forward", "flash_backward")}
+REAL |= {name: getattr(varlen, f"_{name}") for name in ("efficient_forward", "efficient_backward")}
 # Besides the shapes of every backend: groups that a budget packs together, prefixes behind and between, branches of
 # one token, a prefix that nobody sees, an empty prefix where another one starts.
 LAYOUTS = SHAPES | {
@@ -30,14 +30,13 @@ LAYOUTS = SHAPES | {
 }
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=varlen_kernels.PLAYED)
 def played(request, monkeypatch):
     """Tensors on the CPU take the GPU's calls, and its kernels are played."""
-    monkeypatch.setattr(device_calls, "kernel_for", lambda q: KERNELS[request.param])
+    kernel = varlen_kernels.played_kernels(monkeypatch, request.param)
+    monkeypatch.setattr(device_calls, "kernel_for", lambda *who: kernel)
     monkeypatch.setattr(stock, "host_calls", None)
     monkeypatch.setattr(stock, "_calls", lambda q, *layout: device_calls.device_calls(q, *layout))
-    for name in REAL:
-        monkeypatch.setattr(device_calls, f"_{name}", getattr(varlen_kernels, name))
     return request.param
 
 
@@ -133,14 +132,16 @@ def test_no_key_or_value_is_copied(played, generator, monkeypatch):
     segments = LAYOUTS["three groups"]
     q, k, v = (x.detach() for x in tokens(generator, segments, width=8, value_width=8))
     seen = []
-    for name in REAL:
 
-        def spy(*arguments, _name=name, **options):
-            at = 2 if _name.endswith("backward") else 1
+    def spy(right, at):
+        def spied(*arguments):
             seen.append({x.data_ptr() for x in arguments[at : at + 2]})
-            return getattr(varlen_kernels, _name)(*arguments, **options)
+            return right(*arguments)
 
-        monkeypatch.setattr(device_calls, f"_{name}", spy)
+        return spied
+
+    for name, at in (("attend", 1), ("gradients", 2)):
+        monkeypatch.setattr(varlen_kernels, name, spy(getattr(varlen_kernels, name), at))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     composed(*leaves, segments).sum().backward()
     calls = 4 * (2 if played == "efficient" else 1)  # both kinds, forward and backward; one per member of a group
@@ -167,7 +168,7 @@ def test_shapes_and_dtypes_of_the_real_kernels(kernel, dtype, width, monkeypatch
     asks for a value on the device: meta tensors have none."""
     segments = LAYOUTS["three groups"]
     layout, rows = layout_of(segments), sum(n for n, _ in segments)
-    monkeypatch.setattr(device_calls, "kernel_for", lambda q: KERNELS[kernel])
+    monkeypatch.setattr(device_calls, "kernel_for", lambda *who: KERNELS[kernel])
     q, k, v, grad = (torch.empty((rows, h, width), dtype=dtype, device="meta") for h in (8, 2, 2, 8))
     own, joined = device_calls.device_calls(q, *(x.to("meta") for x in layout[:4]), *layout[4:])
     for call in (*own, *joined):
@@ -183,11 +184,42 @@ def test_shapes_and_dtypes_of_the_real_kernels(kernel, dtype, width, monkeypatch
 def test_the_efficient_backward_is_called_by_its_declaration(generator, monkeypatch):
     """On the CPU PyTorch checks a call against the declaration before it says that there is no such kernel."""
     segments = LAYOUTS["three groups"]
-    monkeypatch.setattr(device_calls, "kernel_for", lambda q: KERNELS["efficient"])
+    monkeypatch.setattr(device_calls, "kernel_for", lambda *who: KERNELS["efficient"])
     q, k, v = (x.detach().float() for x in tokens(generator, segments, width=8, value_width=8))
     for calls in device_calls.device_calls(q, *layout_of(segments)):
         with pytest.raises(NotImplementedError, match="with arguments from the 'CPU' backend"):
             calls[0].gradients(q, q, k, v, q, q[..., 0], 0.1)
+
+
+@pytest.fixture
+def warns():
+    """What a run on CUDA asks for: deterministic algorithms, a warning where there is none."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
+    yield
+    torch.set_deterministic_debug_mode(before)
+
+
+def test_bits_repeat_where_a_warning_is_asked_for(played, generator, monkeypatch):
+    """PyTorch's kernels take another order of sums then: their backward must see the strict demand, and only it."""
+    segments, seen, right = LAYOUTS["three groups"], [], varlen_kernels.gradients
+
+    def gradients(*arguments):
+        seen.append((torch.get_deterministic_debug_mode(), torch.are_deterministic_algorithms_enabled()))
+        return right(*arguments)
+
+    monkeypatch.setattr(varlen_kernels, "gradients", gradients)
+    q, k, v = tokens(generator, segments, width=8, value_width=8)
+    before = torch.get_deterministic_debug_mode()
+    try:
+        for mode in (0, 1, 2):
+            torch.set_deterministic_debug_mode(mode)
+            composed(q, k, v, segments).sum().backward()
+            assert torch.get_deterministic_debug_mode() == mode
+    finally:
+        torch.set_deterministic_debug_mode(before)
+    strict = [x if played == "flash_attn" else 2 * (x > 0) for x in (0, 1, 2)]  # the package is told itself
+    assert list(dict.fromkeys(seen)) == list(dict.fromkeys((mode, mode > 0) for mode in strict))
 
 
 class Card:
@@ -197,27 +229,33 @@ class Card:
         self.dtype, self.shape, self.device = dtype, (4, 2, width), "cuda"
 
 
+def chosen(card):
+    return varlen.kernel_for(card, "an op", "another")
+
+
 def test_the_kernel_is_chosen_by_dtype_and_card_and_the_rest_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for dtype in (torch.bfloat16, torch.float16):
-        assert device_calls.kernel_for(Card(dtype, 128)) == KERNELS["flash"]
-    assert device_calls.kernel_for(Card(torch.float32, 6)) == KERNELS["efficient"]
+        assert chosen(Card(dtype, 128)) == KERNELS["flash"]
+    assert chosen(Card(torch.float32, 6)) == KERNELS["efficient"]
     with pytest.raises(
-        NotImplementedError, match="takes bfloat16, float16 or float32, got torch.float64; use backend="
+        NotImplementedError, match="an op on CUDA takes bfloat16, float16 or float32, got torch.float64; use another"
     ):
-        device_calls.kernel_for(Card(torch.float64, 64))
+        chosen(Card(torch.float64, 64))
     for width in (100, 264):
-        with pytest.raises(NotImplementedError, match=f"multiple of 8 up to 256, got {width}; use backend="):
-            device_calls.kernel_for(Card(torch.bfloat16, width))
+        with pytest.raises(NotImplementedError, match=f"multiple of 8 up to 256, got {width}; use another"):
+            chosen(Card(torch.bfloat16, width))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert device_calls.kernel_for(Card(torch.float16, 100)) == KERNELS["efficient"]
+    assert chosen(Card(torch.float16, 100)) == KERNELS["efficient"]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("choice", varlen_kernels.CHOICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("width", [64, 96, 128])
-def test_error_against_float64_is_that_of_eager_attention_on_the_card(dtype, width, generator):
-    """Within twice the error of PyTorch's attention over the repeated prefix, plus 4 units in the last place."""
+def test_error_against_float64_is_that_of_eager_attention_on_the_card(dtype, width, choice, generator, warns):
+    """Within twice the error of PyTorch's attention over the repeated prefix, plus 4 units in the last place; the same
+    bits twice where a run asks for them; a branch changes no bit of the others."""
     segments = [(200, -1), (170, 0), (1, 0), (0, 0), (130, 0), (150, -1), (1, -1), (129, 5), (90, 5), (40, -1)]
     inputs = [x.detach().to("cuda", dtype) for x in tokens(generator, segments, 4, 2, width, width)]
     upstream = torch.randn(inputs[0].shape, generator=generator).to("cuda", dtype)
@@ -233,14 +271,22 @@ def test_error_against_float64_is_that_of_eager_attention_on_the_card(dtype, wid
         return shared_prefix_attention(*x, layout, backend="stock")
 
     exact = run(lambda *x: unshared(*x, segments), torch.float64)
-    eager, ours = run(lambda *x: unshared(*x, segments), dtype), run(stock_on_card, dtype)
+    eager = run(lambda *x: unshared(*x, segments), dtype)
+    with varlen_kernels.on_the_card(choice, dtype):
+        ours, again = run(stock_on_card, dtype), run(stock_on_card, dtype)
+        isolated(stock_on_card, inputs, generator)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
     unit = torch.finfo(dtype).eps
     for a, b, c in zip(ours, eager, exact, strict=True):
         assert (a - c).norm() <= 2 * (b - c).norm() + 4 * unit * c.norm()
         assert (a - c).abs().max() <= 2 * (b - c).abs().max() + 4 * unit * c.abs().max()
-    base = stock_on_card(*inputs)
+
+
+def isolated(attention, inputs, generator):
+    base = attention(*inputs)
+    inputs = [x.clone() for x in inputs]
     for x in inputs:
         x[200:370] = torch.randn(x[200:370].shape, generator=generator).to(x)  # the first branch
-    moved = stock_on_card(*inputs)
+    moved = attention(*inputs)
     assert torch.equal(moved[:200], base[:200]) and torch.equal(moved[370:], base[370:])
     assert not torch.equal(moved[200:370], base[200:370])

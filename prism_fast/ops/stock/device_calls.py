@@ -5,46 +5,19 @@ prefix must lie one behind the other: their rows are copied into the order of th
 values). Between two prefixes stands a sequence of keys without queries, so that the prefixes are read where they lie.
 Nothing here asks the host, and shapes depend on shapes alone.
 
-The kernels are PyTorch's: FlashAttention for half precision (whichever version is activated by
-``torch.nn.attention.activate_flash_attention_impl``), the memory-efficient one for float32 and for older cards. Rows
-outside of every sequence come back unwritten from both, so no value of theirs is ever used in arithmetic.
+The kernels (``varlen``) leave rows outside of every sequence unwritten, so no value of theirs is ever used in
+arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference.segments import sequence_of_token
-
-_flash_forward = torch.ops.aten._flash_attention_forward
-_flash_backward = torch.ops.aten._flash_attention_backward
-_efficient_forward = torch.ops.aten._efficient_attention_forward
-_efficient_backward = torch.ops.aten._efficient_attention_backward
-MAX_FLASH_WIDTH = 256
-CAUSAL = {False: 0, True: 1}  # mask types of the memory-efficient kernel
-
-
-class Sequences(NamedTuple):
-    """Which rows of queries attend to which rows of keys. Offsets int32 [B + 1]; the lengths bound those of sequences
-    that have queries."""
-
-    cu_queries: Tensor
-    cu_keys: Tensor
-    max_queries: int
-    max_keys: int
-    causal: bool
-
-
-class Kernel(NamedTuple):
-    """``forward(q, k, v, sequences, scale)``: out [N, Hq, D] and log-sum-exp [N, Hq] float32;
-    ``backward(grad, q, k, v, out, lse, sequences, scale)``: dq, dk, dv. q [N, Hq, D], k and v [M, Hk, D]."""
-
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+from .varlen import Kernel, Sequences, kernel_for
 
 
 class Tokens(NamedTuple):
@@ -129,7 +102,7 @@ def device_calls(
         return [], []
     if max_queries is None:
         max_queries = tokens
-    kernel = kernel_for(q)
+    kernel = kernel_for(q, "shared_prefix_attention: backend='stock'", "backend='triton' or 'reference'")
     cu, prefix_start, prefix_len, branch_prefix = (
         x.contiguous() for x in (cu_branch, prefix_start, prefix_len, branch_prefix)
     )
@@ -163,86 +136,3 @@ def device_calls(
     followed = has_queries[sequence_of_token(cu_keys, tokens)]
     bound = Sequences(cu_queries, cu_keys, min(max_queries, tokens), min(max_prefix, tokens), False)
     return [own], [PrefixCall(kernel, bound, everything, everything, slot, followed)]
-
-
-def kernel_for(q: Tensor) -> Kernel:
-    """The kernel that takes tensors like ``q`` [T, Hq, D]. Raises NotImplementedError where there is none."""
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise NotImplementedError(
-            f"shared_prefix_attention: backend='stock' on CUDA takes bfloat16, float16 or float32, got {q.dtype}; "
-            "use backend='reference'"
-        )
-    if q.dtype == torch.float32 or torch.cuda.get_device_capability(q.device) < (8, 0):
-        return Kernel(efficient_forward, efficient_backward)
-    if q.shape[2] % 8 or q.shape[2] > MAX_FLASH_WIDTH:
-        raise NotImplementedError(
-            f"shared_prefix_attention: backend='stock' on CUDA takes half-precision heads of a multiple of 8 up to "
-            f"{MAX_FLASH_WIDTH}, got {q.shape[2]}; use backend='triton' or 'reference'"
-        )
-    return Kernel(flash_forward, flash_backward)
-
-
-def flash_forward(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float) -> tuple[Tensor, Tensor]:
-    # With a bound of 1 the kernel takes every sequence for one query and reshapes: empty sequences would be misread.
-    longest = max(2, s.max_queries)
-    out, lse, *_ = _flash_forward(
-        q, k, v, s.cu_queries, s.cu_keys, longest, s.max_keys, 0.0, s.causal, False, scale=scale
-    )
-    return out, lse.t()  # [Hq, N]
-
-
-def flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s: Sequences, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    # Two numbers of the dropout's generator, which the kernel reads even without dropout.
-    state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0)
-    return _flash_backward(
-        grad, q, k, v, out, lse.t().contiguous(), s.cu_queries, s.cu_keys, max(2, s.max_queries), s.max_keys,
-        0.0, s.causal, state, unused, scale=scale,
-    )  # fmt: skip
-
-
-def efficient_forward(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float) -> tuple[Tensor, Tensor]:
-    """The kernel knows no grouped heads: one call for each member of the groups, all on the same keys."""
-    sequence, position = _places(s, q.shape[0])
-    parts, sums = [], []
-    for member in _members(q, k):
-        out, lse, *_ = _efficient_forward(
-            member, k[None], v[None], None, s.cu_queries, s.cu_keys, s.max_queries, s.max_keys, 0.0,
-            CAUSAL[s.causal], True, scale=scale,
-        )  # fmt: skip
-        parts.append(out[0])
-        sums.append(lse[sequence.clamp(max=lse.shape[0] - 1), :, position])  # [B, Hk, length] to [N, Hk]
-    return torch.stack(parts, 2).flatten(1, 2), torch.stack(sums, 2).flatten(1, 2)
-
-
-def efficient_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s: Sequences, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    sequence, position = _places(s, q.shape[0])
-    count, length = s.cu_queries.shape[0] - 1, -(-s.max_queries // 32) * 32
-    dq, dk, dv = [], [], []
-    generator = torch.zeros((), dtype=torch.long, device=q.device)
-    for member, upstream, joint, sums in zip(*(_members(x, k) for x in (q, grad, out, lse[..., None])), strict=True):
-        # Padding has an infinite sum, which makes its probabilities 0; the last sequence takes rows outside of all.
-        padded = lse.new_full((count + 1, k.shape[1], length), torch.inf)
-        padded[sequence, :, position] = sums[0, :, :, 0]
-        parts = _efficient_backward(
-            upstream, member, k[None], v[None], None, joint.contiguous(), s.cu_queries, s.cu_keys, s.max_queries,
-            s.max_keys, padded[:count], 0.0, generator, generator, CAUSAL[s.causal], False, scale=scale,
-        )  # fmt: skip
-        for into, part in zip((dq, dk, dv), parts, strict=False):
-            into.append(part[0])
-    return torch.stack(dq, 2).flatten(1, 2), sum(dk), sum(dv)
-
-
-def _members(x: Tensor, k: Tensor) -> list[Tensor]:
-    """[N, Hq, D] as one view [1, N, Hk, D] for each place in a group of query heads."""
-    return list(x.unflatten(1, (k.shape[1], -1))[None].unbind(3))
-
-
-def _places(s: Sequences, rows: int) -> tuple[Tensor, Tensor]:
-    """([N], [N]) int64: the sequence of each row of queries (their number outside of all) and its place therein."""
-    sequence = sequence_of_token(s.cu_queries, rows)
-    place = torch.arange(rows, device=sequence.device) - s.cu_queries[sequence.clamp(max=s.cu_queries.shape[0] - 2)]
-    return sequence, torch.where(sequence < s.cu_queries.shape[0] - 1, place, 0)

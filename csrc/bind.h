@@ -5,8 +5,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "launch_count.h"
 #include "scalar.h"
@@ -21,8 +23,15 @@ P* at(Address address) {
     return reinterpret_cast<P*>(address);
 }
 
-// A number of the host (address 0) or a 0-d tensor of a dtype that ScalarKind names.
-inline Scalar scalar(Address address, int kind, double number) {
+// Addresses of tensors in an order that the binding states; 0 for a missing one. Arguments go by position: naming twenty of them
+// costs as much as the work on a small batch.
+template <size_t count>
+using Addresses = std::array<Address, count>;
+
+// A number of the host (address 0) or a 0-d tensor of a dtype that ScalarKind names: (address, kind, number).
+using Number = std::tuple<Address, int, double>;
+inline Scalar scalar(const Number& x) {
+    const auto [address, kind, number] = x;
     return {at<const void>(address), static_cast<ScalarKind>(address == 0 ? 0 : kind), number};
 }
 

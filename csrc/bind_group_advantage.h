@@ -1,85 +1,40 @@
 #pragma once
 
-#include "bind_tensor.h"
+#include "bind.h"
 #include "group_advantage.h"
 
 namespace prism::bind::group_advantage_ {
 
-// The tensors as the kernels read them; false where one of them is not: nothing is computed then.
+// columns: scores, group, weights, valid, gate, offset, out.
 template <class T>
-bool read(
-    Reader& reader, AdvantageArguments<T>& a, const py::handle& group, const py::handle& weights, const py::handle& valid,
-    const py::handle& gate, const py::handle& offset
-) {
-    const dlpack::Tensor& scores = reader.like();
-    if (!reader.fits() || scores.dims != 2 || !holds<T>(scores)) return false;
-    a.scores = first<const T>(scores);
-    a.score_row_stride = scores.strides[0];
-    a.score_column_stride = scores.strides[1];
-    a.rows = scores.sizes[0];
-    a.columns = static_cast<int>(scores.sizes[1]);
-    a.group = reader.column<const int64_t>(group, a.rows);
-    a.weights = reader.column<const T>(weights, a.columns);
-    a.valid = reader.column<const bool>(valid, a.rows);
-    a.gate = reader.column<const T>(gate, a.rows);
-    a.offset = reader.column<const T>(offset, a.rows);
-    return reader.fits() && !group.is_none() && !weights.is_none();
-}
-
-template <class T>
-bool run_in(
-    Reader& reader, AdvantageArguments<T> a, const py::handle& group, const py::handle& weights, const py::handle& valid,
-    const py::handle& gate, const py::handle& offset, const py::handle& out, Address workspace, int threads,
+void run(
+    const Addresses<7>& columns, const std::array<int64_t, 2>& strides, int64_t rows, int width, int normalize, int invalid,
+    double eps, double invalid_penalty, double power, bool singleton_identity, bool per_score, Address workspace, int threads,
     const py::object& stream
 ) {
-    if (!read(reader, a, group, weights, valid, gate, offset)) return false;
-    a.out = allocated<T>(out);
+    AdvantageArguments<T> a{};
+    a.scores = at<const T>(columns[0]);
+    a.group = at<const int64_t>(columns[1]);
+    a.weights = at<const T>(columns[2]);
+    a.valid = at<const bool>(columns[3]);
+    a.gate = at<const T>(columns[4]);
+    a.offset = at<const T>(columns[5]);
+    a.out = at<T>(columns[6]);
+    a.score_row_stride = strides[0];
+    a.score_column_stride = strides[1];
     a.workspace = at<double>(workspace);
+    a.rows = rows;
+    a.columns = width;
+    a.options = {static_cast<Normalize>(normalize), static_cast<Invalid>(invalid), eps, invalid_penalty, power,
+                 singleton_identity, per_score};
     dispatch(
         stream, [&] { group_advantage_cpu(a, threads); }, [&](void* cuda) { return group_advantage_cuda(a, cuda); }
     );
-    return true;
-}
-
-// By position, like the policy loss.
-inline bool run(
-    const py::handle& scores, const py::handle& group, const py::handle& weights, const py::handle& valid,
-    const py::handle& gate, const py::handle& offset, const py::handle& out, int normalize, int invalid, double eps,
-    double invalid_penalty, double power, bool singleton_identity, bool per_score, Address workspace, int threads,
-    const py::object& stream
-) {
-    Reader reader(scores);
-    const AdvantageOptions options{static_cast<Normalize>(normalize), static_cast<Invalid>(invalid), eps, invalid_penalty,
-                                   power, singleton_identity, per_score};
-    auto in = [&](auto arguments) {
-        arguments.options = options;
-        return run_in(reader, arguments, group, weights, valid, gate, offset, out, workspace, threads, stream);
-    };
-    if (stream.is_none() && !reader.on_cpu()) return false;
-    return holds<float>(reader.like()) ? in(AdvantageArguments<float>{}) : in(AdvantageArguments<double>{});
-}
-
-// A whole call on the CPU, its result allocated here: None, and nothing done, where an argument is not as the kernels read it.
-inline py::object eager(
-    int normalize, int invalid, double eps, double invalid_penalty, double power, bool singleton_identity, bool per_score,
-    const py::handle& scores, const py::handle& group, const py::handle& weights, const py::handle& valid,
-    const py::handle& gate, const py::handle& offset, int threads
-) {
-    Reader reader(scores);
-    const dlpack::Tensor& like = reader.like();
-    if (!runs_here(reader) || like.dims != 2) return py::none();
-    const py::object out =
-        per_score ? new_empty(scores, py::make_tuple(like.sizes[0], like.sizes[1])) : new_empty(scores, py::int_(like.sizes[0]));
-    const bool done = run(
-        scores, group, weights, valid, gate, offset, out, normalize, invalid, eps, invalid_penalty, power, singleton_identity,
-        per_score, 0, threads, py::none()
-    );
-    return done ? out : py::none();
 }
 
 inline void add(py::module_& module) {
-    module.def("group_advantage", &run);
-    module.def("group_advantage_eager", &eager);
+    module.def("group_advantage_float32", &run<float>);
+    module.def("group_advantage_float64", &run<double>);
 }
 
 }  // namespace prism::bind::group_advantage_

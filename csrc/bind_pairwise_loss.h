@@ -8,42 +8,47 @@
 
 namespace prism::bind::pairwise_loss_ {
 
+// columns: teacher, student, group, valid, teacher_length, student_length, loss, counts, stats, teacher_gradient,
+// student_gradient, workspace.
 template <class T>
 void run(
-    Address teacher, Address student, Address group, Address valid, Address teacher_length, Address student_length,
-    Address loss, Address counts, Address stats, Address teacher_gradient, Address student_gradient, Address workspace,
-    int64_t groups, int64_t rows, int columns, bool has_clip, double clip, double l2, double spread, Address denominator,
-    int denominator_kind, double denominator_number, bool has_denominator, Address l2_denominator, int l2_denominator_kind,
-    double l2_denominator_number, bool has_l2_denominator, const std::vector<double>& penalty, const py::object& stream
+    const Addresses<12>& columns, int64_t groups, int64_t rows, int width, bool has_clip, double clip, double l2, double spread,
+    bool has_denominator, const Number& denominator, bool has_l2_denominator, const Number& l2_denominator,
+    const std::vector<double>& penalty, const py::object& stream
 ) {
-    PairwiseArguments<T> a{
-        at<const T>(teacher), at<const T>(student), at<const int64_t>(group), at<const bool>(valid),
-        at<const T>(teacher_length), at<const T>(student_length), at<T>(loss), at<int64_t>(counts), at<T>(stats),
-        at<T>(teacher_gradient), at<T>(student_gradient), at<double>(workspace), groups, rows, columns, has_clip,
-        has_denominator, has_l2_denominator, clip, l2, spread, scalar(denominator, denominator_kind, denominator_number),
-        scalar(l2_denominator, l2_denominator_kind, l2_denominator_number), {}};
+    PairwiseArguments<T> a{};
+    a.teacher = at<const T>(columns[0]);
+    a.student = at<const T>(columns[1]);
+    a.group = at<const int64_t>(columns[2]);
+    a.valid = at<const bool>(columns[3]);
+    a.teacher_length = at<const T>(columns[4]);
+    a.student_length = at<const T>(columns[5]);
+    a.loss = at<T>(columns[6]);
+    a.counts = at<int64_t>(columns[7]);
+    a.stats = at<T>(columns[8]);
+    a.teacher_gradient = at<T>(columns[9]);
+    a.student_gradient = at<T>(columns[10]);
+    a.workspace = at<double>(columns[11]);
+    a.groups = groups;
+    a.rows = rows;
+    a.columns = width;
+    a.has_clip = has_clip;
+    a.clip = clip;
+    a.l2 = l2;
+    a.spread = spread;
+    a.has_denominator = has_denominator;
+    a.denominator = scalar(denominator);
+    a.has_l2_denominator = has_l2_denominator;
+    a.l2_denominator = scalar(l2_denominator);
     if (penalty.size() > kPenalties) throw std::invalid_argument("pairwise_loss: too many length penalties");
     std::copy(penalty.begin(), penalty.end(), a.penalty);
     dispatch(stream, [&] { pairwise_loss_cpu(a); }, [&](void* cuda) { return pairwise_loss_cuda(a, cuda); });
 }
 
-template <class T>
-void define(py::module_& module, const char* name) {
-    module.def(
-        name, &run<T>, py::kw_only(), py::arg("teacher"), py::arg("student"), py::arg("group"), py::arg("valid"),
-        py::arg("teacher_length"), py::arg("student_length"), py::arg("loss"), py::arg("counts"), py::arg("stats"),
-        py::arg("teacher_gradient"), py::arg("student_gradient"), py::arg("workspace"), py::arg("groups"), py::arg("rows"),
-        py::arg("columns"), py::arg("has_clip"), py::arg("clip"), py::arg("l2"), py::arg("spread"), py::arg("denominator"),
-        py::arg("denominator_kind"), py::arg("denominator_number"), py::arg("has_denominator"), py::arg("l2_denominator"),
-        py::arg("l2_denominator_kind"), py::arg("l2_denominator_number"), py::arg("has_l2_denominator"), py::arg("penalty"),
-        py::arg("stream").none(true)
-    );
-}
-
 inline void add(py::module_& module) {
     module.attr("pairwise_penalties") = kPenalties;
-    define<float>(module, "pairwise_loss_float32");
-    define<double>(module, "pairwise_loss_float64");
+    module.def("pairwise_loss_float32", &run<float>);
+    module.def("pairwise_loss_float64", &run<double>);
 }
 
 }  // namespace prism::bind::pairwise_loss_

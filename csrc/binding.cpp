@@ -25,7 +25,7 @@ int64_t count_launches(const pybind11::function& call) {
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled kernels of prism_fast; called through prism_fast.ops.native.";
     // Raised whenever a signature below changes, so that a stale build in a checkout is named as such.
-    module.attr("interface") = 10;
+    module.attr("interface") = 11;
 #ifdef PRISM_FAST_CUDA
     module.attr("cuda_built") = true;
     module.attr("cuda_archs") = PRISM_FAST_CUDA_ARCHS;
@@ -34,7 +34,6 @@ PYBIND11_MODULE(_C, module) {
     module.attr("cuda_archs") = "";
 #endif
     module.def("count_launches", &count_launches, pybind11::arg("call"));
-    module.def("use_tensors", &prism::bind::use_tensors);
     module.def("share_threads_of", &prism::share_threads_of, pybind11::arg("path"));
     prism::bind::expert_rows_::add(module);
     prism::bind::group_advantage_::add(module);

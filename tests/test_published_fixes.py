@@ -470,8 +470,9 @@ def test_25_one_resize(processor):
 def test_26_constant_length(generator):
     logp, advantage = torch.randn(5, generator=generator), torch.tensor([1.0, -2.0])
     borders = torch.tensor([0, 3, 5], dtype=torch.int32)
-    options = policy_options("dr_grpo", max_response=40).kwargs()
-    assert options["norm_length"] == 40.0, "the longest response of the run, whatever a step's padding"
-    published = [float(policy_loss(logp, advantage, borders, **(options | {"norm_length": w}))[0]) for w in (3.0, 6.0)]
+    options = policy_options("dr_grpo", max_response=40)
+    assert options.norm_length == 40.0, "the longest response of the run, whatever a step's padding"
+    widths = [replace(options, norm_length=w) for w in (3.0, 6.0)]
+    published = [float(policy_loss(logp, advantage, borders, options=padded)[0]) for padded in widths]
     assert published[0] == pytest.approx(2 * published[1]), "wider padding, smaller loss"
-    assert float(policy_loss(logp, advantage, borders, **options)[0]) == pytest.approx(published[0] * 3 / 40)
+    assert float(policy_loss(logp, advantage, borders, options=options)[0]) == pytest.approx(published[0] * 3 / 40)

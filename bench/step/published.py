@@ -141,7 +141,7 @@ class Published(Column):
                     part.advantage,
                     part.response.cu_seqlens,
                     denominator=torch.tensor(float(denominator), device=self.device),
-                    **options.kwargs(),
+                    options=options,
                 )
             self.policy_engine.backward(loss)
             self.policy_loss += float(loss.detach())

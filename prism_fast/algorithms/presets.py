@@ -2,46 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
-from prism_fast.ops.policy_loss import resolve_options
-
-
-@dataclass(frozen=True)
-class PolicyLossOptions:
-    """The options of ``policy_loss`` that do not change during a run; meanings there.
-
-    Raises ValueError or NotImplementedError on construction for combinations that ``policy_loss`` refuses.
-    """
-
-    loss: str = "grpo"
-    clip: tuple[float, float] | None = None
-    delta: float | None = None
-    dual_clip: float | None = None
-    sapo_temperature: tuple[float, float] = (1.0, 1.05)
-    aggregation: str | None = None
-    norm_length: float | None = None
-    entropy_coef: float = 0.0
-    kl: str = "k3"
-    kl_coef: float = 0.0
-
-    def __post_init__(self) -> None:
-        resolve_options(
-            loss=self.loss,
-            clip=self.clip,
-            delta=self.delta,
-            dual_clip=self.dual_clip,
-            sapo_temperature=self.sapo_temperature,
-            aggregation=self.aggregation,
-            has_norm_length=self.norm_length is not None,
-            kl=self.kl,
-        )
-
-    def kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for ``policy_loss``."""
-        return asdict(self)
-
+from prism_fast.ops import PolicyLossOptions
 
 # Alignment, GRPO, DAPO and GSPO: the shell scripts published with PRISM (verl's "vanilla" loss is our grpo form with
 # token_mean). In them every step is on-policy, so that no clip range acts. CISPO: bounds of ScaleRL; SAPO: temperatures

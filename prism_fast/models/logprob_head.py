@@ -126,7 +126,7 @@ class LogProbHead(nn.Linear):
         advantage: Tensor | None,
         cu_seqlens: Tensor,
         *,
-        options: Any,
+        options: ops.PolicyLossOptions,
         banned: bool = False,
         temperature: float | Tensor = 1.0,
         **tensors,
@@ -156,7 +156,7 @@ class LogProbHead(nn.Linear):
             advantage=advantage,
             cu_seqlens=cu_seqlens,
             logp_out=logp,
-            **options.kwargs(),
+            options=options,
             **tensors,
         )
         return loss, stats, logp

@@ -11,6 +11,7 @@ from .linear_policy_loss import linear_policy_loss
 from .moe_experts import moe_experts
 from .pairwise_loss import pairwise_loss
 from .policy_loss import policy_loss
+from .policy_options import PolicyLossOptions
 from .results import (
     ImportanceWeights,
     LogProb,
@@ -40,6 +41,7 @@ __all__ = [
     "ImportanceWeights",
     "LogProb",
     "PairwiseStats",
+    "PolicyLossOptions",
     "PolicyStats",
     "PrefixLayout",
     "Routing",

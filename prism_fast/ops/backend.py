@@ -55,11 +55,6 @@ def choose(op: str, has: tuple[str, ...], requested: str | None, tensor: Tensor,
     return _native_or_default(op, requested, tensor)
 
 
-def takes_native(requested: str | None) -> bool:
-    """Whether `choose` would take the compiled module for CPU tensors where it is available."""
-    return requested == "native" or (requested is None and not os.environ.get(ENVIRONMENT))
-
-
 def _triton_or_default(op: str, requested: str | None, tensor: Tensor) -> str:
     from prism_fast.ops import triton
 

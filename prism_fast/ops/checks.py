@@ -6,10 +6,8 @@ Every message names the op, the argument, what it got and what is allowed.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,19 +15,6 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
 NUMBERS = (int, float)
-
-
-def once(check: Callable[..., Any]) -> Callable[..., Any]:
-    """``check`` of options that need no tensor, run once for each set of them: what has passed passes again."""
-    remembered = functools.lru_cache(maxsize=256, typed=True)(check)
-
-    def checked(*options):
-        try:
-            return remembered(*options)
-        except TypeError:  # something unhashable, a list for example
-            return check(*options)
-
-    return checked
 
 
 def choice(op: str, name: str, value: object, allowed: Sequence[str]) -> None:
@@ -89,7 +74,7 @@ def number(
         raise ValueError(f"{op}: {name}={value} must be finite and in {'(' if strict else '['}{low}, {high}]")
 
 
-def scalar(op: str, name: str, value: object, like: Tensor) -> None:
+def scalar(op: str, name: str, value: object, like: Tensor | None) -> None:
     """Refuse anything but a positive Python number or a 0-d tensor on the device of ``like``. Raises ValueError."""
     if isinstance(value, Tensor):
         tensor(op, name, value, shape=(), dtypes=(*FLOATS, *INTEGERS), like=like)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .backend import choose, takes_native
+from .backend import choose
 from .reference.group_advantage import group_advantage as reference
 
 OP = "group_advantage"
@@ -74,14 +74,7 @@ def group_advantage(
     Source: GRPO (arXiv 2402.03300, section 4.1.2); the six alignment advantages of PRISM (arXiv 2604.28123,
     ``compute_grpo_multi_reward_advantage``) are one or two such calls, see ``prism_fast.algorithms.advantages``.
     """
-    if torch.compiler.is_compiling():  # compilers look through caches, with a warning
-        _settle(normalize, eps, invalid, invalid_penalty, singleton, power, per_score, offset is not None)
-    else:
-        eager = _settled(normalize, eps, invalid, invalid_penalty, singleton, power, per_score, offset is not None)
-        if eager is not None and takes_native(backend):
-            found = eager(scores, group, weights, valid, gate, offset, torch.get_num_threads())
-            if found is not None:
-                return found
+    _check_options(normalize, eps, invalid, invalid_penalty, singleton, power, per_score, offset is not None)
     checks.tensor(OP, "scores", scores, shape=(None, None))
     rows, columns = scores.shape
     checks.tensor(OP, "group", group, shape=(rows,), dtypes=checks.INTEGERS, like=scores)
@@ -109,7 +102,7 @@ def group_advantage(
     )
 
 
-def _settle(
+def _check_options(
     normalize: str,
     eps: float,
     invalid: str,
@@ -118,11 +111,8 @@ def _settle(
     power: float,
     per_score: bool,
     has_offset: bool,
-) -> Callable[..., Tensor | None] | None:
-    """Check the options that need no tensor: the compiled form of an eager call with them where there is one.
-
-    Raises ValueError.
-    """
+) -> None:
+    """Refuse values and combinations that do not exist. Raises ValueError."""
     checks.choice(OP, "normalize", normalize, NORMALIZE)
     checks.choice(OP, "invalid", invalid, INVALID)
     checks.choice(OP, "singleton", singleton, SINGLETON)
@@ -135,18 +125,6 @@ def _settle(
         raise ValueError(f"{OP}: per_score=True needs one term per score; normalize='combined' has only their sum")
     if per_score and (has_offset or invalid_penalty != 0.0):
         raise ValueError(f"{OP}: offset and invalid_penalty belong to the sum; add them after per_score=True")
-    if torch.compiler.is_compiling():
-        return None
-    import prism_fast.ops.native as native
-
-    if not native.available():
-        return None
-    from prism_fast.ops.native.group_advantage import eager
-
-    return eager(normalize, eps, invalid, invalid_penalty, singleton, power, per_score)
-
-
-_settled = checks.once(_settle)
 
 
 def _weights(weights: Tensor | Sequence[float], columns: int, scores: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from . import budgets, checks, waves
 from .backend import choose
 from .linear_logprob import linear_logprob, validate
 from .policy_loss import policy_loss
+from .policy_options import PolicyLossOptions, gather, spelled_out
 from .results import PolicyStats
 
 OP = "linear_policy_loss"
@@ -19,6 +21,7 @@ BACKENDS = ("reference", "triton")
 WHOLE = ("gspo", "gspo_token")  # their ratio is a sequence's, so a wave holds whole sequences
 
 
+@spelled_out
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -26,21 +29,12 @@ def linear_policy_loss(
     advantage: Tensor | None,
     cu_seqlens: Tensor,
     *,
+    options: PolicyLossOptions | None = None,
     old_logp: Tensor | None = None,
     token_advantage: Tensor | None = None,
-    loss: str = "grpo",
-    clip: tuple[float, float] | None = None,
-    delta: float | None = None,
-    dual_clip: float | None = None,
-    sapo_temperature: tuple[float, float] = (1.0, 1.05),
-    aggregation: str | None = None,
     denominator: Tensor | float | None = None,
-    norm_length: float | Tensor | None = None,
     entropy: bool = False,
-    entropy_coef: float = 0.0,
     ref_logp: Tensor | None = None,
-    kl: str = "k3",
-    kl_coef: float = 0.0,
     is_weight: Tensor | None = None,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
@@ -51,6 +45,7 @@ def linear_policy_loss(
     logp_out: Tensor | None = None,
     borders: Sequence[int] | None = None,
     backend: str | None = None,
+    **settings: Any,
 ) -> tuple[Tensor, PolicyStats]:
     """``policy_loss`` of the log-probabilities that ``linear_logprob`` gives for the same rows.
 
@@ -83,32 +78,24 @@ def linear_policy_loss(
 
     Sources: those of the two ops.
     """
+    options = gather(linear_policy_loss, options, settings)
     chosen = choose(OP, BACKENDS, backend, hidden)
     validate(OP, hidden, weight, target, bias, temperature, softcap, weight_grad_out)
     if logp_out is not None:
         wide = (torch.float32, torch.float64)
         checks.tensor(OP, "logp_out", logp_out, shape=tuple(target.shape), dtypes=wide, like=hidden)
-    with_entropy = entropy or entropy_coef != 0.0
+    with_entropy = entropy or options.entropy_coef != 0.0
     kept = target != ignore_index
     if mask is not None:
         checks.mask(OP, mask, target.shape[0], hidden)
         kept = kept & (mask != 0)
     policy = partial(
         policy_loss,
+        options=options,
         old_logp=old_logp,
         token_advantage=token_advantage,
-        loss=loss,
-        clip=clip,
-        delta=delta,
-        dual_clip=dual_clip,
-        sapo_temperature=sapo_temperature,
-        aggregation=aggregation,
         denominator=denominator,
-        norm_length=norm_length,
-        entropy_coef=entropy_coef,
         ref_logp=ref_logp,
-        kl=kl,
-        kl_coef=kl_coef,
         is_weight=is_weight,
         mask=kept,
         backend="reference" if backend == "reference" else None,
@@ -142,7 +129,7 @@ def linear_policy_loss(
         step = block_rows(weight.shape[0], hidden)
         column, _, _ = target_rows(target, weight.shape[0], ignore_index)
         heat = temperature_rows(temperature, hidden.shape[0], hidden.new_empty(0, dtype=_wide(hidden)))
-    whole = _borders(borders, cu_seqlens, hidden.shape[0]) if loss in WHOLE and old_logp is not None else None
+    whole = _borders(borders, cu_seqlens, hidden.shape[0]) if options.loss in WHOLE and old_logp is not None else None
     return waves.run(
         hidden,
         weight,

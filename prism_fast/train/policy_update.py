@@ -10,9 +10,9 @@ from torch import Tensor
 
 from prism_fast import ops
 from prism_fast.algorithms.denominators import loss_denominator
-from prism_fast.algorithms.presets import PolicyLossOptions
 from prism_fast.models.packing import PromptGroup
 from prism_fast.models.processor import EncodedPrompt
+from prism_fast.ops import PolicyLossOptions
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train.engine import LocalEngine, NonFiniteError, refuse_non_finite
 from prism_fast.train.layouts import Forward, Layout, Part, Step, lay_out, longest_item
@@ -122,7 +122,7 @@ def update_policy(
                 computed.predict.cu_seqlens,
                 old_logp=torch.where(old, sampled, logp.detach()) if old.any() else None,
                 denominator=counted,
-                **options.kwargs(),
+                options=options,
             )
             if released:
                 loss = loss * (len(rows) / len(lengths))

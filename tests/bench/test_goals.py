@@ -13,19 +13,26 @@ from prism_fast.bench.step.work import Shape, draw_weights, widths
 from prism_fast.ops import native
 
 
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not native.available(), reason="the compiled module is not built")
 @pytest.mark.parametrize("mode", ["grpo", "gspo"])
-@pytest.mark.parametrize(("shape", "least"), [((16, 512), 4.5), ((64, 4096), 2.0)])
-def test_compiled_policy_step_beats_the_eager_formula(mode, shape, least):
-    """The goal at 16 x 512 is 5: quiet runs give 4.8 to 5.9, so the bound stands below."""
+@pytest.mark.parametrize(("shape", "least"), [((16, 512), 3.0), ((64, 4096), 5.0)])
+def test_compiled_policy_step_beats_the_bare_eager_formula(mode, shape, least, one_thread):
+    """Advantages, loss and gradient on one thread; the eager formula without the statistics that ours come with."""
     op = OPS[f"group_advantage+policy_loss({mode})"]
-    chosen = {"eager", "prism_fast reference", "prism_fast native"}
+    chosen = {"eager", "eager bare", "prism_fast native"}
     rows = measure(op, shape, torch.float32, "cpu", seconds=3.0, ceiling={}, only=chosen.__contains__)
     full = {row.provider: row for row in rows if row.mode == "full"}
     assert all(row.status == "ok" for row in full.values())
-    ours = full["prism_fast native"]
-    assert ours.of_eager <= 1 / least and ours.ms_p50 <= full["prism_fast reference"].ms_p50 / least
+    assert full["prism_fast native"].ms_p50 <= full["eager bare"].ms_p50 / least
 
 
 @pytest.mark.long

@@ -242,7 +242,7 @@ def test_the_policy_loss_is_that_of_the_ops(loss, generator):
         else:
             logp = head(x, labels, banned=True, temperature=heat).logp
             value, stats = ops.policy_loss(
-                logp, advantage, cu_seqlens, old_logp=old_logp, mask=labels != -100, **options.kwargs()
+                logp, advantage, cu_seqlens, old_logp=old_logp, mask=labels != -100, options=options
             )
         value.backward()
         results.append((value, *stats, logp, x.grad, head.weight.grad.clone(), head.bias.grad.clone()))

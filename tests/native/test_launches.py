@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prism_fast.ops import group_advantage, native, pairwise_loss, policy_loss, selected_logprob
-from prism_fast.ops.policy_loss import CLIP_OF_LOSS, TWO_SIDED
+from prism_fast.ops.policy_options import CLIP_OF_LOSS, TWO_SIDED
 from prism_fast.ops.reference.aggregation import OF_LOSS
 from prism_fast.ops.results import PolicyStats
 

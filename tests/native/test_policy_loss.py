@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
 
-from prism_fast.ops import native, policy_loss
-from prism_fast.ops.policy_loss import CLIP_OF_LOSS, KL
+from prism_fast.ops import PolicyLossOptions, native, policy_loss
+from prism_fast.ops.policy_options import CLIP_OF_LOSS, KL, NAMES
 from prism_fast.ops.reference.aggregation import OF_LOSS
 from prism_fast.ops.reference.policy_loss import policy_loss as reference
 
@@ -17,7 +16,7 @@ if not native.available():
     pytest.skip(native.why_not(), allow_module_level=True)
 
 from prism_fast.ops.native import calls
-from prism_fast.ops.native.policy_loss import _forms, run
+from prism_fast.ops.native.policy_loss import _forms, packed, run
 from tests.support.poison import poisoned
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -60,11 +59,19 @@ def batch(generator, lengths=LENGTHS, dtype=torch.float64, device="cpu", padding
     )
 
 
+def call(function, x: dict) -> tuple:
+    """``function`` of tensors, and of an options object made of the rest of ``x``."""
+    options = PolicyLossOptions(**{name: value for name, value in x.items() if name in NAMES})
+    tensors = {name: value for name, value in x.items() if name not in NAMES}
+    leading = [tensors.pop(name) for name in ("logp", "advantage", "cu_seqlens")]
+    return function(*leading, options=options, **tensors)
+
+
 def evaluate(function, data: dict, **options) -> list[torch.Tensor]:
     """Loss, statistics, gradient of logp and of the entropy, under an upstream gradient of 1.7."""
     x = OPTIONS | data | options
     sources = [x["logp"], x["entropy"]]
-    loss, stats = function(x.pop("logp"), x.pop("advantage"), x.pop("cu_seqlens"), **x)
+    loss, stats = call(function, x)
     sources = [s for s in sources if s is not None and s.requires_grad]
     grads = torch.autograd.grad(loss * 1.7, sources, allow_unused=True)
     return [loss.detach(), *stats, *grads]
@@ -106,28 +113,6 @@ def test_parity_over_all_options(loss, aggregation, dtype, device, generator):
         {"kl_coef": 0.0}, {"entropy_coef": 0.0}, {"entropy": None, "entropy_coef": 0.0},
     ):  # fmt: skip
         both(data | missing, **own(loss, aggregation))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(("loss", "aggregation"), PAIRS)
-def test_eager_calls_give_the_same_bits(loss, aggregation, dtype, generator):
-    """The public op reads plain tensors of the CPU in one call, `run` after looking at each."""
-    data = batch(generator, dtype=dtype)
-    frozen = data | {"logp": data["logp"].detach(), "entropy": data["entropy"].detach()}
-    for base, changed in itertools.product(
-        (data, data | {"entropy": frozen["entropy"]}, data | {"entropy_coef": 0.0}),
-        ({}, {"old_logp": None}, {"mask": data["mask"].to(dtype)}, {"mask": None, "denominator": 7.0},
-         {"ref_logp": None, "kl_coef": 0.0}, {"kl": "k3+"}, {"denominator": torch.tensor(9)}),
-    ):  # fmt: skip
-        options = own(loss, aggregation) | changed
-        found, wanted = (
-            evaluate(partial(policy_loss, backend="native"), base, **options),
-            evaluate(run, base, **options),
-        )
-        for ours, theirs in zip(found, wanted, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
-    loss, _ = policy_loss(**frozen, **own(loss, aggregation), backend="native")
-    assert not loss.requires_grad
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -174,12 +159,14 @@ def test_bad_values_come_out_as_in_the_specification(name, device, generator):
 def test_a_token_exactly_on_the_dual_bound_keeps_half_its_gradient(device):
     """As automatic differentiation of a minimum of equal numbers has it."""
     logp = torch.tensor([0.5], dtype=torch.float64, device=device, requires_grad=True)
-    x = OPTIONS | dict(old_logp=torch.zeros(1, dtype=torch.float64, device=device))
-    arguments = (logp, -torch.ones(1, device=device), torch.tensor([0, 1], dtype=torch.int32, device=device))
+    x = OPTIONS | dict(
+        logp=logp, advantage=-torch.ones(1, device=device), old_logp=torch.zeros(1, dtype=torch.float64, device=device),
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=device),
+    )  # fmt: skip
     for function in (run, reference):
-        ratio = function(*arguments, **x)[1].ratio_max.item()
+        ratio = call(function, x)[1].ratio_max.item()
         slopes = [
-            torch.autograd.grad(function(*arguments, **x | {"dual_clip": bound})[0], logp)[0].item()
+            torch.autograd.grad(call(function, x | {"dual_clip": bound})[0], logp)[0].item()
             for bound in (ratio * 0.99, ratio, ratio * 1.01)
         ]
         assert slopes == [0.0, ratio / 2, ratio]
@@ -189,12 +176,12 @@ def test_a_token_exactly_on_the_dual_bound_keeps_half_its_gradient(device):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -1e300])
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])
 def test_every_element_is_written_and_the_workspace_is_free(loss, poison, device, generator):
-    data = batch(generator, device=device)
-    wanted = evaluate(run, data, loss=loss)
+    data, options = batch(generator, device=device), own(loss, OF_LOSS[loss][0])
+    wanted = evaluate(run, data, **options)
     sick = {name: torch.full_like(data[name], poison) for name in ("old_logp", "ref_logp", "is_weight")}
-    evaluate(run, data | sick, loss=loss)  # the twin's own workspace keeps what was in it
+    evaluate(run, data | sick, **options)  # the twin's own workspace keeps what was in it
     with poisoned(poison):
-        found = evaluate(run, data, loss=loss)
+        found = evaluate(run, data, **options)
     assert all(a.equal(b) and a.isfinite().all() for a, b in zip(found, wanted, strict=True))
 
 
@@ -232,19 +219,17 @@ def test_threads_do_not_change_a_bit(generator):
 def test_gradients_wanted_and_unwanted(generator):
     data = batch(generator)
     x = OPTIONS | data
-    arguments = (x.pop("logp"), x.pop("advantage"), x.pop("cu_seqlens"))
     with torch.no_grad():
-        quiet, _ = run(*arguments, **x)
-    loss, stats = run(*arguments, **x)
+        quiet, _ = call(run, x)
+    loss, stats = call(run, x)
     assert not quiet.requires_grad and torch.equal(quiet, loss) and not any(s.requires_grad for s in stats)
     first = torch.autograd.grad(loss, (data["logp"], data["entropy"]), retain_graph=True)
     again = torch.autograd.grad(loss, (data["logp"], data["entropy"]))
     assert all(a.equal(b) for a, b in zip(first, again, strict=True))
-    only = dict(x, entropy=data["entropy"])
-    loss, _ = run(data["logp"].detach(), *arguments[1:], **only)
+    loss, _ = call(run, x | {"logp": data["logp"].detach()})
     assert torch.autograd.grad(loss, data["entropy"])[0].equal(first[1])
     with pytest.raises(RuntimeError, match="require grad"):  # differentiable once: no silent zeros
-        loss, _ = run(*arguments, **x)
+        loss, _ = call(run, x)
         slope = torch.autograd.grad(loss, data["logp"], create_graph=True)[0]
         torch.autograd.grad(slope.sum(), data["logp"])
 
@@ -252,8 +237,8 @@ def test_gradients_wanted_and_unwanted(generator):
 def flat(data: dict, wanted: int = 2) -> tuple:
     return (
         data["logp"], data["entropy"], data["advantage"], data["cu_seqlens"], data["old_logp"], None, data["ref_logp"],
-        data["is_weight"], data["mask"], None, None, "grpo", "seq_mean_token_mean", "k3", False, 0.0, 0.0, 0.2, 0.28,
-        True, 3.0, 1.0, 1.05, 0.3, 0.05, wanted,
+        data["is_weight"], data["mask"], None, None, False, 0.0,
+        packed(PolicyLossOptions(clip=(0.2, 0.28), dual_clip=3.0, kl_coef=0.3, entropy_coef=0.05)), wanted,
     )  # fmt: skip
 
 

@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 
-from prism_fast.algorithms.presets import PolicyLossOptions
 from prism_fast.config import OptimizerConfig
 from prism_fast.data.samples import Demonstration
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
+from prism_fast.ops import PolicyLossOptions
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train.engine import LocalEngine
 from prism_fast.train.layouts import prepare

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 # Version of the binding's signatures that this Python code calls; csrc/binding.cpp carries the same number.
-INTERFACE = 10
+INTERFACE = 11
 
 _BUILD = "run `pip install -e . --no-build-isolation` or `python setup.py build_ext --inplace` in the checkout"
 
@@ -20,12 +20,6 @@ else:
     _reason = ""
     if _C.interface != INTERFACE:
         _reason = f"prism_fast._C was built from other sources (interface {_C.interface}, needed {INTERFACE}); {_BUILD}"
-    elif (table := getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)) is None or not _C.use_tensors(
-        table, torch.Tensor, torch.nn.Parameter
-    ):
-        _reason = (
-            f"torch {torch.__version__} does not hand out its tensors by DLPack 1's C functions; torch >= 2.11 does"
-        )
     else:
         _C.share_threads_of(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from prism_fast.ops import native
 
-from ..forms import plain as plain
-
 # Positions in the C++ enum ScalarKind; 0 is a number that the host knows.
 SCALARS = {torch.float32: 1, torch.float64: 2, torch.int32: 3, torch.int64: 4}
 
@@ -27,30 +25,10 @@ def stream_of(x: Tensor) -> int | None:
 
 
 def column(x: Tensor | None, kind: torch.dtype) -> Tensor | None:
-    """A constant input as the kernels read it: plain, dense, in the type of the computation."""
-    if x is None:
+    """A constant input as the kernels read it: dense, in the type of the computation."""
+    if x is None or (x.dtype is kind and x.is_contiguous()):
         return x
-    if type(x) is not Tensor:
-        x = x.detach().as_subclass(Tensor)
-    if x.dtype is kind and x.is_contiguous():
-        return x
-    return x.to(kind).contiguous()
-
-
-def number(tensor: Tensor | None, value: float, kind: torch.dtype) -> tuple[Tensor | None, int, int, float]:
-    """(tensor to keep alive until the call, its address, its kind, the number that counts where there is none)."""
-    if tensor is None:
-        return None, 0, 0, value
-    if tensor.dtype not in SCALARS:
-        tensor = tensor.to(kind)
-    return tensor, tensor.data_ptr(), SCALARS[tensor.dtype], 0.0
-
-
-def scalar(value: Tensor | float | None, kind: torch.dtype) -> Tensor | float | None:
-    """A 0-d tensor or a number as the kernels read it: plain, of a type that they know."""
-    if isinstance(value, Tensor):
-        return column(value, value.dtype if value.dtype in SCALARS else kind)
-    return None if value is None else float(value)
+    return x.detach().to(kind).contiguous()
 
 
 def split(value: Tensor | float | None) -> tuple[Tensor | None, float]:
@@ -58,6 +36,15 @@ def split(value: Tensor | float | None) -> tuple[Tensor | None, float]:
     if value is None or isinstance(value, Tensor):
         return value, 0.0
     return None, float(value)
+
+
+def scalar(tensor: Tensor | None, number: float, kind: torch.dtype) -> tuple[Tensor | None, tuple[int, int, float]]:
+    """(tensor to keep alive until the call, what the kernels take: its address, its kind, the number without one)."""
+    if tensor is None:
+        return None, (0, 0, number)
+    if tensor.dtype not in SCALARS:
+        tensor = tensor.detach().to(kind)
+    return tensor, (tensor.data_ptr(), SCALARS[tensor.dtype], number)
 
 
 _ANYWHERE = nullcontext()
@@ -72,25 +59,20 @@ def on_device(op: str, x: Tensor):
     return torch.cuda.device(x.device)
 
 
-def launch(
-    op: str, kernel: Callable[..., bool], like: Tensor, size: int, given: tuple, dense: Callable[[], tuple]
-) -> None:
-    """``kernel(*given, workspace, threads, stream)`` on the device of ``like``; workspace is float64 [size].
+def launch(op: str, kernel: Callable[..., None], like: Tensor, size: int, *arguments: object) -> None:
+    """``kernel(*arguments, workspace, threads, stream)`` on the device of ``like``; workspace is float64 [size].
 
-    Where the kernel answers that it cannot read the tensors as they are, ``dense()`` makes the arguments that it can.
     The contents of the workspace do not matter; the twins on the CPU bring their own. Raises RuntimeError where CUDA
-    kernels are missing, and for tensors without memory of their own (functorch transforms).
+    kernels are missing.
     """
-    stream, threads = stream_of(like), torch.get_num_threads()
+    threads = torch.get_num_threads()
+    stream = stream_of(like)
     if stream is None:
-        done = kernel(*given, 0, threads, None) or kernel(*dense(), 0, threads, None)
-    else:
-        with on_device(op, like):
-            workspace = torch.empty(size, dtype=torch.float64, device=like.device)
-            at = workspace.data_ptr()
-            done = kernel(*given, at, threads, stream) or kernel(*dense(), at, threads, stream)
-    if not done:
-        raise RuntimeError(f"{op}: the compiled kernels cannot read these tensors; pass backend='reference'")
+        kernel(*arguments, 0, threads, None)
+        return
+    with on_device(op, like):
+        workspace = torch.empty(size, dtype=torch.float64, device=like.device)
+        kernel(*arguments, workspace.data_ptr(), threads, stream)
 
 
 def scaled(

@@ -5,15 +5,12 @@ Semantics and validation stand in ``prism_fast.ops.group_advantage``; the arithm
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from prism_fast.ops import native
 
-from ..forms import plain
+from ..forms import plain, refuse_duals
 from . import calls
 
 # Positions in the C++ enums.
@@ -28,6 +25,7 @@ def run(**arguments) -> Tensor:
     kernels are missing.
     """
     if plain(arguments["scores"]):
+        refuse_duals("group_advantage")
         return _run(**arguments)
     return _operator(**{name: x.detach() if isinstance(x, Tensor) else x for name, x in arguments.items()})
 
@@ -48,33 +46,18 @@ def _run(
     per_score: bool,
 ) -> Tensor:
     """[B], or [B, K] with ``per_score``; float64 for float64 scores, else float32."""
-    out, kernel = _allocate(scores, per_score), native.module().group_advantage
-    rest = (
-        out, NORMALIZE[normalize], INVALID[invalid], eps, invalid_penalty, power, singleton == "identity", per_score,
+    out, module, (rows, width) = _allocate(scores, per_score), native.module(), scores.shape
+    if scores.dtype != out.dtype:
+        scores = scores.detach().to(out.dtype)
+    group, valid = calls.column(group, torch.int64), calls.column(valid, torch.bool)
+    weights, gate, offset = (calls.column(x, out.dtype) for x in (weights, gate, offset))
+    kernel = module.group_advantage_float64 if out.dtype == torch.float64 else module.group_advantage_float32
+    columns = (scores, group, weights, valid, gate, offset, out)
+    calls.launch(
+        "group_advantage", kernel, scores, (rows + 1) * width, [calls.address(x) for x in columns], scores.stride(),
+        rows, width, NORMALIZE[normalize], INVALID[invalid], eps, invalid_penalty, power, singleton == "identity", per_score,
     )  # fmt: skip
-
-    def dense() -> tuple:
-        kind = out.dtype
-        floats = [calls.column(x, kind) for x in (weights, gate, offset)]
-        return (
-            calls.column(scores, kind), calls.column(group, torch.int64), floats[0], calls.column(valid, torch.bool),
-            *floats[1:], *rest,
-        )  # fmt: skip
-
-    given = (scores, group, weights, valid, gate, offset, *rest)
-    calls.launch("group_advantage", kernel, scores, (scores.shape[0] + 1) * scores.shape[1], given, dense)
     return out
-
-
-def eager(
-    normalize: str, eps: float, invalid: str, invalid_penalty: float, singleton: str, power: float, per_score: bool
-) -> Callable[..., Tensor | None]:
-    """(scores, group, weights, valid, gate, offset, threads) -> `run` with these options, in one call.
-
-    None for anything but plain tensors of the CPU, just as the kernel reads them: then no check would refuse them.
-    """
-    options = (NORMALIZE[normalize], INVALID[invalid], eps, invalid_penalty, power, singleton == "identity", per_score)
-    return functools.partial(native.module().group_advantage_eager, *options)
 
 
 def _kind(scores: Tensor) -> torch.dtype:

@@ -84,40 +84,22 @@ def _run(
     """(loss [], integers [3, K], values [5, K], gradients [(G + B) · K] of teacher and student, or [0])."""
     out = value, integers, values, gradients = _allocate(teacher, student, wanted)
     module, kind = native.module(), student.dtype
-    teacher, student, group = teacher.contiguous(), student.contiguous(), group.contiguous()
-    valid = None if valid is None else valid.contiguous()
-    teacher_length, student_length = calls.column(teacher_length, kind), calls.column(student_length, kind)
-    denominator, *count = calls.number(denominator, denominator_number, kind)
-    l2_denominator, *l2_count = calls.number(l2_denominator, l2_denominator_number, kind)
+    columns = (
+        teacher.contiguous(), student.contiguous(), calls.column(group, torch.int64), calls.column(valid, torch.bool),
+        calls.column(teacher_length, kind), calls.column(student_length, kind), value, integers, values,
+    )  # fmt: skip
+    gradient = gradients.data_ptr() if wanted else 0
+    student_gradient = gradient + teacher.numel() * teacher.element_size() if wanted else 0
+    denominator, count = calls.scalar(denominator, denominator_number, kind)
+    l2_denominator, l2_count = calls.scalar(l2_denominator, l2_denominator_number, kind)
+    kernel = module.pairwise_loss_float64 if kind == torch.float64 else module.pairwise_loss_float32
     workspace = torch.empty(student.numel(), dtype=torch.float64, device=student.device)
     with calls.on_device("pairwise_loss", student):
-        (module.pairwise_loss_float64 if kind == torch.float64 else module.pairwise_loss_float32)(
-            teacher=teacher.data_ptr(),
-            student=student.data_ptr(),
-            group=group.data_ptr(),
-            valid=calls.address(valid),
-            teacher_length=calls.address(teacher_length),
-            student_length=calls.address(student_length),
-            loss=value.data_ptr(),
-            counts=integers.data_ptr(),
-            stats=values.data_ptr(),
-            teacher_gradient=gradients.data_ptr() if wanted else 0,
-            student_gradient=gradients.data_ptr() + teacher.numel() * teacher.element_size() if wanted else 0,
-            workspace=workspace.data_ptr(),
-            groups=teacher.shape[0],
-            rows=student.shape[0],
-            columns=student.shape[1],
-            has_clip=has_clip,
-            clip=clip,
-            l2=l2,
-            spread=spread,
-            has_denominator=has_denominator,
-            has_l2_denominator=has_l2_denominator,
-            penalty=penalty,
-            stream=calls.stream_of(student),
-            **dict(zip(("denominator", "denominator_kind", "denominator_number"), count, strict=True)),
-            **dict(zip(("l2_denominator", "l2_denominator_kind", "l2_denominator_number"), l2_count, strict=True)),
-        )
+        kernel(
+            [*map(calls.address, columns), gradient, student_gradient, workspace.data_ptr()],
+            teacher.shape[0], *student.shape, has_clip, clip, l2, spread, has_denominator, count, has_l2_denominator,
+            l2_count, penalty, calls.stream_of(student),
+        )  # fmt: skip
     return out
 
 

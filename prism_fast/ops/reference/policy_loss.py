@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from ..results import PolicyStats
 from .aggregation import default_denominator, token_weights
 from .kl import kl_estimate
 from .segments import segment_sum, sequence_of_token
+
+if TYPE_CHECKING:
+    from ..policy_options import PolicyLossOptions
 
 LOG_RATIO_CLAMP = 20.0  # token ratios
 SEQUENCE_LOG_RATIO_MAX = 10.0  # sequence ratios (GSPO)
@@ -21,25 +25,17 @@ def policy_loss(
     advantage: Tensor | None,
     cu_seqlens: Tensor,
     *,
+    options: PolicyLossOptions,
     old_logp: Tensor | None,
     token_advantage: Tensor | None,
-    loss: str,
-    clip: tuple[float, float] | None,
-    delta: float | None,
-    dual_clip: float | None,
-    sapo_temperature: tuple[float, float],
-    aggregation: str,
     denominator: Tensor | float | None,
-    norm_length: float | Tensor | None,
     entropy: Tensor | None,
-    entropy_coef: float,
     ref_logp: Tensor | None,
-    kl: str,
-    kl_coef: float,
     is_weight: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, PolicyStats]:
-    """See ``prism_fast.ops.policy_loss``. Options are already checked and ``aggregation`` is resolved."""
+    """See ``prism_fast.ops.policy_loss``."""
+    aggregation = options.aggregates
     kind = torch.float64 if logp.dtype == torch.float64 else torch.float32
     sequences = cu_seqlens.shape[0] - 1
     sequence = sequence_of_token(cu_seqlens, logp.shape[0])
@@ -59,7 +55,7 @@ def policy_loss(
         a = clean(torch.cat((advantage.detach().to(kind), new.new_zeros(1)))[sequence])
     lengths = segment_sum(active.to(kind), sequence, sequences + 1)
     log_ratio = new - old
-    if loss in ("gspo", "gspo_token"):
+    if options.loss in ("gspo", "gspo_token"):
         drift = segment_sum(log_ratio.detach(), sequence, sequences + 1) / lengths.clamp(min=1.0)
         # The value is the sequence's geometric-mean ratio, the gradient is spread over its tokens.
         exponent = (new - new.detach() + drift[sequence]).clamp(max=SEQUENCE_LOG_RATIO_MAX)
@@ -68,23 +64,21 @@ def policy_loss(
         exponent = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
         measured = exponent.detach()
     ratio = exponent.exp()
-    each, held_low, held_high, held_dual = _token_loss(
-        loss, ratio, new, a, clip=clip, bound=dual_clip if delta is None else delta, sapo_temperature=sapo_temperature
-    )
+    each, held_low, held_high, held_dual = _token_loss(options, ratio, new, a)
     if is_weight is not None:
         each = each * clean(is_weight.detach())
     if denominator is None:
         denominator = default_denominator(aggregation, lengths[:sequences])
     elif not isinstance(denominator, Tensor):
         denominator = new.new_full((), denominator)
-    share = token_weights(aggregation, active, sequence, lengths, denominator.to(kind), norm_length)
+    share = token_weights(aggregation, active, sequence, lengths, denominator.to(kind), options.norm_length)
     total = pure = (each * share).sum()
-    divergence = None if ref_logp is None else clean(kl_estimate(new, clean(ref_logp.detach()), kl))
-    if divergence is not None and kl_coef != 0.0:
-        total = total + kl_coef * (divergence * share).sum()
+    divergence = None if ref_logp is None else clean(kl_estimate(new, clean(ref_logp.detach()), options.kl))
+    if divergence is not None and options.kl_coef != 0.0:
+        total = total + options.kl_coef * (divergence * share).sum()
     spread = None if entropy is None else clean(entropy)
-    if spread is not None and entropy_coef != 0.0:
-        total = total - entropy_coef * (spread * share).sum()
+    if spread is not None and options.entropy_coef != 0.0:
+        total = total - options.entropy_coef * (spread * share).sum()
     count = lengths[:sequences].sum()
 
     def mean(value: Tensor) -> Tensor:
@@ -109,32 +103,25 @@ def policy_loss(
 
 
 def _token_loss(
-    loss: str,
-    ratio: Tensor,
-    new: Tensor,
-    a: Tensor,
-    *,
-    clip: tuple[float, float] | None,
-    bound: float | None,
-    sapo_temperature: tuple[float, float],
+    options: PolicyLossOptions, ratio: Tensor, new: Tensor, a: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[N] loss of each token, and which tokens are held at the lower, the upper and the dual bound."""
     none = torch.zeros_like(ratio, dtype=torch.bool)
-    if loss == "sapo":
-        positive, negative = sapo_temperature
+    if options.loss == "sapo":
+        positive, negative = options.sapo_temperature
         tau = torch.full_like(ratio, negative).masked_fill_(a > 0, positive)
         return -a * torch.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau, none, none, none
-    low, high = 1.0 - clip[0], 1.0 + clip[1]
+    low, high = 1.0 - options.clips[0], 1.0 + options.clips[1]
     clipped = ratio.clamp(low, high)
-    if loss == "cispo":
+    if options.loss == "cispo":
         fixed = ratio.detach()
         return -a * clipped.detach() * new, fixed < low, fixed > high, none
     plain, held = -a * ratio, -a * clipped
     holds = held > plain
     each = torch.maximum(plain, held)
     dual = none
-    if bound is not None:
-        ceiling = -a * bound
+    if options.bound is not None:
+        ceiling = -a * options.bound
         dual = (each > ceiling) & (a < 0)
         each = torch.where(a < 0, torch.minimum(each, ceiling), each)
     return each, holds & (a < 0), holds & (a > 0), dual

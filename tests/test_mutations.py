@@ -156,8 +156,8 @@ MUTATIONS = {
     ),
     "clip sides swapped": Mutation(
         REFERENCE + "policy_loss",
-        "low, high = 1.0 - clip[0], 1.0 + clip[1]",
-        "low, high = 1.0 - clip[1], 1.0 + clip[0]",
+        "low, high = 1.0 - options.clips[0], 1.0 + options.clips[1]",
+        "low, high = 1.0 - options.clips[1], 1.0 + options.clips[0]",
         policy_vectors,
     ),
     "minimum instead of maximum": Mutation(
@@ -186,8 +186,8 @@ MUTATIONS = {
     ),
     "SAPO temperatures swapped": Mutation(
         REFERENCE + "policy_loss",
-        "positive, negative = sapo_temperature",
-        "negative, positive = sapo_temperature",
+        "positive, negative = options.sapo_temperature",
+        "negative, positive = options.sapo_temperature",
         sapo_formula,
     ),
     "mask not applied to the inputs": Mutation(

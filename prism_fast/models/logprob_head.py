@@ -8,7 +8,6 @@ the weight that the module's own hooks have gathered.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn

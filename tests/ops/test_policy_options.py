@@ -39,7 +39,8 @@ def test_signature_lists_every_option_with_its_default(function):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize(
-    ("wrong", "nearest"), [("cliip", "clip"), ("old_logps", "old_logp"), ("kl_beta", "kl_coef"), ("norm", "norm_length")]
+    ("wrong", "nearest"),
+    [("cliip", "clip"), ("old_logps", "old_logp"), ("kl_beta", "kl_coef"), ("norm", "norm_length")],
 )
 def test_unknown_keyword_names_the_nearest(function, wrong, nearest):
     given = ROWS if function is policy_loss else (torch.ones(3, 2), torch.ones(5, 2), torch.arange(3), *ROWS[1:])

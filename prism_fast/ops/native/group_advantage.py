@@ -55,7 +55,8 @@ def _run(
     columns = (scores, group, weights, valid, gate, offset, out)
     calls.launch(
         "group_advantage", kernel, scores, (rows + 1) * width, [calls.address(x) for x in columns], scores.stride(),
-        rows, width, NORMALIZE[normalize], INVALID[invalid], eps, invalid_penalty, power, singleton == "identity", per_score,
+        rows, width, NORMALIZE[normalize], INVALID[invalid], eps, invalid_penalty, power, singleton == "identity",
+        per_score,
     )  # fmt: skip
     return out
 

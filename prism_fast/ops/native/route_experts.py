@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from prism_fast.ops import native
 
+from ..forms import plain
 from ..results import Routing
 from . import calls
 
@@ -31,7 +32,7 @@ def run(router_logits: Tensor, top_k: int, *, renormalize: bool) -> Routing:
     RuntimeError where the kernels are missing.
     """
     refuse_sizes("route_experts", router_logits.shape[1], top_k)
-    if not calls.plain(router_logits):
+    if not plain(router_logits):
         return Routing(*_operator(router_logits, top_k, renormalize))
     if torch.is_grad_enabled() and router_logits.requires_grad:
         return Routing(*_Eager.apply(router_logits, top_k, renormalize))
@@ -213,7 +214,7 @@ def plan(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> Routin
     """
     refuse_sizes("plan_experts", num_experts, top_k_index.shape[1])
     index, given = top_k_index.long(), top_k_weights.to(_kind(top_k_weights))
-    if not calls.plain(given):
+    if not plain(given):
         parts = _plan_operator(index, given, num_experts)
     elif torch.is_grad_enabled() and given.requires_grad:
         parts = _EagerPlan.apply(index, given, num_experts)

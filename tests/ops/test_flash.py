@@ -129,6 +129,18 @@ def test_packed_rows_by_card(major, dtype, widths, wanted):
     assert flash.packed_default(major, dtype, *widths) == wanted
 
 
+def test_a_whole_graph_follows_the_choice(card):
+    card((8, 0))
+
+    def shown(x):
+        return x + (1 if flash.packed_default(8, HALF, x.shape[1], 64) == "stock" else 2)
+
+    graph = torch.compile(shown, fullgraph=True, backend="eager")
+    assert int(graph(torch.zeros(1, 64))[0, 0]) == 2
+    with flash.use_attention("torch", CUDA, HALF):
+        assert int(graph(torch.zeros(1, 64))[0, 0]) == 1
+
+
 def test_the_op_asks_the_table_and_a_choice_by_name_serves_packed_rows(card, monkeypatch):
     monkeypatch.delenv(backend.ENVIRONMENT, raising=False)
     card((8, 0))

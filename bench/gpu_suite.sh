@@ -77,7 +77,7 @@ section_tests() {
     local mark=()
     if [[ $cpu ]]; then mark=(-m "not long"); fi
     "$PYTHON" -m pytest -q -p no:cacheprovider "${mark[@]}" tests/kernels \
-        --ignore tests/kernels/test_compile.py --ignore tests/kernels/test_attention_compile.py
+        --ignore tests/kernels/test_kernel_forms.py
 }
 
 section_ops() {

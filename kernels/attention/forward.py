@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prism_fast.kernels.attention.tiles import MAX_WIDTH, Tile, cut, tile_for
+from prism_fast.kernels.attention.lists import Lists, Plan, make_lists, plan, view_lists
+from prism_fast.kernels.attention.tiles import MAX_WIDTH, Tile, block_width, tile_for
+from prism_fast.kernels.launch import on_device
 
 LOG2E = 1.4426950408889634
 
@@ -61,20 +63,20 @@ def absorb(
     return top, total, out
 
 
-@triton.jit(do_not_specialize=["S", "scale"])
+@triton.jit(do_not_specialize=["S", "T", "scale"])
 def attend_kernel(
     q_ptr,  # [T, Hq, D]
     k_ptr,  # [T, Hk, D]
     v_ptr,
     out_ptr,  # [T, Hq, D]
-    lse_ptr,  # [T, Hq] natural logarithm
-    tile_segment_ptr,
-    tile_row_ptr,
+    lse_ptr,  # [Hq, T] natural logarithm
+    tile_ptr,  # [2, tiles] segment and first token
     cu_ptr,
     prefix_start_ptr,
     prefix_len_ptr,
     branch_prefix_ptr,
     S,
+    T,
     scale,  # times log2(e)
     q_row, q_head, k_row, k_head, v_row, v_head,
     HEADS: tl.constexpr,
@@ -85,11 +87,11 @@ def attend_kernel(
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    number = tl.load(tile_segment_ptr + tl.program_id(0))
+    number = tl.load(tile_ptr + tl.program_id(0))
     if number >= S:
         return
-    head = tl.program_id(1)
-    begin = tl.load(tile_row_ptr + tl.program_id(0))
+    head = tl.program_id(1).to(tl.int64)
+    begin = tl.load(tile_ptr + tl.num_programs(0) + tl.program_id(0))
     start, stop, first, last = segment_of(number, S, cu_ptr, prefix_start_ptr, prefix_len_ptr, branch_prefix_ptr)
     row = begin + tl.arange(0, QUERIES)
     q = load_rows(q_ptr + head * q_head, row, stop, q_row, D, BLOCK_D)
@@ -110,7 +112,7 @@ def attend_kernel(
     at = (row.to(tl.int64) * HEADS + head)[:, None] * D + d[None, :]
     inside = row < stop
     tl.store(out_ptr + at, (out / total[:, None]).to(out_ptr.dtype.element_ty), inside[:, None] & (d < D)[None, :])
-    tl.store(lse_ptr + row.to(tl.int64) * HEADS + head, (top + tl.log2(total)) * 0.6931471805599453, inside)
+    tl.store(lse_ptr + head * T + row, (top + tl.log2(total)) * 0.6931471805599453, inside)
 
 
 def attend(
@@ -125,24 +127,33 @@ def attend(
     *,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [T, Hq, D] in the dtype of ``q`` and log-sum-exp [T, Hq] float32; both 0 on padding.
+    """Output [T, Hq, D] in the dtype of ``q`` and log-sum-exp [Hq, T] float32; both 0 on padding.
 
-    q [T, Hq, D], k and v [T, Hk, D] with rows of heads of stride 1, D <= 128; the layout as in ``PrefixLayout``. Raises
-    NotImplementedError for a card without a tile.
+    q [T, Hq, D], k and v [T, Hk, D] with rows of heads of stride 1, D <= 128; the layout as in ``PrefixLayout``,
+    contiguous. Raises NotImplementedError for a card without a tile.
     """
     tile = tile or tile_for(q)
     tokens, heads = q.shape[:2]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_zeros((tokens, heads), dtype=torch.float32)
+    lse = q.new_zeros((heads, tokens), dtype=torch.float32)
     segments = cu.shape[0] - 1
     if tokens and segments:
-        tiles = cut(cu, tokens, tile.queries)
-        attend_kernel[(tiles.segment.shape[0], heads)](
-            q, k, v, out, lse, *tiles, cu, prefix_start, prefix_len, branch_prefix, segments, scale * LOG2E,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-            **shapes(q, k), QUERIES=tile.queries, KEYS=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        _, lists = lists_of(q, k, cu, prefix_start, prefix_len, branch_prefix, tile)
+        with on_device(q):
+            attend_kernel[(lists.forward.shape[1], heads)](
+                q, k, v, out, lse, lists.forward, cu, prefix_start, prefix_len, branch_prefix,
+                segments, tokens, scale * LOG2E, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+                **shapes(q, k), QUERIES=tile.queries, KEYS=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
     return out, lse
+
+
+def lists_of(
+    q: Tensor, k: Tensor, cu: Tensor, prefix_start: Tensor, prefix_len: Tensor, branch_prefix: Tensor, tile: Tile
+) -> tuple[Plan, Lists]:
+    """The lists of all launches for operands like these, and the numbers behind their lengths."""
+    numbers = plan(q.shape[0], cu.shape[0] - 1, q.shape[1], k.shape[1], q.shape[2], tile)
+    return numbers, view_lists(numbers, make_lists(numbers, cu, prefix_start, prefix_len, branch_prefix))
 
 
 def shapes(q: Tensor, k: Tensor) -> dict[str, object]:
@@ -154,6 +165,6 @@ def shapes(q: Tensor, k: Tensor) -> dict[str, object]:
         "HEADS": heads,
         "GROUP": heads // k.shape[1],
         "D": width,
-        "BLOCK_D": max(16, triton.next_power_of_2(width)),
+        "BLOCK_D": block_width(width),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }

@@ -16,7 +16,7 @@ def attention_operator(
     """``prism_fast::<name>`` with autograd and fake tensors: whole graphs hold it as one node.
 
     ``forward(q, k, v, cu_branch, prefix_start, prefix_len, branch_prefix, *numbers)`` gives the output [T, Hq, D] and
-    the log-sum-exp [T, Hq]; ``backward(grad, q, k, v, out, lse, cu_branch, …, *numbers)`` gives dq, dk, dv. The
+    the log-sum-exp [Hq, T]; ``backward(grad, q, k, v, out, lse, cu_branch, …, *numbers)`` gives dq, dk, dv. The
     log-sum-exp has no gradient. ``numbers`` are whatever plain numbers the backend needs, the scale among them;
     ``tensors`` stand before them.
     """
@@ -25,7 +25,7 @@ def attention_operator(
 
     @operator.register_fake
     def _(q, k, v, *rest):
-        return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=sum_dtype(q))
+        return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=sum_dtype(q))
 
     @backward_operator.register_fake
     def _(grad, q, k, v, *rest):

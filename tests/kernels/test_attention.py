@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from prism_fast.kernels.attention import TILES, Tile, tiles
+from prism_fast.kernels.attention import TILES, Tile, lists, tiles
 from prism_fast.ops import PrefixLayout, shared_prefix_attention
 from tests.ops.test_shared_prefix_attention import SHAPES, layout_of, unshared
 from tests.support.triton_device import DEVICE
@@ -18,11 +18,13 @@ TOKENS = sum(length for length, _ in SEGMENTS)
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """In the interpreter only: segments must span several tiles, and the list of followers must be walked."""
+    """In the interpreter only: segments must span several tiles, the list of followers must be walked, work be cut."""
     if DEVICE == "cpu":
         small = {key: Tile(16, 16, 4, 1, 16, 32, 4, 1) for key in TILES}
         monkeypatch.setattr(tiles, "TILES", small)
         monkeypatch.setattr(tiles, "card", lambda device: (1, 90))
+        monkeypatch.setattr(lists, "PART", 2)
+        monkeypatch.setattr(lists, "PROGRAMS", 1)
 
 
 def operands(generator, segments, heads=2, key_heads=1, width=16, dtype=torch.float32):
@@ -112,16 +114,48 @@ def test_scores_of_any_size(generator):
         assert a.isfinite().all() and (a - c).norm() <= 1e-4 * c.norm()
 
 
-def test_tiles_cover_every_token_once(generator):
-    layout = moved(layout_of(SEGMENTS))
-    for block in (16, 64):
-        cut = tiles.cut(layout.cu_branch, TOKENS, block)
-        cu, seen = layout.cu_branch.tolist(), []
-        for s, row in zip(cut.segment.tolist(), cut.row.tolist(), strict=True):
-            if s < len(SEGMENTS):
-                assert cu[s] <= row < cu[s + 1] and (row - cu[s]) % block == 0
-                seen += range(row, min(row + block, cu[s + 1]))
-        assert seen == list(range(TOKENS))
+@pytest.mark.parametrize("memory", [lists.PARTIAL_BYTES, 1 << 13])
+def test_work_in_parts(memory, generator, monkeypatch):
+    """A key tile's work cut at every query tile, or into as few parts as the memory takes; sums begin as NaN."""
+    monkeypatch.setattr(lists, "PART", 1)
+    monkeypatch.setattr(lists, "PARTIAL_BYTES", memory)
+    segments = [(40, -1), (33, 0), (18, 0)]
+    inputs, layout = operands(generator, segments), moved(layout_of(segments))
+    wanted = run(lambda *x: shared_prefix_attention(*x, layout, backend="reference"), *inputs)
+    monkeypatch.setattr(torch.Tensor, "new_empty", nan_filled(torch.Tensor.new_empty))
+    found = run(fused(layout), *inputs)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def nan_filled(make):
+    def made(*arguments, **options):
+        x = make(*arguments, **options)
+        return x.fill_(torch.nan) if x.is_floating_point() else x
+
+    return made
+
+
+def test_a_layout_of_any_strides(generator):
+    segments = [(18, -1), (17, 0), (3, -1)]
+    layout = moved(layout_of(segments))
+    inputs = operands(generator, segments)
+    spread = [torch.stack((x, x + 1), 1)[:, 0] for x in layout[:4]]
+    assert not (spread[0].is_contiguous() or spread[3].is_contiguous())
+    found = run(fused(PrefixLayout(*spread, *layout[4:])), *inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, run(fused(layout), *inputs), strict=True))
+
+
+@pytest.mark.gpu
+def test_another_current_device_than_the_tensors(generator):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two cards")
+    inputs, layout = operands(generator, SEGMENTS), moved(layout_of(SEGMENTS))
+    there = [x.to("cuda:1") for x in inputs]
+    away = PrefixLayout(*(x.to("cuda:1") for x in layout[:4]), *layout[4:])
+    with torch.cuda.device(0):
+        found = run(fused(away), *there)
+    for a, b in zip(found, run(fused(layout), *inputs), strict=True):
+        assert torch.equal(a.to(b.device), b)
 
 
 def test_refusals(generator):

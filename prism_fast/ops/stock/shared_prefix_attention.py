@@ -55,10 +55,11 @@ def _run(
     max_queries: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(out [T, Hq, D], joint log-sum-exp [T, Hq] in float32, float64 for float64)."""
+    """(out [T, Hq, D], joint log-sum-exp [Hq, T] in float32, float64 for float64)."""
     q, k, v = dense_heads(q, k, v)
     out = q.new_zeros(q.shape)
-    total = q.new_zeros(q.shape[:2], dtype=sum_dtype(q))
+    joint = q.new_zeros((q.shape[1], q.shape[0]), dtype=sum_dtype(q))
+    total = joint.t()  # calls see tokens first; the kernels of a GPU keep a head's tokens side by side
     layout = cu_branch, prefix_start, prefix_len, branch_prefix, max_prefix, max_branch, max_queries
     own, joined = _calls(q, *layout)
     for call in own:
@@ -72,7 +73,7 @@ def _run(
         # Both steps read half precision and compute in the sums' dtype; only the second one's result is rounded.
         torch.addcmul(mine * (1 - weight), part, weight, out=mine)
         torch.logaddexp(sums, lse, out=sums)
-    return out, total
+    return out, joint
 
 
 def _run_backward(
@@ -81,7 +82,7 @@ def _run_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    total: Tensor,
+    joint: Tensor,
     cu_branch: Tensor,
     prefix_start: Tensor,
     prefix_len: Tensor,
@@ -93,6 +94,7 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     grad, q, k, v = dense_heads(grad, q, k, v)
+    total = joint.t()
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     layout = cu_branch, prefix_start, prefix_len, branch_prefix, max_prefix, max_branch, max_queries
     own, joined = _calls(q, *layout)

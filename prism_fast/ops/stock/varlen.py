@@ -167,7 +167,7 @@ def _places(s: Sequences, rows: int) -> tuple[Tensor, Tensor]:
 def _attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor]:
     kernel, sequences = _plain(q, cu_seqlens, longest)
     out, lse = kernel.forward(*dense_heads(q, k, v), sequences, scale)
-    return out, lse.contiguous()
+    return out, lse.t().contiguous()
 
 
 def _gradients(
@@ -182,7 +182,7 @@ def _gradients(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernel, sequences = _plain(q, cu_seqlens, longest)
-    return kernel.backward(*dense_heads(grad, q, k, v), out, lse, sequences, scale)
+    return kernel.backward(*dense_heads(grad, q, k, v), out, lse.t(), sequences, scale)
 
 
 def _plain(q: Tensor, cu_seqlens: Tensor, longest: int) -> tuple[Kernel, Sequences]:

@@ -20,7 +20,7 @@ def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayou
             f"shared_prefix_attention: backend='triton' takes bfloat16, float16 or float32 with heads of at most 128, "
             f"values as wide as keys, got {q.dtype}, {q.shape[2]} and {v.shape[2]}; use backend='reference'"
         )
-    return _operator(q, k, v, *layout[:4], scale)[0]
+    return _operator(q, k, v, *(x.contiguous() for x in layout[:4]), scale)[0]
 
 
 def _forward(

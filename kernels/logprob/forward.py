@@ -79,7 +79,8 @@ def exponentials(z, m, kept, n, v, ENTROPY: tl.constexpr):
     return total, moment
 
 
-@triton.jit(do_not_specialize=["N", "heat_stride"])
+# Waves begin at any row: what is read once per row must not be compiled for each alignment.
+@triton.jit(do_not_specialize=["N", "heat_stride"], do_not_specialize_on_alignment=["target_ptr", "heat_ptr"])
 def scores_kernel(
     hidden_ptr,  # [N, H]
     weight_ptr,  # [V, H]

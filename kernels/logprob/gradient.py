@@ -17,7 +17,10 @@ BLOCK_ROWS = 16
 TINY = tl.constexpr(1e-38)
 
 
-@triton.jit(do_not_specialize=["N", "heat_stride"])
+@triton.jit(
+    do_not_specialize=["N", "heat_stride"],
+    do_not_specialize_on_alignment=["target_ptr", "heat_ptr", "g_ptr", "h_ptr"],  # waves begin at any row
+)
 def gradient_kernel(
     kept_ptr,  # [N, V]
     tile_max_ptr,  # [tiles, N]

@@ -136,20 +136,21 @@ def discriminate(
     error = self_check(engine, layout, engine.model.backbone, computed, read, **checked)
     backward = engine.backward if learn else None
 
-    def attempt(tokens: int) -> tuple[GroupScores, Tensor]:
+    def attempt(tokens: int) -> tuple[Callable[[], tuple[GroupScores, Tensor]], Passes]:
         with counted_passes(engine.model.backbone) as passes:
-            scores, loss = discriminator_step(
+            found = queue_step(
                 engine.model, groups, backward=backward, tokens_per_micro_batch=tokens, layout=layout, **options
             )
-        return scores._replace(passes=passes), loss
+        return found, passes
 
-    scores, loss = budget.run(
+    read_back, passes = budget.run(
         attempt,
         discard=engine.discard,
         longest=longest_item(layout, computed, whole_groups=True),
     )
     engine.verify()  # before the scores reward anything
-    return scores._replace(packing_error=error), loss
+    scores, loss = read_back()
+    return scores._replace(packing_error=error, passes=passes), loss
 
 
 def _scores(
@@ -261,7 +262,12 @@ class _Reader:
         return added
 
 
-def discriminator_step(
+def discriminator_step(*arguments: Any, **options: Any) -> tuple[GroupScores, Tensor]:
+    """:func:`queue_step`, waited for: the scores before the update, and the loss (0-d float64)."""
+    return queue_step(*arguments, **options)()
+
+
+def queue_step(
     discriminator: Discriminator,
     groups: Sequence[SpanGroup],
     *,
@@ -278,7 +284,7 @@ def discriminator_step(
     aux_coef: float = 0.0,
     positions: str = "mrope",
     poll: Callable[[], None] = lambda: None,
-) -> tuple[GroupScores, Tensor]:
+) -> Callable[[], tuple[GroupScores, Tensor]]:
     """Score all groups and, with ``backward``, accumulate the gradient of the loss over all of them.
 
     But for ``released``, scores, loss and gradient do not depend on the cut into micro-batches.
@@ -291,7 +297,8 @@ def discriminator_step(
         poll: called before each micro-batch; it may raise to stop.
 
     Returns:
-        The scores before the update, and the loss (0-d float64, detached).
+        A function that waits for the device and gives the scores before the update and the loss (0-d float64): until it
+        is called, the host waits for nothing.
 
     Raises:
         ValueError: a discriminator with a head or a bias per kind of span is to score whole responses.
@@ -369,8 +376,11 @@ def discriminator_step(
             students = reward[1].float().split([len(groups[g].students) for g in members])
             for g, teacher, student in zip(members, reward[0].float(), students, strict=True):
                 found[g] = (teacher, student)
-    # The one place where the host waits for the step's forwards.
-    teacher = torch.stack([found[g][0] for g in range(len(groups))]).cpu()
-    student = torch.cat([found[g][1] for g in range(len(groups))]).cpu()
-    numbers = shares.numbers() | learned_numbers(discriminator)
-    return GroupScores(student, teacher, tokens, repeated, numbers), loss_total.cpu()
+
+    def read_back() -> tuple[GroupScores, Tensor]:
+        teacher = torch.stack([found[g][0] for g in range(len(groups))]).cpu()
+        student = torch.cat([found[g][1] for g in range(len(groups))]).cpu()
+        numbers = shares.numbers() | learned_numbers(discriminator)
+        return GroupScores(student, teacher, tokens, repeated, numbers), loss_total.cpu()
+
+    return read_back

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from prism_fast import ops
 from prism_fast.algorithms.denominators import loss_denominator
 from prism_fast.models.packing import PromptGroup
 from prism_fast.models.processor import EncodedPrompt
+from prism_fast.models.transfer import moved
 from prism_fast.ops import PolicyLossOptions
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train.engine import LocalEngine, NonFiniteError, refuse_non_finite
@@ -89,56 +91,64 @@ def update_policy(
     """
     refuse_non_finite(engine.where, advantage=batch.advantage)
     model = engine.model
-    model.lm_head.ban(banned)
     lengths = torch.tensor([len(c.token_ids) for c in batch.completions])
-    denominator = loss_denominator(options.loss, lengths, aggregation=options.aggregation).to(device)
+    denominator = moved(loss_denominator(options.loss, lengths, aggregation=options.aggregation), device)
     contributes = ((batch.advantage != 0) | released).tolist()
     groups, row_of = batch.groups(contributes)
     stale = [False] * len(batch.completions) if batch.stale is None else list(batch.stale)
     model.train()
+    if banned:
+        model.lm_head.ban(banned)
 
-    def accumulate(tokens: int) -> tuple[float, int, list[Tensor], list[ops.PolicyStats], Passes]:
+    def attempt(tokens: int) -> tuple[_Seen, Passes]:
         with counted_passes(model.model) as passes:
-            return *learn(tokens), passes
+            return learn(tokens), passes
 
-    def learn(tokens: int) -> tuple[float, int, list[Tensor], list[ops.PolicyStats]]:
-        loss_sum, computed_tokens, gaps, ratios = 0.0, 0, [], []
+    def learn(tokens: int) -> _Seen:
+        seen = _Seen([], [], [])
         step = lay_out(layout, model.model, groups, tokens, pad_id=pad_id)
         for part in step.parts:
             rows = [row_of[p][k] for p, k in part.branches]
             computed = step.forward(part)
-            logp = token_logprobs(model, computed, temperature=temperature, banned=bool(banned))
-            sampled = torch.tensor([lp for b in rows for lp in batch.completions[b].logprobs], device=device)  # [N]
-            old = torch.tensor(
-                [stale[b] for b in rows for _ in batch.completions[b].token_ids], device=device
-            )  # [N] bool
-            sampled = sampled.to(logp.dtype)
             counted = denominator
             if released:
-                counted = loss_denominator(options.loss, lengths[rows], aggregation=options.aggregation).to(device)
-            loss, stats = ops.policy_loss(
-                logp,
-                batch.advantage[rows].to(device),
-                computed.predict.cu_seqlens,
-                old_logp=torch.where(old, sampled, logp.detach()) if old.any() else None,
-                denominator=counted,
-                options=options,
-            )
+                own = loss_denominator(options.loss, lengths[rows], aggregation=options.aggregation)
+                counted = moved(own, device)
+            losses, logps = [], []
+            for share, old in (([b for b in rows if not stale[b]], False), ([b for b in rows if stale[b]], True)):
+                if not share:
+                    continue
+                hidden, target, cu_seqlens = _rows_of(computed, lengths[rows].tolist(), [rows.index(b) for b in share])
+                sampled = moved(torch.tensor([x for b in share for x in batch.completions[b].logprobs]), device)  # [N]
+                loss, stats, logp = model.lm_head.policy_loss(
+                    hidden,
+                    target,
+                    moved(batch.advantage[share], device),
+                    cu_seqlens,
+                    options=options,
+                    old_logp=sampled if old else None,
+                    denominator=counted,
+                    temperature=temperature,
+                    banned=bool(banned),
+                    borders=_offsets(lengths[share].tolist()) if old else None,
+                )
+                losses.append(loss)
+                logps.append(logp)
+                seen.stats.append(stats)
+                if not old:
+                    seen.gaps.append((logp - sampled).abs())
+            loss = torch.stack(losses).sum()
             if released:
                 loss = loss * (len(rows) / len(lengths))
-            engine.backward(loss, logp=logp)
+            engine.backward(loss, logp=torch.cat(logps))
             step.finish(part, engine.backward)
-            computed_tokens += part.tokens
-            loss_sum += float(loss.detach())
-            gaps.append((logp.detach() - sampled).abs()[~old].float().cpu())
-            ratios.append(stats)
-        return loss_sum, computed_tokens, gaps, ratios
+            seen.losses.append(loss.detach())
+            seen.tokens += part.tokens
+        return seen
 
     error = self_check(engine, layout, model.model, groups, response_states, budget=budget.tokens, pad_id=pad_id)
     ops.bad_values(device)  # what anybody met before is not of this step
-    loss_sum, computed_tokens, gaps, ratios, passes = budget.run(
-        accumulate, discard=engine.discard, longest=longest_item(layout, groups)
-    )
+    seen, passes = budget.run(attempt, discard=engine.discard, longest=longest_item(layout, groups))
     try:
         engine.verify()
     except NonFiniteError as error:
@@ -150,35 +160,61 @@ def update_policy(
             "matrix; do tokenizer and model belong together?"
         ) from None
     active = sum(contributes)
-    gap = torch.cat(gaps) if gaps else torch.empty(0)
     return {
-        "policy/loss": loss_sum,
         "policy/rows": active,
-        "policy/tokens": computed_tokens,
+        "policy/tokens": seen.tokens,
         "policy/lr": engine.lr() if active else None,
         "policy/grad_norm": engine.step() if active else None,
         "policy/token_budget": budget.change(),
         "policy/packing_error": error,
         "policy/bad_values": ops.bad_values(device),
         **passes.numbers("policy"),
-        "rollout/logprob_gap_mean": float(gap.mean()) if len(gap) else None,
-        "rollout/logprob_gap_max": float(gap.max()) if len(gap) else None,
-        **(_ratio_metrics(ratios) if any(stale[i] and contributes[i] for i in range(len(stale))) else {}),
+        **seen.numbers(ratios=any(s and c for s, c in zip(stale, contributes, strict=True))),
     }
 
 
-def _ratio_metrics(parts: Sequence[ops.PolicyStats]) -> dict[str, float]:
-    """How far the stale rows have drifted and how much the clip range holds back, over all computed tokens."""
-    tokens = sum(float(part.tokens) for part in parts)
+def _offsets(lengths: Sequence[int]) -> list[int]:
+    return [0, *accumulate(lengths)]
 
-    def mean(name: str) -> float:
-        return sum(float(getattr(part, name)) * float(part.tokens) for part in parts) / tokens
 
-    return {
-        "policy/clip_fraction": mean("clip_fraction_low") + mean("clip_fraction_high"),
-        "policy/approx_kl": mean("approx_kl"),
-        "policy/ratio_max": max(float(part.ratio_max) for part in parts),
-    }
+def _rows_of(computed: Forward, lengths: Sequence[int], chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a forward's continuations, ``lengths`` tokens each, the ``chosen`` ones: hidden states [N, H] that predict
+    their tokens, the tokens [N] and offsets [B+1] int32."""
+    predict = computed.predict
+    if len(chosen) == len(lengths):
+        return computed.hidden.index_select(0, predict.index), predict.target, predict.cu_seqlens
+    starts = _offsets(lengths)
+    places = moved(torch.tensor([i for k in chosen for i in range(starts[k], starts[k + 1])]), predict.index.device)
+    cu_seqlens = torch.tensor(_offsets([lengths[k] for k in chosen]), dtype=torch.int32)
+    hidden = computed.hidden.index_select(0, predict.index[places])
+    return hidden, predict.target[places], moved(cu_seqlens, predict.index.device)
+
+
+@dataclass
+class _Seen:
+    """Of a step's micro-batches, on the device until `numbers` reads them in one transfer."""
+
+    losses: list[Tensor]  # [] each
+    gaps: list[Tensor]  # per fresh share of a micro-batch [N]: |log-prob in the update - log-prob in the rollout|
+    stats: list[ops.PolicyStats]
+    tokens: int = 0
+
+    def numbers(self, *, ratios: bool) -> dict[str, float | None]:
+        """The loss, the rollout's gap and, with ``ratios``, how far stale rows have drifted and how much the clip range
+        holds back, over all computed tokens. What has no token has no number."""
+        found = {"policy/loss": torch.stack(self.losses).double().sum()} if self.losses else {}
+        if self.gaps:
+            gap = torch.cat(self.gaps).float()
+            found |= {"rollout/logprob_gap_mean": gap.mean(), "rollout/logprob_gap_max": gap.max()}
+        if ratios:
+            merged = ops.PolicyStats(*(torch.stack(part).double() for part in zip(*self.stats, strict=True)))
+            share = merged.tokens / merged.tokens.sum()
+            found["policy/clip_fraction"] = ((merged.clip_fraction_low + merged.clip_fraction_high) * share).sum()
+            found["policy/approx_kl"] = (merged.approx_kl * share).sum()
+            found["policy/ratio_max"] = merged.ratio_max.max()
+        values = torch.stack([value.double() for value in found.values()]).tolist() if found else []
+        missing = {"policy/loss": 0.0, "rollout/logprob_gap_mean": None, "rollout/logprob_gap_max": None}
+        return missing | dict(zip(found, values, strict=True))
 
 
 def response_metrics(completions: Sequence[Completion]) -> dict[str, float | int]:

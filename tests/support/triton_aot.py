@@ -1,15 +1,16 @@
 """Compiles the project's Triton kernels for real GPUs on a machine that has none.
 
-`RecordingDriver` stands in for Triton's CUDA driver: Python launch code runs on CPU tensors, goes through Triton's own
-specialisation, and every kernel is compiled to machine code for the chosen architecture. Nothing is launched: outputs
-are garbage; what comes back is what the assembler says about each kernel. Use it in a process of its own: the driver is
-global, and TRITON_INTERPRET must be unset.
+`RecordingDriver` stands in for Triton's CUDA driver: Python launch code goes through Triton's own specialisation, every
+kernel is compiled to machine code for the chosen architecture, and Triton refuses what does not fit the card. Nothing
+is launched; what comes back is each launch and what the disassembler says about its kernel. Use it in a process of its
+own: the driver is global, and TRITON_INTERPRET must be unset.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,35 +20,70 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from tests.support import fake_card, sass
+
+ROOT = Path(__file__).resolve().parents[2]
 # Shared memory a block may ask for, in bytes (what the driver reports on such a card).
 MAX_SHARED = {80: 166912, 90: 232448, 100: 232448}
+POINTER = re.compile(r"(?:\*k?|tensordesc<)(\w+)")  # in a signature, the type that is pointed to
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel on one architecture: registers per thread, bytes of shared memory, stack and spill stores, its PTX."""
+    """One kernel on one architecture, as its machine code says."""
 
     kernel: str
     arch: int
+    dtypes: tuple[str, ...]  # that its pointers point to, each once, in the order of the arguments
+    constants: dict[str, object]  # its compile-time arguments
+    warps: int
+    stages: int
     registers: int
     shared: int
-    stack: int
-    spills: int
-    ptx: str
+    spills: int  # bytes
+    double: tuple[str, ...]
+    products: bool  # whether it multiplies matrices
+    units: tuple[str, ...]  # the instructions that do, of the matrix units
+    steps: tuple[int, ...]  # instructions of a step of each main loop, per warp
+    epilogue: int  # the rest: of a tile where programs walk over tiles (PROGRAMS), otherwise of the program
+    total: int
 
-    def row(self) -> str:
-        return (
-            f"{self.kernel:<28} sm_{self.arch:<4} registers {self.registers:>3}  shared {self.shared:>6}  "
-            f"stack {self.stack:>4}  spills {self.spills:>4}"
-        )
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return tuple(name.lower() for name, value in self.constants.items() if value is True)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Its compile-time numbers, without those that the card decides."""
+        return {name.lower(): n for name, n in self.constants.items() if type(n) is int and name != "PROGRAMS"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A call ``kernel[grid](...)``: which kernel, from which line, how many programs, with its card current or not."""
+
+    compiled: Compiled
+    file: str
+    line: int
+    grid: tuple[int, int, int]
+    guarded: bool
 
 
 class _Launcher:
-    def __init__(self, src, metadata) -> None:
-        pass
+    """Triton makes one per compiled kernel, before it looks whether the kernel fits."""
 
-    def __call__(self, *args) -> None:
-        pass
+    def __init__(self, src, metadata) -> None:
+        self.driver = triton.runtime.driver.active
+        self.driver.pending = (src, metadata)
+
+    def __call__(self, x: int, y: int, z: int, stream, function: Compiled, *rest) -> None:
+        frame = sys._getframe(1)
+        while not Path(frame.f_code.co_filename).is_relative_to(ROOT):
+            frame = frame.f_back
+        file = str(Path(frame.f_code.co_filename).relative_to(ROOT))
+        devices = {a.device for a in rest if isinstance(a, torch.Tensor)}
+        guarded = devices == {torch.device("cuda", fake_card.current_device())}
+        self.driver.launches.append(Launch(function, file, frame.f_lineno, (x, y, z), guarded))
 
 
 class _Utils:
@@ -58,16 +94,15 @@ class _Utils:
         return {
             "max_shared_mem": MAX_SHARED[device],
             "max_num_regs": 65536,
-            "multiprocessor_count": 132,
+            "multiprocessor_count": fake_card.CARDS[device].multi_processor_count,
             "warpSize": 32,
             "sm_clock_rate": 1_980_000,
             "mem_clock_rate": 3_201_000,
             "mem_bus_width": 6144,
         }
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[str, str, int, int, int]:
-        self.driver.pending = (name, shared)
-        return name, name, 0, 0, 1024
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[str, Compiled, int, int, int]:
+        return name, examined(*self.driver.pending, self.driver.multiplies, binary), 0, 0, 1024
 
 
 class RecordingDriver(DriverBase):
@@ -77,8 +112,9 @@ class RecordingDriver(DriverBase):
         self.sm = sm
         self.utils = _Utils(self)
         self.launcher_cls = _Launcher
-        self.pending: tuple[str, int] | None = None
-        self.compiled: list[Compiled] = []
+        self.pending: tuple | None = None  # the kernel that is being loaded: (source, metadata)
+        self.multiplies = False  # whether that kernel does
+        self.launches: list[Launch] = []
         super().__init__()
 
     @classmethod
@@ -123,31 +159,42 @@ class RecordingDriver(DriverBase):
         if triton.knobs.runtime.interpret:
             raise RuntimeError("TRITON_INTERPRET is set: the interpreter compiles nothing")
         triton.runtime.driver.set_active(self)
-        triton.knobs.runtime.kernel_load_end_hook = self._loaded
+        triton.knobs.runtime.kernel_load_start_hook = self._loading
 
-    def _loaded(self, module, function, name, metadata_group, hash) -> None:
-        path = next(p for f, p in metadata_group.items() if f.endswith(".ptx"))
-        _, shared = self.pending
-        self.compiled.append(_assembled(name, self.sm, shared, Path(path).read_text()))
+    def _loading(self, module, function, name, stages: dict[str, str], hash) -> None:
+        self.multiplies = "tt.dot" in Path(next(p for f, p in stages.items() if f.endswith(".ttir"))).read_text()
 
 
-def _assembled(name: str, sm: int, shared: int, ptx: str) -> Compiled:
-    """What ptxas says when it assembles the kernel's PTX once more, verbosely: the only exact source of spills."""
-    target = re.search(r"^\.target\s+(\S+?)(,|$)", ptx, re.MULTILINE).group(1)
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    ptxas = tools / ("ptxas-blackwell" if sm >= 100 else "ptxas")
+def examined(src, metadata, multiplies: bool, binary: bytes) -> Compiled:
+    """What the tools say about the machine code ``binary`` that Triton made of ``src``."""
+    names = src.fn.arg_names
+    constants = {names[place[0]]: value for place, value in src.constants.items() if names[place[0]] in src.signature}
+    constants = {
+        name: getattr(value, "value", value) for name, value in constants.items() if src.signature[name] == "constexpr"
+    }
+    kinds = [found[1] for kind in map(str, src.signature.values()) if (found := POINTER.match(kind))]
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [str(ptxas), "-v", f"--gpu-name={target}", str(source), "-o", str(Path(folder, "kernel.cubin"))]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    report = done.stderr
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(binary)
+        code = sass.Code(sass.listing(cubin))
+        command = [sass.TOOLS / "cuobjdump", "-res-usage", cubin]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    steps = tuple(step for _, step in code.steps())
+    walk = code.walk() if "PROGRAMS" in constants else None
     return Compiled(
-        kernel=name,
-        arch=sm,
-        registers=int(re.search(r"Used (\d+) registers", report).group(1)),
-        shared=shared,
-        stack=int(re.search(r"(\d+) bytes stack frame", report).group(1)),
-        spills=int(re.search(r"(\d+) bytes spill stores", report).group(1)),
-        ptx=ptx,
+        kernel=src.fn.__name__,
+        arch=metadata.target.arch,
+        dtypes=tuple(dict.fromkeys(kinds)),
+        constants=constants,
+        warps=metadata.num_warps,
+        stages=metadata.num_stages,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        shared=metadata.shared,
+        spills=code.spills,
+        double=tuple(code.double),
+        products=multiplies,
+        units=tuple(sorted(code.units)),
+        steps=steps,
+        epilogue=(code.total if walk is None else code.size(walk)) - sum(steps),
+        total=code.total,
     )

@@ -6,7 +6,7 @@
 namespace prism::bind::policy_loss_ {
 
 // The options of a call as prism_fast/ops/native/policy_loss.py packs them; the last is the length that a mean divides by.
-constexpr size_t kOptions = 13;
+constexpr size_t kOptions = 14;
 using Packed = std::array<double, kOptions>;
 
 template <class T>
@@ -27,14 +27,15 @@ PolicyOptions<T> options_of(const Packed& x, bool has_denominator) {
     o.tau_negative = number(9);
     o.kl_coef = number(10);
     o.entropy_coef = number(11);
+    o.kl_importance = whole(12) != 0;
     return o;
 }
 
 // columns: logp, old_logp, token_advantage, advantage, ref_logp, entropy, is_weight, mask, cu_seqlens, loss, stats, slope,
-// entropy_slope.
+// entropy_slope, bad.
 template <class T>
 void run(
-    const Addresses<13>& columns, const Packed& options, int64_t tokens, int64_t sequences, bool mask_is_boolean,
+    const Addresses<14>& columns, const Packed& options, int64_t tokens, int64_t sequences, bool mask_is_boolean,
     bool has_denominator, const Number& denominator, const Number& norm_length, Address workspace, int threads,
     const py::object& stream
 ) {
@@ -53,6 +54,7 @@ void run(
     a.stats = at<T>(columns[10]);
     a.slope = at<T>(columns[11]);
     a.entropy_slope = at<T>(columns[12]);
+    a.bad = at<int64_t>(columns[13]);
     a.workspace = at<double>(workspace);
     a.tokens = tokens;
     a.sequences = sequences;

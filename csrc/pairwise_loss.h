@@ -38,9 +38,9 @@ struct PairwiseArguments {
     PRISM_HD double& pair_slope(int64_t row, int column) const { return workspace[row * columns + column]; }
 };
 
-// A score as the loss sees it: shortened by its length penalty, then clamped.
+// A score as the loss sees it: shortened by its length penalty (`plain`), then clamped.
 struct Score {
-    double value;
+    double plain, value;
     bool passes;  // the clamp lets the gradient through
 };
 
@@ -48,8 +48,8 @@ template <class T>
 PRISM_HD inline Score score_of(const PairwiseArguments<T>& a, const T* scores, const T* lengths, int64_t row, int column) {
     double x = scores[row * a.columns + column];
     if (lengths != nullptr) x -= a.penalty[column] * log1p(static_cast<double>(lengths[row * a.columns + column]));
-    if (!a.has_clip) return {x, true};
-    return {x < -a.clip ? -a.clip : x > a.clip ? a.clip : x, x >= -a.clip && x <= a.clip};
+    if (!a.has_clip) return {x, x, true};
+    return {x, x < -a.clip ? -a.clip : x > a.clip ? a.clip : x, x >= -a.clip && x <= a.clip};
 }
 template <class T>
 PRISM_HD inline Score teacher_of(const PairwiseArguments<T>& a, int64_t group, int column) {
@@ -103,9 +103,8 @@ PRISM_HD double pair_column(
     auto teacher_row = [&](int64_t row) { return a.known(row) ? a.group[row] : 0; };
     auto rival = [&](int64_t row) { return a.groups == 0 ? unknown : teacher_of(a, teacher_row(row), column).value; };
     auto margin = [&](int64_t row) { return (a.known(row) ? rival(row) : unknown) - student_of(a, row, column).value; };
-    auto same = [&](int64_t row) {
-        return a.groups > 0 && a.teacher[teacher_row(row) * a.columns + column] == a.student[row * a.columns + column];
-    };
+    // Who is ahead is decided before the clamp, which makes scores beyond it equal.
+    auto ahead = [&](int64_t row) { return a.known(row) ? teacher_of(a, a.group[row], column).plain : unknown; };
     const double loss = rows.sum([&](int64_t row) {
         const bool use = a.use(row);
         double value = 0.0, slope = 0.0;
@@ -123,8 +122,9 @@ PRISM_HD double pair_column(
         }
         return value;
     }) * scales.share;
-    const double ties = rows.sum([&](int64_t row) { return a.use(row) && same(row) ? 1.0 : 0.0; });
-    const double correct = rows.sum([&](int64_t row) { return a.use(row) && !same(row) && margin(row) > 0.0 ? 1.0 : 0.0; });
+    auto behind = [&](int64_t row) { return student_of(a, row, column).plain; };
+    const double ties = rows.sum([&](int64_t row) { return a.use(row) && ahead(row) == behind(row) ? 1.0 : 0.0; });
+    const double correct = rows.sum([&](int64_t row) { return a.use(row) && ahead(row) > behind(row) ? 1.0 : 0.0; });
     auto mean = [&](auto value) { return rows.sum([&](int64_t row) { return a.use(row) ? value(row) : 0.0; }) / scales.pairs; };
     const double mean_margin = mean(margin), mean_teacher = mean(rival);
     const double mean_student = mean([&](int64_t row) { return student_of(a, row, column).value; });

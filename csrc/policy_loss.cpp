@@ -19,7 +19,8 @@ template <class T>
 struct Chunk {
     T active[kChunk], fresh[kChunk], old[kChunk], advantage[kChunk], weight[kChunk], other[kChunk];
     T loss[kChunk], slope[kChunk], ratio[kChunk], measured[kChunk], low[kChunk], high[kChunk], dual[kChunk];
-    T value[kChunk];
+    T moving[kChunk], value[kChunk], lean[kChunk];  // value and its slope: of the divergence
+    T moved[kChunk];                                // what the slope of the ratio is multiplied by
 };
 
 template <class T>
@@ -62,15 +63,16 @@ PRISM_INLINE void policy_terms(Chunk<T>& c, const PolicyOptions<T>& options, con
     const PolicyOptions<T> o = options;  // local copies: stores to the chunk cannot change them
     if (family == Family::sequence) {  // through memory: gcc does not vectorise a loop whose conditions are constant
         for (int i = 0; i < n; ++i) c.ratio[i] = all.ratio;
-        for (int i = 0; i < n; ++i) c.value[i] = all.moving;
+        for (int i = 0; i < n; ++i) c.moving[i] = all.moving;
     }
     for (int i = 0; i < n; ++i) {
         const Token<T> token{c.fresh[i], c.old[i], c.advantage[i]};
-        const SequenceRatio<T> same{c.ratio[i], c.value[i]};
+        const SequenceRatio<T> same{c.ratio[i], c.moving[i]};
         const TokenTerms<T> terms = token_terms<family, has_bound>(token, o, same);
         c.loss[i] = terms.loss;
         c.slope[i] = terms.slope;
         c.ratio[i] = c.active[i] != T(0) ? terms.ratio : T(0);
+        c.moving[i] = terms.moving;
         c.measured[i] = terms.measured;
         c.low[i] = terms.low;
         c.high[i] = terms.high;
@@ -79,11 +81,43 @@ PRISM_INLINE void policy_terms(Chunk<T>& c, const PolicyOptions<T>& options, con
 }
 
 template <Divergence divergence, class T>
-PRISM_INLINE void divergence_terms(Chunk<T>& c, T coefficient, int n) {
+PRISM_INLINE void divergence_terms(Chunk<T>& c, int n) {
     for (int i = 0; i < n; ++i) {
         const KlTerms<T> terms = kl_terms<divergence>(c.fresh[i], c.other[i]);
         c.value[i] = terms.value;
-        if (coefficient != T(0)) c.slope[i] += coefficient * terms.slope;
+        c.lean[i] = terms.slope;
+    }
+}
+
+// Estimates and slopes of a chunk whose log-probabilities are loaded.
+template <class T>
+PRISM_INLINE void diverge(Chunk<T>& c, const PolicyArguments<T>& a, int64_t at, int n) {
+    const PolicyOptions<T>& o = a.options;
+    const int whole = whole_lanes(n);
+    load(c.other, c, a.ref_logp + at, n);
+    switch (o.divergence) {
+        case Divergence::k1: divergence_terms<Divergence::k1>(c, whole); break;
+        case Divergence::k2: divergence_terms<Divergence::k2>(c, whole); break;
+        case Divergence::k3: divergence_terms<Divergence::k3>(c, whole); break;
+        case Divergence::abs: divergence_terms<Divergence::abs>(c, whole); break;
+    }
+    if (o.straight_through) {
+        for (int i = 0; i < whole; ++i) c.lean[i] = k2_slope(c.fresh[i], c.other[i]);
+    }
+}
+
+// `mean`: of the sequence, where the ratio is the sequence's.
+template <class T>
+PRISM_INLINE void weigh_by_ratio(Chunk<T>& c, bool sequence_ratio, T mean, int n) {
+    if (sequence_ratio) {
+        for (int i = 0; i < n; ++i) c.moved[i] = mean;
+    } else {
+        for (int i = 0; i < n; ++i) c.moved[i] = c.value[i];
+    }
+    for (int i = 0; i < n; ++i) {
+        const KlTerms<T> terms = times_ratio(KlTerms<T>{c.value[i], c.lean[i]}, c.ratio[i], c.moving[i], c.moved[i]);
+        c.value[i] = terms.value;
+        c.lean[i] = terms.slope;
     }
 }
 
@@ -125,13 +159,19 @@ PRISM_INLINE void one_sequence(const PolicyArguments<T>& a, int64_t sequence, do
     sums[sum_count] = -INFINITY;
     sums[sum_tokens] = a.workspace[sequence * kPartials + sum_tokens];
     const bool spread = o.family == Family::sequence;
-    double drift = 0.0;
+    const bool mean_kl = spread && o.kl_importance && a.ref_logp != nullptr;
+    double drift = 0.0, divergence = 0.0;
     for (int64_t at = begin; spread && at < end; at += kChunk) {
         const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at)), whole = whole_lanes(n);
         load_active(c, a, at, n);
         load_pair(c, a, at, n);
         drift += lane_sum(whole, [&](int i) { return static_cast<double>(c.fresh[i]) - static_cast<double>(c.old[i]); });
+        if (mean_kl) {
+            diverge(c, a, at, n);
+            divergence += lane_sum(c.value, whole);
+        }
     }
+    const T mean = static_cast<T>(divergence / std::max(sums[sum_tokens], 1.0));
     const SequenceRatio<T> all = spread ? sequence_ratio<T>(drift, sums[sum_tokens]) : SequenceRatio<T>{T(1), T(1)};
     const T share = static_cast<T>(sequence_weight(a, sums[sum_tokens]) * inverse);
     for (int64_t at = begin; at < end; at += kChunk) {
@@ -170,29 +210,27 @@ PRISM_INLINE void one_sequence(const PolicyArguments<T>& a, int64_t sequence, do
         }
         sums[sum_count] = largest(c.ratio, whole, sums[sum_count]);
         if (a.ref_logp != nullptr) {
-            load(c.other, c, a.ref_logp + at, n);
-            const T coefficient = o.straight_through ? T(0) : o.kl_coef;
-            switch (o.divergence) {
-                case Divergence::k1: divergence_terms<Divergence::k1>(c, coefficient, whole); break;
-                case Divergence::k2: divergence_terms<Divergence::k2>(c, coefficient, whole); break;
-                case Divergence::k3: divergence_terms<Divergence::k3>(c, coefficient, whole); break;
-                case Divergence::abs: divergence_terms<Divergence::abs>(c, coefficient, whole); break;
-            }
-            if (o.straight_through && o.kl_coef != T(0)) {
-                for (int i = 0; i < whole; ++i) c.slope[i] += o.kl_coef * k2_slope(c.fresh[i], c.other[i]);
-            }
+            diverge(c, a, at, n);
+            if (o.kl_importance) weigh_by_ratio(c, spread, mean, whole);
             sums[sum_kl] += lane_sum(c.value, whole);
+            if (o.kl_coef != T(0)) {
+                for (int i = 0; i < whole; ++i) c.slope[i] += o.kl_coef * c.lean[i];
+                for (int i = 0; i < whole; ++i) c.loss[i] += o.kl_coef * c.value[i];
+            }
         }
         if (a.entropy != nullptr) {
             load(c.other, c, a.entropy + at, n);
             sums[sum_entropy] += lane_sum(c.other, whole);
+            if (o.entropy_coef != T(0)) {
+                for (int i = 0; i < whole; ++i) c.loss[i] -= o.entropy_coef * c.other[i];
+            }
         }
         if (a.slope != nullptr) {
-            for (int i = 0; i < n; ++i) a.slope[at + i] = c.active[i] != T(0) ? c.slope[i] * share : T(0);
+            for (int i = 0; i < n; ++i) a.slope[at + i] = c.active[i] != T(0) ? shown(c.loss[i], c.slope[i] * share) : T(0);
         }
         if (a.entropy_slope != nullptr) {
             const T each = -o.entropy_coef * share;
-            for (int i = 0; i < n; ++i) a.entropy_slope[at + i] = c.active[i] != T(0) ? each : T(0);
+            for (int i = 0; i < n; ++i) a.entropy_slope[at + i] = c.active[i] != T(0) ? shown(c.loss[i], each) : T(0);
         }
     }
     if (sums[sum_ratio] != sums[sum_ratio]) sums[sum_count] = NAN;
@@ -216,7 +254,7 @@ void policy_loss_cpu(PolicyArguments<T> a, int threads) {
         a.workspace = own.data();
     }
     double tokens = 0.0, sequences = 0.0;
-    bool ordered = true;
+    bool ordered = a.ordered();
     for (int64_t sequence = 0; sequence < a.sequences; ++sequence) {
         const double count = a.workspace[sequence * kPartials + sum_tokens] = count_pass(a, sequence);
         tokens += count;
@@ -224,6 +262,7 @@ void policy_loss_cpu(PolicyArguments<T> a, int threads) {
         ordered = ordered && a.ordered(sequence);
     }
     const double inverse = inverse_denominator(a, tokens, sequences, ordered);
+    *a.bad += !ordered;
     // Some thousand tokens are done before a second thread has begun.
     parallel_for(a.sequences, a.tokens * 4, threads, [&](int64_t begin, int64_t end) {
         for (int64_t sequence = begin; sequence < end; ++sequence) sequence_pass(a, sequence, inverse);
@@ -236,7 +275,7 @@ void policy_loss_cpu(PolicyArguments<T> a, int threads) {
     }
     Totals totals{};
     totals.largest = -INFINITY;
-    totals.ordered = true;
+    totals.ordered = ordered;
     for (int64_t sequence = 0; sequence < a.sequences; ++sequence) add_sequence(totals, a, sequence);
     write_results(totals, a);
     a.stats[stat_slope_factor] = T(1);

@@ -79,6 +79,14 @@ __device__ __forceinline__ KlTerms<T> kl_of(T fresh, T ref, Divergence divergenc
     }
 }
 
+// Estimate and slope of one token as the options have them, before the ratio.
+template <class T>
+__device__ __forceinline__ KlTerms<T> kl_as(T fresh, T ref, const PolicyOptions<T>& o) {
+    KlTerms<T> kl = kl_of(fresh, ref, o.divergence);
+    if (o.straight_through) kl.slope = k2_slope(fresh, ref);
+    return kl;
+}
+
 // Calls f(group) for the tokens [begin, end), shared among the threads of the block.
 template <class T, class F>
 __device__ __forceinline__ void for_groups(const PolicyArguments<T>& a, int64_t begin, int64_t end, bool wide, F f) {
@@ -95,7 +103,8 @@ __device__ void one_sequence(const Work<T>& work, int64_t sequence, double* shar
     const PolicyOptions<T>& o = a.options;
     const int64_t begin = a.begin(sequence), end = a.end(sequence);
     const bool spread = o.family == Family::sequence;
-    double tokens = end > begin ? static_cast<double>(end - begin) : 0.0, drift = 0.0;
+    double tokens = end > begin ? static_cast<double>(end - begin) : 0.0, drift = 0.0, divergence = 0.0;
+    const bool mean_kl = spread && o.kl_importance && a.ref_logp != nullptr;
     if (spread || a.mask_kind != MaskKind::none) {
         double count = 0.0;
         for_groups(a, begin, end, wide, [&](const Group<T>& group) {
@@ -106,16 +115,21 @@ __device__ void one_sequence(const Work<T>& work, int64_t sequence, double* shar
             } else if (spread) {
                 old = fresh = group.load(a.logp);
             }
+            Wide<T> ref{};
+            if (mean_kl) ref = group.load(a.ref_logp);
 #pragma unroll
             for (int i = 0; i < kWide<T>; ++i) {
                 count += group.active.at[i] != T(0) ? 1.0 : 0.0;
                 drift += static_cast<double>(fresh.at[i]) - static_cast<double>(old.at[i]);
+                if (mean_kl) divergence += static_cast<double>(kl_as(fresh.at[i], ref.at[i], o).value);
             }
         });
         tokens = block_all(count, 0.0, shared, Add());
         if (spread) drift = block_all(drift, 0.0, shared, Add());
+        if (mean_kl) divergence = block_all(divergence, 0.0, shared, Add());
     }
     const SequenceRatio<T> all = spread ? sequence_ratio<T>(drift, tokens) : SequenceRatio<T>{T(1), T(1)};
+    const T mean = static_cast<T>(divergence / (tokens > 1.0 ? tokens : 1.0));
     const T share = static_cast<T>(sequence_weight(a, tokens));
     const T advantage = a.advantage == nullptr ? T(0) : a.advantage[sequence];
     double sums[sum_tokens] = {};
@@ -132,8 +146,8 @@ __device__ void one_sequence(const Work<T>& work, int64_t sequence, double* shar
         for (int i = 0; i < kWide<T>; ++i) {
             const bool active = group.active.at[i] != T(0);
             const TokenTerms<T> terms = terms_of(Token<T>{fresh.at[i], old.at[i], advantages.at[i]}, o, all);
-            T slant = terms.slope * weights.at[i];
-            sums[sum_loss] += static_cast<double>(terms.loss * weights.at[i]);
+            T slant = terms.slope * weights.at[i], loss = terms.loss * weights.at[i];
+            sums[sum_loss] += static_cast<double>(loss);
             sums[sum_ratio] += active ? static_cast<double>(terms.ratio) : 0.0;
             sums[sum_measured] += static_cast<double>(terms.measured);
             sums[sum_low] += static_cast<double>(terms.low);
@@ -142,13 +156,17 @@ __device__ void one_sequence(const Work<T>& work, int64_t sequence, double* shar
             sums[sum_entropy] += static_cast<double>(entropy.at[i]);
             largest = active ? larger(largest, terms.ratio) : largest;
             if (a.ref_logp != nullptr) {
-                KlTerms<T> kl = kl_of(fresh.at[i], ref.at[i], o.divergence);
-                if (o.straight_through) kl.slope = k2_slope(fresh.at[i], ref.at[i]);
-                sums[sum_kl] += static_cast<double>(kl.value);
-                if (o.kl_coef != T(0)) slant += o.kl_coef * kl.slope;
+                KlTerms<T> kl = kl_as(fresh.at[i], ref.at[i], o);
+                if (o.kl_importance) kl = times_ratio(kl, terms.ratio, terms.moving, spread ? mean : kl.value);
+                sums[sum_kl] += active ? static_cast<double>(kl.value) : 0.0;
+                if (o.kl_coef != T(0)) {
+                    slant += o.kl_coef * kl.slope;
+                    loss += o.kl_coef * kl.value;
+                }
             }
-            slope.at[i] = active ? slant * share : T(0);
-            entropy_slope.at[i] = active ? -o.entropy_coef * share : T(0);
+            if (a.entropy != nullptr && o.entropy_coef != T(0)) loss -= o.entropy_coef * entropy.at[i];
+            slope.at[i] = active ? shown(loss, slant * share) : T(0);
+            entropy_slope.at[i] = active ? shown(loss, -o.entropy_coef * share) : T(0);
         }
         if (a.slope != nullptr) group.store(a.slope, slope, true);
         if (a.entropy_slope != nullptr) group.store(a.entropy_slope, entropy_slope, work.entropy_wide);
@@ -171,14 +189,16 @@ template <class T>
 __device__ void fold(const PolicyArguments<T>& a, double* shared) {
     Totals t{};
     t.largest = -INFINITY;
-    t.ordered = true;
+    t.ordered = a.ordered();
     for (int64_t sequence = threadIdx.x; sequence < a.sequences; sequence += kThreads) add_sequence(t, a, sequence);
     double* all[] = {&t.loss, &t.penalized, &t.kl, &t.entropy, &t.ratio, &t.measured, &t.low, &t.high, &t.dual, &t.tokens, &t.sequences};
 #pragma unroll
     for (double* sum : all) *sum = block_all(*sum, 0.0, shared, Add());
     t.largest = block_all(t.largest, -static_cast<double>(INFINITY), shared, Larger());
     t.ordered = __syncthreads_and(t.ordered);
-    if (threadIdx.x == 0) write_results(t, a);
+    if (threadIdx.x != 0) return;
+    write_results(t, a);
+    if (!t.ordered) count_one(a.bad);
 }
 
 template <class T>

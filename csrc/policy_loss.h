@@ -38,6 +38,7 @@ struct PolicyOptions {
     Aggregation aggregation;
     Divergence divergence;
     bool straight_through;  // the slope is k2's, whatever the divergence
+    bool kl_importance;     // the divergence is multiplied by the ratio
     bool has_denominator;  // otherwise this call's own count
     bool has_bound;        // dual clip or delta
     T clip_low, clip_high;  // bounds of the ratio: 1 - lo, 1 + hi
@@ -63,6 +64,7 @@ struct PolicyArguments {
     T* slope;                  // [tokens] or null: no gradient wanted
     T* entropy_slope;          // [tokens] or null
     double* workspace;         // [sequences, kPartials]; the CPU twin brings its own where it is null
+    int64_t* bad;              // [] counts calls with bad offsets
     int64_t tokens, sequences;
     MaskKind mask_kind;
     Scalar denominator, norm_length;
@@ -73,10 +75,14 @@ struct PolicyArguments {
         if (mask_kind == MaskKind::boolean) return static_cast<const bool*>(mask)[token];
         return static_cast<const T*>(mask)[token] != T(0);
     }
-    // Tokens of a sequence; memory-safe for any offsets. The first sequence begins with the first token.
+    // Tokens of a sequence; memory-safe for any offsets.
     PRISM_HD int64_t begin(int64_t sequence) const { return sequence == 0 ? 0 : inside(offsets[sequence]); }
     PRISM_HD int64_t end(int64_t sequence) const { return inside(offsets[sequence + 1]); }
-    PRISM_HD bool ordered(int64_t sequence) const { return offsets[sequence] >= 0 && offsets[sequence] <= offsets[sequence + 1]; }
+    // Whether the offsets are 0, ..., not descending, at most `tokens`: of the first one, and of one sequence after those before.
+    PRISM_HD bool ordered() const { return offsets[0] == 0; }
+    PRISM_HD bool ordered(int64_t sequence) const {
+        return offsets[sequence] <= offsets[sequence + 1] && offsets[sequence + 1] <= tokens;
+    }
     PRISM_HD int64_t inside(int64_t token) const { return token < 0 ? 0 : token > tokens ? tokens : token; }
 };
 
@@ -89,7 +95,8 @@ struct Token {
 template <class T>
 struct TokenTerms {
     T loss, slope;            // of the policy term
-    T ratio, measured;        // measured: the log-ratio that approx_kl reports
+    T ratio, moving;          // moving: the ratio as far as it has a gradient
+    T measured;               // the log-ratio that approx_kl reports
     T low, high, dual;        // 0 or 1
 };
 
@@ -109,17 +116,16 @@ PRISM_HD PRISM_INLINE TokenTerms<T> token_terms(const Token<T>& x, const PolicyO
     const T drift = x.fresh - x.old;
     const T limit = T(kLogRatioClamp);
     const T held = drift < -limit ? -limit : drift > limit ? limit : drift;
-    T moving;  // the ratio as far as it has a gradient
     if (family == Family::sequence) {
         out.measured = drift;
         out.ratio = all.ratio;
-        moving = all.moving;
+        out.moving = all.moving;
     } else {
         out.measured = held;
         out.ratio = exponential_within(held);
-        moving = held == drift ? out.ratio : T(0);
+        out.moving = held == drift ? out.ratio : T(0);
     }
-    const T ratio = out.ratio;
+    const T ratio = out.ratio, moving = out.moving;
     if (family == Family::sapo) {
         const T positive = o.tau_positive, negative = o.tau_negative, tau = a > T(0) ? positive : negative;
         const T s = T(1) / (T(1) + exponential(-(tau * (ratio - T(1)))));
@@ -182,6 +188,19 @@ PRISM_HD PRISM_INLINE KlTerms<T> kl_terms(T fresh, T ref) {
     return {value > top ? top : value, passes ? T(1) - e : T(0)};
 }
 
+// The estimate times the ratio, by the product rule. `mean`: the estimate itself, or its mean over the sequence where the ratio
+// is a sequence's, each token of which moves it alike.
+template <class T>
+PRISM_HD PRISM_INLINE KlTerms<T> times_ratio(const KlTerms<T>& kl, T ratio, T moving, T mean) {
+    return {kl.value * ratio, kl.slope * ratio + mean * moving};
+}
+
+// What is not a number has no derivative that is one: who watches gradients alone must see it.
+template <class T>
+PRISM_HD PRISM_INLINE T shown(T loss, T slope) {
+    return loss != loss ? loss : slope;
+}
+
 // Weight of a sequence's tokens before the denominator.
 template <class T>
 PRISM_HD inline double sequence_weight(const PolicyArguments<T>& a, double active) {
@@ -233,7 +252,7 @@ PRISM_HD inline void add_sequence(Totals& t, const PolicyArguments<T>& a, int64_
     t.ordered = t.ordered && a.ordered(sequence);
 }
 
-// 1 / denominator. Offsets that descend leave tokens without a sequence: everything becomes NaN.
+// 1 / denominator. With bad offsets nobody knows whose a token is: everything becomes NaN.
 template <class T>
 PRISM_HD inline double inverse_denominator(const PolicyArguments<T>& a, double tokens, double sequences, bool ordered) {
     const bool by_token = a.options.aggregation == Aggregation::token_mean;
@@ -246,7 +265,7 @@ PRISM_HD inline void write_results(const Totals& t, const PolicyArguments<T>& a)
     const double inverse = inverse_denominator(a, t.tokens, t.sequences, t.ordered);
     const double unknown = NAN;
     *a.loss = static_cast<T>((t.loss + t.penalized) * inverse);
-    auto put = [&](Stat stat, double value) { a.stats[stat] = static_cast<T>(value); };
+    auto put = [&](Stat stat, double value) { a.stats[stat] = static_cast<T>(t.ordered ? value : unknown); };
     put(stat_tokens, t.tokens);
     put(stat_sequences, t.sequences);
     put(stat_policy_loss, t.loss * inverse);

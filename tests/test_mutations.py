@@ -19,6 +19,7 @@ from torch.autograd.gradcheck import GradcheckError
 
 from tests.algorithms import test_advantages, test_alignment_loss, test_dynamic_sampling, test_schedule_numbers
 from tests.ops import (
+    test_bad_numbers,
     test_group_advantage,
     test_importance_weights,
     test_logprob,
@@ -118,6 +119,22 @@ def cispo_formula() -> None:
     test_policy_loss.test_value_equals_the_loop("cispo", "token_mean", seeded())
 
 
+def sick_tokens() -> None:
+    test_bad_numbers.test_nan_of_an_active_token_is_nan_in_its_gradient("grpo", "logp", "reference", "cpu", seeded())
+
+
+def corrected_kl() -> None:
+    test_policy_loss.test_kl_times_the_ratio("k3", "grpo", "reference", seeded())
+
+
+def corrected_sequence_kl() -> None:
+    test_policy_loss.test_kl_times_the_ratio("k3", "gspo", "reference", seeded())
+
+
+def bad_offsets() -> None:
+    test_bad_numbers.test_bad_offsets_are_nan_everywhere_and_counted("descending", "reference", "cpu", seeded())
+
+
 def importance_formula() -> None:
     test_importance_weights.test_importance_weights("token_mask", seeded())
 
@@ -177,7 +194,7 @@ MUTATIONS = {
     ),
     "GSPO without the length": Mutation(
         REFERENCE + "policy_loss",
-        "segment_sum(log_ratio.detach(), sequence, sequences + 1) / lengths.clamp(min=1.0)",
+        "segment_sum(log_ratio.detach(), sequence, sequences + 1) / on_average",
         "segment_sum(log_ratio.detach(), sequence, sequences + 1)",
         policy_vectors,
     ),
@@ -260,10 +277,36 @@ MUTATIONS = {
     ),
     "idle rows not cleared": Mutation(REFERENCE + "softmax_rows", "    clear_rows_(e, idle)\n", "", idle_rows),
     "ties made by the clamp": Mutation(
-        REFERENCE + "pairwise_loss", "same = teacher[row] == student", "same = margin == 0.0", ties
+        REFERENCE + "pairwise_loss",
+        "ties, ahead = best == s, best > s\n",
+        "ties, ahead = best.clamp(-10, 10) == s.clamp(-10, 10), best > s\n",
+        ties,
     ),
-    "ties won": Mutation(
-        REFERENCE + "pairwise_loss", "(keep & ~same & (margin > 0.0))", "(keep & (margin >= 0.0))", ties
+    "clamped pairs lost": Mutation(
+        REFERENCE + "pairwise_loss",
+        "ties, ahead = best == s, best > s\n",
+        "ties, ahead = best == s, best.clamp(-10, 10) > s.clamp(-10, 10)\n",
+        ties,
+    ),
+    "ties won": Mutation(REFERENCE + "pairwise_loss", "best == s, best > s", "best == s, best >= s", ties),
+    "a clamp hides what is not a number": Mutation(
+        REFERENCE + "policy_loss", "_shown(each.isnan(), sum(learnt), each)", "each", sick_tokens
+    ),
+    "KL times a ratio without gradient": Mutation(
+        REFERENCE + "policy_loss",
+        "divergence = divergence * ratio\n",
+        "divergence = divergence * ratio.detach()\n",
+        corrected_kl,
+    ),
+    "KL times the clipped estimate's sequence ratio, token by token": Mutation(
+        REFERENCE + "policy_loss",
+        "drift = segment_sum(log_ratio, sequence, sequences + 1) / on_average\n            divergence",
+        "drift = log_ratio - log_ratio.detach() + drift[sequence]\n"
+        "            sequence = torch.arange(len(drift))\n            divergence",
+        corrected_sequence_kl,
+    ),
+    "offsets that nobody looks at": Mutation(
+        REFERENCE + "segments", "counted(~inside[None])[0]", "counted(~inside[None])[0] & False", bad_offsets
     ),
     "score clamp on one side": Mutation(
         REFERENCE + "pairwise_loss",

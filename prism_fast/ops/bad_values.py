@@ -1,7 +1,7 @@
 """Values that an op cannot refuse, because looking at them would make the host wait: counted on the device instead.
 
-A target outside the vocabulary gives NaN where it is used, and adds one to a counter of its device. Whoever reads
-metrics reads the counter with them.
+A target outside the vocabulary gives NaN where it is used, and adds one to a counter of its device; so do offsets that
+cut no sequences. Whoever reads metrics reads the counter with them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ _COUNTERS: dict[torch.device, Tensor] = {}
 
 
 def bad_values(device: torch.device | str = "cpu") -> int:
-    """Targets outside the vocabulary that ops have met on ``device`` since the last call. Waits for the device.
+    """Targets outside the vocabulary, and calls with bad ``cu_seqlens``, that ops have met on ``device`` since the last
+    call. Waits for the device.
 
-    Counted by linear_logprob, selected_logprob and linear_policy_loss, by each forward pass (a replayed CUDA graph
-    too). The counter comes into being with the first such call, which must not be a capture.
+    Counted by each forward pass (a replayed CUDA graph too): targets by linear_logprob, selected_logprob and
+    linear_policy_loss; offsets that do not ascend from 0 to at most N by policy_loss and importance_weights, and by
+    linear_policy_loss once per wave and once more. The counter comes into being with the first such call, which must
+    not be a capture.
     """
     count = counter(torch.device(device))
     found = int(count.item())

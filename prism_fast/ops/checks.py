@@ -17,10 +17,10 @@ INTEGERS = (torch.int64, torch.int32)
 NUMBERS = (int, float)
 
 
-def choice(op: str, name: str, value: object, allowed: Sequence[str]) -> None:
-    """Refuse a ``value`` outside ``allowed``. Raises ValueError."""
-    if value not in allowed:
-        raise ValueError(f"{op}: {name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+def choice(op: str, name: str, value: object, allowed: Sequence[str], *, shown: Sequence[str] | None = None) -> None:
+    """Refuse a ``value`` outside ``allowed``, of which the message lists ``shown`` alone. Raises ValueError."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{op}: {name}={value!r} is not one of {', '.join(map(repr, shown or allowed))}")
 
 
 def tensor(
@@ -34,7 +34,8 @@ def tensor(
 ) -> None:
     """Refuse a non-tensor, a wrong rank or size (``None`` = any size), dtype or device. Raises ValueError."""
     if not isinstance(value, Tensor):
-        raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+        cure = "" if value is None else "; pass torch.tensor(...)"
+        raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}{cure}")
     sizes = value.shape
     if sizes == shape and value.dtype in dtypes and (like is None or value.device == like.device):
         return  # these checks run on every call
@@ -74,6 +75,18 @@ def number(
         raise ValueError(f"{op}: {name}={value} must be finite and in {'(' if strict else '['}{low}, {high}]")
 
 
+def flag(op: str, name: str, value: object) -> None:
+    """Refuse anything but True and False. Raises ValueError."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{op}: {name} must be True or False, got {value!r}")
+
+
+def whole(op: str, name: str, value: object) -> None:
+    """Refuse anything but a whole Python number. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{op}: {name} must be a whole number, got {value!r}")
+
+
 def scalar(op: str, name: str, value: object, like: Tensor | None) -> None:
     """Refuse anything but a positive Python number or a 0-d tensor on the device of ``like``. Raises ValueError."""
     if isinstance(value, Tensor):
@@ -91,6 +104,11 @@ def offsets(op: str, value: object, like: Tensor) -> None:
 
 def temperature(op: str, value: object, rows: int, like: Tensor) -> None:
     """Refuse anything but a positive number or a tensor [] or [rows]. Raises ValueError."""
+    if isinstance(value, Tensor) and value.dim() > 1:
+        raise ValueError(
+            f"{op}: temperature must be a number > 0 or a tensor of shape [] or [{rows}], got {list(value.shape)}; "
+            "reshape(-1) makes one per row of it"
+        )
     if isinstance(value, Tensor) and value.dim() == 1:
         tensor(op, "temperature", value, shape=(rows,), like=like)
     else:

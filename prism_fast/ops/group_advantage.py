@@ -119,6 +119,7 @@ def _check_options(
     checks.number(OP, "eps", eps, low=0.0)
     checks.number(OP, "invalid_penalty", invalid_penalty)
     checks.number(OP, "power", power, low=0.0, strict=True)
+    checks.flag(OP, "per_score", per_score)
     if power != 1.0 and normalize not in ("per_score", "combined"):
         raise ValueError(f"{OP}: power={power} shapes z-scores; normalize={normalize!r} gives none: use 'per_score'")
     if per_score and normalize == "combined":
@@ -130,6 +131,13 @@ def _check_options(
 def _weights(weights: Tensor | Sequence[float], columns: int, scores: Tensor) -> Tensor:
     """[K] tensor on the scores' device. Pass a tensor where a CUDA graph is captured: a list is copied each call."""
     if not isinstance(weights, Tensor):
+        if not isinstance(weights, Sequence) or isinstance(weights, str):
+            raise ValueError(
+                f"{OP}: weights must be a tensor or a sequence of {columns} numbers, one per score, got {weights!r}; "
+                "write (1.0,) for a single score"
+            )
+        for value in weights:
+            checks.number(OP, "weights", value)
         kind = torch.float64 if scores.dtype == torch.float64 else torch.float32
         weights = torch.tensor(list(weights), dtype=kind, device=scores.device)
     checks.tensor(OP, "weights", weights, shape=(columns,), like=scores)

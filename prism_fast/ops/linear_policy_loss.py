@@ -81,6 +81,7 @@ def linear_policy_loss(
     options = gather(linear_policy_loss, options, settings)
     chosen = choose(OP, BACKENDS, backend, hidden)
     validate(OP, hidden, weight, target, bias, temperature, softcap, weight_grad_out)
+    checks.whole(OP, "ignore_index", ignore_index)
     if logp_out is not None:
         wide = (torch.float32, torch.float64)
         checks.tensor(OP, "logp_out", logp_out, shape=tuple(target.shape), dtypes=wide, like=hidden)

@@ -51,8 +51,9 @@ def pairwise_loss(
         backend: None, "reference" or "native" (differentiable once; ``length_penalty`` for at most 16 scores).
 
     Returns:
-        (loss 0-d float32, or float64 for float64 scores; PairwiseStats of [K] tensors). Exactly equal scores before
-        the clamp, such as those of identical texts, are ties: they enter the loss and no accuracy.
+        (loss 0-d float32, or float64 for float64 scores; PairwiseStats of [K] tensors). Who is ahead is decided before
+        the clamp. Exactly equal scores there, such as those of identical texts, are ties: they enter the loss and no
+        accuracy.
 
     Raises:
         ValueError: wrong shape, dtype, device or option; ``length_penalty`` without ``lengths``.
@@ -70,21 +71,15 @@ def pairwise_loss(
         checks.tensor(OP, "valid", valid, shape=(rows,), dtypes=(torch.bool,), like=teacher)
     if clip is not None:
         checks.number(OP, "clip", clip, low=0.0, strict=True)
-    penalty = (
-        [float(length_penalty)] * columns
-        if isinstance(length_penalty, int | float)
-        else [float(b) for b in length_penalty]
-    )
-    if len(penalty) != columns:
-        raise ValueError(f"{OP}: length_penalty has {len(penalty)} entries, there are {columns} scores")
-    for value in penalty:
-        checks.number(OP, "length_penalty", value)
+    penalty = _penalties(length_penalty, columns)
     if any(penalty) and lengths is None:
         raise ValueError(f"{OP}: length_penalty={length_penalty} needs lengths=(teacher [G, K], student [B, K])")
     if lengths is not None:
         kinds = (*checks.INTEGERS, *checks.FLOATS)
         if not isinstance(lengths, tuple) or len(lengths) != 2:
-            raise ValueError(f"{OP}: lengths must be the pair (teacher [G, K], student [B, K])")
+            raise ValueError(
+                f"{OP}: lengths must be the pair (teacher [G, K], student [B, K]), got {type(lengths).__name__}"
+            )
         checks.tensor(OP, "lengths[0]", lengths[0], shape=(groups, columns), dtypes=kinds, like=teacher)
         checks.tensor(OP, "lengths[1]", lengths[1], shape=(rows, columns), dtypes=kinds, like=teacher)
     checks.number(OP, "l2", l2, low=0.0)
@@ -110,3 +105,17 @@ def pairwise_loss(
         denominator=denominator,
         l2_denominator=l2_denominator,
     )
+
+
+def _penalties(value: float | Sequence[float], columns: int) -> list[float]:
+    """One number for each score."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        checks.number(OP, "length_penalty", value)
+        return [float(value)] * columns
+    if len(value) != columns:
+        raise ValueError(
+            f"{OP}: length_penalty has {len(value)} entries, there are {columns} scores; pass one each, or one number"
+        )
+    for each in value:
+        checks.number(OP, "length_penalty", each)
+    return [float(each) for each in value]

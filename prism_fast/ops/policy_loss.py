@@ -65,7 +65,8 @@ def policy_loss(
         logp: [N] floating, log-probabilities under the policy in nats; the only input with a gradient beside
             ``entropy``.
         advantage: [B] floating, or None with ``token_advantage``.
-        cu_seqlens: [B+1] int32 offsets; sequences may be empty; tokens past the last offset are padding.
+        cu_seqlens: [B+1] int32 offsets, ascending from 0 to at most N; sequences may be empty; tokens past the last
+            offset are padding. Others give NaN (loss, statistics and every gradient) and count in ``bad_values``.
         old_logp: [N]; None = on-policy, the ratio is 1 by construction and its gradient is that of logp.
         token_advantage: [N] floating instead of ``advantage``; refused by ``gspo``.
         options: what follows up to ``kl`` as one object, checked once; or its fields as keywords, not both.
@@ -79,6 +80,9 @@ def policy_loss(
         kl: k1 = logp - ref; abs = |k1|; k2 = k1^2 / 2; k3 = exp(k) - k - 1 with k = clamp(-k1, -20, 20), clamped to
             [-10, 10] with gradient 0 where a clamp acts. k1+, abs+, k3+: straight through, the value of the form with
             the gradient of k2, also where a clamp acts.
+        kl_importance: multiply the KL estimate by the unclipped ratio r (gspo: the sequence's), with the gradient of
+            the product: an estimate under the policy from tokens that ``old_logp``'s sampled. On-policy the value stays
+            and k3 gets the gradient of k2. TRL: ``use_bias_correction_kl``, its default.
         denominator: number or 0-d tensor, the *global* count of the table. Given it, any micro-batching, packing or
             rank count gives the same gradient. None counts this call. 0 counts as 1.
         entropy: [N] floating, nats. Without ``entropy_coef`` it is only reported.
@@ -88,7 +92,8 @@ def policy_loss(
         backend: None, "reference" or "native" (differentiable once).
 
     Returns:
-        (loss 0-d float32, or float64 for float64 ``logp``; PolicyStats). Without an active token the loss is 0.
+        (loss 0-d float32, or float64 for float64 ``logp``; PolicyStats). Without an active token the loss is 0. A token
+        whose loss is NaN (of logp, advantage, or whatever it needs) makes the loss NaN and its own gradients NaN.
 
     Raises:
         ValueError: wrong shape, dtype, device or option, or options that contradict each other.
@@ -97,8 +102,9 @@ def policy_loss(
         RuntimeError: the backend is missing on this machine.
 
     Sources: GRPO arXiv 2402.03300 eq. 3; DAPO 2503.14476 eq. 8; GSPO 2507.18071 eq. 5 and 14; Dr. GRPO 2503.20783;
-    CISPO 2506.13585 eq. 4 (bounds of ScaleRL, 2510.13786); SAPO 2511.20347; bnpo as in TRL; clamps, dual clip and the
-    form of GSPO as in verl ``compute_policy_loss_vanilla`` and ``compute_policy_loss_gspo``.
+    CISPO 2506.13585 eq. 4 (bounds of ScaleRL, 2510.13786); SAPO 2511.20347; bnpo as in TRL; KL with importance
+    correction as in TRL 1.16 ``GRPOTrainer._compute_loss`` (DeepSeek-V3.2, 2512.02556); clamps, dual clip and the form
+    of GSPO as in verl ``compute_policy_loss_vanilla`` and ``compute_policy_loss_gspo``.
     """
     options = gather(policy_loss, options, settings)
     if (advantage is None) == (token_advantage is None):

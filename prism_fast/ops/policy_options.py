@@ -27,10 +27,19 @@ CLIP_OF_LOSS = {
     "cispo": (1.0, 4.0),
 }
 TWO_SIDED = ("grpo", "dapo", "dr_grpo", "bnpo")
+# Names that other codes have, and what to write here; tests/ops/test_other_names.py holds each to its word.
+_PPO = "use loss='grpo' with aggregation='token_mean' and old_logp"
+_REINFORCE = "it has no ratio: use loss='grpo' with old_logp=None, which has the same gradient"
+_GMPO = "its clip acts on tokens before their geometric mean; use loss='gspo', the same where nothing is clipped"
 ELSEWHERE = {
-    "vanilla": "use loss='grpo' with aggregation='token_mean'",
-    "gpg": "it has no ratio: use loss='grpo' with old_logp=None, which has the same gradient",
-    "geo_mean": "its geometric mean clips inside the sequence product; use loss='gspo'",
+    "ppo": f"{_PPO}; advantages of a value function go in as token_advantage",
+    "vanilla": _PPO,
+    "reinforce": _REINFORCE,
+    "gpg": _REINFORCE,
+    "rloo": f"{_REINFORCE}, and advantages of group_advantage(normalize='leave_one_out')",
+    "reinforce++": f"{_PPO}, and advantages of group_advantage(normalize='batch') (REINFORCE++-baseline)",
+    "geo_mean": _GMPO,
+    "gmpo": _GMPO,
 }
 KL_ELSEWHERE = {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "kl+": "k1+", "low_var_kl+": "k3+", "mse+": "k2"}
 
@@ -56,6 +65,7 @@ class PolicyLossOptions:
     entropy_coef: float = 0.0
     kl: str = "k3"
     kl_coef: float = 0.0
+    kl_importance: bool = False
 
     def __post_init__(self) -> None:
         _check_loss(self)
@@ -63,6 +73,7 @@ class PolicyLossOptions:
         _check_kl(self.kl)
         checks.number(OP, "entropy_coef", self.entropy_coef)
         checks.number(OP, "kl_coef", self.kl_coef)
+        checks.flag(OP, "kl_importance", self.kl_importance)
 
     @property
     def aggregates(self) -> str:
@@ -127,9 +138,9 @@ def _unknown(function: Callable, name: str) -> str:
 
 
 def _check_loss(o: PolicyLossOptions) -> None:
+    checks.choice(OP, "loss", o.loss, (*LOSSES, *ELSEWHERE), shown=LOSSES)
     if o.loss in ELSEWHERE:
         raise NotImplementedError(f"{OP}: loss={o.loss!r} is not offered: {ELSEWHERE[o.loss]}")
-    checks.choice(OP, "loss", o.loss, LOSSES)
     allowed = OF_LOSS[o.loss]
     if o.aggregates not in allowed:
         raise ValueError(f"{OP}: loss={o.loss!r} with aggregation={o.aggregation!r}; it allows {', '.join(allowed)}")
@@ -155,13 +166,13 @@ def _check_bounds(o: PolicyLossOptions) -> None:
 
 
 def _check_kl(kl: str) -> None:
+    checks.choice(OP, "kl", kl, (*KL, *KL_ELSEWHERE, "k2+", "full"), shown=KL)
     if kl in KL_ELSEWHERE:
         raise ValueError(f"{OP}: kl={kl!r} is called {KL_ELSEWHERE[kl]!r} here")
     if kl == "k2+":
         raise ValueError(f"{OP}: kl='k2+' is kl='k2': straight through means the gradient of k2, which it has already")
     if kl == "full":
         raise NotImplementedError(f"{OP}: kl='full' needs both distributions over the vocabulary; use 'k3'")
-    checks.choice(OP, "kl", kl, KL)
 
 
 def _pair(name: str, value: object, *, strict: bool) -> None:

@@ -47,7 +47,7 @@ class PairwiseStats(NamedTuple):
 
     pairs: Tensor  # valid pairs
     ties: Tensor  # valid pairs with exactly equal scores; no accuracy is claimed for them
-    correct: Tensor  # valid pairs in which the teacher is strictly ahead
+    correct: Tensor  # valid pairs in which the teacher is strictly ahead, before the clamp
     margin: Tensor  # mean teacher - student over valid pairs; NaN if there is none
     accuracy: Tensor  # correct / (pairs - ties); NaN if there is nothing to decide
     teacher: Tensor  # mean teacher score over valid pairs; NaN if there is none

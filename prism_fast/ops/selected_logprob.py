@@ -47,6 +47,8 @@ def selected_logprob(
         raise ValueError(f"{OP}: logits have no columns; the vocabulary must hold at least one token")
     checks.tensor(OP, "target", target, shape=(logits.shape[0],), dtypes=checks.INTEGERS, like=logits)
     checks.temperature(OP, temperature, logits.shape[0], logits)
+    checks.flag(OP, "entropy", entropy)
+    checks.whole(OP, "ignore_index", ignore_index)
     kernel = reference
     if choose(OP, BACKENDS, backend, logits) == "native":
         from .native.selected_logprob import run as kernel

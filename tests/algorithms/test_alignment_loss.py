@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prism_fast.algorithms.alignment_loss import discriminator_loss
+from prism_fast.algorithms.alignment_loss import as_scored, discriminator_loss
 from prism_fast.ops import pairwise_loss
 from tests.ops.golden import DTYPES, load
 
@@ -54,8 +54,16 @@ def test_released_vectors(case):
                 arguments[who].grad.double(), wanted[torch.tensor(micro_batch)], rtol=tolerance, atol=tolerance
             )
         if int(stats.pairs[0]):
+            valid, clip = arguments["valid"], arguments["score_clip"]
             for column, what in enumerate(("cap", "cot")):
-                assert float(stats.accuracy[column]) == pytest.approx(metrics[f"critic/{what}_acc"][number], abs=1e-6)
+                best, other = (
+                    as_scored(arguments[who].detach(), length, arguments["length_penalty"], None)[valid, column]
+                    for who, length in zip(("teacher", "student"), arguments["lengths"], strict=True)
+                )
+                held = (x if clip is None else x.clamp(-clip, clip) for x in (best, other))
+                published = float(torch.gt(*held).double().mean())  # after the clamp, where what is ahead may be equal
+                assert published == pytest.approx(metrics[f"critic/{what}_acc"][number], abs=1e-6)
+                assert float(stats.accuracy[column]) == pytest.approx(float((best > other).double().mean()))
         else:  # published: a placeholder of 0.92
             assert stats.accuracy.isnan().all() and metrics["critic/d_acc"][number] == 0.92
 

@@ -39,7 +39,10 @@ def test_equals_the_formula(generator):
     assert stats.pairs.tolist() == [margin.shape[0]] * 2
     torch.testing.assert_close(stats.margin, margin.mean(0).detach())
     torch.testing.assert_close(stats.teacher - stats.student, stats.margin)
-    torch.testing.assert_close(stats.accuracy, (margin > 0).double().mean(0))
+    ahead = (data["teacher"] - rate * lengths[0].double().log1p())[data["group"]] > (
+        data["student"] - rate * lengths[1].double().log1p()
+    )
+    torch.testing.assert_close(stats.accuracy, ahead[data["valid"]].double().mean(0))
     torch.testing.assert_close(stats.loss.sum() + 0.01 * (t.square().sum() + s.square().sum()) / 34, loss)
 
 
@@ -79,12 +82,25 @@ def test_ties_are_counted_and_claim_no_accuracy():
     valid = torch.tensor([True, True, True, False])
     _, stats = pairwise_loss(teacher, student, torch.tensor([0, 0, 1, 1]), valid=valid, clip=10.0)
     assert stats.pairs.tolist() == [3, 3]
-    # 12 against 11 becomes equal only by the clamp: a pair that is not won, but no tie either.
+    # 12 against 11 becomes equal only by the clamp: it is ahead, and no tie.
     assert stats.ties.tolist() == [1, 2]
-    assert stats.correct.tolist() == [1, 0]
-    assert stats.accuracy.tolist() == [0.5, 0.0]
+    assert stats.correct.tolist() == [2, 0]
+    assert stats.accuracy.tolist() == [1.0, 0.0]
     _, same = pairwise_loss(teacher[:1], teacher[:1].repeat(3, 1), torch.zeros(3, dtype=torch.int64))
     assert same.ties.tolist() == [3, 3] and same.accuracy.isnan().all() and same.margin.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_who_is_ahead_is_decided_before_the_clamp(backend):
+    """Scores far beyond it, on either side; with a length penalty, the scores that it leaves."""
+    teacher, group = torch.tensor([[50.0]]), torch.zeros(4, dtype=torch.int64)
+    student = torch.tensor([[30.0], [10.0], [50.0], [70.0]])
+    _, stats = pairwise_loss(teacher, student, group, clip=2.0, backend=backend)
+    assert (stats.correct.item(), stats.ties.item(), stats.accuracy.item()) == (2, 1, pytest.approx(2 / 3))
+    assert stats.margin.item() == 0.0  # that is of the scores in the loss
+    lengths = (torch.tensor([[100]]), torch.tensor([[1], [100], [100], [10**6]]))
+    _, stats = pairwise_loss(teacher, student, group, clip=2.0, lengths=lengths, length_penalty=5.0, backend=backend)
+    assert (stats.correct.item(), stats.ties.item()) == (2 + 1, 1)  # 70 - 5 log(10^6) = 0.9 < 50 - 5 log(101) = 26.9
 
 
 def test_identical_texts_give_log_two_and_a_balanced_gradient():

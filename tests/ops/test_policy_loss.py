@@ -118,6 +118,48 @@ def test_names_of_other_codes_for_kl_are_refused_with_ours():
             policy_loss(*arguments, kl=name)
 
 
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3", "abs", "k3+"])
+def test_kl_times_the_ratio(kl, loss, backend, generator):
+    """Value and gradient of the product; gspo's ratio is the sequence's, which each of its tokens moves."""
+    data = batch(generator) | {"kl_coef": 1.0, "entropy_coef": 0.0, "is_weight": None}
+    data["advantage"] = torch.zeros(6, dtype=torch.float64)
+    logp, old, ref, mask = data["logp"], data["old_logp"], data["ref_logp"], data["mask"]
+    options = {"loss": loss, "kl": kl, "kl_importance": True, **NORM.get(OF_LOSS[loss][0], {})}
+    found, stats = policy_loss(**data, **options, denominator=1.0, backend=backend)
+    d = logp - ref
+    value = {"k1": d, "k2": d.square() / 2, "k3": (-d).exp() + d - 1, "abs": d.abs()}[kl.removesuffix("+")]
+    if kl.endswith("+"):
+        value = value.detach() + d.square() / 2 - (d.square() / 2).detach()
+    wanted, terms, offsets = 0.0, [], data["cu_seqlens"].tolist()
+    for start, end in pairwise(offsets):
+        rows = torch.arange(start, end)[mask[start:end]]
+        if not len(rows):
+            continue
+        ratio = (logp - old)[rows]
+        ratio = ratio.mean().exp() if loss.startswith("gspo") else ratio.exp()
+        terms.append(value[rows] * ratio)
+        count = {"token_mean": 1.0, "seq_mean_token_sum_norm": 40.0}.get(OF_LOSS[loss][0], len(rows))
+        wanted = wanted + terms[-1].sum() / count
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(stats.kl, torch.cat(terms).mean().detach(), rtol=1e-12, atol=1e-14)
+    gradients = [torch.autograd.grad(loss, logp, retain_graph=True)[0] for loss in (found, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_on_policy_the_corrected_k3_has_the_gradient_of_k2(backend, generator):
+    data = batch(generator) | {"old_logp": None, "backend": backend}
+    plain, corrected, square = (
+        policy_loss(**data, kl=kl, kl_importance=importance)
+        for kl, importance in (("k3", False), ("k3", True), ("k2", False))
+    )
+    torch.testing.assert_close(corrected[0], plain[0], rtol=1e-13, atol=0)
+    gradients = [torch.autograd.grad(x[0], data["logp"])[0] for x in (corrected, square)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize(("loss", "aggregation"), PAIRS)
 def test_gradcheck(loss, aggregation, generator):
     data = batch(generator, lengths=(3, 1, 0, 4), spread=0.2)
@@ -337,7 +379,7 @@ def test_advantage_and_weights_are_constants(generator):
 
 
 REFUSALS = {
-    "loss='ppo' is not one of 'grpo'": {"loss": "ppo"},
+    "loss='pg' is not one of 'grpo'": {"loss": "pg"},
     "loss='dapo' with aggregation='seq_mean_token_mean'": {"loss": "dapo", "aggregation": "seq_mean_token_mean"},
     "loss='grpo' with aggregation='token-mean'; it allows": {"aggregation": "token-mean"},
     "aggregation='seq_mean_token_sum_norm' needs norm_length": {"loss": "dr_grpo"},

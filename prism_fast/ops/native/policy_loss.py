@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prism_fast.ops import native
 
+from ..bad_values import counter
 from ..forms import TwoForms
 from ..policy_options import PolicyLossOptions
 from ..results import PolicyStats
@@ -43,8 +44,8 @@ def run(
 ) -> tuple[Tensor, PolicyStats]:
     """Arguments are already validated by the public op.
 
-    Differentiable once, in ``logp`` and ``entropy``. Does not synchronise, and can be captured in a CUDA graph. Offsets
-    that descend give NaN. Raises RuntimeError where the kernels are missing.
+    Differentiable once, in ``logp`` and ``entropy``. Does not synchronise, and can be captured in a CUDA graph. Raises
+    RuntimeError where the kernels are missing.
     """
     kind = torch.float64 if logp.dtype == torch.float64 else torch.float32
     if logp.dtype != kind:
@@ -81,6 +82,7 @@ def packed(options: PolicyLossOptions) -> list[float]:
         float(options.sapo_temperature[1]),
         float(options.kl_coef),
         float(options.entropy_coef),
+        float(options.kl_importance),
         0.0 if norm is None or isinstance(norm, Tensor) else float(norm),
     ]
 
@@ -116,6 +118,7 @@ def _run(
     addresses = [0 if x is None else x.data_ptr() for x in columns]
     addresses.append(slopes.data_ptr() if wanted else 0)
     addresses.append(addresses[-1] + n * slopes.element_size() if wanted == 2 else 0)
+    addresses.append(counter(logp.device).data_ptr())
     denominator, count = calls.scalar(denominator, denominator_number, kind)
     norm_length, norm = calls.scalar(norm_length, options[-1], kind)
     calls.launch(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..results import ImportanceWeights
-from .segments import segment_sum, sequence_of_token
+from .segments import offsets_are_bad, segment_sum, sequence_of_token
 
 LOG_RATIO_CLAMP = 20.0
 
@@ -40,6 +40,6 @@ def importance_weights(
     size = torch.where(square == 0.0, 0.0, weight.sum().square() / square)
     if level == "sequence":
         weight = torch.cat((weight, weight.new_zeros(1)))[sequence]
-    if action == "truncate":
-        return ImportanceWeights(weight, size, none, moved)
-    return ImportanceWeights(weight, size, moved, none)
+    found = (weight, size, none, moved) if action == "truncate" else (weight, size, moved, none)
+    bad = offsets_are_bad(cu_seqlens, logp.shape[0])
+    return ImportanceWeights(*(torch.where(bad, math.nan, value) for value in found))

@@ -34,15 +34,16 @@ def pairwise_loss(
     if lengths is not None:
         t = _shortened(t, lengths[0], length_penalty)
         s = _shortened(s, lengths[1], length_penalty)
-    if clip is not None:
-        t, s = t.clamp(-clip, clip), s.clamp(-clip, clip)
     use = torch.ones_like(group, dtype=torch.bool) if valid is None else valid
     known = (group >= 0) & (group < groups)
     row = torch.where(known, group.long(), 0)
+    # Who is ahead is decided before the clamp, which makes scores beyond it equal.
+    best = torch.where(known[:, None], t[row], math.nan) if groups else torch.full_like(s, math.nan)
+    ties, ahead = best == s, best > s
+    if clip is not None:
+        t, s = t.clamp(-clip, clip), s.clamp(-clip, clip)
     rival = t[row] if groups else t.sum() + t.new_full(s.shape, math.nan)
     margin = torch.where(known[:, None], rival, math.nan) - s
-    # Equality that only the clamp made is no tie: identical texts have equal scores before it.
-    same = teacher[row] == student if groups else torch.zeros_like(student, dtype=torch.bool)
     pairs = use.to(kind).sum()
     share = 1.0 / _positive(pairs if denominator is None else denominator, s)
     # Rows that do not count may hold anything; they are replaced before the formula, so their gradient is exactly 0.
@@ -53,7 +54,7 @@ def pairwise_loss(
         total = total + l2 * (t.square().sum() + s.square().sum()) / _positive(scores, s)
     if spread != 0.0:
         total = total + spread * share * _spread(s, group, use & known, groups)
-    return total, _stats(rival.detach(), s.detach(), margin.detach(), same, use, pairs, bradley_terry.detach())
+    return total, _stats(rival.detach(), s.detach(), margin.detach(), ties, ahead, use, pairs, bradley_terry.detach())
 
 
 def _shortened(score: Tensor, length: Tensor, penalty: Sequence[float]) -> Tensor:
@@ -88,12 +89,11 @@ def _spread(s: Tensor, group: Tensor, use: Tensor, groups: int) -> Tensor:
 
 
 def _stats(
-    rival: Tensor, s: Tensor, margin: Tensor, same: Tensor, use: Tensor, pairs: Tensor, loss: Tensor
+    rival: Tensor, s: Tensor, margin: Tensor, ties: Tensor, ahead: Tensor, use: Tensor, pairs: Tensor, loss: Tensor
 ) -> PairwiseStats:
     count = use.sum().expand(s.shape[1])
     keep = use[:, None]
-    ties = (keep & same).sum(0)
-    correct = (keep & ~same & (margin > 0.0)).sum(0)
+    ties, correct = (keep & ties).sum(0), (keep & ahead).sum(0)
 
     def mean(value: Tensor) -> Tensor:
         return torch.where(keep, value, 0.0).sum(0) / pairs

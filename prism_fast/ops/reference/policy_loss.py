@@ -11,7 +11,7 @@ from torch import Tensor
 from ..results import PolicyStats
 from .aggregation import default_denominator, token_weights
 from .kl import kl_estimate
-from .segments import segment_sum, sequence_of_token
+from .segments import offsets_are_bad, segment_sum, sequence_of_token
 
 if TYPE_CHECKING:
     from ..policy_options import PolicyLossOptions
@@ -55,8 +55,9 @@ def policy_loss(
         a = clean(torch.cat((advantage.detach().to(kind), new.new_zeros(1)))[sequence])
     lengths = segment_sum(active.to(kind), sequence, sequences + 1)
     log_ratio = new - old
+    on_average = lengths.clamp(min=1.0)
     if options.loss in ("gspo", "gspo_token"):
-        drift = segment_sum(log_ratio.detach(), sequence, sequences + 1) / lengths.clamp(min=1.0)
+        drift = segment_sum(log_ratio.detach(), sequence, sequences + 1) / on_average
         # The value is the sequence's geometric-mean ratio, the gradient is spread over its tokens.
         exponent = (new - new.detach() + drift[sequence]).clamp(max=SEQUENCE_LOG_RATIO_MAX)
         measured = log_ratio.detach()
@@ -72,13 +73,25 @@ def policy_loss(
     elif not isinstance(denominator, Tensor):
         denominator = new.new_full((), denominator)
     share = token_weights(aggregation, active, sequence, lengths, denominator.to(kind), options.norm_length)
-    total = pure = (each * share).sum()
+    pure = (each.detach() * share).sum()
     divergence = None if ref_logp is None else clean(kl_estimate(new, clean(ref_logp.detach()), options.kl))
+    if divergence is not None and options.kl_importance:
+        if options.loss in ("gspo", "gspo_token"):  # one ratio, which every token of the sequence moves
+            drift = segment_sum(log_ratio, sequence, sequences + 1) / on_average
+            divergence = divergence * clean(drift.clamp(max=SEQUENCE_LOG_RATIO_MAX).exp()[sequence])
+        else:
+            divergence = divergence * ratio
     if divergence is not None and options.kl_coef != 0.0:
-        total = total + options.kl_coef * (divergence * share).sum()
+        each = each + options.kl_coef * divergence
     spread = None if entropy is None else clean(entropy)
     if spread is not None and options.entropy_coef != 0.0:
-        total = total - options.entropy_coef * (spread * share).sum()
+        each = each - options.entropy_coef * spread
+    # What is not a number has no gradient that is one, though clamps have: who watches gradients alone must see it.
+    learnt = [new, spread] if spread is not None and options.entropy_coef != 0.0 else [new]
+    total = (_shown(each.isnan(), sum(learnt), each) * share).sum()
+    bad = offsets_are_bad(cu_seqlens, logp.shape[0])
+    everything = [x.to(kind).sum() for x, _ in zip((logp, entropy), learnt, strict=False)]
+    total = _shown(bad, sum(everything), total)
     count = lengths[:sequences].sum()
 
     def mean(value: Tensor) -> Tensor:
@@ -87,10 +100,10 @@ def policy_loss(
     r = ratio.detach()
     unknown = new.new_full((), math.nan)
     largest = torch.cat((torch.where(active, r, -math.inf), new.new_full((1,), -math.inf))).amax()
-    return total, PolicyStats(
+    stats = PolicyStats(
         tokens=count,
         sequences=(lengths[:sequences] > 0).to(kind).sum(),
-        policy_loss=pure.detach(),
+        policy_loss=pure,
         clip_fraction_low=mean(held_low),
         clip_fraction_high=mean(held_high),
         dual_clip_fraction=mean(held_dual),
@@ -100,6 +113,12 @@ def policy_loss(
         kl=unknown if divergence is None else mean(divergence),
         entropy=unknown if spread is None else mean(spread),
     )
+    return total, PolicyStats._make(torch.where(bad, math.nan, value) for value in stats)
+
+
+def _shown(sick: Tensor, learnt: Tensor, value: Tensor) -> Tensor:
+    """``value``, but NaN with gradient NaN for ``learnt`` where it is ``sick``."""
+    return torch.where(sick, learnt * torch.where(sick, math.nan, 0.0), value)  # a factor NaN would reach all gradients
 
 
 def _token_loss(

@@ -29,7 +29,7 @@ int launch_together(void (*kernel)(Parameter), unsigned blocks, unsigned threads
     if (!launching()) return cudaSuccess;
     void* arguments[] = {&argument};
     return cudaLaunchCooperativeKernel(
-        reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), arguments, 0, static_cast<cudaStream_t>(stream)
+        kernel, dim3(blocks), dim3(threads), arguments, 0, static_cast<cudaStream_t>(stream)
     );
 }
 

@@ -19,9 +19,14 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def on_card(x: Tensor) -> bool:
+    """Whether the CUDA kernels serve ``x``, and not their twins on the CPU."""
+    return x.is_cuda
+
+
 def stream_of(x: Tensor) -> int | None:
     """The current stream of the tensor's device; None on the CPU, which runs the twin."""
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
+    return torch.cuda.current_stream(x.device).cuda_stream if on_card(x) else None
 
 
 def column(x: Tensor | None, kind: torch.dtype) -> Tensor | None:

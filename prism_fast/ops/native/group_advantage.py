@@ -53,8 +53,9 @@ def _run(
     weights, gate, offset = (calls.column(x, out.dtype) for x in (weights, gate, offset))
     kernel = module.group_advantage_float64 if out.dtype == torch.float64 else module.group_advantage_float32
     columns = (scores, group, weights, valid, gate, offset, out)
+    terms = max(1, width)  # a weighted sum is one, also of no scores
     calls.launch(
-        "group_advantage", kernel, scores, (rows + 1) * width, [calls.address(x) for x in columns], scores.stride(),
+        "group_advantage", kernel, scores, (rows + 1) * terms, [calls.address(x) for x in columns], scores.stride(),
         rows, width, NORMALIZE[normalize], INVALID[invalid], eps, invalid_penalty, power, singleton == "identity",
         per_score,
     )  # fmt: skip

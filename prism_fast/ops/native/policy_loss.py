@@ -136,7 +136,7 @@ def _allocate(logp: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _save(ctx, inputs, output) -> None:
     _, stats, slopes = output
-    if slopes.is_cuda:
+    if calls.on_card(slopes):
         ctx.save_for_backward(slopes, stats)
     else:  # the twin has divided already, its last factor is 1
         ctx.save_for_backward(slopes)

@@ -70,7 +70,7 @@ def _allocate_plan(like: Tensor, top_k: int, experts: int) -> Plan:
 
 def workspaces(like: Tensor, experts: int) -> tuple[Tensor | None, Tensor | None]:
     """(sums, counts) of ``into`` and ``plan_into``; their contents do not matter. Twins on the CPU bring their own."""
-    if not like.is_cuda:
+    if not calls.on_card(like):
         return None, None
     chunks = -(-like.shape[0] // CHUNK)
     sums = torch.empty(chunks * (experts + 1), dtype=torch.float64, device=like.device)

@@ -45,10 +45,14 @@ PRISM_HD PRISM_INLINE float widen(Float16 x) {
 PRISM_HD PRISM_INLINE void narrow(float x, float& to) { to = x; }
 PRISM_HD PRISM_INLINE void narrow(double x, double& to) { to = x; }
 PRISM_HD PRISM_INLINE void narrow(float x, Bfloat16& to) {
+#ifdef __CUDA_ARCH__
+    to.bits = bits_as<uint16_t>(__float2bfloat16_rn(x));
+#else
     const uint32_t bits = bits_as<uint32_t>(x);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const uint32_t quiet = 0x7fc0u | ((bits >> 16) & 0x8000u);
     to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+#endif
 }
 PRISM_HD PRISM_INLINE void narrow(float x, Float16& to) {
 #ifdef __CUDA_ARCH__

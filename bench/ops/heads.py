@@ -98,6 +98,14 @@ def cross_entropy(logp: Callable[[Inputs, bool], tuple[Tensor, ...]]) -> Provide
     return lambda x: (-logp(x, False)[0].mean(),)
 
 
+def ours_cross_entropy(backend: str) -> Provider:
+    def run(x: Inputs) -> tuple[Tensor, ...]:
+        require(backend, x["hidden"])
+        return (ops.linear_cross_entropy(x["hidden"], x["weight"], x["target"], backend=backend),)
+
+    return run
+
+
 def policy(x: Inputs, logp: Tensor, backend: str | None = None) -> tuple[Tensor, ...]:
     kind = logp.dtype
     loss, _ = ops.policy_loss(
@@ -162,8 +170,8 @@ OPS = (
             "liger": rivals.liger_cross_entropy,
             "cut cross entropy": cross_entropy(rivals.cut_cross_entropy),
             "trl chunked": cross_entropy(rivals.trl_chunked),
-            "prism_fast triton": cross_entropy(ours("triton", "logits")),
-            "prism_fast reference": cross_entropy(ours("reference", "recompute")),
+            "prism_fast triton": ours_cross_entropy("triton"),
+            "prism_fast reference": ours_cross_entropy("reference"),
         },
     ),
     _op(

@@ -1,10 +1,10 @@
 """Joins what each slice of the vocabulary knows about a row into the row's log-probability and entropy.
 
-For slice j with logits z (already divided by the temperature) a kernel leaves, per row,
-    m_j = max z,   s_j = Σ exp(z − m_j),   u_j = Σ exp(z − m_j)·(z − m_j).
-Then, with M = max_j m_j and d_j = m_j − M,
+For slice j with raw scores x, which softcap/temperature = f scales, a kernel leaves, per row,
+    m_j = max x,   s_j = Σ exp((x − m_j)·f),   u_j = Σ exp((x − m_j)·f)·(x − m_j)·f.
+Then, with M = max_j m_j and d_j = (m_j − M)·f,
     S = Σ_j exp(d_j)·s_j,   U = Σ_j exp(d_j)·(u_j + d_j·s_j),
-    log p(target) = (z_target − M) − log S,   entropy = log S − U/S.
+    log p(target) = (x_target − M)·f − log S,   entropy = log S − U/S.
 Everything is relative to the maximum, so no large numbers are subtracted from each other; the maximum and the log of
 the sum stay two numbers. The order of summation is fixed by the number of slices: the result does not depend on the
 launch. A whole vocabulary has some hundred slices, so they are read in blocks, not one by one.
@@ -23,7 +23,7 @@ BLOCK_SLICES = 32
 
 
 class Combined(NamedTuple):
-    """All ``[N]`` float32: row maximum M, log-sum relative to it, log-probability of the target, entropy (nats)."""
+    """All ``[N]`` float32: raw row maximum M, log-sum relative to it, log-probability of the target, entropy (nats)."""
 
     row_max: torch.Tensor
     log_sum: torch.Tensor
@@ -31,23 +31,27 @@ class Combined(NamedTuple):
     entropy: torch.Tensor
 
 
-@triton.jit(do_not_specialize=["N", "SPLITS"])
+@triton.jit(do_not_specialize=["N", "SPLITS", "heat_stride"], do_not_specialize_on_alignment=["heat_ptr"])
 def combine_kernel(
     m_ptr,  # [SPLITS, N]
     s_ptr,  # [SPLITS, N]
     u_ptr,  # [SPLITS, N]
-    target_logit_ptr,  # [N]
+    own_ptr,  # [N] raw score of the target
+    heat_ptr,  # [N] or [1]
     row_max_ptr,
     log_sum_ptr,
     logp_ptr,
     entropy_ptr,
     N,
     SPLITS,
+    heat_stride,
+    softcap,
     BLOCK: tl.constexpr,
     SLICES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < N
+    factor = softcap / tl.load(heat_ptr + row * heat_stride, inside, other=1.0)
     # An empty slice has m = -inf, s = 0; a row whose every slice is empty comes out as NaN, not as a plausible number.
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     for first in range(0, SPLITS, SLICES):
@@ -65,34 +69,46 @@ def combine_kernel(
         m = tl.load(m_ptr + at, there, other=float("-inf"))
         s = tl.load(s_ptr + at, there, other=0.0)
         u = tl.load(u_ptr + at, there, other=0.0)
-        d = m - top[None, :]
+        d = (m - top[None, :]) * factor[None, :]
         scale = tl.exp(d)
         total += tl.sum(scale * s, 0)
         moment += tl.sum(tl.where(m == float("-inf"), 0.0, scale * (u + d * s)), 0)
     total = tl.where(inside, total, 1.0)
     log_sum = tl.log(total)
-    z = tl.load(target_logit_ptr + row, inside, other=0.0)
+    own = tl.load(own_ptr + row, inside, other=0.0)
     tl.store(row_max_ptr + row, top, inside)
     tl.store(log_sum_ptr + row, log_sum, inside)
-    tl.store(logp_ptr + row, (z - top) - log_sum, inside)
+    tl.store(logp_ptr + row, (own - top) * factor - log_sum, inside)
     tl.store(entropy_ptr + row, log_sum - moment / total, inside)
 
 
-def combine_partials(m: torch.Tensor, s: torch.Tensor, u: torch.Tensor, target_logit: torch.Tensor) -> Combined:
-    """Join slices ``m, s, u [SPLITS,N]`` and ``target_logit [N]`` (float32, contiguous) as the module's head defines.
+def combine_partials(
+    m: torch.Tensor,
+    s: torch.Tensor,
+    u: torch.Tensor,
+    own: torch.Tensor,
+    heat: torch.Tensor,
+    softcap: float | None = None,
+) -> Combined:
+    """Join slices ``m, s, u [SPLITS,N]`` and the target's ``own [N]`` (float32, contiguous) as the module's head says.
 
-    A NaN target logit (a target outside the vocabulary) gives a NaN log-probability and leaves the entropy alone.
-    Raises ValueError for other shapes, dtypes or layouts.
+    ``heat`` [N] or [1] float32. A NaN in ``own`` (a target outside the vocabulary) gives a NaN log-probability and
+    leaves the entropy alone. Raises ValueError for other shapes, dtypes or layouts.
     """
-    if m.ndim != 2 or m.shape[0] == 0 or s.shape != m.shape or u.shape != m.shape or target_logit.shape != m.shape[1:]:
-        shapes = [tuple(x.shape) for x in (m, s, u, target_logit)]
+    if m.ndim != 2 or m.shape[0] == 0 or s.shape != m.shape or u.shape != m.shape or own.shape != m.shape[1:]:
+        shapes = [tuple(x.shape) for x in (m, s, u, own)]
         raise ValueError(f"combine_partials: shapes {shapes} are not three [SPLITS,N] with SPLITS >= 1 and one [N]")
-    for name, x in (("m", m), ("s", s), ("u", u), ("target_logit", target_logit)):
+    if tuple(heat.shape) not in ((1,), tuple(own.shape)):
+        raise ValueError(f"combine_partials: heat {tuple(heat.shape)} is neither [1] nor [{own.shape[0]}]")
+    for name, x in (("m", m), ("s", s), ("u", u), ("own", own), ("heat", heat)):
         if x.dtype != torch.float32 or not x.is_contiguous():
             raise ValueError(f"combine_partials: {name} must be contiguous float32, not {x.dtype} with {x.stride()}")
     splits, n = m.shape
-    out = Combined(*(torch.empty_like(target_logit) for _ in range(4)))
+    out = Combined(*(torch.empty_like(own) for _ in range(4)))
     if n:
         grid = (triton.cdiv(n, BLOCK_ROWS),)
-        combine_kernel[grid](m, s, u, target_logit, *out, n, splits, BLOCK=BLOCK_ROWS, SLICES=BLOCK_SLICES, num_warps=4)
+        combine_kernel[grid](
+            m, s, u, own, heat, *out, n, splits, 0 if heat.numel() == 1 else 1, 1.0 if softcap is None else softcap,
+            BLOCK=BLOCK_ROWS, SLICES=BLOCK_SLICES, num_warps=4,
+        )  # fmt: skip
     return out

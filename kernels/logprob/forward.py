@@ -1,9 +1,13 @@
 """Scores, their statistics and (on request) their exponentials in one pass over the output matrix.
 
 A program computes tiles of hidden·Wᵀ with fp32 accumulators and takes everything from them before a single bit is
-rounded: per row and tile the maximum, Σ e^(z−m) and Σ e^(z−m)·(z−m), and the logit of the target where it falls into
-the tile. `combine` joins the tiles. What backward needs is kept as e^(z−m), relative to the tile's own maximum: its
-relative error is that of one rounding to the operands' dtype, whatever the size of the logits.
+rounded: per row and tile the maximum, Σ e and Σ e·(z−m) of e = exp(z−m), and the score of the target where it falls
+into the tile. `combine` joins the tiles. What backward needs is kept as e, relative to the tile's own maximum: its
+relative error is that of one rounding to the operands' dtype, whatever the size of the scores.
+
+Scores are compared and subtracted raw, as x = product + bias, or x = tanh((product + bias) / softcap). The difference
+alone is scaled, z−m = (x−m)·softcap/heat: that is a multiplication less per score, and the slope of the soft cap is
+found again from x without rounding it twice.
 """
 
 from __future__ import annotations
@@ -18,19 +22,21 @@ from prism_fast.kernels.launch import card, scratch, tile_position
 from prism_fast.kernels.logprob.combine import Combined, combine_partials
 from prism_fast.kernels.logprob.tiles import FEW_ROWS, Tile, retune, tile_for
 
-# Stands for -inf (a column outside the matrix, a banned token): finite, so that no inf - inf can arise from it.
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+# Stands for -inf (a column outside the matrix, a banned token) after scaling: finite, so that no inf - inf can arise.
 LOWEST = tl.constexpr(-1e30)
 
 
 class Scores(NamedTuple):
     """What forward knows about ``n`` rows. float32 ``[n]`` unless said otherwise."""
 
-    row_max: torch.Tensor
-    log_sum: torch.Tensor  # log Σ exp(z - row_max)
+    row_max: torch.Tensor  # of the raw scores
+    log_sum: torch.Tensor  # log Σ exp(z - max z)
     logp: torch.Tensor  # of the target; NaN where the target is no column of the matrix
     entropy: torch.Tensor  # nats
-    kept: torch.Tensor | None  # [n, >= V] in the operands' dtype, e^(z - tile_max); what stands past V means nothing
-    tile_max: torch.Tensor  # [tiles, n]
+    own: torch.Tensor  # raw score of the target, or NaN
+    kept: torch.Tensor | None  # [n, >= V] in the operands' dtype, e^(z - tile max); what stands past V means nothing
+    tile_max: torch.Tensor  # [tiles, n] of the raw scores
     width: int  # columns of a tile
 
 
@@ -39,41 +45,51 @@ def tanh(x):
     """From the exponential, and near 0, where that cancels, from a polynomial (relative error 3e-9 below 0.6)."""
     t = x * x
     p = -0.33333298002 + t * (0.13331924125 + t * (-0.05378383015 + t * (0.02079597127 - t * 0.00589515766)))
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = 1.0 - 2.0 * e / (1.0 + e)  # near 1 rounded once: what is subtracted is small
     return tl.where(t < 0.36, x + x * t * p, tl.where(x < 0, -far, far))
 
 
 @triton.jit
-def finished(z, bias_ptr, first, V, softcap, scale, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, WIDTH: tl.constexpr):
-    """Products -> scores: bias, soft cap, temperature; columns outside the matrix become `LOWEST`."""
+def raw(z, bias_ptr, first, V, inverse, low, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, WIDTH: tl.constexpr):
+    """Products -> raw scores; columns outside the matrix and banned ones become ``low`` [rows]."""
     column = first + tl.arange(0, WIDTH)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + column, column < V, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:  # only a bias can ban a token; columns outside are banned with it
+        z += tl.load(bias_ptr + column, column < V, other=float("-inf")).to(tl.float32)[None, :]
+    x = z
     if SOFTCAP:
-        z = softcap * tanh(z / softcap)
-    z *= scale[:, None]
-    if HAS_BIAS:  # only a bias can ban a token
-        z = tl.where(z < LOWEST, LOWEST, z)
-    return tl.where((column < V)[None, :], z, LOWEST)
+        x = tanh(z * inverse)
+    if HAS_BIAS and SOFTCAP:
+        x = tl.where(z < LOWEST, low[:, None], x)
+    elif HAS_BIAS:
+        x = tl.maximum(x, low[:, None], propagate_nan=tl.PropagateNan.ALL)
+    else:
+        x = tl.where((column < V)[None, :], x, low[:, None])
+    return x
 
 
 @triton.jit
-def chosen(z, target, first, WIDTH: tl.constexpr):
+def chosen(x, target, first, WIDTH: tl.constexpr):
     """[rows] score of each row's target, 0 where it is not among these columns."""
     column = first + tl.arange(0, WIDTH)
-    return tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
+    return tl.sum(tl.where(column[None, :] == target[:, None], x, 0.0), 1)
 
 
 @triton.jit
-def exponentials(z, m, kept, n, v, ENTROPY: tl.constexpr):
-    """Σ e and Σ e·(z − m) of e = exp(z − m), which goes to the descriptor ``kept`` if there is one."""
-    d = z - m[:, None]
-    e = tl.exp(d)
+def exponentials(x, m, factor, kept, n, v, ENTROPY: tl.constexpr, BASE2: tl.constexpr):
+    """Σ e and Σ e·d of e = exp(d), d = (x − m)·factor; e goes to the descriptor ``kept`` if there is one."""
+    if BASE2:  # saves a multiplication and is exact enough beside half-precision operands
+        d = (x - m[:, None]) * (factor * LOG2E)[:, None]
+        e = tl.exp2(d)
+    else:
+        d = (x - m[:, None]) * factor[:, None]
+        e = tl.exp(d)
     total = tl.sum(e, 1)
     moment = total
     if ENTROPY:
         moment = tl.sum(e * d, 1)
+        if BASE2:
+            moment *= LN2
     if kept is not None:
         kept.store([n, v], e.to(kept.dtype))
     return total, moment
@@ -91,7 +107,7 @@ def scores_kernel(
     m_ptr,  # [tiles, N], also s, u
     s_ptr,
     u_ptr,
-    target_logit_ptr,  # [N]
+    own_ptr,  # [N]
     N,
     V,
     H,
@@ -99,7 +115,8 @@ def scores_kernel(
     weight_stride,
     kept_stride,
     heat_stride,  # 0 for a scalar
-    softcap,
+    softcap,  # 1 without
+    inverse,  # of it
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -112,6 +129,7 @@ def scores_kernel(
     GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
+    BASE2: tl.constexpr = PRECISION != "ieee"
     PART: tl.constexpr = BLOCK_V // 2 if SPLIT else BLOCK_V
     hidden = tl.make_tensor_descriptor(hidden_ptr, [N, H], [hidden_stride, 1], [BLOCK_N, BLOCK_H])
     weight = tl.make_tensor_descriptor(weight_ptr, [V, H], [weight_stride, 1], [BLOCK_V, BLOCK_H])
@@ -131,27 +149,30 @@ def scores_kernel(
 
         row = n + tl.arange(0, BLOCK_N)
         inside = row < N
-        scale = 1.0 / tl.load(heat_ptr + row * heat_stride, inside, other=1.0)
+        factor = softcap / tl.load(heat_ptr + row * heat_stride, inside, other=1.0)
+        low = tl.maximum(LOWEST / factor, -3e38)
         target = tl.load(target_ptr + row, inside, other=-1)
+        target = tl.where((target >= v) & (target < v + BLOCK_V) & (target < V), target - v, -1).to(tl.int32)
         if SPLIT:
             # One half after the other: the exponentials of a whole tile beside its scores would spill registers.
             halves = tl.permute(tl.reshape(z, (BLOCK_N, 2, PART)), (0, 2, 1))
             left, right = tl.split(halves)
-            left = finished(left, bias_ptr, v, V, softcap, scale, HAS_BIAS, SOFTCAP, PART)
-            right = finished(right, bias_ptr, v + PART, V, softcap, scale, HAS_BIAS, SOFTCAP, PART)
+            left = raw(left, bias_ptr, v, V, inverse, low, HAS_BIAS, SOFTCAP, PART)
+            right = raw(right, bias_ptr, v + PART, V, inverse, low, HAS_BIAS, SOFTCAP, PART)
             m = tl.maximum(tl.max(left, 1), tl.max(right, 1))
-            at_target = chosen(left, target, v, PART) + chosen(right, target, v + PART, PART)
-            total, moment = exponentials(left, m, kept if KEEP else None, n, v, ENTROPY)
-            total_right, moment_right = exponentials(right, m, kept if KEEP else None, n, v + PART, ENTROPY)
+            at_target = chosen(left, target, 0, PART) + chosen(right, target, PART, PART)
+            total, moment = exponentials(left, m, factor, kept if KEEP else None, n, v, ENTROPY, BASE2)
+            total_right, moment_right = exponentials(
+                right, m, factor, kept if KEEP else None, n, v + PART, ENTROPY, BASE2
+            )
             total += total_right
             moment += moment_right
         else:
-            z = finished(z, bias_ptr, v, V, softcap, scale, HAS_BIAS, SOFTCAP, PART)
-            m = tl.max(z, 1)
-            at_target = chosen(z, target, v, PART)
-            total, moment = exponentials(z, m, kept if KEEP else None, n, v, ENTROPY)
-        found = (target >= v) & (target < v + BLOCK_V) & (target < V)
-        tl.store(target_logit_ptr + row, at_target, inside & found)
+            x = raw(z, bias_ptr, v, V, inverse, low, HAS_BIAS, SOFTCAP, PART)
+            m = tl.max(x, 1)
+            at_target = chosen(x, target, 0, PART)
+            total, moment = exponentials(x, m, factor, kept if KEEP else None, n, v, ENTROPY, BASE2)
+        tl.store(own_ptr + row, at_target, inside & (target >= 0))
         slot = tile_v.to(tl.int64) * N + row
         tl.store(m_ptr + slot, m, inside)
         tl.store(s_ptr + slot, total, inside)
@@ -184,40 +205,41 @@ def scores(
     kept = keep_buffer(n, weight.shape[0], hidden) if keep is True else (None if keep is False else keep)
     operands = (hidden, weight, target, heat, bias, softcap, entropy, kept, programs)
     if tile is None:
-        rich = bias is not None or softcap is not None
+        rich = softcap is not None
         if n and hidden.is_cuda:
             retune(capability, n, hidden.dtype, rich, lambda candidate: _launch(*operands, candidate))
         tile = tile_for(capability, n, hidden.dtype, rich)
-    m, s, u, target_logit = _launch(*operands, tile)
+    m, s, u, own = _launch(*operands, tile)
     if n == 0:
-        return Scores(*(target_logit.clone() for _ in range(4)), kept, m, tile.v)
-    joined: Combined = combine_partials(m, s, u, target_logit)
-    return Scores(*joined, kept, m, tile.v)
+        return Scores(*(own.clone() for _ in range(5)), kept, m, tile.v)
+    joined: Combined = combine_partials(m, s, u, own, heat, softcap)
+    return Scores(*joined, own, kept, m, tile.v)
 
 
 def _launch(hidden, weight, target, heat, bias, softcap, entropy, kept, programs, tile) -> tuple[torch.Tensor, ...]:
-    """(m, s, u [tiles, n], target logit [n]); without entropy u is s and means nothing."""
+    """(m, s, u [tiles, n], raw score of the target [n]); without entropy u is s and means nothing."""
     (n, width), vocabulary = hidden.shape, weight.shape[0]
     tiles = triton.cdiv(vocabulary, tile.v)
     fresh = {"dtype": torch.float32, "device": hidden.device}
     m, s = torch.empty((tiles, n), **fresh), torch.empty((tiles, n), **fresh)
     u = torch.empty((tiles, n), **fresh) if entropy else s
-    target_logit = torch.full((n,), float("nan"), **fresh)
+    own = torch.full((n,), float("nan"), **fresh)
     count = triton.cdiv(n, tile.n) * tiles
     if count == 0:
-        return m, s, u, target_logit
+        return m, s, u, own
+    cap = 1.0 if softcap is None else softcap
     triton.set_allocator(scratch)
     scores_kernel[(min(programs, count),)](
         hidden, weight, hidden if bias is None else bias, target, heat, hidden if kept is None else kept,
-        m, s, u, target_logit, n, vocabulary, width, hidden.stride(0), weight.stride(0),
-        width if kept is None else kept.stride(0), 0 if heat.numel() == 1 else 1, 1.0 if softcap is None else softcap,
+        m, s, u, own, n, vocabulary, width, hidden.stride(0), weight.stride(0),
+        width if kept is None else kept.stride(0), 0 if heat.numel() == 1 else 1, cap, 1.0 / cap,
         HAS_BIAS=bias is not None, SOFTCAP=softcap is not None, ENTROPY=entropy, KEEP=kept is not None,
         # The default would round fp32 operands to ten bits.
         PRECISION="ieee" if hidden.dtype == torch.float32 else "tf32",
         SPLIT=tile.split, BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_H=tile.h, GROUP=tile.group, PROGRAMS=programs,
         num_stages=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
-    return m, s, u, target_logit
+    return m, s, u, own
 
 
 def keep_buffer(n: int, vocabulary: int, like: torch.Tensor) -> torch.Tensor:
@@ -227,7 +249,7 @@ def keep_buffer(n: int, vocabulary: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def tile_width(hidden: torch.Tensor, rich: bool) -> int:
-    """Columns of a tile that `scores` uses on this card, whatever the rows; ``rich``: with a bias or a soft cap."""
+    """Columns of a tile that `scores` uses on this card, whatever the rows; ``rich``: with a soft cap."""
     return tile_for(card(hidden.device)[1], FEW_ROWS + 1, hidden.dtype, rich).v
 
 

@@ -1,8 +1,10 @@
 """Kept exponentials become the gradient of the raw scores, in place, one read and one write.
 
-With p = E·exp(tile_max − row_max − log_sum), g and h the upstream gradients of log-probability and entropy H,
+With z = x·softcap/temperature of raw scores x, p = E·exp(max z of the tile − max z − log_sum), and g and h the upstream
+gradients of log-probability and entropy H,
     dz_j = ( g·[j = target] − p_j·(g + h·(log p_j + H)) ) / temperature · slope of the soft cap.
-At the target p comes from the fp32 log-probability, because 1 − p cancels there when the policy is sure of itself.
+At the target p comes from the fp32 log-probability, because 1 − p cancels there when the policy is sure of itself, and
+the slope from its own score, because its gradient does not vanish where E underflows.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from prism_fast.kernels.logprob.forward import Scores
+from prism_fast.kernels.logprob.forward import LN2, Scores
 
 BLOCK_ROWS = 16
-TINY = tl.constexpr(1e-38)
+# A normal float32: Triton types a smaller constant as float64, and the logarithm would be computed in that.
+TINY = tl.constexpr(1.2e-38)
 
 
 @triton.jit(
@@ -28,10 +31,13 @@ def gradient_kernel(
     log_sum_ptr,
     logp_ptr,
     entropy_ptr,
+    own_ptr,
     target_ptr,
     heat_ptr,
     g_ptr,
     h_ptr,
+    q_ptr,
+    s_ptr,
     N,
     V,
     kept_stride,
@@ -39,6 +45,7 @@ def gradient_kernel(
     softcap,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
+    APART: tl.constexpr,  # q and s are given
     ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -47,7 +54,11 @@ def gradient_kernel(
     row = (tl.program_id(0) // tiles) * ROWS + tl.arange(0, ROWS)
     inside = row < N
     g = tl.load(g_ptr + row, inside, other=0.0)
+    q = g
     idle = g == 0.0
+    if APART:
+        q, s = tl.load(q_ptr + row, inside, other=0.0), tl.load(s_ptr + row, inside, other=0.0)
+        idle = idle & (q == 0.0) & (s == 0.0)
     if ENTROPY:
         h = tl.load(h_ptr + row, inside, other=0.0)
         idle = idle & (h == 0.0)
@@ -62,21 +73,29 @@ def gradient_kernel(
     logp = tl.load(logp_ptr + row, inside, other=0.0)
     heat = tl.load(heat_ptr + row * heat_stride, inside, other=1.0)
     target = tl.load(target_ptr + row, inside, other=-1)
+    target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
     hit = column[None, :] == target[:, None]
-    shift = (tile_max - row_max) - log_sum  # log p = log E + shift
+    factor = softcap / heat
+    shift = (tile_max - row_max) * factor - log_sum  # log p = log E + shift
     p = tl.where(hit, tl.exp(logp)[:, None], e * tl.exp(shift)[:, None])
     dz = tl.where(hit, g[:, None], 0.0)
     if ENTROPY or SOFTCAP:
-        log_p = tl.where(hit, logp[:, None], tl.log(tl.maximum(e, TINY)) + shift[:, None])
+        log_e = tl.log2(tl.maximum(e, TINY)) * LN2
     if ENTROPY:
         entropy = tl.load(entropy_ptr + row, inside, other=0.0)
-        dz -= p * (g[:, None] + h[:, None] * (log_p + entropy[:, None]))
+        # h·(log p + H), what belongs to the row apart
+        of_row, of_target = q + h * (shift + entropy), q + h * (logp + entropy)
+        dz -= p * tl.where(hit, of_target[:, None], of_row[:, None] + h[:, None] * log_e)
     else:
-        dz -= p * g[:, None]
+        dz -= p * q[:, None]
+    if APART:
+        dz += s[:, None]
     dz *= (1.0 / heat)[:, None]
     if SOFTCAP:
-        capped = (log_p + (log_sum + row_max)[:, None]) * (heat / softcap)[:, None]
-        dz *= 1.0 - capped * capped
+        own = tl.load(own_ptr + row, inside, other=0.0)
+        x = tl.where(hit, own[:, None], tile_max[:, None] + log_e * (heat / softcap)[:, None])
+        x = tl.minimum(tl.maximum(x, -1.0), 1.0)  # a banned token lies far below
+        dz *= 1.0 - x * x
     dz = tl.where(idle[:, None], 0.0, dz)
     tl.store(at, dz.to(kept_ptr.dtype.element_ty), there)
 
@@ -90,11 +109,14 @@ def gradient_(
     vocabulary: int,
     *,
     softcap: float | None = None,
+    apart: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Turn ``found.kept`` into the gradient of the raw scores and return it as a view [n, vocabulary].
 
     ``target``, ``heat``, ``softcap`` as in `scores`; ``g``, ``h`` [n] float32, contiguous: upstream gradients of
     log-probability and entropy (None: no entropy). Rows where both are 0 become exact zeros whatever they hold.
+    ``apart``: (q, s) [n] float32 each, dz_j = ( g·[j = target] − q·p_j + s ) / temperature · slope, for losses of more
+    than the log-probability; rows are then idle where all three are 0.
     """
     kept = found.kept
     n = kept.shape[0]
@@ -102,9 +124,9 @@ def gradient_(
         return kept[:, :vocabulary]
     tiles = found.tile_max.shape[0]
     gradient_kernel[(triton.cdiv(n, BLOCK_ROWS) * tiles,)](
-        kept, found.tile_max, found.row_max, found.log_sum, found.logp, found.entropy, target, heat, g,
-        g if h is None else h, n, vocabulary, kept.stride(0), 0 if heat.numel() == 1 else 1,
+        kept, found.tile_max, found.row_max, found.log_sum, found.logp, found.entropy, found.own, target, heat, g,
+        g if h is None else h, *(apart or (g, g)), n, vocabulary, kept.stride(0), 0 if heat.numel() == 1 else 1,
         1.0 if softcap is None else softcap, SOFTCAP=softcap is not None, ENTROPY=h is not None,
-        ROWS=BLOCK_ROWS, BLOCK_V=found.width, num_warps=4,
+        APART=apart is not None, ROWS=BLOCK_ROWS, BLOCK_V=found.width, num_warps=4,
     )  # fmt: skip
     return kept[:, :vocabulary]

@@ -38,7 +38,7 @@ class Bucket(NamedTuple):
     capability: int  # × 10
     bytes: int  # of an operand's element
     few: bool  # at most `FEW_ROWS` rows
-    rich: bool  # a bias or a soft cap: more arithmetic per score, so a smaller tile keeps out of spilling
+    rich: bool  # a soft cap: more arithmetic per score, so a smaller tile keeps out of spilling
 
 
 # The width does not depend on the number of rows: exponentials that one launch kept are read back in the same tiles.
@@ -80,7 +80,7 @@ def bucket_of(capability: int, rows: int, dtype: torch.dtype, rich: bool) -> Buc
 
 
 def tile_for(capability: int, rows: int, dtype: torch.dtype, rich: bool = False) -> Tile:
-    """The tile in use: measured in this process, or from the table. ``rich``: with a bias or a soft cap."""
+    """The tile in use: measured in this process, or from the table. ``rich``: with a soft cap."""
     bucket = bucket_of(capability, rows, dtype, rich)
     return _measured.get(bucket, TILES[bucket])
 

@@ -21,10 +21,11 @@ class LogProbHead(nn.Linear):
 
     ``head(hidden)`` gives scores [..., V] as ever. ``head(hidden, labels, ...)`` gives
     ``LogProb(logp [...], entropy [...] or [0])`` of hidden [..., H] and labels [...]; rows are not shifted.
-    `policy_loss` gives a loss over them, computed in the same forward, so that hooks around it fire. ``banned=True``:
-    the tokens of `ban` have probability 0, as where they may not be sampled. Other options are those of the op, by
-    default ``prism_fast.ops.linear_logprob``; ``temperature`` may have the shape of the labels. Under autocast hidden
-    is cast, products are in its dtype, and statistics and the weight's gradient are float32 all the same.
+    `policy_loss` and `cross_entropy` give a loss over them, computed in the same forward, so that hooks around it fire.
+    ``banned=True``: the tokens of `ban` have probability 0, as where they may not be sampled. Other options are those
+    of the op, by default ``prism_fast.ops.linear_logprob``; ``temperature`` may have the shape of the labels. Under
+    autocast hidden is cast, products are in its dtype, and statistics and the weight's gradient are float32 all the
+    same.
     """
 
     def __init__(self, *arguments, **options):
@@ -84,7 +85,7 @@ class LogProbHead(nn.Linear):
         labels: Tensor | None = None,
         *,
         banned: bool = False,
-        temperature: float | Tensor = 1.0,
+        temperature: float | Tensor | None = None,
         op: Callable = ops.linear_logprob,
         **options,
     ) -> Tensor | ops.LogProb | tuple:
@@ -101,6 +102,8 @@ class LogProbHead(nn.Linear):
             )
         if isinstance(temperature, Tensor) and temperature.dim() > 1:
             temperature = temperature.reshape(-1)
+        if temperature is not None:
+            options["temperature"] = temperature
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
@@ -110,7 +113,6 @@ class LogProbHead(nn.Linear):
                 self.weight,
                 labels.reshape(-1),
                 bias=self._bias(banned),
-                temperature=temperature,
                 **options,
             )
         if not isinstance(found, ops.LogProb):
@@ -159,6 +161,13 @@ class LogProbHead(nn.Linear):
             **tensors,
         )
         return loss, stats, logp
+
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, *, banned: bool = False, **options) -> Tensor:
+        """``prism_fast.ops.linear_cross_entropy`` with this matrix, 0-d: hidden [..., H] and labels [...], not shifted.
+
+        ``options`` are those of the op; it has no temperature. Raises as the op, and as a call of the head.
+        """
+        return self(hidden, labels, banned=banned, op=ops.linear_cross_entropy, **options)
 
     def _bias(self, banned: bool) -> Tensor | None:
         """[V] or None."""

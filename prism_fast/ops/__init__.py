@@ -6,6 +6,7 @@ from .backend import native_runs_here
 from .bad_values import bad_values
 from .group_advantage import group_advantage
 from .importance_weights import importance_weights
+from .linear_cross_entropy import linear_cross_entropy
 from .linear_logprob import linear_logprob
 from .linear_policy_loss import linear_policy_loss
 from .moe_experts import moe_experts
@@ -27,6 +28,7 @@ from .shared_prefix_attention import shared_prefix_attention
 __all__ = [
     "linear_logprob",
     "linear_policy_loss",
+    "linear_cross_entropy",
     "selected_logprob",
     "group_advantage",
     "policy_loss",

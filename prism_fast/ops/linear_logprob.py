@@ -64,7 +64,7 @@ def linear_logprob(
     Source: temperature-scaled log-softmax and its entropy (verl ``logprobs_from_logits_v2``, ``entropy_from_logits``);
     soft cap of Gemma 2 (arXiv 2408.00118, section 2).
     """
-    validate(OP, hidden, weight, target, bias, temperature, softcap, weight_grad_out)
+    validate(OP, hidden, weight, target, bias, temperature, softcap, weight_grad_out, ignore_index)
     checks.choice(OP, "save", save, SAVE)
     if save_limit_bytes is None:
         save_limit_bytes = budgets.save_bytes(hidden.device)
@@ -96,9 +96,18 @@ def validate(
     temperature: float | Tensor,
     softcap: float | None,
     weight_grad_out: Tensor | None,
+    ignore_index: int,
 ) -> None:
     """Refuse operands of a head that do not fit together. Raises ValueError."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise ValueError(
+            f"{op}: ignore_index must be an integer, got {ignore_index!r}; a number that no target has ignores nothing"
+        )
     checks.tensor(op, "hidden", hidden, shape=(None, None))
+    if hidden.is_meta:
+        raise NotImplementedError(
+            f"{op}: tensors on the device meta; use FakeTensorMode to learn shapes without memory"
+        )
     n, width = hidden.shape
     half = hidden.dtype in (torch.bfloat16, torch.float16)
     dtypes = (hidden.dtype, torch.float32) if half else (hidden.dtype,)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import budgets, checks, waves
+from . import checks, waves
 from .backend import choose
 from .linear_logprob import linear_logprob, validate
 from .policy_loss import policy_loss
@@ -80,8 +80,7 @@ def linear_policy_loss(
     """
     options = gather(linear_policy_loss, options, settings)
     chosen = choose(OP, BACKENDS, backend, hidden)
-    validate(OP, hidden, weight, target, bias, temperature, softcap, weight_grad_out)
-    checks.whole(OP, "ignore_index", ignore_index)
+    validate(OP, hidden, weight, target, bias, temperature, softcap, weight_grad_out, ignore_index)
     if logp_out is not None:
         wide = (torch.float32, torch.float64)
         checks.tensor(OP, "logp_out", logp_out, shape=tuple(target.shape), dtypes=wide, like=hidden)
@@ -118,32 +117,19 @@ def linear_policy_loss(
         if logp_out is not None:
             logp_out.copy_(found.logp.detach())
         return policy(found.logp, advantage, cu_seqlens, entropy=found.entropy if with_entropy else None)
-    if chosen == "triton":
-        from .triton.head import Rows, heat_rows
-
-        step = budgets.wave_rows(hidden.shape[0], weight.shape[0], hidden)
-        column, heat = target, heat_rows(temperature, hidden)
-    else:
-        from .reference.linear_logprob import Rows, block_rows
-        from .reference.softmax_rows import target_rows, temperature_rows
-
-        step = block_rows(weight.shape[0], hidden)
-        column, _, _ = target_rows(target, weight.shape[0], ignore_index)
-        heat = temperature_rows(temperature, hidden.shape[0], hidden.new_empty(0, dtype=_wide(hidden)))
+    rows, step = waves.open_rows(chosen, hidden, weight, bias, target, temperature, softcap, with_entropy, ignore_index)
     whole = _borders(borders, cu_seqlens, hidden.shape[0]) if options.loss in WHOLE and old_logp is not None else None
-    return waves.run(
-        hidden,
-        weight,
-        bias,
-        lambda: Rows(hidden, weight, bias, column, heat, softcap, with_entropy),
+    walk = waves.policy_walk(
         lambda logp, spread: policy(logp, advantage, cu_seqlens, entropy=spread),
         waves.cuts(hidden.shape[0], step, whole),
         target,
+        weight.shape[0],
         ignore_index,
         with_entropy,
-        weight_grad_out,
         logp_out,
     )
+    loss, *stats = waves.run(hidden, weight, bias, rows, walk, weight_grad_out)
+    return loss, PolicyStats(*stats)
 
 
 def _borders(borders: Sequence[int] | None, cu_seqlens: Tensor, rows: int) -> Sequence[int]:
@@ -165,7 +151,3 @@ def _borders(borders: Sequence[int] | None, cu_seqlens: Tensor, rows: int) -> Se
             f"{list(borders)[:8]}"
         )
     return borders
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Policy loss of a head's log-probabilities with the gradients formed inside the forward pass.
+"""Losses over a head whose gradients are formed inside the forward pass.
 
 A token's upstream gradient depends on its own log-probability alone (its sequence's, for GSPO), because every
 normaliser of the losses is known beforehand. So the scores of a wave of rows can be turned into gradients while they
@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import budgets
 from .bad_values import counted
 from .reference import softmax_rows
 from .results import PolicyStats
 
 if TYPE_CHECKING:
-    from .reference.linear_logprob import Rows as ReferenceRows
-    from .triton.head import Rows as TritonRows
+    from .reference import linear_logprob as of_reference
+    from .triton import head as of_triton
+
+    Rows = of_reference.Rows | of_triton.Rows
 
 Policy = Callable[[Tensor, Tensor | None], tuple[Tensor, PolicyStats]]  # (logp [N], entropy [N] or None) -> loss, stats
 
@@ -43,80 +46,116 @@ def cuts(rows: int, step: int, borders: Sequence[int] | None) -> list[tuple[int,
     return waves + [(at, min(rows, at + step)) for at in range(last, rows, step)]
 
 
+def open_rows(
+    backend: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    entropy: bool,
+    ignore_index: int,
+) -> tuple[Callable[[], Rows], int]:
+    """(what makes the head's rows, rows of a wave) for the backend."""
+    n, vocabulary = hidden.shape[0], weight.shape[0]
+    if backend == "triton":
+        from .triton.head import Rows, heat_rows
+
+        step, column, heat = budgets.wave_rows(n, vocabulary, hidden), target, heat_rows(temperature, hidden)
+    else:
+        from .reference.linear_logprob import Rows, block_rows
+
+        step = block_rows(vocabulary, hidden)
+        column, _, _ = softmax_rows.target_rows(target, vocabulary, ignore_index)
+        heat = softmax_rows.temperature_rows(temperature, n, hidden.new_empty(0, dtype=wide(hidden)))
+    return lambda: Rows(hidden, weight, bias, column, heat, softcap, entropy), step
+
+
 def run(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    make_rows: Callable[[], ReferenceRows | TritonRows],
-    policy: Policy,
-    waves: Sequence[tuple[int, int]],
-    target: Tensor,
-    ignore_index: int,
-    with_entropy: bool,
+    make_rows: Callable[[], Rows],
+    walk: Callable[[Rows, bool], tuple[Tensor, ...]],
     weight_grad_out: Tensor | None,
-    logp_out: Tensor | None = None,
-) -> tuple[Tensor, PolicyStats]:
-    """Loss and statistics; the loss has gradients for hidden, weight and bias where these require them.
+) -> tuple[Tensor, ...]:
+    """What ``walk`` gives for the head's rows; the first of it is a loss with gradients for hidden, weight and bias.
 
-    The weight's gradient is added to ``weight_grad_out`` here and now, if that is given; backward has then to be called
-    with the gradient 1, and gives NaN otherwise, because it could no longer scale what was added. ``logp_out`` [N]
-    receives the log-probabilities.
+    ``walk(head, learns)`` goes over the rows and, where something learns, hands every wave to ``head.backward``. The
+    weight's gradient is added to ``weight_grad_out`` here and now, if that is given; backward has then to be called
+    with the gradient 1, and gives NaN otherwise, because it could no longer scale what was added.
     """
     learns = torch.is_grad_enabled()
     wants = tuple(learns and x is not None and x.requires_grad for x in (hidden, weight, bias))
-    loss, *stats = _WavePolicyLoss.apply(
-        hidden, weight, bias, make_rows, policy, waves, target, ignore_index, with_entropy, weight_grad_out, logp_out,
-        wants,
-    )  # fmt: skip
-    return loss, PolicyStats(*stats)
+    return _FormedInForward.apply(hidden, weight, bias, make_rows, walk, weight_grad_out, wants)
 
 
-class _WavePolicyLoss(torch.autograd.Function):
+class _FormedInForward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden, weight, bias, make_rows, policy, waves, target, ignore_index, with_entropy, weight_grad_out,
-        logp_out, wants,
-    ):  # fmt: skip
+    def forward(ctx, hidden, weight, bias, make_rows, walk, weight_grad_out, wants):
         head = make_rows()
-        n = hidden.shape[0]
-        kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logp = hidden.new_zeros(n, dtype=kind)  # rows that have not had their wave are not looked at
-        entropy = torch.zeros_like(logp) if with_entropy else None
-        _, ignored, outside = softmax_rows.target_rows(target, weight.shape[0], ignore_index)
-        outside = counted(outside)
         if any(wants):
             head.prepare(wants, weight_grad_out)
+        loss, *others = walk(head, any(wants))
+        ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)
+        ctx.added = weight_grad_out is not None and wants[1]
+        if any(wants):
+            ctx.save_for_backward(*head.gradients(with_weight=weight_grad_out is None))
+        return loss, *others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, loss_grad, *_):
+        if loss_grad is None:
+            return (None,) * 7
+        if ctx.added:
+            loss_grad = torch.where(loss_grad == 1.0, 1.0, torch.nan)
+        saved = ctx.saved_tensors
+        if loss_grad.device.type != "cpu" or loss_grad != 1.0:  # a CPU sees for nothing that nothing would change
+            saved = [None if x is None else (x * loss_grad).to(x.dtype) for x in saved]
+        return *saved, *[None] * 4
+
+
+def policy_walk(
+    policy: Policy,
+    waves: Sequence[tuple[int, int]],
+    target: Tensor,
+    vocabulary: int,
+    ignore_index: int,
+    with_entropy: bool,
+    logp_out: Tensor | None,
+) -> Callable[[Rows, bool], tuple[Tensor, ...]]:
+    """A walk for `run` that gives ``policy``'s loss and statistics; ``logp_out`` [N] receives the log-probabilities."""
+
+    def walk(head: Rows, learns: bool) -> tuple[Tensor, ...]:
+        # Rows that have not had their wave are not looked at.
+        logp = head.hidden.new_zeros(target.shape[0], dtype=wide(head.hidden))
+        entropy = torch.zeros_like(logp) if with_entropy else None
+        _, ignored, outside = softmax_rows.target_rows(target, vocabulary, ignore_index)
+        outside = counted(outside)
         for start, end in waves:
             block = slice(start, end)
-            found = head.forward(block, keep=any(wants))
+            found = head.forward(block, keep=learns)
             logp[block], spread = softmax_rows.finish(found.logp, found.entropy, ignored[block], outside[block])
             if with_entropy:
                 entropy[block] = spread
-            if any(wants):
+            if learns:
                 g, h = _upstream(policy, logp, entropy)
                 head.backward(block, found, g[block], None if h is None else h[block])
             del found  # its memory serves the next wave
         if logp_out is not None:
             logp_out.copy_(logp)
         loss, stats = policy(logp, entropy)
-        ctx.mark_non_differentiable(*stats)
-        ctx.set_materialize_grads(False)
-        ctx.added = weight_grad_out is not None and wants[1]
-        if any(wants):
-            ctx.save_for_backward(*head.gradients(with_weight=weight_grad_out is None))
         return loss, *stats
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, loss_grad, *_):
-        if loss_grad is None:
-            return (None,) * 12
-        if ctx.added:
-            loss_grad = torch.where(loss_grad == 1.0, 1.0, torch.nan)
-        saved = ctx.saved_tensors
-        if loss_grad.device.type != "cpu" or loss_grad != 1.0:  # a CPU sees for nothing that nothing would change
-            saved = [None if x is None else (x * loss_grad).to(x.dtype) for x in saved]
-        return *saved, *[None] * 9
+    return walk
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """Of what is computed from ``x``."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _upstream(policy: Policy, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:

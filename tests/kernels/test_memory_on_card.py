@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from prism_fast.ops import linear_logprob, linear_policy_loss
+from prism_fast.ops.budgets import WAVE_BYTES, WAVE_BYTES_LARGE, _large
 
 N, H, V = 8192, 2560, 151936
 GRADIENTS = 2 * H * (N + V)
@@ -60,4 +61,5 @@ def test_policy_loss_into_a_gradient_buffer(loss):
         )  # fmt: skip
         torch.autograd.grad(value, hidden)
 
-    assert peak(run) - 2 * N * H <= 0.4e9
+    wave = WAVE_BYTES_LARGE if _large(hidden.device) else WAVE_BYTES
+    assert peak(run) - 2 * N * H <= 0.1e9 + 1.1 * wave

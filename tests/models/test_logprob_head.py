@@ -329,3 +329,24 @@ def test_policy_loss_of_a_sharded_head(one_rank, generator):
         weight = head.weight.grad
         gradients.append((x.grad, weight if head is plain else weight.full_tensor()))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01, "reduction": "sum"}])
+def test_cross_entropy_is_that_of_the_op_in_the_modules_forward(options, generator):
+    hidden, labels = inputs(generator)
+    head, ran = LogProbHead(H, V), []
+    head.register_forward_hook(lambda *_: ran.append("forward"))
+    head.register_full_backward_hook(lambda *_: ran.append("backward"))
+    head.ban([4])
+    labels = torch.where(labels == 4, 5, labels)
+    for banned in (False, True):
+        x, y = (hidden.clone().requires_grad_() for _ in range(2))
+        loss = head.cross_entropy(x, labels, banned=banned, **({} if banned else options))
+        bias = head.bias + head.ban_row if banned else head.bias
+        wanted = ops.linear_cross_entropy(
+            y.view(-1, H), head.weight, labels.view(-1), bias=bias, **({} if banned else options)
+        )
+        loss.backward()
+        wanted.backward()
+        assert torch.equal(loss, wanted) and torch.equal(x.grad, y.grad)
+    assert ran == ["forward", "backward"] * 2

@@ -124,10 +124,23 @@ class Rows:
         self.weight_grad = weight_grad if wants[1] else None
         self.bias_grad = torch.zeros_like(self.bias) if wants[2] else None
 
-    def backward(self, block: slice, found: Found, g: Tensor, h: Tensor | None) -> None:
+    def log_sum_exp(self, block: slice, found: Found) -> Tensor:
+        """[n] of the capped scores divided by the temperature."""
+        top = found.top if self.softcap is None else found.top * (self.softcap / self.heat[block])
+        return top[:, 0] + found.log_sum
+
+    def backward(
+        self,
+        block: slice,
+        found: Found,
+        g: Tensor,
+        h: Tensor | None = None,
+        apart: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Add what the rows ``block`` contribute. Uses up ``found.room``; forms it again if it was not kept.
 
-        g, h [n]: upstream gradients of log-probability and entropy (None: no entropy).
+        g, h [n]: upstream gradients of log-probability and entropy (None: no entropy). apart: as in
+        `softmax_rows.gradient_`.
         """
         x, heat, column = self.hidden[block], self.heat[block], self.target[block]
         room = self._exponentials(block, entropy=False)[0] if found.room is None else found.room
@@ -138,13 +151,14 @@ class Rows:
                 m[part], column[part], found.own[part], found.log_sum[part], g[part], None if h is None else h[part],
                 found.entropy[part], heat[part], self.softcap, found.top[part],
                 None if h is None and self.softcap is None else self._spare(m[part]),
+                None if apart is None else (apart[0][part], apart[1][part]),
             )  # fmt: skip
         with torch.autocast(x.device.type, enabled=False):  # it would round what is meant to stay float32
             if self.wants[0]:
                 torch.mm(m, self.weight, out=self.hidden_grad[block]).mul_(factor)
             if self.wants[1]:
                 # A row without upstream gradient must add nothing, even where its hidden state is not finite.
-                active = g != 0.0 if h is None else (g != 0.0) | (h != 0.0)
+                active = rows.active(g, h, apart)
                 scaled = torch.where(active[:, None], factor * x, 0.0)
                 if self.weight_grad is None:
                     self.weight_grad = torch.mm(m.t(), scaled)

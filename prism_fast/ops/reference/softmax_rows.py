@@ -89,15 +89,18 @@ def gradient_(
     softcap: float | None,
     top: Tensor,
     spare: Tensor | None = None,
+    apart: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """In place: exponentials e [n, V] -> m [n, V]; returns factor [n, 1]. The gradient of the raw scores is factor * m.
 
     With z', ``top`` and ``own`` as in `exponentials_`, d logp / dz'_j = [j = target] - p_j and
     dH / dz'_j = -p_j (log p_j + H). What belongs to a whole row stays outside of m, because the caller can multiply its
     narrow operand with it. Rows whose upstream gradients are exactly 0 come out as exact zeros whatever they hold.
-    ``spare`` [n, V] is written over where the entropy has a gradient or the scores are capped.
+    ``spare`` [n, V] is written over where the entropy has a gradient or the scores are capped. ``apart``: (q, s) [n]
+    each, instead of the entropy's gradient, for losses of more than the log-probability: the gradient of z'_j is then
+    logp_grad·[j = target] - q·p_j + s.
     """
-    idle = logp_grad == 0.0 if entropy_grad is None else (logp_grad == 0.0) & (entropy_grad == 0.0)
+    idle = ~active(logp_grad, entropy_grad, apart)
     g, at = logp_grad[:, None], column[:, None]
     slope = None
     if softcap is not None:
@@ -107,7 +110,11 @@ def gradient_(
         capped.scatter_(-1, at, own[:, None]).clamp_(-1.0, 1.0)
         slope = 1.0 - capped.square_()
     e.mul_(torch.exp(-log_sum)[:, None])  # p
-    if entropy_grad is None:
+    if apart is not None:
+        q, every = apart
+        e.mul_(q[:, None]).sub_(every[:, None])
+        factor, at_target = torch.full_like(g, -1.0), -g
+    elif entropy_grad is None:
         factor, at_target = -g, torch.full_like(g, -1.0)
     else:
         # Probabilities are 0 long before the floor; without it a banned token's 0 would meet an infinite coefficient.
@@ -119,6 +126,15 @@ def gradient_(
         e.mul_(slope)
     clear_rows_(e, idle)
     return torch.where(idle[:, None], 0.0, factor / temperature)
+
+
+def active(g: Tensor, h: Tensor | None, apart: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """[n] bool: rows with an upstream gradient."""
+    found = g != 0.0
+    for other in (h, *(apart or ())):
+        if other is not None:
+            found = found | (other != 0.0)
+    return found
 
 
 def clear_rows_(x: Tensor, which: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import products
+from ..reference import softmax_rows
 
 if TYPE_CHECKING:
     from prism_fast.kernels.logprob import Scores
@@ -74,20 +75,35 @@ class Rows:
         self.bias_grad = self.weight.new_zeros(self.weight.shape[0], dtype=torch.float32) if wants[2] else None
         self.weight_grad = weight_grad if wants[1] else None
 
-    def backward(self, block: slice, found: Scores, g: Tensor, h: Tensor | None) -> None:
-        """Add what the rows ``block`` contribute; uses up ``found.kept``. ``g``, ``h`` [n] float32, h with entropy."""
+    def log_sum_exp(self, block: slice, found: Scores) -> Tensor:
+        """[n] of the capped scores divided by the temperature."""
+        return found.row_max * ((self.softcap or 1.0) / self._heat(block)) + found.log_sum
+
+    def backward(
+        self,
+        block: slice,
+        found: Scores,
+        g: Tensor,
+        h: Tensor | None = None,
+        apart: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Add what the rows ``block`` contribute; uses up ``found.kept``. ``g``, ``h`` [n] float32, h with entropy.
+
+        ``apart``: (q, s), the coefficients of probabilities and of every column, as in the kernel.
+        """
         from prism_fast.kernels import launch, logprob
 
         # Products outside an autocast region: it would round what is meant to stay float32.
         with launch.on_device(self.hidden), torch.autocast(self.hidden.device.type, enabled=False):
             dz = logprob.gradient_(
-                found, self.target[block], self._heat(block), g, h, self.weight.shape[0], softcap=self.softcap
-            )  # [n, V]
+                found, self.target[block], self._heat(block), g, h, self.weight.shape[0], softcap=self.softcap,
+                apart=apart,
+            )  # [n, V]  # fmt: skip
             if self.wants[0]:
                 self.hidden_grad[block] = products.product(dz, self.weight, self.hidden.dtype)
             if self.wants[1]:
                 # A row without upstream gradient must add nothing, even where its hidden state is not finite.
-                active = g != 0.0 if h is None else (g != 0.0) | (h != 0.0)
+                active = softmax_rows.active(g, h, apart)
                 x = torch.where(active[:, None], self.hidden[block], 0.0)
                 if self.weight_grad is None:  # one wave alone is rounded once, several are added up in float32
                     kind = self.dtypes[1] if len(x) == len(self.hidden) else torch.float32

@@ -49,10 +49,10 @@ def _run(
     entropy: bool,
     ignore_index: int,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N] or [0], row maximum, log-sum, kept, tile maxima).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp [N], entropy [N] or [0], row maximum, log-sum, own score, kept, tile maxima).
 
-    The last four are empty unless saved. What only backward looks at is passed along for it.
+    The last five are empty unless saved. What only backward looks at is passed along for it.
     """
     rows = Rows(hidden, weight, bias, target, heat, softcap, entropy)
     n = hidden.shape[0]
@@ -64,9 +64,9 @@ def _run(
     nothing = logp.new_empty(0)
     spread = spread if entropy else nothing.clone()
     if not save:
-        return logp, spread, nothing.clone(), nothing.clone(), hidden.new_empty(0), nothing
+        return logp, spread, *(nothing.clone() for _ in range(3)), hidden.new_empty(0), nothing
     (whole,) = found
-    return logp, spread, whole.row_max, whole.log_sum, whole.kept, whole.tile_max
+    return logp, spread, whole.row_max, whole.log_sum, whole.own, whole.kept, whole.tile_max
 
 
 def _run_backward(
@@ -81,6 +81,7 @@ def _run_backward(
     spread: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
+    own: Tensor,
     kept: Tensor | None,
     tile_max: Tensor,
     weight_grad_out: Tensor | None,
@@ -104,7 +105,7 @@ def _run_backward(
     for at in range(0, n, step):
         block = slice(at, min(n, at + step))
         if saved:
-            found = _found(row_max, log_sum, logp, spread if entropy else logp, kept, tile_max, rows)
+            found = _found(row_max, log_sum, logp, spread if entropy else logp, own, kept, tile_max, rows)
         else:
             found = rows.forward(block, keep=True)
         rows.backward(block, found, g[block], None if h is None else h[block])
@@ -118,11 +119,11 @@ def _joined(found: list[Scores], name: str) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _found(row_max, log_sum, logp, spread, kept, tile_max, rows: Rows) -> Scores:
+def _found(row_max, log_sum, logp, spread, own, kept, tile_max, rows: Rows) -> Scores:
     from prism_fast.kernels import logprob
 
-    width = logprob.tile_width(rows.hidden, rich=rows.bias is not None or rows.softcap is not None)
-    return logprob.Scores(row_max, log_sum, logp, spread, kept, tile_max, width)
+    width = logprob.tile_width(rows.hidden, rich=rows.softcap is not None)
+    return logprob.Scores(row_max, log_sum, logp, spread, own, kept, tile_max, width)
 
 
 def _fake(hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save):
@@ -132,15 +133,14 @@ def _fake(hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy,
     if save:
         from prism_fast.kernels import logprob
 
-        width = logprob.tile_width(hidden, rich=bias is not None or softcap is not None)
+        width = logprob.tile_width(hidden, rich=softcap is not None)
         kept = logprob.keep_buffer(n, vocabulary, hidden)
         m = hidden.new_empty((-(-vocabulary // width), n))
     statistics = n if save else 0
     return (
         hidden.new_empty(n, **wide),
         hidden.new_empty(n if entropy else 0, **wide),
-        hidden.new_empty(statistics, **wide),
-        hidden.new_empty(statistics, **wide),
+        *(hidden.new_empty(statistics, **wide) for _ in range(3)),
         kept,
         torch.empty_like(m, **wide),
     )
@@ -153,7 +153,7 @@ _backward_operator = torch.library.custom_op(
 
 @_backward_operator.register_fake
 def _(logp_grad, entropy_grad, hidden, weight, bias, *rest):
-    weight_grad_out, (want_hidden, want_weight, want_bias) = rest[8], rest[-3:]
+    weight_grad_out, (want_hidden, want_weight, want_bias) = rest[9], rest[-3:]
     nothing = hidden.new_empty
     return (
         torch.empty_like(hidden) if want_hidden else nothing(0),

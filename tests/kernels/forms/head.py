@@ -40,16 +40,17 @@ def logprob(
         for heat in (empty(1), empty(n)):
             arguments = (hidden, weight, bias, target, heat)
             out = linear_logprob._run(*arguments, None, softcap, entropy, -100, save and learns)
-            logp, spread, row_max, log_sum, kept, tile_max = out
+            logp, spread, row_max, log_sum, own, kept, tile_max = out
             if learns:
                 upstream = (empty(n), empty(n) if entropy else None)
-                saved = (logp, spread, row_max, log_sum, kept if save else None, tile_max)
+                saved = (logp, spread, row_max, log_sum, own, kept if save else None, tile_max)
                 wants = (True, True, ban)
                 linear_logprob._run_backward(*upstream, *arguments, *saved, None, softcap, -100, *wants)
 
 
-def waves(n: int, *, dtype: torch.dtype, ban: bool, entropy: bool) -> None:
-    """The steps of `linear_policy_loss`: scores and gradients wave after wave, the weight's gradient added up."""
+def waves(n: int, *, dtype: torch.dtype, ban: bool, entropy: bool, apart: bool = False) -> None:
+    """The steps of `linear_policy_loss` and, ``apart``, of `linear_cross_entropy` with a z-loss: scores and gradients
+    wave after wave, the weight's gradient added up."""
     for width in WIDTHS:
         hidden, weight, bias, target = operands(n, width, dtype, ban, VOCABULARY)
         rows = Rows(hidden, weight, bias, target, empty(1), None, entropy)
@@ -57,7 +58,8 @@ def waves(n: int, *, dtype: torch.dtype, ban: bool, entropy: bool) -> None:
         for block in (slice(0, n // 2), slice(n // 2, n)):
             found = rows.forward(block, keep=True)
             size = block.stop - block.start
-            rows.backward(block, found, empty(size), empty(size) if entropy else None)
+            more = (empty(size), empty(size)) if apart else None
+            rows.backward(block, found, empty(size), empty(size) if entropy else None, more)
         rows.gradients(with_weight=False)
 
 
@@ -82,6 +84,7 @@ def forms() -> list[Form]:
                 Form(f"{name} few rows", call, FEW),
                 Form(f"{name} waves ban", partial(waves, dtype=dtype, ban=True, entropy=False), MANY),
                 Form(f"{name} waves ban entropy", partial(waves, dtype=dtype, ban=True, entropy=True), MANY),
+                Form(f"{name} waves z-loss", partial(waves, dtype=dtype, ban=False, entropy=False, apart=True), MANY),
                 # The built-in example.
                 Form(f"{name} digits", partial(call, ban=True, entropy=True, widths=(128,), vocabulary=2048), FEW),
             ]

@@ -88,6 +88,18 @@ class TwoForms:
         return self.run(*arguments)
 
 
+def saved_once(ctx, op: str, cure: str) -> tuple[Tensor | None, ...]:
+    """``ctx.saved_tensors`` of an op whose backward uses them up. Raises RuntimeError the second time."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{op}: a second backward, but the first wrote over what forward had kept; {cure}"
+        ) from error
+
+
 def plain(x: Tensor) -> bool:
     """Whether ``x`` is an ordinary tensor outside of compilation: then the dispatcher has nothing to add to a call."""
     kind = type(x)

@@ -99,10 +99,7 @@ def validate(
     ignore_index: int,
 ) -> None:
     """Refuse operands of a head that do not fit together. Raises ValueError."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise ValueError(
-            f"{op}: ignore_index must be an integer, got {ignore_index!r}; a number that no target has ignores nothing"
-        )
+    checks.whole(op, "ignore_index", ignore_index)
     checks.tensor(op, "hidden", hidden, shape=(None, None))
     if hidden.is_meta:
         raise NotImplementedError(

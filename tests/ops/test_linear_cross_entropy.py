@@ -142,8 +142,8 @@ REFUSED = {
     "label_smoothing=1.5 must be": {"label_smoothing": 1.5},
     "z_loss=-1.0 must be": {"z_loss": -1.0},
     "reduction='sum' has no denominator": {"reduction": "sum", "denominator": 3.0},
-    "ignore_index must be an integer, got 1.5": {"ignore_index": 1.5},
-    "ignore_index must be an integer, got None": {"ignore_index": None},
+    "ignore_index must be a whole number, got 1.5": {"ignore_index": 1.5},
+    "ignore_index must be a whole number, got None": {"ignore_index": None},
     "denominator must have shape": {"denominator": torch.ones(2)},
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..bad_values import counted
-from ..forms import TwoForms
+from ..forms import TwoForms, saved_once
 from ..results import LogProb
 from . import softmax_rows as rows
 
@@ -284,7 +284,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradients(ctx, traced: bool, logp_grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor | None, ...]:
     wants, into = ctx.needs_input_grad[:3], ctx.weight_grad_out
-    *saved, kept = ctx.saved_tensors
+    *saved, kept = saved_once(ctx, "linear_logprob", "pass save='recompute' to call it again")
     arguments = (logp_grad, entropy_grad, *saved, kept if kept.dim() == 2 else None, into, *ctx.options, *wants)
     found = (_backward_operator if traced else _run_backward)(*arguments)
     given = (wants[0], wants[1] and into is None, wants[2])

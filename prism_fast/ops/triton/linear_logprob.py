@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import budgets
 from ..bad_values import counted
-from ..forms import TwoForms
+from ..forms import TwoForms, saved_once
 from ..reference import softmax_rows
 from ..results import LogProb
 from .head import STATISTICS_ROWS, Rows, heat_rows
@@ -171,7 +171,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradients(ctx, traced: bool, logp_grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor | None, ...]:
     wants, into = ctx.needs_input_grad[:3], ctx.weight_grad_out
-    *saved, kept, tile_max = ctx.saved_tensors
+    *saved, kept, tile_max = saved_once(ctx, "linear_logprob", "pass save='recompute' to call it again")
     kept = kept if kept.dim() == 2 else None  # an operator that changes nothing must not seem to
     arguments = (logp_grad, entropy_grad, *saved, kept, tile_max, into, *ctx.options)
     found = (_backward_operator if traced else _run_backward)(*arguments, *wants)

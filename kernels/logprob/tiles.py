@@ -51,7 +51,8 @@ TILES = {
     Bucket(90, 2, few=False, rich=True): Tile(128, 128, 64, 8, 4, 8, True),
     Bucket(90, 2, few=True, rich=False): Tile(64, 256, 64, 8, 3, 4, True),
     Bucket(90, 2, few=True, rich=True): Tile(64, 128, 64, 8, 4, 4, True),
-    Bucket(100, 2, few=False, rich=False): Tile(128, 256, 64, 8, 3, 8, False),
+    # Two registers too many at depth 64 where scores are kept without entropy.
+    Bucket(100, 2, few=False, rich=False): Tile(128, 256, 32, 8, 4, 8, False),
     Bucket(100, 2, few=False, rich=True): Tile(128, 128, 64, 8, 4, 8, False),
     Bucket(100, 2, few=True, rich=False): Tile(64, 256, 64, 8, 3, 8, False),
     Bucket(100, 2, few=True, rich=True): Tile(64, 128, 64, 8, 4, 8, False),

@@ -52,8 +52,8 @@ def tanh(x):
 
 
 @triton.jit
-def raw(z, bias_ptr, first, V, inverse, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, WIDTH: tl.constexpr):
-    """Products -> raw scores; columns outside the matrix and banned ones become `LOWEST`."""
+def raw(z, bias_ptr, first, V, inverse, low, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, WIDTH: tl.constexpr):
+    """Products -> raw scores; columns outside the matrix and banned ones become `LOWEST` or ``low`` [rows]."""
     column = first + tl.arange(0, WIDTH)
     if HAS_BIAS:  # only a bias can ban a token; columns outside are banned with it
         z += tl.load(bias_ptr + column, column < V, other=float("-inf")).to(tl.float32)[None, :]
@@ -61,9 +61,9 @@ def raw(z, bias_ptr, first, V, inverse, HAS_BIAS: tl.constexpr, SOFTCAP: tl.cons
     if SOFTCAP:
         x = tanh(z * inverse)
     if HAS_BIAS and SOFTCAP:
-        x = tl.where(z < LOWEST, LOWEST, x)
+        x = tl.where(z < LOWEST, low[:, None], x)
     elif HAS_BIAS:
-        x = tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.maximum(x, low[:, None], propagate_nan=tl.PropagateNan.ALL)
     else:
         x = tl.where((column < V)[None, :], x, LOWEST)
     return x
@@ -151,14 +151,16 @@ def scores_kernel(
         row = n + tl.arange(0, BLOCK_N)
         inside = row < N
         factor = softcap / tl.load(heat_ptr + row * heat_stride, inside, other=1.0)
+        # With a bias a number per row: the constant cost the one register more that is not there.
+        low = tl.maximum(LOWEST / factor, -3e38)
         target = tl.load(target_ptr + row, inside, other=-1)
         target = tl.where((target >= v) & (target < v + BLOCK_V) & (target < V), target - v, -1).to(tl.int32)
         if SPLIT:
             # One half after the other: the exponentials of a whole tile beside its scores would spill registers.
             halves = tl.permute(tl.reshape(z, (BLOCK_N, 2, PART)), (0, 2, 1))
             left, right = tl.split(halves)
-            left = raw(left, bias_ptr, v, V, inverse, HAS_BIAS, SOFTCAP, PART)
-            right = raw(right, bias_ptr, v + PART, V, inverse, HAS_BIAS, SOFTCAP, PART)
+            left = raw(left, bias_ptr, v, V, inverse, low, HAS_BIAS, SOFTCAP, PART)
+            right = raw(right, bias_ptr, v + PART, V, inverse, low, HAS_BIAS, SOFTCAP, PART)
             m = tl.maximum(tl.max(left, 1), tl.max(right, 1))
             at_target = chosen(left, target, 0, PART) + chosen(right, target, PART, PART)
             total, moment = exponentials(left, m, factor, kept if KEEP else None, n, v, ENTROPY, BASE2)
@@ -168,7 +170,7 @@ def scores_kernel(
             total += total_right
             moment += moment_right
         else:
-            x = raw(z, bias_ptr, v, V, inverse, HAS_BIAS, SOFTCAP, PART)
+            x = raw(z, bias_ptr, v, V, inverse, low, HAS_BIAS, SOFTCAP, PART)
             m = tl.max(x, 1)
             at_target = chosen(x, target, 0, PART)
             total, moment = exponentials(x, m, factor, kept if KEEP else None, n, v, ENTROPY, BASE2)

@@ -20,6 +20,7 @@ SHARED = 5120 / PROCESSORS  # the same where all ask at once
 PEAK = 790e12  # FLOP/s that cuBLAS reached on the reference card at 8192 x 8192 x 8192, random bfloat16
 BUSY = 0.93  # of its clocks, the share in which it keeps the matrix units busy
 CLOCK = PEAK / (2 * MULTIPLY_ADDS * PROCESSORS * BUSY)  # per second, under that load
+BOOST = 1.98e9  # clocks per second where the matrix units rest
 COPY = 4.3e12  # bytes/s that a copy reads and writes there
 GROUPED = 650e12  # FLOP/s of CUTLASS's grouped products, as published for experts of 4096 x 2048 on such a card
 ISSUE = 0.65  # of the issue slots, the share that steps of dependent instructions fill
@@ -66,7 +67,7 @@ class Tile:
 
 def pass_seconds(size: float, instructions: float = 0.0, warps: float = 0.0) -> float:
     """Of a pass over ``size`` bytes of memory, or of issuing ``instructions`` in each of ``warps`` warps."""
-    return max(size / COPY, instructions * warps / (PROCESSORS * SCHEDULERS * ISSUE * CLOCK))
+    return max(size / COPY, instructions * warps / (PROCESSORS * SCHEDULERS * ISSUE * BOOST))
 
 
 def makespan(programs: list[float], slots: int = PROCESSORS) -> float:

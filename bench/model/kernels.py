@@ -80,7 +80,7 @@ def head(table: dict[str, dict]) -> list[Line]:
             shares = [t.share(width, PIPELINED, tiles, port) for port in (PORT, SHARED)]
             note = f"tile {t.m}x{t.n}x{t.k}, {t.traffic:.0f} B/clk of operands"
             lines.append(Line(f"scores, {form}", f"N {ROWS}, H {width}", *shares, goal, note))
-    for form in ("keep ban", "keep ban entropy"):
+    for form in ("keep", "keep ban entropy"):  # a ban does not change it
         row = entry(table, f"head bf16 {form}", "gradient_kernel")
         size = 4.0 * ROWS * VOCABULARY
         tiles = -(-ROWS // row["sizes"]["rows"]) * -(-VOCABULARY // row["sizes"]["block_v"])
@@ -140,7 +140,3 @@ def issued(row: dict, kernel: str) -> tuple[float, float]:
     walked = across if kernel == "swiglu_gradient_kernel" else x.top_k if kernel.startswith("combine") else 0
     programs = -(-rows // sizes["block_m"]) * (1 if kernel == "swiglu_gradient_kernel" else across)
     return row["epilogue"] + walked * sum(row["steps"]), float(programs * row["warps"])
-
-
-def every(table: dict[str, dict]) -> list[Line]:
-    return [*head(table), *default_experts(table), *own_experts(table)]

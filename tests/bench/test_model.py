@@ -8,17 +8,21 @@ import sys
 
 import pytest
 
+pytest.importorskip("triton", reason="the lists of the attention's launches stand beside its kernels")
 from prism_fast.bench.model import clocks, kernels
+from prism_fast.bench.model.__main__ import every
 
 TABLE = kernels.read()
 
 
-@pytest.mark.xfail(reason="with a ban row the scores take a narrow tile", strict=False)
 def test_every_goal_is_met():
-    lines = kernels.every(TABLE)
+    lines = every(TABLE)
     assert [line for line in lines if not line.met] == []
     goals = {line.kernel for line in lines if line.goal is not None}
-    assert goals == {"scores, keep ban", "scores, keep ban entropy", "experts by default, forward and backward"}
+    assert goals == {
+        "scores, keep ban", "scores, keep ban entropy", "attention, keys' gradient shared out",
+        "experts by default, forward and backward",
+    }  # fmt: skip
     assert all(0 < line.share <= 1 for line in lines if not line.at_most)
     assert all(line.worse <= line.share for line in lines if line.worse is not None)
 
@@ -40,11 +44,12 @@ def grown(kernel: str, field: str, factor: float) -> dict:
         ("swiglu_gradient_kernel", "steps", "experts by default, forward and backward"),
         ("slot_columns_kernel", "steps", "experts by Triton, gradient of up"),
         ("gradient_kernel", "total", "gradient of scores, keep ban entropy"),
+        ("keys_kernel", "steps", "attention, keys"),
     ],
 )
 def test_a_kernel_with_many_more_instructions_moves_its_line(kernel, field, line):
     def share(table: dict) -> float:
-        return min(found.share for found in kernels.every(table) if found.kernel == line)
+        return min(found.share for found in every(table) if found.kernel == line)
 
     assert share(grown(kernel, field, 10)) < 0.9 * share(TABLE)
 
@@ -77,7 +82,7 @@ def test_a_form_that_the_table_does_not_hold_is_named():
 def test_the_program_says_that_it_is_a_model_and_fails_where_a_goal_is_missed(tmp_path):
     worse = tmp_path / "table.json"
     worse.write_text(json.dumps(grown("scores_kernel", "epilogue", 10)))
-    missed = any(not line.met for line in kernels.every(TABLE))
+    missed = any(not line.met for line in every(TABLE))
     for arguments, code in (((), int(missed)), (("--table", str(worse)), 1)):
         command = [sys.executable, "-m", "prism_fast.bench.model", *arguments]
         done = subprocess.run(command, capture_output=True, text=True)

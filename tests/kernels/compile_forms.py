@@ -16,9 +16,11 @@ import importlib
 import json
 import multiprocessing
 import sys
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 
 import triton
+from triton.compiler import CompiledKernel
 from triton.runtime.errors import OutOfResources
 
 from tests.kernels.forms import AREAS
@@ -44,7 +46,7 @@ def compile_area(card: int, area: str, everyday: bool) -> dict:
                 with fake_card(card):
                     form.run(size)
             except OutOfResources as error:
-                found["refused"].append(refusal(driver, f"sm_{card} {area} {form.name}", error))
+                found["refused"].append(refusal(f"sm_{card} {area} {form.name}", error))
             for launch in driver.launches:
                 c = launch.compiled
                 if id(c) not in named:
@@ -87,11 +89,12 @@ def row_of(c: Compiled) -> dict:
     }
 
 
-def refusal(driver: RecordingDriver, where: str, error: OutOfResources) -> str:
+def refusal(where: str, error: OutOfResources) -> str:
     """Names the kernel that the card would refuse, its sizes, what it needs and the limit."""
-    src, metadata = driver.pending
-    names = src.fn.arg_names
-    constants = " ".join(f"{names[place[0]]}={value}" for place, value in src.constants.items())
+    frames = traceback.walk_tb(error.__traceback__)
+    compiled = next(k for frame, _ in frames if isinstance(k := frame.f_locals.get("kernel"), CompiledKernel))
+    src, metadata = compiled.src, compiled.metadata
+    constants = " ".join(f"{src.fn.arg_names[place[0]]}={value}" for place, value in src.constants.items())
     return f"{where}: {src.fn.__name__} warps={metadata.num_warps} stages={metadata.num_stages} {constants}: {error}"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,9 @@ TABLE = ROOT / "bench" / "model" / "kernel_forms.json"
 AGAIN = "python -m tests.kernels.compile_forms --write writes the table anew"
 GROWTH = 1.1
 UNITS = {80: "HMMA", 90: "HGMMA", 100: "UTC"}  # beginnings of their matrix instructions
-# float32 is multiplied exactly, without matrix units, and is no path for speed: bytes that a kernel may spill.
-SPILLS: dict[str, int] = {}
+# float32 is multiplied exactly, without matrix units, and ragged widths are no model's: no paths for speed. Their
+# kernels may spill the bytes that the table says, no others may spill.
+SPILLING = (" fp32 ", " ragged:")
 
 
 def run_program(*arguments: str, cache: Path) -> dict:
@@ -53,12 +55,13 @@ def test_every_form_fits_its_card(found):
     assert found["refused"] == []
 
 
-@pytest.mark.xfail(reason="the keys' gradient at 16 and 8 heads spills a number", strict=False)
-def test_no_form_spills(found):
-    assert {key: row["spills"] for key, row in found["rows"].items() if row["spills"] > SPILLS.get(key, 0)} == {}
+def test_no_form_spills(found, table):
+    def allowed(key: str) -> int:
+        return table.get(key, {}).get("spills", 0) if any(part in key for part in SPILLING) else 0
+
+    assert {key: row["spills"] for key, row in found["rows"].items() if row["spills"] > allowed(key)} == {}
 
 
-@pytest.mark.xfail(reason="the entropy's gradient takes its logarithm in double precision", strict=False)
 def test_no_form_computes_in_double_precision(found):
     assert {key: row["double"] for key, row in found["rows"].items() if row["double"]} == {}
 
@@ -77,7 +80,6 @@ def test_another_number_of_rows_compiles_nothing_anew(found):
     assert found["anew"] == []
 
 
-@pytest.mark.xfail(reason="attention launches on the current device", strict=False)
 def test_every_launch_has_the_device_of_its_operands_current(found):
     assert found["unguarded"] == []
 
@@ -94,10 +96,8 @@ def test_nothing_has_grown(found, table):
         before, now = sizes(table[key]), sizes(row)
         if len(before) != len(now) or any(n > GROWTH * b for b, n in zip(before, now, strict=True)):
             grown[key] = f"steps, epilogue, total {before} -> {now}"
-    assert grown == {}, AGAIN
-    assert missing == [], AGAIN
-    if found["whole"]:
-        assert sorted(set(table) - {"triton"} - set(found["rows"])) == [], f"compiled no more; {AGAIN}"
+    gone = sorted(set(table) - {"triton"} - set(found["rows"])) if found["whole"] else []
+    assert (grown, missing, gone) == ({}, [], []), f"grown {grown}, not in the table {missing}, gone {gone}; {AGAIN}"
 
 
 def sizes(row: dict) -> list[int]:
@@ -149,10 +149,12 @@ def planted(tmp_path_factory) -> dict:
 
 
 def test_an_oversized_tile_is_named_with_what_it_needs_and_the_limit(planted):
-    (named,) = planted["refused"]
+    assert len(planted["refused"]) == 2 and len(set(planted["refused"])) == 1  # each time it is launched
+    named = planted["refused"][0]
     assert "sm_90 planted bf16 oversized: scores_kernel" in named
     assert "stages=5" in named and "BLOCK_V=256" in named
-    assert "Required: 279080" in named and "Hardware limit: 232448" in named
+    needed, limit = map(int, re.search(r"Required: (\d+), Hardware limit: (\d+)", named).groups())
+    assert needed > 5 * (128 + 256) * 64 * 2 and limit == 232448
 
 
 def test_double_precision_spills_recompilation_and_a_forgotten_device_are_seen(planted):

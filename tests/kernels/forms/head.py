@@ -39,11 +39,10 @@ def logprob(
         hidden, weight, bias, target = operands(n, width, dtype, ban, vocabulary)
         for heat in (empty(1), empty(n)):
             arguments = (hidden, weight, bias, target, heat)
-            out = linear_logprob._run(*arguments, None, softcap, entropy, -100, save and learns)
-            logp, spread, row_max, log_sum, own, kept, tile_max = out
+            *found, kept, tile_max = linear_logprob._run(*arguments, None, softcap, entropy, -100, save and learns)
             if learns:
                 upstream = (empty(n), empty(n) if entropy else None)
-                saved = (logp, spread, row_max, log_sum, own, kept if save else None, tile_max)
+                saved = (*found, kept if save else None, tile_max)
                 wants = (True, True, ban)
                 linear_logprob._run_backward(*upstream, *arguments, *saved, None, softcap, -100, *wants)
 

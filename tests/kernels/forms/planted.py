@@ -55,7 +55,7 @@ def recompiling(n: int) -> None:
 
 def forms() -> list[Form]:
     return [
-        Form("bf16 oversized", oversized, (4096,)),
+        Form("bf16 oversized", oversized, (4096, 1000)),
         Form("fp32 double", in_double, (128,)),
         Form("bf16 spilling", spilling, (64,)),
         Form("fp32 recompiling", recompiling, (128, 64)),

@@ -1,0 +1,25 @@
+"""What the fuzz knows of an op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .draw import Case, Draw, Formula
+
+
+class Op(NamedTuple):
+    """``call(case, tensors, backend)`` runs the op itself; ``formula(case, tensors)`` is written from its docstring and
+    its papers, knows nothing of the package, and computes in whatever dtype its tensors have. Both give results by
+    name. ``forward``: c of the accuracy contract for half-precision results (2 otherwise, and for gradients).
+    ``terms``: a formula whose gradients say how large the terms are that cancel in the op's."""
+
+    name: str
+    draw: Callable[[Draw], Case]
+    call: Callable[[Case, dict[str, Tensor | None], str | None], dict[str, Tensor]]
+    formula: Formula
+    backends: Callable[[Case], list[str]]
+    forward: float = 2.0
+    terms: Formula | None = None

@@ -1,0 +1,43 @@
+"""A few random cases of every op, in each of their forms; `python -m tests.fuzz` runs more."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton runs the kernels of half the backends")
+from . import every_op, report
+
+OPS = every_op()
+FEW, MANY = 20, 400
+# Kinds of faults that are known and not yet mended: (op, backend, what).
+KNOWN: set[tuple[str, str, str]] = {
+    *(("moe_experts", "native", what) for what in ("out", "d hidden", "d gate_up", "d down", "d weights", "threads")),
+    *(("moe_experts", "reference", what) for what in ("autocast", "threads")),
+    *(("shared_prefix_attention", "stock", what) for what in ("out", "d q", "d k", "d v")),
+    ("shared_prefix_attention", "reference", "autocast"),
+    ("route_experts", "reference", "z_stat"),
+    *(
+        ("pairwise_loss", b, what)
+        for b in ("reference", "native")
+        for what in ("loss", "part", "d teacher", "d student")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_few_cases(name):
+    complain(name, range(FEW))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", OPS)
+def test_many_cases(name):
+    complain(name, range(FEW, MANY))
+
+
+def complain(name: str, numbers: range) -> None:
+    op = OPS[name]
+    found = report.kinds(report.search(op, 0, numbers, None, None))
+    new = {kind: group for kind, group in found.items() if kind not in KNOWN}
+    assert not new, "\n" + "\n".join(report.describe(op, group[0], len(group), None) for group in new.values())

@@ -60,8 +60,8 @@ def linear_cross_entropy(
     Sources: label smoothing of Szegedy et al. (arXiv 1512.00567, section 7); z-loss of PaLM (arXiv 2204.02311, section
     5), coefficient 1e-4 there.
     """
-    chosen = choose(OP, BACKENDS, backend, hidden)
     validate(OP, hidden, weight, target, bias, 1.0, softcap, weight_grad_out, ignore_index)
+    chosen = choose(OP, BACKENDS, backend, hidden)
     checks.choice(OP, "reduction", reduction, REDUCTIONS)
     checks.number(OP, "label_smoothing", label_smoothing, low=0.0, high=1.0)
     checks.number(OP, "z_loss", z_loss, low=0.0)

@@ -65,6 +65,7 @@ def linear_logprob(
     soft cap of Gemma 2 (arXiv 2408.00118, section 2).
     """
     validate(OP, hidden, weight, target, bias, temperature, softcap, weight_grad_out, ignore_index)
+    checks.flag(OP, "entropy", entropy)
     checks.choice(OP, "save", save, SAVE)
     if save_limit_bytes is None:
         save_limit_bytes = budgets.save_bytes(hidden.device)

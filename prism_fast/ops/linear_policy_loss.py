@@ -79,8 +79,10 @@ def linear_policy_loss(
     Sources: those of the two ops.
     """
     options = gather(linear_policy_loss, options, settings)
-    chosen = choose(OP, BACKENDS, backend, hidden)
     validate(OP, hidden, weight, target, bias, temperature, softcap, weight_grad_out, ignore_index)
+    checks.offsets(OP, cu_seqlens, hidden)
+    checks.flag(OP, "entropy", entropy)
+    chosen = choose(OP, BACKENDS, backend, hidden)
     if logp_out is not None:
         wide = (torch.float32, torch.float64)
         checks.tensor(OP, "logp_out", logp_out, shape=tuple(target.shape), dtypes=wide, like=hidden)
@@ -142,12 +144,14 @@ def _borders(borders: Sequence[int] | None, cu_seqlens: Tensor, rows: int) -> Se
             )
         borders = cu_seqlens.tolist()
     if (
-        len(borders) != cu_seqlens.shape[0]
+        not isinstance(borders, Sequence)
+        or not all(isinstance(at, int) for at in borders)
+        or len(borders) != cu_seqlens.shape[0]
         or list(borders) != sorted(borders)
         or not 0 <= borders[0] <= borders[-1] <= rows
     ):
         raise ValueError(
             f"{OP}: borders must be the {cu_seqlens.shape[0]} ascending offsets of cu_seqlens, at most {rows}; got "
-            f"{list(borders)[:8]}"
+            f"{list(borders[:8]) if isinstance(borders, Sequence) else borders!r}"
         )
     return borders

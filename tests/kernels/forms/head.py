@@ -73,18 +73,21 @@ def forms() -> list[Form]:
         ]
         if name != "fp16":
             found += [
-                Form(f"{name} keep entropy", partial(call, entropy=True), MANY),
-                Form(f"{name} keep ban", partial(call, ban=True), MANY),
                 Form(f"{name} keep softcap", partial(call, softcap=30.0), MANY),
                 Form(f"{name} keep ban entropy softcap", partial(call, ban=True, entropy=True, softcap=30.0), MANY),
-                Form(f"{name} recompute", partial(call, save=False), MANY),
                 Form(f"{name} recompute ban entropy", partial(call, save=False, ban=True, entropy=True), MANY),
-                Form(f"{name} statistics ban entropy", partial(call, learns=False, ban=True, entropy=True), MANY),
-                Form(f"{name} few rows", call, FEW),
-                Form(f"{name} waves ban", partial(waves, dtype=dtype, ban=True, entropy=False), MANY),
                 Form(f"{name} waves ban entropy", partial(waves, dtype=dtype, ban=True, entropy=True), MANY),
                 Form(f"{name} waves z-loss", partial(waves, dtype=dtype, ban=False, entropy=False, apart=True), MANY),
                 # The built-in example.
                 Form(f"{name} digits", partial(call, ban=True, entropy=True, widths=(128,), vocabulary=2048), FEW),
+            ]
+        if name == "bf16":
+            found += [
+                Form(f"{name} keep entropy", partial(call, entropy=True), MANY),
+                Form(f"{name} keep ban", partial(call, ban=True), MANY),
+                Form(f"{name} recompute", partial(call, save=False), MANY),
+                Form(f"{name} statistics ban entropy", partial(call, learns=False, ban=True, entropy=True), MANY),
+                Form(f"{name} few rows", call, FEW),
+                Form(f"{name} waves ban", partial(waves, dtype=dtype, ban=True, entropy=False), MANY),
             ]
     return [f._replace(everyday=f.name.startswith("bf16")) for f in found]

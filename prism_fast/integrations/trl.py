@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import types
 from importlib.metadata import version
 from typing import Any
@@ -33,10 +34,9 @@ class FusedLoss:
     """Mixin for ``trl.GRPOTrainer``, named before it. ``loss_type`` grpo, dapo, dr_grpo, bnpo, cispo and sapo;
     ``importance_sampling_level="sequence"`` with grpo is GSPO.
 
-    Loss and gradient are those of ``GRPOTrainer`` (tested in float64), except where ``policy_loss`` clamps: log-ratios
-    beyond +-20, GSPO's sequence log-ratio above 10, the KL estimate beyond +-10. Metrics keep TRL's names; without
-    ``clip_ratio/low_min`` and ``high_max``; clip fractions count tokens for GSPO too, and for CISPO tokens above the
-    bound whatever their advantage. They cost one synchronisation per micro-batch instead of one each.
+    Loss, gradient and metrics are those of ``GRPOTrainer`` (tested in float64), except where ``policy_loss`` clamps:
+    log-ratios beyond +-20, GSPO's sequence log-ratio above 10, the KL estimate beyond +-10. The metrics cost one
+    synchronisation per micro-batch instead of one each.
 
     Raises on construction: RuntimeError with another TRL than tested; NotImplementedError for settings without a
     counterpart here, naming them.
@@ -68,29 +68,57 @@ class FusedLoss:
         if inputs["advantages"].dim() != 1:
             raise NotImplementedError("FusedLoss: advantages must be [B], one per completion")
         training = self.model.training
+        mode = "train" if training else "eval"
         denominator, norm_length = self._denominator(inputs, mask, training)
         weight = inputs["importance_sampling_ratio"] if self._corrects_rollouts() else None
-
-        def flat(value: Tensor | None) -> Tensor | None:  # [B, T] -> [B * T]; a weight of a sequence is [B, 1]
-            return None if value is None else value.to(logp.dtype).expand(rows, length).reshape(-1)
-
+        old = inputs.get("old_per_token_logps")
         loss, stats = ops.policy_loss(
-            logp.reshape(-1),
-            inputs["advantages"].to(logp.dtype),
-            # Sequences keep their padding, which the mask takes out: nothing is copied and nothing is counted here.
-            torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=logp.device),
-            old_logp=flat(inputs.get("old_per_token_logps")),
-            mask=mask.reshape(-1).bool(),
+            logp,
+            inputs["advantages"],
+            old_logp=old,
+            mask=mask,
             denominator=denominator,
             norm_length=norm_length,
-            entropy=entropy.detach().reshape(-1),
-            ref_logp=flat(inputs["ref_per_token_logps"]) if self.beta != 0.0 else None,
+            ref_logp=inputs["ref_per_token_logps"] if self.beta != 0.0 else None,
             kl_coef=self.beta,
-            is_weight=flat(weight),
+            kl_importance=self.args.use_bias_correction_kl,
+            is_weight=None if weight is None else weight.expand(rows, length),  # that of a sequence is [B, 1]
             **_options(self),
         )
-        self._note(stats, "train" if training else "eval")
+        self._note(inputs["advantages"], logp.detach(), old, entropy.detach(), mask, stats, mode)
+        if self._entropy_bonus_enabled:
+            loss = self._with_entropy_bonus(loss, entropy, mask, mode)
         return loss
+
+    def _with_entropy_bonus(self, loss: Tensor, entropy: Tensor, mask: Tensor, mode: str) -> Tensor:
+        """TRL's bonus: the mean over the micro-batch's tokens, whatever the loss divides by."""
+        training = mode == "train"
+        steps = self.current_gradient_accumulation_steps if training else 1.0
+        per_window = self.loss_type in ("dapo", "cispo")  # their loss is a share of the window's already
+        policy = self.accelerator.gather(loss.detach() * (1.0 if per_window else steps)).nanmean()
+        total, count = (entropy * mask).sum(), mask.sum()
+        coef = self.entropy_coef
+        if self.use_adaptive_entropy and not self._last_world_entropy <= self.args.entropy_target:
+            coef = 0.0
+        self._metrics[mode]["policy_loss"].append(policy.item())
+        if self.use_adaptive_entropy and training:
+            self._steer_entropy(torch.stack((total.detach(), count.to(total.dtype))))
+        if training and self.accelerator.sync_gradients:
+            self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
+        return loss - coef * total / count.clamp(min=1.0) / steps
+
+    def _steer_entropy(self, sums: Tensor) -> None:
+        """TRL's controller of ``entropy_coef``; ``sums`` [2]: entropy and tokens of a micro-batch."""
+        seen = self._entropy_window_stats
+        self._entropy_window_stats = sums if seen is None else seen + sums
+        if not self.accelerator.sync_gradients:
+            return
+        total, count = self.accelerator.reduce(self._entropy_window_stats, reduction="sum").tolist()
+        self._entropy_window_stats, self._last_world_entropy = None, total / max(count, 1.0)
+        step = self.args.entropy_coef_delta
+        up = self._last_world_entropy <= self.args.entropy_target
+        moved = self.entropy_coef + (step if up else -step)
+        self.entropy_coef = min(moved, self.args.entropy_coef_max) if up else max(moved, self.args.entropy_coef_min)
 
     def _denominator(self, inputs: dict[str, Any], mask: Tensor, training: bool) -> tuple[Tensor | float, float | None]:
         """What the aggregation divides by so that a sum over micro-batches is TRL's loss, and dr_grpo's length."""
@@ -106,21 +134,43 @@ class FusedLoss:
     def _corrects_rollouts(self) -> bool:
         return bool(self.use_vllm and self.vllm_importance_sampling_correction)
 
-    def _note(self, stats: ops.PolicyStats, mode: str) -> None:
-        """Means over the tokens of all processes, in one reduction and one synchronisation."""
-        kept = {"entropy": stats.entropy}
+    def _note(
+        self,
+        advantage: Tensor,
+        logp: Tensor,
+        old: Tensor | None,
+        entropy: Tensor,
+        mask: Tensor,
+        stats: ops.PolicyStats,
+        mode: str,
+    ) -> None:
+        """TRL's metrics over all processes, with one synchronisation."""
+        drift = torch.zeros_like(logp) if old is None else logp - old
+        means = {"entropy": (entropy, mask)}  # name -> (values, which of them count)
         if self.beta != 0.0:
-            kept["kl"] = stats.kl
+            means["kl"] = (stats.kl.nan_to_num()[None], stats.tokens[None])
+        spans = {}
+        counted = mask
+        if self.importance_sampling_level == "sequence":  # one value per sequence, empty ones too
+            drift = (drift * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)
+            counted = torch.ones_like(drift)
+        ratio, gain = drift.exp(), advantage[:, None]
+        above = (ratio > (1.0 if self.loss_type != "cispo" else 0.0) + self.epsilon_high) & (gain > 0)
         if self.loss_type == "cispo":
-            kept["cispo_clip_ratio"] = stats.clip_fraction_high
+            means["cispo_clip_ratio"] = (above, counted)
         elif self.loss_type != "sapo":
-            kept["clip_ratio/low_mean"] = stats.clip_fraction_low
-            kept["clip_ratio/high_mean"] = stats.clip_fraction_high
-            kept["clip_ratio/region_mean"] = stats.clip_fraction_low + stats.clip_fraction_high
-        sums = torch.stack([*(value * stats.tokens for value in kept.values()), stats.tokens])
-        *values, tokens = self.accelerator.reduce(sums.nan_to_num(), reduction="sum").tolist()
-        for name, value in zip(kept, values, strict=True):
-            self._metrics[mode][name].append(value / max(tokens, 1.0))
+            below = (ratio < 1.0 - self.epsilon_low) & (gain < 0)
+            for name, clipped in (("low_mean", below), ("high_mean", above), ("region_mean", below | above)):
+                means["clip_ratio/" + name] = (clipped, counted)
+            of_rows = [(x * counted).sum(-1) / counted.sum(-1) for x in (below, above)]  # NaN for an empty sequence
+            low, high = self.accelerator.gather(torch.stack(of_rows, 1)).unbind(1)
+            spans["clip_ratio/low_min"] = torch.where(low.isnan(), torch.inf, low).amin()
+            spans["clip_ratio/high_max"] = torch.where(high.isnan(), -torch.inf, high).amax()
+        sums = [torch.stack(((x * count).sum(), count.sum())).to(logp.dtype) for x, count in means.values()]
+        totals = self.accelerator.reduce(torch.stack(sums), reduction="sum")
+        found = torch.cat((totals[:, 0] / totals[:, 1].clamp(min=1.0), *(x[None] for x in spans.values())))
+        for name, value in zip((*means, *spans), found.tolist(), strict=True):
+            self._metrics[mode][name].append(value if math.isfinite(value) else math.nan)
 
 
 _MEDIA = (
@@ -141,8 +191,6 @@ def _refused(trainer: Any) -> list[str]:
         and (trainer.importance_sampling_level == "sequence" or trainer.loss_type in ("cispo", "sapo")),
         "top_entropy_quantile < 1": trainer.top_entropy_quantile < 1.0,
         "off_policy_mask_threshold": trainer.off_policy_mask_threshold is not None,
-        "entropy_coef or use_adaptive_entropy": trainer._entropy_bonus_enabled,
-        "use_bias_correction_kl (TRL's default) with beta": trainer.beta != 0.0 and args.use_bias_correction_kl,
         "router_aux_loss_coef": trainer.aux_loss_enabled,
         "cast_lm_head_to_fp32 (scores and softmax are float32 here in any case)": args.cast_lm_head_to_fp32,
     }

@@ -55,7 +55,6 @@ def policy_loss(
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """verl's policy loss ``name``: [B, T] tensors in, (loss 0-d, metrics) out. ``config``: verl's ActorConfig."""
-    rows, length = response_mask.shape
     if name == "sapo":
         loss_agg_mode = "seq-mean-token-mean"  # as in verl, whatever is asked for
     if loss_agg_mode not in AGGREGATIONS:
@@ -76,22 +75,17 @@ def policy_loss(
         raise ValueError(f"prism_{name}: {ranks} data-parallel ranks need verl's global batch information")
     if loss_agg_mode == "seq-mean-token-sum-norm":
         scale = info.get("loss_scale_factor")
-        options["norm_length"] = float(length if scale is None else scale)
-
-    def flat(value: Tensor | None) -> Tensor | None:  # [B, T] -> [B * T]
-        return None if value is None else value.to(log_prob.dtype).reshape(-1)
+        options["norm_length"] = float(response_mask.shape[1] if scale is None else scale)
 
     loss, stats = ops.policy_loss(
-        flat(log_prob),
+        log_prob,
         None,
-        # Sequences keep their padding, which the mask takes out: nothing is copied and nothing is counted here.
-        torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=log_prob.device),
-        old_logp=flat(old_log_prob),
-        token_advantage=flat(advantages),
-        mask=response_mask.reshape(-1).bool(),
+        old_logp=old_log_prob,
+        token_advantage=advantages,
+        mask=response_mask,
         aggregation=AGGREGATIONS[loss_agg_mode],
         denominator=None if count is None else count / ranks,
-        is_weight=flat(rollout_is_weights),
+        is_weight=rollout_is_weights,
         **options,
     )
     clipped = stats.clip_fraction_low + stats.clip_fraction_high

@@ -14,6 +14,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
+MASKS = (torch.bool, *FLOATS, *INTEGERS)
 NUMBERS = (int, float)
 
 
@@ -116,5 +117,5 @@ def temperature(op: str, value: object, rows: int, like: Tensor) -> None:
 
 
 def mask(op: str, value: object, rows: int, like: Tensor) -> None:
-    """Refuse anything but a bool or floating tensor [rows]. Raises ValueError."""
-    tensor(op, "mask", value, shape=(rows,), dtypes=(torch.bool, *FLOATS), like=like)
+    """Refuse anything but a bool, floating or integer tensor [rows]. Raises ValueError."""
+    tensor(op, "mask", value, shape=(rows,), dtypes=MASKS, like=like)

@@ -54,6 +54,12 @@ class TwoForms:
 
         self.operator.register_autograd(lambda ctx, *g: (*backward(ctx, True, g), *rest), setup_context=keep)
 
+        def eager_backward(ctx, *upstream):
+            return *backward(ctx, False, upstream), None
+
+        # It refuses to be differentiated again; its bookkeeping is wasted on the usual backward, which cannot be.
+        refusing_backward = once_differentiable(eager_backward)
+
         class Eager(torch.autograd.Function):
             """What gets no gradient comes and leaves in one list: each tensor beside it costs its bookkeeping."""
 
@@ -68,9 +74,8 @@ class TwoForms:
                 return outputs[:results]
 
             @staticmethod
-            @once_differentiable
             def backward(ctx, *upstream):
-                return *backward(ctx, False, upstream), None
+                return (refusing_backward if torch.is_grad_enabled() else eager_backward)(ctx, *upstream)
 
         self._eager = Eager.apply
 
@@ -81,10 +86,12 @@ class TwoForms:
             outputs = self.operator(*arguments)
             return *outputs[: self.results], *(x.detach() for x in outputs[self.results :])
         refuse_duals(self.name, *first)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in first):
-            passed = list(arguments)
-            found = self._eager(*first, passed)
-            return *found, *passed[self.results :]
+        if torch.is_grad_enabled():
+            for x in first:
+                if x is not None and x.requires_grad:
+                    passed = list(arguments)
+                    found = self._eager(*first, passed)
+                    return *found, *passed[self.results :]
         return self.run(*arguments)
 
 
@@ -108,9 +115,10 @@ def plain(x: Tensor) -> bool:
 
 def refuse_duals(op: str, *tensors: Tensor | None) -> None:
     """Refuse what carries derivatives that kernels would drop. Raises NotImplementedError."""
-    if torch._C._are_functorch_transforms_active() or any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    ):
+    dropped = torch._C._are_functorch_transforms_active()
+    for x in tensors:
+        dropped = dropped or (x is not None and forward_ad.unpack_dual(x).tangent is not None)
+    if dropped:
         raise NotImplementedError(
             f"{op}: its kernels have gradients in reverse mode alone, not inside torch.func transforms or for "
             "forward-mode dual tensors; compose it of torch operations there, as backend='reference' of policy_loss, "

@@ -20,9 +20,9 @@ SINGLETON = ("zero", "identity")
 
 def group_advantage(
     scores: Tensor,
-    group: Tensor,
+    group: Tensor | None = None,
     *,
-    weights: Tensor | Sequence[float],
+    weights: Tensor | Sequence[float] | None = None,
     valid: Tensor | None = None,
     gate: Tensor | None = None,
     offset: Tensor | None = None,
@@ -37,11 +37,18 @@ def group_advantage(
 ) -> Tensor:
     """``A = gate * sum_k weights_k * GN(scores_k) + offset - invalid_penalty * (not valid)``, no gradient.
 
+    Responses come in any order with the ids of their prompts, or as a matrix with a row for each prompt::
+
+        advantage = group_advantage(reward, group)  # [B], ids [B] (verl's uid as numbers) -> [B]
+        advantage = group_advantage(reward.view(-1, num_generations))  # [P, n], TRL's order -> [P, n]
+        advantage = group_advantage(scores, group, weights=(0.5, 0.5))  # [B, 2], ids [B] -> [B]
+
     Args:
-        scores: [B, K] floating; B responses, K scores each. Half precision is computed in float32.
+        scores: [B, K] floating, B responses with K scores each, or [B] with one. Without ``group`` [P, n, K] or [P, n],
+            and every [B] here is [P, n] then. Half precision is computed in float32.
         group: [B] int64 or int32, the prompt of each response, ids in [0, B) in any order. A group never spans calls.
-            Rows with an id outside [0, B) come out as NaN.
-        weights: [K] floats or tensor.
+            Rows with an id outside [0, B) come out as NaN. None: a matrix.
+        weights: [K] floats or tensor; None is 1 for a single score.
         valid: [B] bool, responses that obey the format; None = all.
         gate, offset: [B] floating, on the scores' device.
         normalize: GN within a group.
@@ -64,7 +71,7 @@ def group_advantage(
         backend: None, "reference" or "native".
 
     Returns:
-        [B], or [B, K] with ``per_score``; float64 for float64 scores, else float32.
+        [B], or [B, K] with ``per_score`` ([P, n] and [P, n, K] of a matrix); float64 for float64 scores, else float32.
 
     Raises:
         ValueError: wrong shape, dtype, device or option; ``per_score`` with ``combined``, ``offset`` or
@@ -75,6 +82,18 @@ def group_advantage(
     ``compute_grpo_multi_reward_advantage``) are one or two such calls, see ``prism_fast.algorithms.advantages``.
     """
     _check_options(normalize, eps, invalid, invalid_penalty, singleton, power, per_score, offset is not None)
+    shape = None
+    if isinstance(scores, Tensor) and scores.dim() == (2 if group is None else 1):
+        scores, weights = scores[..., None], scores.new_ones(1) if weights is None else weights
+    if group is None:
+        checks.tensor(OP, "scores", scores, shape=(None, None, None))
+        shape = tuple(scores.shape[:2])
+        for name, value in (("valid", valid), ("gate", gate), ("offset", offset)):
+            if value is not None:
+                checks.tensor(OP, name, value, shape=shape, dtypes=(torch.bool, *checks.FLOATS), like=scores)
+        scores = scores.reshape(shape[0] * shape[1], scores.shape[2])
+        group = torch.arange(shape[0], device=scores.device)[:, None].expand(shape).reshape(-1)
+        valid, gate, offset = (None if x is None else x.reshape(-1) for x in (valid, gate, offset))
     checks.tensor(OP, "scores", scores, shape=(None, None))
     rows, columns = scores.shape
     checks.tensor(OP, "group", group, shape=(rows,), dtypes=checks.INTEGERS, like=scores)
@@ -85,21 +104,9 @@ def group_advantage(
     kernel = reference
     if choose(OP, BACKENDS, backend, scores) == "native":
         from prism_fast.ops.native.group_advantage import run as kernel
-    return kernel(
-        scores=scores,
-        group=group,
-        weights=weights,
-        valid=valid,
-        gate=gate,
-        offset=offset,
-        normalize=normalize,
-        eps=eps,
-        invalid=invalid,
-        invalid_penalty=invalid_penalty,
-        singleton=singleton,
-        power=power,
-        per_score=per_score,
-    )
+    options = (normalize, eps, invalid, invalid_penalty, singleton, power, per_score)
+    found = kernel(scores, group, weights, valid, gate, offset, *options)
+    return found if shape is None else found.reshape(*shape, *found.shape[1:])
 
 
 def _check_options(

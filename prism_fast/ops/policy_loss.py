@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import checks
@@ -20,7 +21,7 @@ BACKENDS = ("reference", "native")
 def policy_loss(
     logp: Tensor,
     advantage: Tensor | None,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None = None,
     *,
     options: PolicyLossOptions | None = None,
     old_logp: Tensor | None = None,
@@ -33,7 +34,7 @@ def policy_loss(
     backend: str | None = None,
     **settings: Any,
 ) -> tuple[Tensor, PolicyStats]:
-    """Loss of packed response tokens: policy term + ``kl_coef`` * KL - ``entropy_coef`` * entropy, aggregated alike.
+    """Policy term + ``kl_coef`` * KL - ``entropy_coef`` * entropy of response tokens, all aggregated alike.
 
     With r = exp(clamp(logp - old_logp, -20, 20)), A the advantage and (lo, hi) = ``clip``, a token loses
 
@@ -61,12 +62,19 @@ def policy_loss(
     seq_mean_token_sum_norm     1 / (norm_length * denominator)             sequences with an active token
     =========================== =========================================== =======================================
 
+    Packed rows are [N] with ``cu_seqlens``; padded ones [B, T] without, every [N] below being [B, T] then, and ``mask``
+    saying which tokens count. Both give the same; padded rows are neither copied nor counted::
+
+        loss, stats = policy_loss(logp, advantage, cu_seqlens, old_logp=old_logp)  # [N], [B], [B + 1], [N]
+        loss, stats = policy_loss(logp, advantage, old_logp=old_logp, mask=response_mask)  # [B, T], [B], [B, T], [B, T]
+
     Args:
         logp: [N] floating, log-probabilities under the policy in nats; the only input with a gradient beside
             ``entropy``.
         advantage: [B] floating, or None with ``token_advantage``.
-        cu_seqlens: [B+1] int32 offsets, ascending from 0 to at most N; sequences may be empty; tokens past the last
-            offset are padding. Others give NaN (loss, statistics and every gradient) and count in ``bad_values``.
+        cu_seqlens: None for padded rows, else [B+1] int32 offsets, ascending from 0 to at most N; sequences may be
+            empty; tokens past the last offset are padding. Others give NaN (loss, statistics and every gradient) and
+            count in ``bad_values``.
         old_logp: [N]; None = on-policy, the ratio is 1 by construction and its gradient is that of logp.
         token_advantage: [N] floating instead of ``advantage``; refused by ``gspo``.
         options: what follows up to ``kl`` as one object, checked once; or its fields as keywords, not both.
@@ -88,7 +96,7 @@ def policy_loss(
         entropy: [N] floating, nats. Without ``entropy_coef`` it is only reported.
         ref_logp: [N] of a reference policy. Without ``kl_coef`` it is only reported.
         is_weight: [N] floating factors of the policy term, see ``importance_weights``.
-        mask: [N] bool or floating (0 = inactive). Inactive tokens may hold NaN; they get gradient exactly 0.
+        mask: [N] bool, floating or integer (0 = inactive). Inactive tokens may hold NaN; they get gradient exactly 0.
         backend: None, "reference" or "native" (differentiable once).
 
     Returns:
@@ -122,11 +130,36 @@ def policy_loss(
         "ref_logp": ref_logp,
         "is_weight": is_weight,
     }
+    if isinstance(logp, Tensor) and logp.dim() == 2:
+        logp, cu_seqlens, mask, columns = _rows_in_sequence(logp, cu_seqlens, mask, columns)
+    elif cu_seqlens is None:
+        raise ValueError(f"{OP}: logp must have shape [B, T] with a mask, or [N] with cu_seqlens, which is None")
     _check(logp, advantage, cu_seqlens, columns, mask, denominator, options.norm_length)
+    if mask is not None and mask.dtype in checks.INTEGERS:
+        mask = mask.bool()
     kernel = reference
     if choose(OP, BACKENDS, backend, logp) == "native":
         from .native.policy_loss import run as kernel
     return kernel(logp, advantage, cu_seqlens, options=options, denominator=denominator, mask=mask, **columns)
+
+
+def _rows_in_sequence(
+    logp: Tensor, cu_seqlens: object, mask: object, columns: dict[str, object]
+) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor | None]]:
+    """Padded rows [B, T] as B sequences of T tokens, their padding left to the mask: logp, offsets, mask, columns."""
+    if cu_seqlens is not None:
+        raise ValueError(f"{OP}: logp [B, T] has its sequences as rows; cu_seqlens must be None, or logp [N]")
+    checks.tensor(OP, "logp", logp, shape=(None, None))
+    shape = tuple(logp.shape)
+    for name, value in columns.items():
+        if value is not None:
+            checks.tensor(OP, name, value, shape=shape, like=logp)
+    if mask is not None:
+        checks.tensor(OP, "mask", mask, shape=shape, dtypes=checks.MASKS, like=logp)
+        mask = mask.reshape(-1)
+    offsets = torch.arange(shape[0] + 1, dtype=torch.int32, device=logp.device) * shape[1]
+    flat = {name: None if value is None else value.reshape(-1) for name, value in columns.items()}
+    return logp.reshape(-1), offsets, mask, flat
 
 
 def _check(

@@ -22,14 +22,17 @@ ROOT = Path(__file__).resolve().parents[2]
 B, P, T = 4, 3, 7
 LOSSES = {
     "grpo": {"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False},
-    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
-    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-2, "epsilon_high": 4e-2},
-    "dr_grpo": {"loss_type": "dr_grpo", "delta": 1.5},
-    "cispo": {"loss_type": "cispo", "epsilon_high": 1.1},
-    "bnpo": {"loss_type": "bnpo"},
+    "grpo with TRL's KL": {"loss_type": "grpo", "beta": 0.04},
+    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28, "entropy_coef": 0.07},
+    "gspo": {
+        "loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-2, "epsilon_high": 4e-2, "beta": 0.2
+    },
+    "dr_grpo": {"loss_type": "dr_grpo", "delta": 1.5, "beta": 0.1, "entropy_coef": 0.02},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.1, "beta": 0.3},
+    "bnpo": {"loss_type": "bnpo", "use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_target": 0.3},
     # Temperatures that float32 holds exactly: TRL puts them into a float32 tensor.
     "sapo": {"loss_type": "sapo", "beta": 0.1, "use_bias_correction_kl": False, "sapo_temperature_neg": 1.25},
-}
+}  # fmt: skip
 
 
 class Trainer(FusedLoss, GRPOTrainer):
@@ -90,7 +93,9 @@ def test_loss_and_its_gradient_in_float64(name, training, tmp_path, generator, m
     found = {}
     for kind in (Trainer, GRPOTrainer):
         logp = start.clone().requires_grad_()
-        answer = (logp, start.exp(), None)
+        answer = (logp, -logp * logp.exp(), None)  # an entropy with a gradient
+        ours.entropy_coef = ours.args.entropy_coef
+        ours._last_world_entropy, ours._entropy_window_stats = 0.2, None
         monkeypatch.setattr(ours, "_get_per_token_logps_and_entropies", lambda *_, answer=answer, **__: answer)
         loss = kind._compute_loss(ours, ours.model, dict(inputs))
         found[kind] = loss.detach(), *torch.autograd.grad(loss, logp)
@@ -102,12 +107,34 @@ def test_loss_and_its_gradient_in_float64(name, training, tmp_path, generator, m
     torch.testing.assert_close(loss, wanted, rtol=1e-13, atol=1e-15)
     torch.testing.assert_close(gradient, slope, rtol=1e-12, atol=1e-16)
     assert gradient[inputs["completion_mask"] == 0].eq(0).all()
-    assert set(theirs) - set(metrics) <= {"clip_ratio/low_min", "clip_ratio/high_max"} and set(metrics) <= set(theirs)
+    assert set(metrics) == set(theirs)
     for key, value in metrics.items():
-        if not (name in ("gspo", "cispo") and "clip" in key):  # what is counted differs, see FusedLoss
-            assert value == pytest.approx(theirs[key], rel=1e-6), key
+        assert value == pytest.approx(theirs[key], rel=1e-6), key
     if name not in ("sapo", "cispo"):
         assert metrics["clip_ratio/region_mean"] > 0  # the bounds were met
+
+
+@pytest.mark.parametrize("entropy", [0.5, 0.1])
+def test_adaptive_entropy_moves_as_trl_moves_it(entropy, tmp_path, generator, monkeypatch):
+    """Over two windows of two micro-batches: the coefficient, what it acts on, and when."""
+    seen = {}
+    for kind in (Trainer, GRPOTrainer):
+        settings = dict(use_adaptive_entropy=True, entropy_coef=0.1, entropy_target=0.3, entropy_coef_delta=0.04)
+        ours = trainer(Trainer, tmp_path, **settings, entropy_coef_max=0.15)
+        ours.current_gradient_accumulation_steps = 2
+        seen[kind] = []
+        for step in range(6):
+            monkeypatch.setattr(ours.accelerator.gradient_state, "sync_gradients", step % 2 == 1)
+            logp = (-3.0 + torch.arange(B * T).view(B, T) / 30).double().requires_grad_()
+            answer = (logp, logp * 0.0 + entropy + 0.01 * step, None)
+            monkeypatch.setattr(ours, "_get_per_token_logps_and_entropies", lambda *_, answer=answer, **__: answer)
+            inputs = batch(torch.Generator().manual_seed(step), torch.float64)
+            loss = kind._compute_loss(ours, ours.model, inputs)
+            seen[kind].append((loss.item(), ours.entropy_coef, ours._last_world_entropy))
+        seen[kind].append(tuple(ours._metrics["train"]["entropy_coef"]))
+    for mine, theirs in zip(seen[Trainer], seen[GRPOTrainer], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-12)
+    assert len(set(seen[Trainer][-1])) > 1
 
 
 @pytest.mark.parametrize("width", [1, T])
@@ -188,7 +215,6 @@ def test_training_follows_trl(tmp_path):
         ({"loss_type": "luspo", "importance_sampling_level": "sequence"}, "loss_type='luspo'"),
         ({"loss_type": "dapo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
         ({"top_entropy_quantile": 0.8}, "top_entropy_quantile"),
-        ({"entropy_coef": 0.1}, "entropy_coef"),
         ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32"),
     ],
 )

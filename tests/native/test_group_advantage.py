@@ -12,7 +12,8 @@ from prism_fast.ops import native
 if not native.available():
     pytest.skip(native.why_not(), allow_module_level=True)
 
-from prism_fast.ops.native.group_advantage import _operator, run
+from prism_fast.ops.native.group_advantage import _operator
+from prism_fast.ops.native.group_advantage import run as by_position
 from prism_fast.ops.reference.group_advantage import group_advantage as reference
 from tests.support.poison import poisoned
 
@@ -21,6 +22,10 @@ DEFAULTS = dict(
     valid=None, gate=None, offset=None, normalize="per_score", eps=1e-6, invalid="below_min", invalid_penalty=0.0,
     singleton="zero", power=1.0, per_score=False,
 )  # fmt: skip
+
+
+def run(**x) -> torch.Tensor:
+    return by_position(*(x[name] for name in ("scores", "group", "weights", *DEFAULTS)))
 
 
 def ragged_groups(sizes: list[int], generator: torch.Generator) -> torch.Tensor:

@@ -204,7 +204,7 @@ def test_no_gradient_flows():
 
 
 REFUSALS = {
-    "scores must have shape": {"scores": torch.zeros(4)},
+    "scores must have shape": {"scores": torch.zeros(4, 1, 1)},
     "scores must be float32": {"scores": torch.zeros(4, 1, dtype=torch.int64)},
     r"group must have shape \[4\], got \[3\]": {"group": torch.zeros(3, dtype=torch.int64)},
     "group must be int64, int32, got float32": {"group": torch.zeros(4)},

@@ -5,6 +5,8 @@ Semantics and validation stand in ``prism_fast.ops.group_advantage``; the arithm
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,16 +20,16 @@ NORMALIZE = {"per_score": 0, "combined": 1, "mean_only": 2, "leave_one_out": 3, 
 INVALID = {"below_min": 0, "exclude": 1, "as_is": 2}
 
 
-def run(**arguments) -> Tensor:
+def run(*arguments: Any) -> Tensor:
     """Arguments of `_run`, already validated by the public op.
 
     The result has no gradient. Does not synchronise, and can be captured in a CUDA graph. Raises RuntimeError where the
     kernels are missing.
     """
-    if plain(arguments["scores"]):
-        refuse_duals("group_advantage")
-        return _run(**arguments)
-    return _operator(**{name: x.detach() if isinstance(x, Tensor) else x for name, x in arguments.items()})
+    if not plain(arguments[0]):
+        return _operator(*(x.detach() if isinstance(x, Tensor) else x for x in arguments))
+    refuse_duals("group_advantage")
+    return _run(*arguments)
 
 
 def _run(
@@ -67,7 +69,8 @@ def _kind(scores: Tensor) -> torch.dtype:
 
 
 def _allocate(scores: Tensor, per_score: bool) -> Tensor:
-    return scores.new_empty(scores.shape if per_score else scores.shape[:1], dtype=_kind(scores))
+    shape, kind = scores.shape if per_score else scores.shape[0], _kind(scores)
+    return scores.new_empty(shape) if scores.dtype == kind else scores.new_empty(shape, dtype=kind)
 
 
 _operator = torch.library.custom_op("prism_fast::group_advantage", _run, mutates_args=())

@@ -13,7 +13,6 @@ from .segments import segment_sum
 def group_advantage(
     scores: Tensor,
     group: Tensor,
-    *,
     weights: Tensor,
     valid: Tensor | None,
     gate: Tensor | None,

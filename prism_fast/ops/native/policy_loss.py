@@ -5,12 +5,10 @@ Semantics and validation stand in ``prism_fast.ops.policy_loss``; the arithmetic
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from prism_fast.ops import native
 
@@ -63,7 +61,7 @@ def run(
     count, count_number = calls.split(denominator)
     value, stats, _ = _forms(
         logp, entropy, advantage, cu_seqlens, old_logp, token_advantage, ref_logp, is_weight, mask, count, norm_length,
-        denominator is not None, count_number, packed(options) if is_compiling() else _packed_once(options), wanted,
+        denominator is not None, count_number, packed(options), wanted,
     )  # fmt: skip
     return value, PolicyStats._make(stats.unbind(0)[:STATS])
 
@@ -87,9 +85,6 @@ def packed(options: PolicyLossOptions) -> list[float]:
         float(options.kl_importance),
         0.0 if norm is None or isinstance(norm, Tensor) else float(norm),
     ]
-
-
-_packed_once = functools.lru_cache(maxsize=64)(packed)  # compilers look through caches, with a warning
 
 
 def _run(

@@ -2,6 +2,7 @@
 
 from prism_fast.kernels.attention.backward import gradients
 from prism_fast.kernels.attention.forward import attend
+from prism_fast.kernels.attention.lists import make_lists, plan_for
 from prism_fast.kernels.attention.tiles import MAX_WIDTH, TILES, Tile
 
-__all__ = ["attend", "gradients", "MAX_WIDTH", "TILES", "Tile"]
+__all__ = ["attend", "gradients", "make_lists", "plan_for", "MAX_WIDTH", "TILES", "Tile"]

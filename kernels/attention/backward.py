@@ -8,12 +8,12 @@ parts are added up in order by a third kernel. No atomics, so bits repeat.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from prism_fast.kernels.attention.forward import LOG2E, lists_of, load_rows, segment_of, shapes
+from prism_fast.kernels.attention.forward import LOG2E, load_rows, poisoned, segment_of, shapes, tile_of
+from prism_fast.kernels.attention.lists import plan_for, view_lists
 from prism_fast.kernels.attention.tiles import Tile, tile_for
 from prism_fast.kernels.launch import on_device
 
@@ -22,22 +22,20 @@ SUM_ROWS = 16  # keys of one program that adds up parts
 
 @triton.jit
 def absorb_keys(
-    dq, q, do, lse, delta, k_ptr, v_ptr, row, first, stop, k_stride, v_stride, scale,
+    dq, q, do, lse, delta, k_ptr, v_ptr, row, at, stop, k_stride, v_stride, scale,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq (without the scale) plus what the keys [first, stop) add."""
-    for at in range(first, stop, KEYS):
-        column = at + tl.arange(0, KEYS)
-        k = load_rows(k_ptr, column, stop, k_stride, D, BLOCK_D)
-        v = load_rows(v_ptr, column, stop, v_stride, D, BLOCK_D)
-        s = tl.dot(q, k.T, input_precision=PRECISION) * scale - lse[:, None]
-        seen = (column < stop)[None, :]
-        if CAUSAL:
-            seen = seen & (column[None, :] <= row[:, None])
-        p = tl.exp2(tl.where(seen, s, float("-inf")))
-        ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    return dq
+    """dq (without the scale) plus what the tile of keys [at, stop) adds."""
+    column = at + tl.arange(0, KEYS)
+    k = load_rows(k_ptr, column, stop, k_stride, D, BLOCK_D)
+    v = load_rows(v_ptr, column, stop, v_stride, D, BLOCK_D)
+    s = tl.dot(q, k.T, input_precision=PRECISION) * scale - lse[:, None]
+    seen = (column < stop)[None, :]
+    if CAUSAL:
+        seen = seen & (column[None, :] <= row[:, None])
+    p = tl.exp2(tl.where(seen, s, float("-inf")))
+    ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["S", "T", "scale"])
@@ -72,14 +70,18 @@ def queries_kernel(
     k_ptr += head // GROUP * k_head
     v_ptr += head // GROUP * v_head
     dq = tl.zeros((QUERIES, BLOCK_D), tl.float32)
-    dq = absorb_keys(
-        dq, q, do, lse, delta, k_ptr, v_ptr, row, first, last, k_row, v_row, scale,
-        CAUSAL=False, PRECISION=PRECISION, KEYS=KEYS, D=D, BLOCK_D=BLOCK_D,
-    )  # fmt: skip
-    dq = absorb_keys(
-        dq, q, do, lse, delta, k_ptr, v_ptr, row, start, tl.minimum(begin + QUERIES, stop), k_row, v_row, scale,
-        CAUSAL=True, PRECISION=PRECISION, KEYS=KEYS, D=D, BLOCK_D=BLOCK_D,
-    )  # fmt: skip
+    prefixes, full = tl.cdiv(last - first, KEYS), (begin - start) // KEYS
+    for i in range(prefixes + full):
+        at, end = tile_of(i, prefixes, first, last, start, stop, KEYS)
+        dq = absorb_keys(
+            dq, q, do, lse, delta, k_ptr, v_ptr, row, at, end, k_row, v_row, scale,
+            CAUSAL=False, PRECISION=PRECISION, KEYS=KEYS, D=D, BLOCK_D=BLOCK_D,
+        )  # fmt: skip
+    for at in range(start + full * KEYS, tl.minimum(begin + QUERIES, stop), KEYS):
+        dq = absorb_keys(
+            dq, q, do, lse, delta, k_ptr, v_ptr, row, at, stop, k_row, v_row, scale,
+            CAUSAL=True, PRECISION=PRECISION, KEYS=KEYS, D=D, BLOCK_D=BLOCK_D,
+        )  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     dq *= scale * 0.6931471805599453
     at = row.to(tl.int64) * HEADS + head
@@ -216,21 +218,26 @@ def gradients(
     prefix_start: Tensor,
     prefix_len: Tensor,
     branch_prefix: Tensor,
+    lists: Tensor,
     scale: float,
     *,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, contiguous, 0 on padding. ``out`` and ``lse`` as :func:`attend` returns them; ``do`` [T,
-    Hq, D] with heads of stride 1. Takes at most ``lists.PARTIAL_BYTES`` of memory for sums of parts."""
+    """Gradients of q, k and v, contiguous, 0 on padding, NaN where the lists say that the layout does not fit the row.
+
+    ``lists``, ``out`` and ``lse`` as for and from :func:`attend`; ``do`` [T, Hq, D] with heads of stride 1. Takes at
+    most ``lists.PARTIAL_BYTES`` of memory for sums of parts.
+    """
     tile = tile or tile_for(q)
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     (tokens, heads, width), key_heads, segments = q.shape, k.shape[1], cu.shape[0] - 1
+    plan = plan_for(q, k, cu, tile)
+    found = view_lists(plan, lists)
+    dq, dk, dv = (poisoned(x, found, x.shape, x.dtype) for x in (q, k, v))
     if tokens == 0 or segments == 0:
         return dq, dk, dv
-    numbers, lists = lists_of(q, k, cu, prefix_start, prefix_len, branch_prefix, tile)
     constants = shapes(q, k)
-    sums = lse.new_empty((heads, lists.queries.shape[1], 2, tile.back_queries))
-    partial = lse.new_empty((numbers.slots, key_heads, 2, tile.back_keys, constants["BLOCK_D"]))
+    sums = lse.new_empty((heads, found.queries.shape[1], 2, tile.back_queries))
+    partial = lse.new_empty((plan.slots, key_heads, 2, tile.back_keys, constants["BLOCK_D"]))
     strides = [n for x in (q, k, v, do) for n in x.stride()[:2]]
     shared = {
         **constants,
@@ -240,17 +247,17 @@ def gradients(
         "num_stages": tile.back_stages,
     }
     with on_device(q):
-        queries_kernel[(lists.queries.shape[1], heads)](
-            q, k, v, out, lse, do, dq, sums, lists.queries, cu, prefix_start, prefix_len, branch_prefix,
+        queries_kernel[(found.queries.shape[1], heads)](
+            q, k, v, out, lse, do, dq, sums, found.queries, cu, prefix_start, prefix_len, branch_prefix,
             segments, tokens, scale * LOG2E, *strides, **shared,
         )  # fmt: skip
-        keys_kernel[(lists.parts.shape[0] * key_heads,)](
-            q, k, v, do, sums, dk, dv, partial, lists.parts, lists.seers, cu,
+        keys_kernel[(found.parts.shape[0] * key_heads,)](
+            q, k, v, do, sums, dk, dv, partial, found.parts, found.seers, cu,
             sums.shape[1], segments, scale * LOG2E, *strides, **shared,
         )  # fmt: skip
         rows = min(SUM_ROWS, tile.back_keys)
-        sums_kernel[(lists.sums.shape[0], key_heads, tile.back_keys // rows)](
-            dk, dv, partial, lists.sums, cu, segments,
+        sums_kernel[(found.sums.shape[0], key_heads, tile.back_keys // rows)](
+            dk, dv, partial, found.sums, cu, segments,
             KEY_HEADS=key_heads, D=width, BLOCK_D=constants["BLOCK_D"], KEYS=tile.back_keys, ROWS=rows,
         )  # fmt: skip
     return dq, dk, dv

@@ -1,7 +1,8 @@
 """Output and log-sum-exp of shared-prefix attention.
 
-A program owns a tile of queries of one segment and one head. It walks over two ranges of keys: the whole prefix of its
-segment, where only the end needs a mask, and its own segment up to the diagonal. Each range is two scalars.
+A program owns a tile of queries of one segment and one head. It walks over two ranges of keys, each of them two
+scalars: the whole prefix of its segment, then its own segment up to the diagonal, which alone needs a mask of two
+dimensions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prism_fast.kernels.attention.lists import Lists, Plan, make_lists, plan, view_lists
+from prism_fast.kernels.attention.lists import Lists, plan_for, view_lists
 from prism_fast.kernels.attention.tiles import MAX_WIDTH, Tile, block_width, tile_for
 from prism_fast.kernels.launch import on_device
 
@@ -39,28 +40,33 @@ def load_rows(ptr, row, stop, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def tile_of(i, prefixes, first, last, start, stop, KEYS: tl.constexpr):
+    """(first key, past the last) of the i-th tile that all rows see: ``prefixes`` of the prefix, then the segment's."""
+    other = i < prefixes
+    return tl.where(other, first + i * KEYS, start + (i - prefixes) * KEYS), tl.where(other, last, stop)
+
+
+@triton.jit
 def absorb(
-    q, top, total, out, k_ptr, v_ptr, row, first, stop, k_stride, v_stride, scale,
+    q, top, total, out, k_ptr, v_ptr, row, at, stop, k_stride, v_stride, scale,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys [first, stop): returns the new maximum, sum and unnormalised output."""
-    for at in range(first, stop, KEYS):
-        column = at + tl.arange(0, KEYS)
-        k = load_rows(k_ptr, column, stop, k_stride, D, BLOCK_D)
-        s = tl.dot(q, k.T, input_precision=PRECISION) * scale  # in units of log 2
-        seen = (column < stop)[None, :]
-        if CAUSAL:
-            seen = seen & (column[None, :] <= row[:, None])
-        s = tl.where(seen, s, float("-inf"))
-        # The first key of either range is seen by every row, so the maximum is finite from the first tile on.
-        new = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - new[:, None])
-        shrink = tl.exp2(top - new)
-        total = total * shrink + tl.sum(p, 1)
-        v = load_rows(v_ptr, column, stop, v_stride, D, BLOCK_D)
-        out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
-        top = new
-    return top, total, out
+    """Online softmax with the tile of keys [at, stop): returns the new maximum, sum and unnormalised output."""
+    column = at + tl.arange(0, KEYS)
+    k = load_rows(k_ptr, column, stop, k_stride, D, BLOCK_D)
+    s = tl.dot(q, k.T, input_precision=PRECISION) * scale  # in units of log 2
+    seen = (column < stop)[None, :]
+    if CAUSAL:
+        seen = seen & (column[None, :] <= row[:, None])
+    s = tl.where(seen, s, float("-inf"))
+    # The first key of the first tile is seen by every row, so the maximum is finite from there on.
+    new = tl.maximum(top, tl.max(s, 1))
+    p = tl.exp2(s - new[:, None])
+    shrink = tl.exp2(top - new)
+    total = total * shrink + tl.sum(p, 1)
+    v = load_rows(v_ptr, column, stop, v_stride, D, BLOCK_D)
+    out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+    return new, total, out
 
 
 @triton.jit(do_not_specialize=["S", "T", "scale"])
@@ -100,14 +106,19 @@ def attend_kernel(
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     out = tl.zeros((QUERIES, BLOCK_D), tl.float32)
-    top, total, out = absorb(
-        q, top, total, out, k_ptr, v_ptr, row, first, last, k_row, v_row, scale,
-        CAUSAL=False, PRECISION=PRECISION, KEYS=KEYS, D=D, BLOCK_D=BLOCK_D,
-    )  # fmt: skip
-    top, total, out = absorb(
-        q, top, total, out, k_ptr, v_ptr, row, start, tl.minimum(begin + QUERIES, stop), k_row, v_row, scale,
-        CAUSAL=True, PRECISION=PRECISION, KEYS=KEYS, D=D, BLOCK_D=BLOCK_D,
-    )  # fmt: skip
+    # Keys that all rows see, then those around the diagonal.
+    prefixes, full = tl.cdiv(last - first, KEYS), (begin - start) // KEYS
+    for i in range(prefixes + full):
+        at, end = tile_of(i, prefixes, first, last, start, stop, KEYS)
+        top, total, out = absorb(
+            q, top, total, out, k_ptr, v_ptr, row, at, end, k_row, v_row, scale,
+            CAUSAL=False, PRECISION=PRECISION, KEYS=KEYS, D=D, BLOCK_D=BLOCK_D,
+        )  # fmt: skip
+    for at in range(start + full * KEYS, tl.minimum(begin + QUERIES, stop), KEYS):
+        top, total, out = absorb(
+            q, top, total, out, k_ptr, v_ptr, row, at, stop, k_row, v_row, scale,
+            CAUSAL=True, PRECISION=PRECISION, KEYS=KEYS, D=D, BLOCK_D=BLOCK_D,
+        )  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     at = (row.to(tl.int64) * HEADS + head)[:, None] * D + d[None, :]
     inside = row < stop
@@ -123,37 +134,35 @@ def attend(
     prefix_start: Tensor,
     prefix_len: Tensor,
     branch_prefix: Tensor,
+    lists: Tensor,
     scale: float,
     *,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [T, Hq, D] in the dtype of ``q`` and log-sum-exp [Hq, T] float32; both 0 on padding.
+    """Output [T, Hq, D] in the dtype of ``q`` and log-sum-exp [Hq, T] float32; both 0 on padding, NaN where the lists
+    say that the layout does not fit the row.
 
     q [T, Hq, D], k and v [T, Hk, D] with rows of heads of stride 1, D <= 128; the layout as in ``PrefixLayout``,
-    contiguous. Raises NotImplementedError for a card without a tile.
+    contiguous; ``lists`` by ``make_lists`` from the same. Raises NotImplementedError for a card without a tile.
     """
     tile = tile or tile_for(q)
     tokens, heads = q.shape[:2]
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_zeros((heads, tokens), dtype=torch.float32)
+    found = view_lists(plan_for(q, k, cu, tile), lists)
+    out, lse = (poisoned(q, found, *x) for x in ((q.shape, q.dtype), ((heads, tokens), torch.float32)))
     segments = cu.shape[0] - 1
     if tokens and segments:
-        _, lists = lists_of(q, k, cu, prefix_start, prefix_len, branch_prefix, tile)
         with on_device(q):
-            attend_kernel[(lists.forward.shape[1], heads)](
-                q, k, v, out, lse, lists.forward, cu, prefix_start, prefix_len, branch_prefix,
+            attend_kernel[(found.forward.shape[1], heads)](
+                q, k, v, out, lse, found.forward, cu, prefix_start, prefix_len, branch_prefix,
                 segments, tokens, scale * LOG2E, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
                 **shapes(q, k), QUERIES=tile.queries, KEYS=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return out, lse
 
 
-def lists_of(
-    q: Tensor, k: Tensor, cu: Tensor, prefix_start: Tensor, prefix_len: Tensor, branch_prefix: Tensor, tile: Tile
-) -> tuple[Plan, Lists]:
-    """The lists of all launches for operands like these, and the numbers behind their lengths."""
-    numbers = plan(q.shape[0], cu.shape[0] - 1, q.shape[1], k.shape[1], q.shape[2], tile)
-    return numbers, view_lists(numbers, make_lists(numbers, cu, prefix_start, prefix_len, branch_prefix))
+def poisoned(like: Tensor, lists: Lists, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What a result is where no program writes: 0, or NaN everywhere where the layout does not fit the row."""
+    return like.new_empty(shape, dtype=dtype).copy_(torch.where(lists.bad[0] != 0, torch.nan, 0.0))
 
 
 def shapes(q: Tensor, k: Tensor) -> dict[str, object]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prism_fast.kernels.attention.tiles import Tile, block_width
+from prism_fast.kernels.attention.tiles import Tile, block_width, tile_for
 
 PART = 32  # pairs of a query and a key tile below which a part is not cut: its sums must cost little beside its work
 PROGRAMS = 8  # parts of all key heads together for every tile, at most
@@ -50,6 +50,7 @@ class Plan(NamedTuple):
             "queries": (2, queries),
             "seers": (2 * queries, 3),
             "parts": (self.key_tiles + self.parts, 8),
+            "bad": (1,),
             "sums": (min(self.parts, self.key_tiles), 4),
         }
 
@@ -66,7 +67,13 @@ class Lists(NamedTuple):
     # [parts, 8] segment and first token of the keys; the query tile abreast; from, to of those abreast, which see some
     # of the keys; from, to of the seers behind, which see all; slot of the sum (-1 where the work is whole)
     parts: Tensor
+    bad: Tensor  # [1] not 0 where the layout does not fit the row, and the other lists name nothing
     sums: Tensor  # [tiles, 4] segment and first token of the keys; first slot, number of slots
+
+
+def plan_for(q: Tensor, k: Tensor, cu: Tensor, tile: Tile | None = None) -> Plan:
+    """For a row of q [T, Hq, D] and k, v [T, Hk, D] in the segments ``cu`` [S + 1]; ``tile`` as for the launches."""
+    return plan(q.shape[0], cu.shape[0] - 1, q.shape[1], k.shape[1], q.shape[2], tile or tile_for(q))
 
 
 def plan(tokens: int, segments: int, heads: int, key_heads: int, width: int, tile: Tile) -> Plan:
@@ -84,12 +91,16 @@ def bound(tokens: int, segments: int, block: int) -> int:
     return tokens // block + segments
 
 
-def make_lists(plan: Plan, cu: Tensor, prefix_start: Tensor, prefix_len: Tensor, branch_prefix: Tensor) -> Tensor:
-    """All lists behind each other, [plan.size()] int32 on the device; see :func:`view_lists`."""
+def make_lists(
+    plan: Plan, cu: Tensor, prefix_start: Tensor, prefix_len: Tensor, branch_prefix: Tensor, bad: Tensor
+) -> Tensor:
+    """All lists behind each other, [plan.size()] int32 on the device; see :func:`view_lists`. ``bad`` 0-d bool."""
+    if plan.segments == 0:  # nothing but what is known without a segment
+        return bad.int().expand(plan.size()).clone()
     queries = cut(cu, plan.tokens, plan.back_queries)
     seers, first = _seers(queries, cu, prefix_start, prefix_len, branch_prefix)
     parts, sums = _parts(plan, cu, first)
-    found = Lists(cut(cu, plan.tokens, plan.queries), queries, seers, parts, sums)
+    found = Lists(cut(cu, plan.tokens, plan.queries), queries, seers, parts, bad[None], sums)
     flat = []
     for x, shape in zip(found, plan.shapes().values(), strict=True):
         assert x.shape == shape

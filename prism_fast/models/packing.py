@@ -24,7 +24,7 @@ from prism_fast.models.processor import EncodedPrompt
 from prism_fast.models.shared_prefix import require_shared_prefix
 from prism_fast.models.transfer import moved
 from prism_fast.models.vision import ImageFeatures, encode_images, place_images
-from prism_fast.ops import PrefixLayout
+from prism_fast.ops import PrefixLayout, prepare_prefix_layout
 
 Branch = tuple[int, int]  # (group, number of the branch in its group)
 
@@ -326,9 +326,23 @@ def packed_outputs(
         position_ids=row.position_ids,
         attention_mask=None,
         use_cache=False,
-        prefix_layout=row.layout,
+        prefix_layout=_prepared(row.layout, embeds, language_model.config),
         **visual,
         **kwargs,
+    )
+
+
+def _prepared(layout: PrefixLayout, embeds: Tensor, config: PreTrainedConfig) -> PrefixLayout:
+    """What is the same for all layers, made once."""
+    device = embeds.device.type
+    cast = torch.is_autocast_enabled(device)
+    return prepare_prefix_layout(
+        layout,
+        tokens=embeds.shape[1],
+        heads=config.num_attention_heads,
+        key_heads=config.num_key_value_heads,
+        width=config.head_dim,
+        dtype=torch.get_autocast_dtype(device) if cast else embeds.dtype,
     )
 
 

@@ -13,6 +13,7 @@ from .moe_experts import moe_experts
 from .pairwise_loss import pairwise_loss
 from .policy_loss import policy_loss
 from .policy_options import PolicyLossOptions
+from .prefix_layout import prepare_prefix_layout
 from .results import (
     ImportanceWeights,
     LogProb,
@@ -40,6 +41,7 @@ __all__ = [
     "shared_prefix_attention",
     "available",
     "bad_values",
+    "prepare_prefix_layout",
     "ImportanceWeights",
     "LogProb",
     "PairwiseStats",

@@ -68,6 +68,13 @@ class Routing(NamedTuple):
     z_stat: Tensor  # 0-d sum over tokens of logsumexp(logits)^2 (differentiable); [0] from plan_experts
 
 
+class PreparedPrefix(NamedTuple):
+    """Of ``prepare_prefix_layout``: what a backend makes of a layout before the first product."""
+
+    row: tuple[object, ...]  # the shapes, dtype and device it is for
+    lists: Tensor  # [n] int32, which tiles of the row meet which
+
+
 class PrefixLayout(NamedTuple):
     """How packed tokens see each other in ``shared_prefix_attention``. All tensors int32, on the tokens' device.
 
@@ -82,3 +89,4 @@ class PrefixLayout(NamedTuple):
     max_prefix: int  # upper bound of prefix_len
     max_branch: int  # upper bound of the segments' lengths
     max_queries: int | None = None  # upper bound of the tokens that see one prefix; None: only the row's length is one
+    prepared: PreparedPrefix | None = None  # by ``prepare_prefix_layout``; without, every call prepares for itself

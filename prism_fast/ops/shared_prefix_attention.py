@@ -8,11 +8,10 @@ from torch import Tensor
 from . import checks
 from .backend import choose
 from .flash import packed_backend
+from .prefix_layout import BACKENDS, OP
 from .reference.shared_prefix_attention import shared_prefix_attention as reference
 from .results import PrefixLayout
 
-OP = "shared_prefix_attention"
-BACKENDS = ("reference", "triton", "stock")
 INT32 = (torch.int32,)
 
 
@@ -27,18 +26,22 @@ def shared_prefix_attention(
         v: [T, Hk, Dv], dtype of ``q``.
         layout: the token axis as S consecutive segments. A prefix is itself a segment with ``branch_prefix`` -1; its
             branches name it by its number in ``prefix_start``. A segment without prefix is an ordinary sequence.
-            Several groups may follow each other; empty segments are allowed.
-        scale: of the scores; None = 1 / sqrt(D).
+            Several groups may follow each other; empty segments are allowed. ``prepare_prefix_layout`` saves the layers
+            of a model the work that is the same for all.
+        scale: of the scores, positive; None = 1 / sqrt(D).
         backend: None, "reference", "stock" (PyTorch's fused attention kernels, joined by log-sum-exp; on CUDA not
             float64, and in half precision heads of a multiple of 8 up to 256) or "triton" (CUDA; not float64; D = Dv <=
             128). None is "stock" on the CPU and what ``ops.flash`` says of the card on CUDA.
 
     Returns:
         [T, Hq, Dv] in the dtype of ``q``, 0 on padding (tokens past ``cu_branch[-1]``). Softmax and sums run in float32
-        (float64 for float64).
+        (float64 for float64). The fused backends form the probabilities again in backward, from a log-sum-exp in
+        float32: where scores reach hundreds, gradients are as exact as those of PyTorch's fused attention, which is
+        less than a softmax that is kept.
 
     Raises:
-        ValueError: wrong shape, dtype, device or layout.
+        ValueError: wrong shape, dtype, device or scale; on the CPU also values of the layout that do not fit together
+            or the T tokens. Elsewhere nobody looks at them, and results and gradients are NaN.
         NotImplementedError: what "triton", or "stock" on CUDA, does not take.
         RuntimeError: a backend that this machine or device lacks.
 
@@ -67,7 +70,7 @@ def shared_prefix_attention(
         if isinstance(bound, bool) or not isinstance(bound, int) or bound < 0:
             raise ValueError(f"{OP}: layout.{name}={bound!r} must be an integer >= 0")
     if scale is not None:
-        checks.number(OP, "scale", scale)
+        checks.number(OP, "scale", scale, low=0.0, strict=True)
     scale = width**-0.5 if scale is None else float(scale)
     chosen = choose(OP, BACKENDS, backend, q, packed_backend(q, v))
     if chosen == "triton":

@@ -23,7 +23,7 @@ def lists_of(segments, heads=4, key_heads=2, width=16, tile=SMALL, padding=0):
     layout = layout_of(segments)
     tokens = int(layout.cu_branch[-1]) + padding
     plan = lists.plan(tokens, len(segments), heads, key_heads, width, tile)
-    found = lists.view_lists(plan, lists.make_lists(plan, *layout[:4]))
+    found = lists.view_lists(plan, lists.make_lists(plan, *layout[:4], torch.tensor(False)))
     return layout, plan, found
 
 

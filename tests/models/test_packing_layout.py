@@ -35,7 +35,7 @@ def test_row_layout(policy, make_prompt, make_rows):
     assert row.layout.cu_branch.tolist() == [0, p, p + 3, p + 4, p + 4, p + 8 + q]
     assert row.layout.branch_prefix.tolist() == [-1, 0, 0, 0, -1]
     assert (row.layout.prefix_start.tolist(), row.layout.prefix_len.tolist()) == ([0], [p])
-    assert row.layout[4:] == (p, max(p, q + 4), 4)
+    assert row.layout[4:] == (p, max(p, q + 4), 4, None)
     assert all(x.dtype == torch.int32 for x in row.layout[:4])
     start = p + 4 + q
     assert row.predict.index.tolist() == [p - 1, p, p + 1, p - 1, start - 1, start, start + 1, start + 2]

@@ -179,6 +179,28 @@ def test_error_against_float64_is_that_of_eager_attention(generator, dtype):
         assert (a - c).abs().max() <= 2 * (b - c).abs().max() + 4 * unit * c.abs().max()
 
 
+@pytest.mark.parametrize("size", [30, 300])
+def test_large_scores_cost_no_more_than_pytorchs_own_attention(size, generator):
+    """Scores of hundreds and thousands. The bound is the contract's, the eager form PyTorch's fused attention: there as
+    here, backward forms probabilities from a float32 log-sum-exp, which is less exact than a softmax that is kept."""
+    segments = [(200, -1), (57, 0), (130, 0), (1, 0), (40, -1)]
+    inputs = [x.detach().float() for x in tokens(generator, segments, width=16, value_width=16)]
+    inputs[0] *= size
+    upstream = torch.randn(inputs[0].shape, generator=generator, dtype=torch.float64)
+
+    def run(attention, kind):
+        leaves = [x.to(kind, copy=True).requires_grad_() for x in inputs]
+        out = attention(*leaves)
+        return [x.detach().double() for x in (out, *torch.autograd.grad(out, leaves, upstream.to(kind)))]
+
+    exact, theirs = (run(lambda *x: unshared(*x, segments), kind) for kind in (torch.float64, torch.float32))
+    ours = run(lambda *x: shared_prefix_attention(*x, layout_of(segments)), torch.float32)
+    unit = torch.finfo(torch.float32).eps
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert (a - c).norm() <= 2 * (b - c).norm() + 4 * unit * c.norm()
+        assert (a - c).abs().max() <= 2 * (b - c).abs().max() + 4 * unit * c.abs().max()
+
+
 def test_padding_is_zero_without_gradient(generator):
     segments = SHAPES["one group"]
     q, k, v = tokens(generator, [*segments, (4, -1)])

@@ -14,4 +14,4 @@ def test_schema_fake_tensors_and_autograd(generator):
     segments = SHAPES["one group"]
     q, k, v = tokens(generator, segments, width=8, value_width=8)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(_operator, (q, k, v, *layout_of(segments), 0.3), test_utils=checks)
+    torch.library.opcheck(_operator, (q, k, v, *layout_of(segments)[:7], 0.3), test_utils=checks)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..prefix_layout import fitting, misfit, refuse_misfit
 from ..results import PrefixLayout
 from .segments import sequence_of_token
 
@@ -16,12 +17,21 @@ BLOCK_BYTES = 64 << 20  # scores of one block of queries
 
 def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *, scale: float) -> Tensor:
     """See ``prism_fast.ops.shared_prefix_attention``. q [T, Hq, D], k [T, Hk, D], v [T, Hk, Dv]."""
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        refuse_misfit(layout, q.shape[0])
+    with torch.autocast(q.device.type, enabled=False):  # products in the dtype they are written in
+        return _blocks(q, k, v, layout, scale)
+
+
+def _blocks(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float) -> Tensor:
     tokens, heads = q.shape[0], q.shape[1]
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+    bad = misfit(layout, tokens)
+    layout = PrefixLayout(*fitting(layout, bad), *layout[4:])
     segments = layout.branch_prefix.shape[0]
     segment = sequence_of_token(layout.cu_branch, tokens)
     group = heads // k.shape[1]
-    queries = q.to(kind).movedim(1, 0)  # [Hq, T, D]
+    queries = (q.to(kind) + torch.where(bad, math.nan, 0.0)).movedim(1, 0)  # [Hq, T, D]
     keys, values = (x.to(kind).movedim(1, 0).repeat_interleave(group, 0) for x in (k, v))
     start, stop = _prefix_of_token(layout, segment, segments)
     rows = max(1, BLOCK_BYTES // max(1, heads * tokens * queries.element_size()))
@@ -36,7 +46,7 @@ def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayou
     if not parts:
         return v.new_empty((0, heads, v.shape[2]))
     out = torch.cat(parts, 1).movedim(0, 1)
-    return torch.where((segment < segments)[:, None, None], out, 0.0).to(q.dtype)
+    return torch.where((bad | (segment < segments))[:, None, None], out, 0.0).to(q.dtype)
 
 
 def _prefix_of_token(layout: PrefixLayout, segment: Tensor, segments: int) -> tuple[Tensor, Tensor]:

@@ -16,21 +16,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..prefix_layout import fitting, misfit
 from ..reference.segments import sequence_of_token
+from ..results import PrefixLayout
 from .varlen import Kernel, Sequences, kernel_for
 
 
 class Tokens(NamedTuple):
-    """All tokens of the row, as a call's queries or keys; ``inside`` [T] bool says which are no padding."""
+    """All tokens of the row, as a call's queries or keys; ``inside`` [T] bool says which are no padding;
+    ``outside`` 0-d is what stands there: 0, or NaN where the layout does not fit the row and all tokens count as
+    padding."""
 
     inside: Tensor
+    outside: Tensor
 
     def read(self, x: Tensor) -> Tensor:
         return x
 
     def write(self, into: Tensor, x: Tensor) -> None:
         inside = self.inside.view(-1, *[1] * (x.dim() - 1))
-        torch.where(inside, x, x.new_zeros(()), out=into)
+        torch.where(inside, x, self.outside.to(x.dtype), out=into)
 
 
 class OwnCall(NamedTuple):
@@ -82,6 +87,12 @@ class PrefixCall(NamedTuple):
         return x.index_select(0, self.slot)
 
 
+class Calls(NamedTuple):
+    own: list[OwnCall]
+    joined: list[PrefixCall]
+    outside: Tensor  # as of ``Tokens``
+
+
 def device_calls(
     q: Tensor,
     cu_branch: Tensor,
@@ -91,28 +102,29 @@ def device_calls(
     max_prefix: int,
     max_branch: int,
     max_queries: int | None = None,
-) -> tuple[list[OwnCall], list[PrefixCall]]:
+) -> Calls:
     """None of either kind where a shape or bound says that there is nothing to do.
 
     ``max_queries`` bounds the kernel's grid, which is cut for the longest sequence of queries and is empty elsewhere:
     with the length of the row (None) nearly all blocks of a row with many prefixes would have nothing to do.
     """
     tokens, segments = q.shape[0], branch_prefix.shape[0]
+    layout = PrefixLayout(cu_branch, prefix_start, prefix_len, branch_prefix, max_prefix, max_branch, max_queries)
+    bad = misfit(layout, tokens)
+    outside = torch.where(bad, torch.nan, 0.0)
     if tokens == 0 or segments == 0 or max_branch == 0:
-        return [], []
+        return Calls([], [], outside)
     if max_queries is None:
         max_queries = tokens
     kernel = kernel_for(q, "shared_prefix_attention: backend='stock'", "backend='triton' or 'reference'")
-    cu, prefix_start, prefix_len, branch_prefix = (
-        x.contiguous() for x in (cu_branch, prefix_start, prefix_len, branch_prefix)
-    )
+    cu, prefix_start, prefix_len, branch_prefix = fitting(layout, bad)
     segment = sequence_of_token(cu, tokens)  # [T], S on padding
-    everything = Tokens(segment < segments)
+    everything = Tokens(segment < segments, outside)
     longest = min(max_branch, tokens)
     own = OwnCall(kernel, Sequences(cu, cu, longest, longest, True), everything, everything)
     prefixes = prefix_start.shape[0]
     if prefixes == 0 or max_prefix == 0 or max_queries == 0:
-        return [own], []
+        return Calls([own], [], outside)
     # Prefixes as they lie; an empty one may start where another does, and must come before it.
     place = (2 * prefix_start.long() + prefix_len).argsort()  # [P]
     rank = torch.empty_like(place).scatter_(0, place, torch.arange(prefixes, device=place.device))
@@ -135,4 +147,4 @@ def device_calls(
     has_queries = torch.cat((cu_queries.diff() > 0, sees[-1:]))  # [2 P + 1], False behind the last prefix
     followed = has_queries[sequence_of_token(cu_keys, tokens)]
     bound = Sequences(cu_queries, cu_keys, min(max_queries, tokens), min(max_prefix, tokens), False)
-    return [own], [PrefixCall(kernel, bound, everything, everything, slot, followed)]
+    return Calls([own], [PrefixCall(kernel, bound, everything, everything, slot, followed)], outside)

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..prefix_layout import refuse_misfit
 from ..prefix_operator import attention_operator, dense_heads, sum_dtype
 from ..results import PrefixLayout
-from .device_calls import device_calls
+from .device_calls import Calls, device_calls
 from .host_calls import host_calls
 
 
@@ -34,12 +35,13 @@ def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayou
     if width != value_width:  # the kernels take one width; zeros change neither scores nor the values kept
         common = max(width, value_width)
         q, k, v = (F.pad(x, (0, common - x.shape[2])) for x in (q, k, v))
-    return _operator(q, k, v, *layout, scale)[0][..., :value_width]
+    return _operator(q, k, v, *layout[:7], scale)[0][..., :value_width]
 
 
-def _calls(q: Tensor, *layout: Tensor | int | None) -> tuple[list, list]:
-    """The calls of kind 1 and of kind 2."""
-    return device_calls(q, *layout) if q.is_cuda else host_calls(*layout[:4])
+def _calls(q: Tensor, *layout: Tensor | int | None) -> Calls:
+    if q.is_cuda:
+        return device_calls(q, *layout)
+    return Calls(*host_calls(*layout[:4]), q.new_zeros(()))
 
 
 def _run(
@@ -57,11 +59,13 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """(out [T, Hq, D], joint log-sum-exp [Hq, T] in float32, float64 for float64)."""
     q, k, v = dense_heads(q, k, v)
-    out = q.new_zeros(q.shape)
-    joint = q.new_zeros((q.shape[1], q.shape[0]), dtype=sum_dtype(q))
-    total = joint.t()  # calls see tokens first; the kernels of a GPU keep a head's tokens side by side
     layout = cu_branch, prefix_start, prefix_len, branch_prefix, max_prefix, max_branch, max_queries
-    own, joined = _calls(q, *layout)
+    if not q.is_cuda:
+        refuse_misfit(PrefixLayout(*layout), q.shape[0])
+    own, joined, outside = _calls(q, *layout)
+    out = q.new_empty(q.shape).copy_(outside)
+    joint = q.new_empty((q.shape[1], q.shape[0]), dtype=sum_dtype(q)).copy_(outside)
+    total = joint.t()  # calls see tokens first; the kernels of a GPU keep a head's tokens side by side
     for call in own:
         part, lse = call.attend(q, k, v, scale)
         call.queries.write(out, part)
@@ -95,9 +99,9 @@ def _run_backward(
     """Gradients of q, k and v."""
     grad, q, k, v = dense_heads(grad, q, k, v)
     total = joint.t()
-    dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     layout = cu_branch, prefix_start, prefix_len, branch_prefix, max_prefix, max_branch, max_queries
-    own, joined = _calls(q, *layout)
+    own, joined, outside = _calls(q, *layout)
+    dq, dk, dv = (x.new_empty(x.shape).copy_(outside) for x in (q, k, v))
     for call in own:
         parts = call.gradients(grad, q, k, v, out, total, scale)
         for into, part in zip((dq, dk, dv), parts, strict=True):

@@ -25,6 +25,7 @@ def attention(tokens: int, *, dtype: torch.dtype, heads: tuple[int, ...]) -> Non
     queries, keys, width = heads
     q, k = empty(tokens, queries, width, dtype=dtype), empty(tokens, keys, width, dtype=dtype)
     layout = [empty(n, dtype=torch.int32) for n in (SEGMENTS + 1, 1, 1, SEGMENTS)]
+    layout.append(shared_prefix_attention._make_lists(q, k, *layout, 1024, 1024, None))
     out, lse = shared_prefix_attention._forward(q, k, k, *layout, width**-0.5)
     shared_prefix_attention._backward(out, q, k, k, out, lse, *layout, width**-0.5)
 

@@ -44,7 +44,7 @@ def schedule(table: dict[str, dict]) -> list[Line]:
         tokens, segments = sum(lengths), len(lengths)
         layout = ([0, *accumulate(lengths)], [0], [prompt], [-1, *[0] * branches])
         plan = lists.plan(tokens, segments, heads, key_heads, WIDTH, tile)
-        made = lists.make_lists(plan, *(torch.tensor(x, dtype=torch.int32) for x in layout))
+        made = lists.make_lists(plan, *(torch.tensor(x, dtype=torch.int32) for x in layout), torch.tensor(False))
         parts = lists.view_lists(plan, made).parts.tolist()
         real = [part for part in parts if part[0] < segments]
         row = entry(table, f"attention bf16 {heads}+{key_heads}x{WIDTH}", "keys_kernel")

@@ -31,7 +31,7 @@ def draw(d: Draw) -> Case:
         k[:] = 1.0  # equal scores
     if d.chance(0.15):  # a mean far from 0: large scores with small differences
         q, k = q + 5.0, k + 5.0
-    o = {"scale": d.pick(0.3, 1.0, 0.0, -0.5, 5.0, -1e-4)} if d.chance(0.5) else {}
+    o = {"scale": d.pick(0.3, 1.0, 5.0, 1e-4)} if d.chance(0.5) else {}
     if d.chance(0.1):
         padding = torch.arange(tokens) >= used
         q, k, v = (d.junk(x, padding) for x in (q, k, v))

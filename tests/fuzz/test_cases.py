@@ -13,8 +13,6 @@ FEW, MANY = 20, 400
 KNOWN: set[tuple[str, str, str]] = {
     *(("moe_experts", "native", what) for what in ("out", "d hidden", "d gate_up", "d down", "d weights", "threads")),
     *(("moe_experts", "reference", what) for what in ("autocast", "threads")),
-    *(("shared_prefix_attention", "stock", what) for what in ("out", "d q", "d k", "d v")),
-    ("shared_prefix_attention", "reference", "autocast"),
     ("route_experts", "reference", "z_stat"),
     *(
         ("pairwise_loss", b, what)

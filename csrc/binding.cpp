@@ -3,6 +3,7 @@
 #include "bind_group_advantage.h"
 #include "bind_pairwise_loss.h"
 #include "bind_policy_loss.h"
+#include "bind_product.h"
 #include "bind_route_experts.h"
 #include "bind_scale.h"
 #include "bind_selected_logprob.h"
@@ -40,6 +41,7 @@ PYBIND11_MODULE(_C, module) {
     prism::bind::policy_loss_::add(module);
     prism::bind::route_experts_::add(module);
     prism::bind::pairwise_loss_::add(module);
+    prism::bind::product_::add(module);
     prism::bind::scale_::add(module);
     prism::bind::selected_logprob_::add(module);
 }

@@ -14,6 +14,8 @@ namespace {
 constexpr int kRows = 32;
 static_assert(kChunk % kRows == 0, "chunks are whole blocks");
 
+constexpr int kPartialSums = 8;
+
 // Counters that neighbouring rows take in turn: the next addition to one waits for the last.
 constexpr int kChains = 4;
 
@@ -47,6 +49,17 @@ PRISM_INLINE T log_of_sum(T x) {
     return exponent * T(0.69314718055994531) + (T(2) * s + s * square * p) + (x - x);
 }
 
+// Sum over the partial sums of each row.
+template <class T>
+PRISM_INLINE void fold(T (&sum)[kPartialSums][kRows], T (&total)[kRows]) {
+    for (int half = kPartialSums / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) {
+            for (int r = 0; r < kRows; ++r) sum[i][r] += sum[i + half][r];
+        }
+    }
+    for (int r = 0; r < kRows; ++r) total[r] = sum[0][r];
+}
+
 // A block of rows, transposed: value of expert e in row r at [e][r]. Rows past the last hold zeros.
 template <class T>
 struct Block {
@@ -63,11 +76,13 @@ struct Block {
         for (int k = 1; k < experts; ++k) {
             for (int r = 0; r < kRows; ++r) top[r] = x[k][r] > top[r] ? x[k][r] : top[r];
         }
-        for (int r = 0; r < kRows; ++r) total[r] = T(0);
+        // Several partial sums: one alone would lose a bit for every few experts.
+        T sum[kPartialSums][kRows] = {};
         for (int k = 0; k < experts; ++k) {
             for (int r = 0; r < kRows; ++r) e[k][r] = exponential(x[k][r] - top[r]);
-            for (int r = 0; r < kRows; ++r) total[r] += e[k][r];
+            for (int r = 0; r < kRows; ++r) sum[k % kPartialSums][r] += e[k][r];
         }
+        fold(sum, total);
     }
     PRISM_INLINE T log_sum_exp(int r) const { return top[r] + log_of_sum(total[r]); }
 };
@@ -122,7 +137,8 @@ PRISM_INLINE void route_chunk(const RouteArguments<S>& a, int64_t chunk, Block<T
         const int rows = static_cast<int>(std::min<int64_t>(kRows, end - first));
         block.load(a.logits + first * a.row_stride, a.row_stride, rows, experts);
         choices.choose(block, experts, top_k);
-        T inverse[kRows], there[kRows], sum[kRows] = {};
+        T inverse[kRows], there[kRows], whole[kRows];
+        double sum[kRows] = {};  // an error of it is one of all weights, and twice in their gradient
         for (int r = 0; r < kRows; ++r) {
             inverse[r] = T(1) / block.total[r];
             there[r] = flag<T>(r < rows);
@@ -137,11 +153,12 @@ PRISM_INLINE void route_chunk(const RouteArguments<S>& a, int64_t chunk, Block<T
             for (int r = 0; r < kRows; ++r) {
                 const T found = exponential(choices.value[j][r] - block.top[r]);
                 weight[j][r] = block.total[r] == block.total[r] ? found : block.total[r];
-                sum[r] += weight[j][r];
+                sum[r] += static_cast<double>(weight[j][r]);
             }
         }
+        for (int r = 0; r < kRows; ++r) whole[r] = a.renormalize ? static_cast<T>(sum[r]) : block.total[r];
         for (int j = 0; j < top_k; ++j) {
-            for (int r = 0; r < kRows; ++r) weight[j][r] *= a.renormalize ? T(1) / sum[r] : inverse[r];
+            for (int r = 0; r < kRows; ++r) weight[j][r] /= whole[r];
             int64_t* const chosen = a.plan.chosen + first * top_k + j;
             T* const weights = a.weights + first * top_k + j;
             for (int r = 0; r < rows; ++r) {
@@ -166,12 +183,12 @@ template <class S, class T>
 PRISM_INLINE void backward_rows(const RouteGradientArguments<S>& a, int64_t first, int rows, Block<T>& block) {
     const int experts = a.experts;
     T(&slope)[kMaxExperts][kRows] = block.e;
-    T mean[kRows] = {};
+    T mean[kRows] = {}, mean_load[kRows] = {}, z_slope[kRows] = {};
     for (int r = 0; r < rows; ++r) mean[r] = a.mean_upstream(first + r);
     if (a.needs_softmax()) {
         block.load(a.logits + first * a.row_stride, a.row_stride, rows, experts);
         const T z_grad = a.z_grad == nullptr ? T(0) : T(2) * *a.z_grad;
-        T inverse[kRows], z_slope[kRows], mean_load[kRows] = {};
+        T inverse[kRows], partial[kPartialSums][kRows] = {};
         for (int r = 0; r < kRows; ++r) {
             inverse[r] = T(1) / block.total[r];
             z_slope[r] = z_grad * block.log_sum_exp(r);
@@ -180,9 +197,10 @@ PRISM_INLINE void backward_rows(const RouteGradientArguments<S>& a, int64_t firs
             const T upstream = a.load_upstream(k);
             for (int r = 0; r < kRows; ++r) {
                 slope[k][r] *= inverse[r];
-                mean_load[r] += slope[k][r] * upstream;
+                partial[k % kPartialSums][r] += slope[k][r] * upstream;
             }
         }
+        fold(partial, mean_load);
         for (int k = 0; k < experts; ++k) {
             const T upstream = a.load_upstream(k);
             for (int r = 0; r < kRows; ++r) {
@@ -194,7 +212,15 @@ PRISM_INLINE void backward_rows(const RouteGradientArguments<S>& a, int64_t firs
     }
     for (int r = 0; r < rows; ++r) {
         const int64_t row = first + r;
-        for (int j = 0; j < a.top_k; ++j) slope[a.chosen[row * a.top_k + j]][r] += a.through_weight(row, j, mean[r]);
+        for (int j = 0; j < a.top_k; ++j) {
+            const int64_t k = a.chosen[row * a.top_k + j];
+            if (a.renormalize) {
+                slope[k][r] += a.through_weight(row, j);
+            } else {  // anew: what is subtracted from the weight's own gradient nearly equals it where the weight is near 1
+                const T apart = mean[r] - a.upstream(row, j);
+                slope[k][r] = a.through_softmax(a.weights[row * a.top_k + j], a.load_upstream(k), mean_load[r], z_slope[r], apart);
+            }
+        }
         for (int k = 0; k < experts; ++k) narrow(slope[k][r], a.gradient[row * experts + k]);
     }
 }

@@ -111,7 +111,8 @@ __device__ void choose_chunk(const RouteArguments<S, T>& a, int64_t chunk, int l
             if (spread.lane == 0) z += log_sum_exp * log_sum_exp;
         }
         unsigned taken = 0;
-        T weight[kMaxChosen], sum = T(0);
+        T weight[kMaxChosen];
+        double sum = 0.0;  // as in the twin on the CPU
         int expert[kMaxChosen];
 #pragma unroll
         for (int j = 0; j < kMaxChosen; ++j) {
@@ -119,15 +120,15 @@ __device__ void choose_chunk(const RouteArguments<S, T>& a, int64_t chunk, int l
             T value;
             spread.next(taken, bad, value, expert[j]);
             weight[j] = bad ? static_cast<T>(NAN) : spread.exponential_of(value);
-            sum += weight[j];
+            sum += static_cast<double>(weight[j]);
         }
         if (!there || spread.lane != 0) continue;
-        const T scale = a.renormalize ? T(1) / sum : inverse;
+        const T whole = a.renormalize ? static_cast<T>(sum) : spread.total;
 #pragma unroll
         for (int j = 0; j < kMaxChosen; ++j) {
             if (j >= top_k) break;
             a.plan.chosen[row * top_k + j] = expert[j];
-            a.weights[row * top_k + j] = weight[j] * scale;
+            a.weights[row * top_k + j] = weight[j] / whole;
         }
     }
     const int warp = threadIdx.x / kWarp;
@@ -330,10 +331,10 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const RouteGradientA
     SpreadRow<T> spread = my_share<T>(a.experts, lanes);
     T slope[kHeld] = {};
     const T mean = there ? a.mean_upstream(row) : T(0);
+    T mean_load = T(0), z_slope = T(0);
     if (a.needs_softmax()) {
         spread.load(a.logits + row * a.row_stride, there);
         const T inverse = T(1) / spread.total;
-        T mean_load = T(0);
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
             if (!spread.holds(i)) continue;
@@ -341,7 +342,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const RouteGradientA
             mean_load += slope[i] * a.load_upstream(spread.expert(i));
         }
         mean_load = group_all(mean_load, lanes, Add());
-        const T z_slope = a.z_grad == nullptr ? T(0) : T(2) * *a.z_grad * (spread.top + log(spread.total));
+        z_slope = a.z_grad == nullptr ? T(0) : T(2) * *a.z_grad * (spread.top + log(spread.total));
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
             if (!spread.holds(i)) continue;
@@ -351,9 +352,14 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const RouteGradientA
     if (!there) return;
     for (int j = 0; j < a.top_k; ++j) {
         const int expert = static_cast<int>(a.chosen[row * a.top_k + j]);
-        const T through = a.through_weight(row, j, mean);
+        // As in the twin on the CPU: without renormalisation the chosen expert's slope is formed anew.
+        const T through = a.renormalize ? a.through_weight(row, j)
+                                        : a.through_softmax(a.weights[row * a.top_k + j], a.load_upstream(expert), mean_load,
+                                                            z_slope, mean - a.upstream(row, j));
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i) slope[i] += expert == spread.expert(i) ? through : T(0);
+        for (int i = 0; i < kHeld; ++i) {
+            if (expert == spread.expert(i)) slope[i] = a.renormalize ? slope[i] + through : through;
+        }
     }
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {

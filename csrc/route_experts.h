@@ -95,8 +95,14 @@ struct RouteGradientArguments {
     PRISM_HD T through_softmax(T p, T upstream_of_load, T mean_load, T z_slope, T mean) const {
         return p * (upstream_of_load - mean_load + z_slope - (renormalize ? T(0) : mean));
     }
-    PRISM_HD T through_weight(int64_t row, int j, T mean) const {
-        return weights[row * top_k + j] * (upstream(row, j) - (renormalize ? mean : T(0)));
+    // Renormalised weights sum to 1, so g_j - sum w g = sum w (g_j - g): differences first, for one weight near 1 leaves
+    // nothing of the others in a sum that is subtracted afterwards.
+    PRISM_HD T through_weight(int64_t row, int j) const {
+        const T own = upstream(row, j);
+        if (!renormalize) return weights[row * top_k + j] * own;
+        T apart = T(0);
+        for (int i = 0; i < top_k; ++i) apart += weights[row * top_k + i] * (own - upstream(row, i));
+        return weights[row * top_k + j] * apart;
     }
 };
 

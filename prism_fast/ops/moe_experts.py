@@ -61,7 +61,9 @@ def moe_experts(
 
     Returns:
         [T, H] in the dtype of ``hidden``; differentiable in hidden, gate_up, down and routing.weights. Products run in
-        the dtype of ``hidden``, the weighted sum in float32 or wider; its order is fixed.
+        the dtype of ``hidden``, also under autocast, the weighted sum in float32 or wider; its order is fixed. On the
+        CPU the bits of ``native`` do not depend on the number of threads in float32 and float64 (where PyTorch's
+        library is MKL); those of the others are PyTorch's own, which cuts products and activations by threads.
 
     Raises:
         ValueError: wrong shape, dtype or device.

@@ -55,14 +55,29 @@ def test_parity_forward_and_backward(rows, experts, top_k, dtype, device, genera
 FLOATS = ("weights", "load", "z_stat")
 
 
-def test_float32_is_as_accurate_as_eager(generator):
-    logits = 3 * torch.randn(4096, 4, generator=generator)
-    exact = route_experts(logits.double(), 2, backend="reference")
-    found, eager = route_experts(logits, 2, backend="native"), route_experts(logits, 2, backend="reference")
-    for name in FLOATS:
-        true = getattr(exact, name)
-        errors = [(getattr(x, name).double() - true).abs().max() for x in (found, eager)]
-        assert errors[0] <= 2 * errors[1] + 4 * torch.finfo(torch.float32).eps * true.abs().max(), name
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "experts", "top_k", "scale"),
+    [(4096, 4, 2, 3.0), (257, 64, 4, 5.0), (257, 200, 8, 5.0), (64, 200, 7, 100.0), (64, 64, 1, 30.0)],
+)  # up to logits so far apart that one weight is almost 1
+def test_float32_is_as_accurate_as_eager(rows, experts, top_k, scale, renormalize, generator):
+    logits = scale * torch.randn(rows, experts, generator=generator)
+    up = torch.randn(rows, top_k, generator=generator)
+
+    def run(logits, backend):
+        logits = logits.clone().requires_grad_()
+        found = route_experts(logits, top_k, renormalize=renormalize, backend=backend)
+        through_weights = torch.autograd.grad((found.weights * up).sum(), logits, retain_graph=True)[0]
+        through_rest = torch.autograd.grad(found.load.square().sum() + found.z_stat, logits)[0]
+        return (*(getattr(found, name).detach() for name in FLOATS), through_weights, through_rest)
+
+    for ours, theirs, true in zip(
+        run(logits, "native"), run(logits, "reference"), run(logits.double(), "reference"), strict=True
+    ):
+        errors = [(x.double() - true).abs().max() for x in (ours, theirs)]
+        assert errors[0] <= 2 * errors[1] + 4 * torch.finfo(torch.float32).eps * true.abs().max()
+        errors = [(x.double() - true).norm() for x in (ours, theirs)]
+        assert errors[0] <= 2 * errors[1] + 4 * torch.finfo(torch.float32).eps * true.norm() / true.numel() ** 0.5
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -174,12 +174,22 @@ def test_operators_are_registered_properly(generator):
     torch.library.opcheck(compiled._backward_operator, (*inputs, [True, False, True, True]))
 
 
-def test_autocast_does_not_round(generator):
-    hidden, gate_up, down, logits = layer(generator, dtype=torch.float32)
-    routing = route_experts(logits, 2)
-    wanted = moe_experts(hidden, gate_up, down, routing)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("backend", [*BACKENDS, "stock"])
+def test_autocast_does_not_round(backend, recompute, generator):
+    sources = layer(generator, width=8, inner=4, dtype=torch.float32)
+
+    def run():
+        out = moe_experts(*sources[:3], route_experts(sources[3], 2), backend=backend, recompute=recompute)
+        return out, (out * torch.arange(1.0, 9.0)).sum()
+
+    wanted, total = run()
+    gradients = torch.autograd.grad(total, sources)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(moe_experts(hidden, gate_up, down, routing), wanted)
+        found, total = run()
+    assert torch.equal(found, wanted)
+    for ours, theirs in zip(torch.autograd.grad(total, sources), gradients, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_gradcheck(generator):
@@ -268,6 +278,32 @@ def test_as_accurate_as_eager(dtype, generator):
 
 
 @needs_native
+@pytest.mark.parametrize("backend", ["native", "stock"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_single_tokens_are_as_accurate_as_eager(backend, dtype, generator):
+    """One number's error may be nothing by luck, also eager's: the errors of many layers of one token together."""
+    ours, theirs, size = (torch.zeros(5, dtype=torch.float64) for _ in range(3))
+    for _ in range(40):
+        rounded = [x.detach().to(dtype) for x in layer(generator, 1, 1, 40, 96)]
+        upstream = torch.randn(1, 40, generator=generator).to(dtype)
+
+        def run(backend, kind, rounded=rounded, upstream=upstream):
+            sources = [x.to(kind).requires_grad_() for x in rounded[:3]]
+            weights = torch.full((1, 1), 0.7, dtype=torch.promote_types(kind, torch.float32)).requires_grad_()
+            plan = plan_experts(torch.zeros(1, 1, dtype=torch.int64), weights, 1)
+            out = moe_experts(*sources, plan, backend=backend)
+            return [out.detach(), *torch.autograd.grad((out * upstream.to(kind)).sum(), (*sources, weights))]
+
+        for i, (true, eager, found) in enumerate(
+            zip(run("reference", torch.float64), run("reference", dtype), run(backend, dtype), strict=True)
+        ):
+            ours[i] += (found.double() - true).square().mean()
+            theirs[i] += (eager.double() - true).square().mean()
+            size[i] += true.square().mean()
+    assert (ours.sqrt() <= 2 * theirs.sqrt() + 4 * torch.finfo(dtype).eps * size.sqrt() / 40**0.5).all(), (ours, theirs)
+
+
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_gate_at_its_limits(dtype):
     """One row through one expert of width 1: silu of what is large, infinite, tiny or missing."""
@@ -287,7 +323,55 @@ def test_the_gate_at_its_limits(dtype):
 
 
 @needs_native
-def test_bits_do_not_depend_on_threads(generator):
+@pytest.mark.skipif(not native.has_products(), reason="PyTorch's library lends no products")
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "width", "inner"),
+    [
+        (40, 8, 2, 30, 31),
+        (7, 1, 1, 64, 98),
+        (100, 2, 2, 29, 3),
+        (3000, 4, 2, 32, 24),
+        (3000, 64, 2, 40, 39),
+        (1500, 1, 1, 600, 40),
+    ],
+)
+def test_products_do_not_depend_on_threads(tokens, experts, top_k, width, inner, generator):
+    """Experts of few tokens, widths that fill no vector, blocks of several threads."""
+    sources = layer(generator, tokens, experts, width, inner, torch.float32)
+    upstream = torch.randn(tokens, width, generator=generator)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            out = moe_experts(*sources[:3], route_experts(sources[3], top_k), backend="native")
+            results.append((out, *torch.autograd.grad((out * upstream).sum(), sources)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_native
+@pytest.mark.skipif(not native.has_products(), reason="PyTorch's library lends no products")
+def test_products_of_any_strides(generator):
+    def laid_out(rows, columns):
+        dense = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+        wide = torch.zeros(2 * rows, 3 * columns, dtype=torch.float64)
+        wide[::2, 1::3] = dense
+        views = [dense, dense.t().contiguous().t(), wide[::2, 1::3]]
+        return [*views, dense[:1].expand(rows, columns), dense[:, :1].expand(rows, columns)]
+
+    for rows, columns, depth in ((1, 1, 1), (5, 1, 7), (1, 6, 3), (300, 530, 9), (4, 3, 0)):
+        outs = laid_out(rows, columns)[:3]
+        for a in laid_out(rows, depth):
+            for b in laid_out(depth, columns):
+                for out in outs:
+                    compiled._product(a, b, out.fill_(float("nan")))
+                    torch.testing.assert_close(out, a @ b, rtol=1e-12, atol=1e-12)
+
+
+@needs_native
+def test_bits_of_the_passes_do_not_depend_on_threads(generator):
     """Every token has three rows in one expert, so that the threads' borders fall between rows of one token."""
     before, results = torch.get_num_threads(), []
     rows = torch.randn(910, 400, generator=generator)
@@ -307,7 +391,7 @@ def test_bits_do_not_depend_on_threads(generator):
 
 
 def test_grouped_products_of_pytorch(generator):
-    """The fallback for cards without Triton, on the CPU."""
+    """As the CPU computes them, with plain PyTorch in between."""
     sources = layer(generator, 50, 4, 16, 24, torch.float32)
     for recompute in (False, True):
         found, wanted = both_ways(

@@ -9,6 +9,7 @@ import torch
 # Version of the binding's signatures that this Python code calls; csrc/binding.cpp carries the same number.
 INTERFACE = 12
 
+_has_products = False
 _BUILD = "run `pip install -e . --no-build-isolation` or `python setup.py build_ext --inplace` in the checkout"
 
 try:
@@ -21,7 +22,9 @@ else:
     if _C.interface != INTERFACE:
         _reason = f"prism_fast._C was built from other sources (interface {_C.interface}, needed {INTERFACE}); {_BUILD}"
     else:
-        _C.share_threads_of(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        _torch = str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+        _C.share_threads_of(_torch)
+        _has_products = _C.use_products_of(_torch)
 
 
 def available() -> bool:
@@ -32,6 +35,11 @@ def available() -> bool:
 def has_cuda() -> bool:
     """Whether the module holds CUDA kernels as well (says nothing about a GPU being present)."""
     return available() and _C.cuda_built
+
+
+def has_products() -> bool:
+    """Whether PyTorch's library lends its products, float32 and float64, to be run on one thread each."""
+    return _has_products
 
 
 def why_not() -> str:

@@ -21,6 +21,8 @@ from ..moe_operator import operator
 from . import calls
 from .route_experts import KERNEL
 
+PRODUCTS = {torch.float32: "product_float32", torch.float64: "product_float64"}
+
 
 def _experts(permutation: Tensor, tokens: Tensor, offsets: Tensor) -> list[tuple[int, slice, Tensor, Tensor]]:
     """(expert, its slots, tokens [n], assignments [n]) of every expert that has any."""
@@ -39,6 +41,43 @@ def _scratch(experts: list[tuple[int, slice, Tensor, Tensor]], like: Tensor, *wi
     rows = max((s.stop - s.start for _, s, _, _ in experts), default=0)
     room = _fresh(like.new_empty(rows * sum(widths)))
     return [x.view(rows, -1) for x in room.split([rows * w for w in widths])] if rows else []
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a @ b in ``out``, in float32 and float64 with the same bits on any number of threads (``csrc/product.h``)."""
+    if a.dtype not in PRODUCTS or not native.has_products():
+        return torch.mm(a, b, out=out)
+    if out.stride(1) != 1:
+        if out.stride(0) == 1:
+            _product(b.t(), a.t(), out.t())
+            return out
+        return out.copy_(_product(a, b, out.new_empty(out.shape)))
+    (a, a_turned, a_line), (b, b_turned, b_line) = _lines(a), _lines(b)
+    getattr(native.module(), PRODUCTS[a.dtype])(
+        a=a.data_ptr(),
+        a_turned=a_turned,
+        a_line=a_line,
+        b=b.data_ptr(),
+        b_turned=b_turned,
+        b_line=b_line,
+        c=out.data_ptr(),
+        c_line=max(out.stride(0), out.shape[1], 1),
+        rows=out.shape[0],
+        columns=out.shape[1],
+        depth=a.shape[1],
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def _lines(x: Tensor) -> tuple[Tensor, bool, int]:
+    """(matrix, whether it lies column by column, distance between its lines)."""
+    rows, columns = x.shape
+    if x.stride(0) == 1 and (columns == 1 or x.stride(1) >= rows):
+        return x, True, max(x.stride(1), rows, 1)
+    if x.stride(1) != 1 or (rows > 1 and x.stride(0) < columns):
+        x = x.contiguous()
+    return x, False, max(x.stride(0), columns, 1)
 
 
 def _kernel(name: str, like: Tensor):
@@ -119,9 +158,9 @@ def _forward(
         for e, own, token, mine in experts:
             x, act, *again = (room[: len(token)] for room in scratch)
             torch.index_select(hidden, 0, token, out=x)
-            pre = torch.mm(x, gate_up[e].t(), out=kept[own] if keep else again[0])
+            pre = _product(x, gate_up[e].t(), out=kept[own] if keep else again[0])
             _swiglu(pre, act)
-            _add_rows(torch.mm(act, down[e].t(), out=x), mine, top_k, flat, out)
+            _add_rows(_product(act, down[e].t(), out=x), mine, top_k, flat, out)
     return out.to(hidden.dtype), kept
 
 
@@ -158,16 +197,16 @@ def _backward(
             x, g, d_act, *wide = (room[: len(token)] for room in scratch)
             torch.index_select(hidden, 0, token, out=x)
             torch.index_select(upstream, 0, token, out=g)
-            pre = kept[own] if kept.shape[0] else torch.mm(x, gate_up[e].t(), out=wide[-1])
-            torch.mm(g, down[e], out=d_act)  # before the routing weight
+            pre = kept[own] if kept.shape[0] else _product(x, gate_up[e].t(), out=wide[-1])
+            _product(g, down[e], out=d_act)  # before the routing weight
             d_pre = wide[0] if want_pre else None
             _swiglu_backward(pre, mine, flat, d_act, d_pre, d_weights if want_weights else None)
             if want_down:
-                torch.mm(g.t(), d_act, out=d_down[e])
+                _product(g.t(), d_act, out=d_down[e])
             if want_gate_up:
-                torch.mm(d_pre.t(), x, out=d_gate_up[e])
+                _product(d_pre.t(), x, out=d_gate_up[e])
             if want_hidden:
-                _add_rows(torch.mm(d_pre, gate_up[e], out=g), mine, weights.shape[1], None, d_hidden)
+                _add_rows(_product(d_pre, gate_up[e], out=g), mine, weights.shape[1], None, d_hidden)
     return [d_hidden.to(hidden.dtype), d_gate_up, d_down, d_weights.to(weights.dtype)]
 
 

@@ -224,9 +224,7 @@ def plan(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> Routin
     return Routing(*parts, unknown, unknown)
 
 
-def _plan(
-    index: Tensor, given: Tensor, num_experts: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _plan(index: Tensor, given: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     index, given = index.contiguous(), given.contiguous()
     weights, out = torch.empty_like(given), _allocate_plan(index, index.shape[1], num_experts)
     plan_into((weights, *out), workspaces(index, num_experts)[1], index, given, num_experts)

@@ -16,9 +16,10 @@ def moe_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing,
     # computes every token, and the weights of those it was not asked for are 0.
     grouped = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
     run = _grouped if grouped else _dense
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(run, hidden, gate_up, down, routing, use_reentrant=False)
-    return run(hidden, gate_up, down, routing)
+    with torch.autocast(hidden.device.type, enabled=False):  # operands keep the dtype that the caller chose
+        if recompute and torch.is_grad_enabled():
+            return checkpoint(run, hidden, gate_up, down, routing, use_reentrant=False)
+        return run(hidden, gate_up, down, routing)
 
 
 def _expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

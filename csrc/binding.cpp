@@ -26,7 +26,7 @@ int64_t count_launches(const pybind11::function& call) {
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled kernels of prism_fast; called through prism_fast.ops.native.";
     // Raised whenever a signature below changes, so that a stale build in a checkout is named as such.
-    module.attr("interface") = 12;
+    module.attr("interface") = 13;
 #ifdef PRISM_FAST_CUDA
     module.attr("cuda_built") = true;
     module.attr("cuda_archs") = PRISM_FAST_CUDA_ARCHS;

@@ -10,7 +10,6 @@
 namespace prism {
 
 constexpr int kPenalties = 16;  // scores that can have a length penalty
-constexpr double kSoftplusLinear = 20.0;  // beyond it softplus(x) = x, as in the specification
 
 template <class T>
 struct PairwiseArguments {
@@ -110,9 +109,8 @@ PRISM_HD double pair_column(
         double value = 0.0, slope = 0.0;
         if (use) {
             const double x = -margin(row), e = exp(x < 0.0 ? x : -x);
-            const bool linear = x > kSoftplusLinear;
-            value = linear ? x : log1p(e) + (x > 0.0 ? x : 0.0 * x);  // 0 * x keeps a NaN
-            slope = linear ? -1.0 : -(x < 0.0 ? e : 1.0) / (1.0 + e) + 0.0 * x;
+            value = log1p(e) + (x > 0.0 ? x : 0.0);
+            slope = -(x < 0.0 ? e : 1.0) / (1.0 + e);
         }
         a.pair_slope(row, column) = slope;
         if (a.student_gradient != nullptr) {

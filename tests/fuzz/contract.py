@@ -87,8 +87,16 @@ def same(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def complaint(ours: Tensor, truth: Tensor, eagers: list[Tensor], c: float, terms: Tensor | None = None) -> str | None:
-    """What is wrong with ``ours``, or None. ``terms``: of which ``truth`` is what is left after they cancel."""
+def complaint(
+    ours: Tensor,
+    truth: Tensor,
+    eagers: list[Tensor],
+    c: float,
+    terms: Tensor | None = None,
+    computed: torch.dtype | None = None,
+) -> str | None:
+    """What is wrong with ``ours``, or None. ``terms``: of which ``truth`` is what is left after they cancel.
+    ``computed``: the dtype of the computation, where the result is collected in a wider one."""
     if ours.shape != truth.shape:
         return f"shape {list(ours.shape)}, expected {list(truth.shape)}"
     if not ours.dtype.is_floating_point:
@@ -115,7 +123,8 @@ def complaint(ours: Tensor, truth: Tensor, eagers: list[Tensor], c: float, terms
             theirs = (eager.double() - exact)[usable]
             usual = max(usual, measure(torch.where(theirs.isfinite(), theirs, 0.0)))
         scale = max(measure(size), 0.0 if terms is None else measure(terms.double().nan_to_num(0.0, 0.0, 0.0)))
-        floor = UNITS.get(ours.dtype, 4) * (kind.eps * scale + _least(ours.dtype) * math.sqrt(max(1, size.numel())))
+        units = max(UNITS.get(k, 4) * torch.finfo(k).eps for k in (ours.dtype, computed or ours.dtype))
+        floor = units * scale + 4 * _least(ours.dtype) * math.sqrt(max(1, size.numel()))
         if measure(error) > c * usual + floor:
             return (
                 f"error ({name}) {measure(error):.3e}, allowed {c:g} * {usual:.3e} + {floor:.3e}: "

@@ -10,7 +10,7 @@ from torch import Tensor
 from prism_fast import ops
 
 from .draw import Case, Draw
-from .heads import collect, draw_head, draw_targets, head_backends, head_scores, ignore_index, wide
+from .heads import collect, draw_head, draw_targets, head_backends, head_scores, ignore_index, of_targets, wide
 from .op import Op
 
 
@@ -80,4 +80,13 @@ def formula(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
     return {"loss": each.sum() / count if count else each.sum() + math.nan}
 
 
-OPS = [Op("linear_cross_entropy", draw, call, formula, head_backends)]
+def terms(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """The loss that the targets' own scores alone would give: see `heads.of_targets`."""
+    o, target = case.options, t["target"]
+    own = of_targets(head_scores)(case, t)["logp"].nan_to_num(0.0, 0.0, 0.0)
+    given = o.get("denominator", t.get("denominator"))
+    count = int((target != o.get("ignore_index", -100)).sum()) if given is None else float(given)
+    return {"loss": own.sum() / (1.0 if o.get("reduction") == "sum" else count or 1.0)}
+
+
+OPS = [Op("linear_cross_entropy", draw, call, formula, head_backends, terms=terms)]

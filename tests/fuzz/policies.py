@@ -109,7 +109,7 @@ def formula(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
         r_value = ratio.detach()
         if loss == "sapo":
             up, down = o.get("sapo_temperature", (1.0, 1.05))
-            tau = torch.where(a > 0, up, down).to(logp.dtype)
+            tau = torch.full_like(logp.detach(), down).masked_fill(a > 0, up)
             each = -a * torch.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau
         elif loss == "cispo":
             each = -a * r_value.clamp(1.0 - clip[0], 1.0 + clip[1]) * logp

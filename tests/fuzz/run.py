@@ -102,6 +102,10 @@ def references(op: Op, case: Case) -> tuple[Outcome, list[Outcome]]:
     truth = by_formula(op, case, widened)
     usual = as_computed(case)
     eagers = [by_formula(op, case, usual)]
+    half = case.dtype in (torch.bfloat16, torch.float16)
+    if half and not all(bool(x.isfinite().all()) for part in eagers[0] for x in part.values()):
+        # Where half precision overflows there is no error to compare with; float32 has one.
+        eagers.append(by_formula(op, case, lambda x: x.float() if x.is_floating_point() else x))
     for seed in range(RUNS):
         with Rounding(seed):
             eagers.append(by_formula(op, case, usual))
@@ -144,10 +148,11 @@ def check(op: Op, case: Case, number: int, backend: str, truth: Outcome, eagers:
         c = (op.forward if half else 2.0) + (case.dtype == torch.float64)  # the truth of float64 is rounded as well
         note(backend, name, complaint(ours, true, [e.results[name] for e in eagers], c))
     terms = by_formula(op, case, widened, op.terms).gradients if op.terms else {}
+    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
     for name, true in truth.gradients.items():
         c = 2.0 + (case.dtype == torch.float64)
         usual = [e.gradients[name] for e in eagers]
-        note(backend, f"d {name}", complaint(found.gradients[name], true, usual, c, terms.get(name)))
+        note(backend, f"d {name}", complaint(found.gradients[name], true, usual, c, terms.get(name), wide))
         given = case.tensors[name]
         if found.gradients[name].dtype != given.dtype:
             note(backend, f"d {name}", f"dtype {found.gradients[name].dtype} for {given.dtype}")
@@ -166,7 +171,8 @@ def check(op: Op, case: Case, number: int, backend: str, truth: Outcome, eagers:
     if not slow or number % 4 == 0:
         with poisoned(3e4):
             again("twice", by_op(op, case, backend))
-    if case.large or (number % 4 == 0 and not slow):
+    # What is compiled promises the same bits on any number of threads; PyTorch's matrix products do not.
+    if backend == "native" and (case.large or number % 4 == 0):
         torch.set_num_threads(2)
         again("threads", by_op(op, case, backend))
         torch.set_num_threads(1)

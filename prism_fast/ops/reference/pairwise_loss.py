@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from ..results import PairwiseStats
 from .segments import segment_sum
@@ -47,7 +47,8 @@ def pairwise_loss(
     pairs = use.to(kind).sum()
     share = 1.0 / _positive(pairs if denominator is None else denominator, s)
     # Rows that do not count may hold anything; they are replaced before the formula, so their gradient is exactly 0.
-    bradley_terry = torch.where(use[:, None], softplus(-torch.where(use[:, None], margin, 0.0)), 0.0).sum(0) * share
+    # Not softplus(-margin): PyTorch's is linear beyond 20, which float64 can tell from the logarithm.
+    bradley_terry = -torch.where(use[:, None], logsigmoid(torch.where(use[:, None], margin, 0.0)), 0.0).sum(0) * share
     total = bradley_terry.sum()
     if l2 != 0.0:
         scores = float(teacher.numel() + student.numel()) if l2_denominator is None else l2_denominator

@@ -96,6 +96,23 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"`{shlex.join(command)}` failed:\n{done.stdout}{done.stderr}")
 
 
+def run(module: Path, *what: str, **settings: str) -> subprocess.CompletedProcess:
+    """Tests ``what`` in a process of their own, which has ``module`` for its compiled module."""
+    command = [sys.executable, "-m", "pytest", "-p", "tests.support.cuda_card", "-p", "no:cacheprovider", "-q", "-x"]
+    if "LD_PRELOAD" in settings and shutil.which("setarch"):
+        command = ["setarch", "-R", *command]  # ThreadSanitizer wants its addresses where older kernels put them
+    environment = os.environ | {"PRISM_CARD_MODULE": str(module), "OMP_NUM_THREADS": "1"} | settings
+    return subprocess.run(
+        [*command, "-o", "timeout=1500", *what], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+
+
+def passed(done: subprocess.CompletedProcess) -> int:
+    """How many tests of a `run` passed."""
+    found = re.search(r"(\d+) passed", done.stdout)
+    return int(found[1]) if found else 0
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test file is imported."""
     import prism_fast

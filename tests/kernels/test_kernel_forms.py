@@ -25,8 +25,8 @@ TABLE = ROOT / "bench" / "model" / "kernel_forms.json"
 AGAIN = "python -m tests.kernels.compile_forms --write writes the table anew"
 GROWTH = 1.1
 UNITS = {80: "HMMA", 90: "HGMMA", 100: "UTC"}  # beginnings of their matrix instructions
-# float32 is multiplied exactly, without matrix units, and ragged widths and heads of 96 are no model's of ours: no paths
-# for speed. Their kernels may spill the bytes that the table says, no others may spill.
+# float32 is multiplied exactly, without matrix units; ragged widths and heads of 96 are no model's of ours: no paths for
+# speed. Their kernels may spill the bytes that the table says, no others may spill.
 SPILLING = (" fp32 ", " ragged:", "x96:")
 
 

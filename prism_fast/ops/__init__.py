@@ -55,7 +55,9 @@ _COMPILED = (
     "group_advantage", "policy_loss", "pairwise_loss", "selected_logprob", "route_experts", "plan_experts",
     "moe_experts",
 )  # fmt: skip
-_TRITON = ("linear_logprob", "linear_policy_loss", "moe_experts", "shared_prefix_attention")
+_TRITON = (
+    "linear_logprob", "linear_policy_loss", "linear_cross_entropy", "moe_experts", "shared_prefix_attention",
+)  # fmt: skip
 _STOCK = ("shared_prefix_attention", "moe_experts")
 
 

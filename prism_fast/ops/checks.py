@@ -65,6 +65,14 @@ def rows(op: str, like: Tensor, count: int, **values: Tensor | None) -> None:
             tensor(op, name, value, shape=shape, like=like)
 
 
+def memory(op: str, like: Tensor) -> None:
+    """Refuse tensors on the device meta. Raises NotImplementedError."""
+    if like.is_meta:
+        raise NotImplementedError(
+            f"{op}: tensors on the device meta; use FakeTensorMode to learn shapes without memory"
+        )
+
+
 def number(
     op: str, name: str, value: object, *, low: float = -math.inf, high: float = math.inf, strict: bool = False
 ) -> None:

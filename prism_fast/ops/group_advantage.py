@@ -84,6 +84,10 @@ def group_advantage(
     _check_options(normalize, eps, invalid, invalid_penalty, singleton, power, per_score, offset is not None)
     shape = None
     if isinstance(scores, Tensor) and scores.dim() == (2 if group is None else 1):
+        if isinstance(group, Tensor) and group.shape != scores.shape:
+            raise ValueError(
+                f"{OP}: scores {list(scores.shape)} must be as many as the ids in group {list(group.shape)}, or [B, K]"
+            )
         scores, weights = scores[..., None], scores.new_ones(1) if weights is None else weights
     if group is None:
         checks.tensor(OP, "scores", scores, shape=(None, None, None))

@@ -102,10 +102,7 @@ def validate(
     """Refuse operands of a head that do not fit together. Raises ValueError."""
     checks.whole(op, "ignore_index", ignore_index)
     checks.tensor(op, "hidden", hidden, shape=(None, None))
-    if hidden.is_meta:
-        raise NotImplementedError(
-            f"{op}: tensors on the device meta; use FakeTensorMode to learn shapes without memory"
-        )
+    checks.memory(op, hidden)
     n, width = hidden.shape
     half = hidden.dtype in (torch.bfloat16, torch.float16)
     dtypes = (hidden.dtype, torch.float32) if half else (hidden.dtype,)

@@ -67,8 +67,9 @@ def operator(name: str, forward: Callable, backward: Callable) -> tuple[Run, Cal
         """Arguments are already validated by the public op. Differentiable once; keeps its inputs and, without
         ``recompute``, the up-projection of every assignment [T · top_k, 2I]."""
         keep = not recompute and torch.is_grad_enabled()
-        plan = (routing.permutation, routing.tokens, routing.slots, routing.offsets)
-        arguments = (hidden, gate_up, down, routing.weights, *plan, keep)
+        # Whatever the strides of a plan that somebody made by hand: what reads it by address reads it as dense.
+        plan = (x.contiguous() for x in (routing.permutation, routing.tokens, routing.slots, routing.offsets))
+        arguments = (hidden, gate_up, down, routing.weights.contiguous(), *plan, keep)
         return forward_operator(*arguments)[0] if torch.compiler.is_compiling() else Eager.apply(*arguments)
 
     return run, forward_operator, backward_operator

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import checks
 from .backend import choose
 from .flash import packed_backend
+from .forms import plain, refuse_duals
 from .prefix_layout import BACKENDS, OP
 from .reference.shared_prefix_attention import shared_prefix_attention as reference
 from .results import PrefixLayout
@@ -42,7 +43,8 @@ def shared_prefix_attention(
     Raises:
         ValueError: wrong shape, dtype, device or scale; on the CPU also values of the layout that do not fit together
             or the T tokens. Elsewhere nobody looks at them, and results and gradients are NaN.
-        NotImplementedError: what "triton", or "stock" on CUDA, does not take.
+        NotImplementedError: what "triton", or "stock" on CUDA, does not take; forward-mode derivatives and torch.func
+            transforms in either.
         RuntimeError: a backend that this machine or device lacks.
 
     Source: equal to attention over every branch with its prefix repeated in front (arXiv 2506.05433, Prefix Grouper).
@@ -72,7 +74,10 @@ def shared_prefix_attention(
     if scale is not None:
         checks.number(OP, "scale", scale, low=0.0, strict=True)
     scale = width**-0.5 if scale is None else float(scale)
+    checks.memory(OP, q)
     chosen = choose(OP, BACKENDS, backend, q, packed_backend(q, v))
+    if chosen != "reference" and plain(q):
+        refuse_duals(OP, q, k, v)
     if chosen == "triton":
         from .triton.shared_prefix_attention import shared_prefix_attention as fused
 

@@ -11,14 +11,9 @@ OPS = every_op()
 FEW, MANY = 20, 400
 # Kinds of faults that are known and not yet mended: (op, backend, what).
 KNOWN: set[tuple[str, str, str]] = {
-    *(("moe_experts", "native", what) for what in ("out", "d hidden", "d gate_up", "d down", "d weights", "threads")),
-    *(("moe_experts", "reference", what) for what in ("autocast", "threads")),
-    ("route_experts", "reference", "z_stat"),
-    *(
-        ("pairwise_loss", b, what)
-        for b in ("reference", "native")
-        for what in ("loss", "part", "d teacher", "d student")
-    ),
+    *((op, "reference", "autocast") for op in ("moe_experts", "shared_prefix_attention")),  # backward inside the region
+    ("moe_experts", "reference", "raises"),  # the same in float16
+    ("route_experts", "reference", "z_stat"),  # infinite instead of NaN where all logits of a row are -inf
 }
 
 

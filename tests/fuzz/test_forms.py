@@ -12,7 +12,6 @@ DERIVATIVES = tuple(form for form in forms.FORMS if form != "compiled")
 # Not yet mended: (op, backend, form).
 KNOWN = {
     *((op, "native", "forward mode") for op in ("route_experts", "plan_experts")),
-    ("shared_prefix_attention", "stock", "forward mode"),
 }
 
 

@@ -25,9 +25,9 @@ TABLE = ROOT / "bench" / "model" / "kernel_forms.json"
 AGAIN = "python -m tests.kernels.compile_forms --write writes the table anew"
 GROWTH = 1.1
 UNITS = {80: "HMMA", 90: "HGMMA", 100: "UTC"}  # beginnings of their matrix instructions
-# float32 is multiplied exactly, without matrix units; ragged widths and heads of 96 are no model's of ours: no paths for
-# speed. Their kernels may spill the bytes that the table says, no others may spill.
-SPILLING = (" fp32 ", " ragged:", "x96:")
+# float32 is multiplied exactly, without matrix units; ragged widths and heads of 96 are no model of ours. No paths for
+# speed: their kernels may spill the bytes that the table says, no others may spill.
+SPILLING = (" fp32 ", " ragged", "x96:")
 
 
 def run_program(*arguments: str, cache: Path) -> dict:

@@ -54,7 +54,7 @@ def test_weight_grad_out_and_second_backward(generator):
 @pytest.mark.parametrize("save", [False, True])
 def test_opcheck(save, generator):
     hidden, weight, bias, target = inputs(generator, n=9, bias=True)
-    arguments = (hidden, weight, bias, target, torch.ones(1, device=DEVICE), None, 5.0, True, -100, save, False, 0.0)
+    arguments = (hidden, weight, bias, target, torch.ones(1, device=DEVICE), None, 5.0, True, -100, save)
     # What is kept for backward is an output that backward uses up. As a result of the whole graph, which the last
     # check makes of every output, that cannot be; inside a graph it can, as the tests above show.
     last = () if save else ("test_aot_dispatch_dynamic",)

@@ -43,6 +43,10 @@ def cases() -> dict:
             lambda h, w, a: ops.linear_policy_loss(h, w, target, a, CU_SEQLENS, entropy_coef=0.1, loss="gspo"),
             (noise(N, H), noise(V, H), noise(B)),
         ),
+        "linear_cross_entropy": (
+            lambda h, w, b: ops.linear_cross_entropy(h, w, target, bias=b, label_smoothing=0.1, z_loss=1e-2),
+            (noise(N, H), noise(V, H), noise(V)),
+        ),
         "selected_logprob": (
             lambda z, t: ops.selected_logprob(z, target, temperature=t, entropy=True),
             (noise(N, V), noise(N, requires_grad=False).abs() + 0.5),

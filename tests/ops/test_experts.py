@@ -437,3 +437,30 @@ def test_refusals(generator):
         moe_experts(hidden, gate_up, down, tuple(routing))
     with pytest.raises(ValueError, match=r"moe_experts: routing.offsets must have shape \[5\], got \[4\]"):
         moe_experts(hidden, gate_up, down, route_experts(logits[:, :3], 2))
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "stock"])
+def test_a_plan_of_any_strides(backend):
+    """Every part a view into memory whose other numbers would show."""
+    if backend == "native" and not native.available():
+        pytest.skip(native.why_not())
+    generator = torch.Generator().manual_seed(5)
+    hidden, gate_up, down = (torch.randn(*s, generator=generator) for s in ((7, 8), (3, 8, 8), (3, 8, 4)))
+    routing = route_experts(torch.randn(7, 3, generator=generator), 2)
+
+    def apart(x: torch.Tensor) -> torch.Tensor:
+        room = torch.full((*x.shape, 3), 99, dtype=x.dtype)
+        room[..., 1] = x
+        return room[..., 1]
+
+    def run(plan):
+        leaves = [x.clone().requires_grad_() for x in (hidden, gate_up, down)]
+        out = moe_experts(*leaves, plan, backend=backend)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
+
+    spread = routing._replace(**{
+        name: apart(getattr(routing, name).detach())
+        for name in ("weights", "experts", "permutation", "tokens", "slots", "offsets")
+    })  # fmt: skip
+    assert not spread.weights.is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(run(spread), run(routing), strict=True))

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from prism_fast import ops
 from prism_fast.algorithms.presets import policy_options
 from prism_fast.config import OptimizerConfig
 from prism_fast.models import packing, shared_prefix
@@ -156,7 +157,9 @@ def branches_see_each_other(monkeypatch) -> None:
     def one_sequence(q, k, v, layout):
         cu = torch.stack((layout.cu_branch[0], layout.cu_branch[-1]))
         longest = int(cu[-1])
-        return q, k, v, layout._replace(cu_branch=cu, branch_prefix=layout.branch_prefix[:1], max_branch=longest)
+        nothing = layout.prefix_start[:0]
+        sequence = ops.PrefixLayout(cu, nothing, nothing, cu.new_tensor([-1]), 0, longest)
+        return q, k, v, sequence
 
     wrong_attention(monkeypatch, one_sequence)
 
@@ -166,7 +169,7 @@ def another_groups_prompt(monkeypatch) -> None:
 
 
 def _first_prefix(layout):
-    return layout._replace(branch_prefix=layout.branch_prefix.clamp(max=0))
+    return layout._replace(branch_prefix=layout.branch_prefix.clamp(max=0), max_queries=None, prepared=None)
 
 
 def keys_without_gradient(monkeypatch) -> None:

@@ -69,6 +69,11 @@ class Launch:
     guarded: bool
 
 
+def _ours(path: Path) -> bool:
+    """Whether a file is the project's, and not of an environment that lies in the checkout."""
+    return path.is_relative_to(ROOT) and not path.is_relative_to(sys.prefix)
+
+
 class _Launcher:
     """Triton makes one per compiled kernel, before it looks whether the kernel fits."""
 
@@ -78,7 +83,7 @@ class _Launcher:
 
     def __call__(self, x: int, y: int, z: int, stream, function: Compiled, *rest) -> None:
         frame = sys._getframe(1)
-        while not Path(frame.f_code.co_filename).is_relative_to(ROOT):
+        while not _ours(Path(frame.f_code.co_filename)):
             frame = frame.f_back
         file = str(Path(frame.f_code.co_filename).relative_to(ROOT))
         devices = {a.device for a in rest if isinstance(a, torch.Tensor)}

@@ -30,6 +30,7 @@ from prism_fast.models.sizes import (
 from prism_fast.models.upcycle import sparse_config
 from prism_fast.models.writing import shown_bytes
 from prism_fast.ops import budgets
+from prism_fast.ops.reference.linear_logprob import block_rows
 from prism_fast.train.context import DTYPES
 from prism_fast.train.discriminator_update import span_switches
 from prism_fast.train.layouts import Layout
@@ -330,20 +331,24 @@ class _Planner:
         text, layout = self.dense.text_config, self.config.layout
         images, rows = self._micro_batch(prompts, n, response, budget, layout)
         computed = rows * response + self.prompt * (images if layout == "shared_prefix" else rows)
-        # The kernels keep exponentials in the weights' dtype, the reference on a CPU computes in float32.
-        width = max(4, self.dtype.itemsize) if self.device == "cpu" else self.dtype.itemsize
-        scores = rows * response * text.vocab_size * width
-        device = torch.device(self.device)
-        absent = device.type == "cuda" and not torch.cuda.is_available()  # a plan for another machine: a large card
-        recomputed = scores > (budgets.SAVE_BYTES_LARGE if absent else budgets.save_bytes(device))
+        # The output head forms its gradients in the forward: of its inputs, and of its matrix in float32.
+        formed = rows * response * text.hidden_size * self.dtype.itemsize + 4 * text.vocab_size * text.hidden_size
         return (
             Component("policy gradients", self.policy.weight_bytes),
             Component("policy activations", language_activation_bytes(text, computed, self.dtype, **self.keeps)),
             self._vision(images),
-            Component(
-                "scores of the vocabulary, " + ("recomputed" if recomputed else "kept"), 0 if recomputed else scores
-            ),
+            Component("gradients formed in the output head", formed),
+            Component("scores of the vocabulary, one wave", self._wave_bytes(rows * response)),
         )
+
+    def _wave_bytes(self, rows: int) -> int:
+        vocabulary, device = self.dense.text_config.vocab_size, torch.device(self.device)
+        if device.type == "cpu":  # the reference computes in float32 at least
+            at_once = min(rows, block_rows(vocabulary, torch.empty(0, dtype=self.dtype)))
+            return at_once * vocabulary * max(4, self.dtype.itemsize)
+        absent = device.type == "cuda" and not torch.cuda.is_available()  # a plan for another machine: a large card
+        room = budgets.WAVE_BYTES_LARGE if absent else budgets.wave_bytes(device)
+        return min(room, rows * vocabulary * self.dtype.itemsize)
 
     def _micro_batch(self, prompts: int, n: int, response: int, budget: int, layout: Layout) -> tuple[int, int]:
         """Prompts and responses in the largest micro-batch of a policy update; one that is longer than the budget

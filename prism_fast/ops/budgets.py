@@ -18,10 +18,14 @@ def save_bytes(device: torch.device) -> int:
     return SAVE_BYTES_LARGE if _large(device) else SAVE_BYTES
 
 
+def wave_bytes(device: torch.device) -> int:
+    """Bytes of one wave of scores."""
+    return WAVE_BYTES_LARGE if _large(device) else WAVE_BYTES
+
+
 def wave_rows(rows: int, vocabulary: int, like: torch.Tensor) -> int:
     """Rows of a wave: as few waves as fit, all but the last alike. Scores have the dtype of ``like``."""
-    room = WAVE_BYTES_LARGE if _large(like.device) else WAVE_BYTES
-    most = max(1, room // (vocabulary * like.element_size()) // WAVE_UNIT) * WAVE_UNIT
+    most = max(1, wave_bytes(like.device) // (vocabulary * like.element_size()) // WAVE_UNIT) * WAVE_UNIT
     waves = max(1, -(-rows // most))
     return max(1, -(-rows // (waves * WAVE_UNIT))) * WAVE_UNIT
 

@@ -52,13 +52,6 @@ def response_states(step: Step, part: Part) -> tuple[Tensor, list[int]]:
     return computed.hidden.index_select(0, computed.predict.index), computed.predict.cu_seqlens.diff().tolist()
 
 
-def token_logprobs(model, computed: Forward, *, temperature: float, banned: bool = False) -> Tensor:
-    """Log-probs [N] float32 of the continuation tokens of a forward, with gradient, by the model's
-    :class:`LogProbHead`: no other row reaches it. ``banned``: without the tokens that its ``ban`` named."""
-    hidden = computed.hidden.index_select(0, computed.predict.index)  # [N, H]
-    return model.lm_head(hidden, computed.predict.target, temperature=temperature, banned=banned).logp
-
-
 def update_policy(
     engine: LocalEngine,
     batch: PolicyBatch,

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from prism_fast.config import SftConfig
 from prism_fast.data.order import SampleOrder
@@ -18,10 +19,10 @@ from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor
 from prism_fast.train.context import Run
 from prism_fast.train.engine import LocalEngine
-from prism_fast.train.layouts import Layout, Step, lay_out, longest_item, prepare
+from prism_fast.train.layouts import Forward, Layout, Step, lay_out, longest_item, prepare
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.passes import Passes, counted_passes
-from prism_fast.train.policy_update import response_states, token_logprobs
+from prism_fast.train.policy_update import response_states
 from prism_fast.train.resume import StageState
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.self_check import self_check
@@ -58,6 +59,13 @@ class EncodedDemos:
         return lay_out(self.layout, model.model, self.groups, tokens, pad_id=self.pad_id)
 
 
+def _nats(model, computed: Forward, **reduced) -> Tensor:
+    """Cross entropy of the continuation tokens of a forward, 0-d, by the model's :class:`LogProbHead`: no other row
+    reaches it, and its gradient is formed with it."""
+    hidden = computed.hidden.index_select(0, computed.predict.index)  # [N, H]
+    return model.lm_head.cross_entropy(hidden, computed.predict.target, **reduced)
+
+
 def _validation_loss(run: Run, model, demos: EncodedDemos, budget: TokenBudget) -> float:
     """Nats per response token, response tokens of all demonstrations counting the same."""
     model.eval()
@@ -68,8 +76,7 @@ def _validation_loss(run: Run, model, demos: EncodedDemos, budget: TokenBudget) 
         for part in step.parts:
             run.stop.poll("SFT validation")
             with torch.no_grad():
-                logp = token_logprobs(model, step.forward(part), temperature=1.0)
-            total -= logp.sum()
+                total += _nats(model, step.forward(part), reduction="sum")
             step.finish(part, None)
         return float(total)
 
@@ -87,9 +94,8 @@ def _update(engine: LocalEngine, encoded: EncodedDemos, budget: TokenBudget) -> 
         step = encoded.cut(limit, engine.model)
         with counted_passes(engine.model.model) as passes:
             for part in step.parts:
-                logp = token_logprobs(engine.model, step.forward(part), temperature=1.0)
-                loss = -logp.sum() / tokens
-                engine.backward(loss, logp=logp)
+                loss = _nats(engine.model, step.forward(part), denominator=tokens)
+                engine.backward(loss)
                 step.finish(part, engine.backward)
                 losses.append(loss.detach().double())
         return float(torch.stack(losses).sum()), passes  # the step's one look at its losses

@@ -10,8 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import DynamicCache
 
+from prism_fast.algorithms.presets import policy_options
 from prism_fast.config import ConfigError, OptimizerConfig, load_config
 from prism_fast.data.digits import DigitsSpec, tokenizer_corpus, write_digits
 from prism_fast.data.readers import read_tasks
@@ -24,7 +26,6 @@ from prism_fast.plan import DEFAULT_TOKENS, adamw_bytes, discriminator_tokens, m
 from prism_fast.train.discriminator_update import SpanGroup, discriminator_step
 from prism_fast.train.engine import LocalEngine
 from prism_fast.train.layouts import lay_out, prepare
-from prism_fast.train.policy_update import token_logprobs
 from tests.models.test_sizes import kept_bytes
 
 
@@ -162,8 +163,16 @@ def test_a_real_policy_micro_batch_keeps_what_is_planned(policy, processor, conf
     groups = [PromptGroup(p, [[5] * response] * n) for p in (prompt, copy.copy(prompt))]
     step = lay_out(layout, model.model, groups, config.align.tokens_per_micro_batch, pad_id=processor.pad_id)
     assert len(step.parts) == 1
-    kept = kept_bytes(model, lambda: token_logprobs(model, step.forward(step.parts[0]), temperature=1.0))
-    names = ("policy activations", "vision activations", "scores of the vocabulary, kept")
+
+    def learn() -> Tensor:
+        computed = step.forward(step.parts[0])
+        hidden, predict = computed.hidden.index_select(0, computed.predict.index), computed.predict
+        advantage = torch.ones(len(predict.cu_seqlens) - 1)
+        options = policy_options("prism", max_response=response)
+        return model.lm_head.policy_loss(hidden, predict.target, advantage, predict.cu_seqlens, options=options)[0]
+
+    kept = kept_bytes(model, learn)
+    names = ("policy activations", "vision activations", "gradients formed in the output head")
     assert kept == pytest.approx(sum(part(plan, "align", "policy update", name) for name in names), rel=0.03)
 
 
@@ -205,15 +214,14 @@ def test_a_real_discriminator_micro_batch_keeps_what_is_planned(policy, processo
     assert losses and kept == pytest.approx(computed, rel=0.03)
 
 
-def test_scores_too_large_to_keep_are_recomputed(config):
+def test_scores_are_planned_a_wave_at_a_time(config):
     config.model.policy = "tiny"
     config.model.tiny.vocab_size = 1 << 20
     config.rlvr.rollout.max_new_tokens = 255
-    for rows, kept in ((1, True), (2, False)):  # 255 rows of 4 MiB fit in the op's limit of 1 GiB, 510 do not
+    for rows, wave in ((1, 255), (2, 256)):  # a CPU takes 256 rows at once where 64 MiB hold fewer
         config.rlvr.tokens_per_micro_batch = rows * 256
         plan = make_plan(config, prompt_tokens=1)
-        name = f"scores of the vocabulary, {'kept' if kept else 'recomputed'}"
-        assert part(plan, "rlvr", "policy update", name) == (255 << 22 if kept else 0)
+        assert part(plan, "rlvr", "policy update", "scores of the vocabulary, one wave") == wave << 22
 
 
 def test_peaks_and_sums_add_up(config, invoke_json, policy_folder):

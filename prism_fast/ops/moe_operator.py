@@ -13,6 +13,11 @@ from .results import Routing
 Run = Callable[..., Tensor]
 
 
+def plain(weights: Tensor) -> Tensor:
+    """Routing weights as the Triton kernels read them: float32, dense."""
+    return weights.to(torch.float32).contiguous()
+
+
 def operator(name: str, forward: Callable, backward: Callable) -> tuple[Run, Callable, Callable]:
     """(run, forward operator, backward operator) registered as ``prism_fast::{name}`` and ``…_backward``.
 

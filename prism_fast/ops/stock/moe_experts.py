@@ -12,7 +12,7 @@ from torch.nn.functional import grouped_mm
 
 from .. import triton
 from ..backend import CURE
-from ..moe_operator import operator
+from ..moe_operator import operator, plain
 
 ALIGNMENT = 16  # bytes
 CARDS = (9, 10)  # major compute capabilities where grouped_mm reads the offsets on the device, for bfloat16
@@ -70,7 +70,7 @@ def _forward(
     with torch.no_grad(), rows.on_device(hidden), torch.autocast(hidden.device.type, enabled=False):
         pre = grouped_mm(rows.gather_rows(hidden, tokens), gate_up.transpose(1, 2), offs=ends)  # [M, 2I]
         parts = grouped_mm(rows.swiglu(pre), down.transpose(1, 2), offs=ends)  # [M, H]
-        return rows.combine_rows(parts, slots, _plain(weights)), pre if keep else nothing
+        return rows.combine_rows(parts, slots, plain(weights)), pre if keep else nothing
 
 
 def _backward(
@@ -100,7 +100,7 @@ def _backward(
             kept = grouped_mm(rows.gather_rows(hidden, tokens), gate_up.transpose(1, 2), offs=ends)
         g = rows.gather_rows(upstream, tokens)
         act = grouped_mm(g, down, offs=ends)  # [M, I], the activations' gradient before the routing weight, until
-        d_pre, share = rows.swiglu_gradient(act, kept, _plain(weights), permutation)  # the activations take its place
+        d_pre, share = rows.swiglu_gradient(act, kept, plain(weights), permutation)  # the activations take its place
         if want_down:
             d_down = _over_slots(down, g, act, offsets, ends, rows)
         del g, act
@@ -133,10 +133,6 @@ def _rows(x: Tensor):
     else:
         from . import expert_rows as rows
     return rows
-
-
-def _plain(weights: Tensor) -> Tensor:
-    return weights.to(torch.float32).contiguous()
 
 
 def _refuse(hidden: Tensor, gate_up: Tensor, down: Tensor) -> None:

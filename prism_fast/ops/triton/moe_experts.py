@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..moe_operator import operator
+from ..moe_operator import operator, plain
 
 
 def _forward(
@@ -38,7 +38,7 @@ def _forward(
         act = hidden.new_empty((rows, inner))
         moe.up_product(hidden, gate_up, tokens, offsets, tiles.up, pre=kept if keep else None, act=act)
         parts = moe.rows_product(act, down, None, offsets, tiles.rows)  # [M, H]
-        return moe.combine_rows(parts, slots, _plain(weights)), kept
+        return moe.combine_rows(parts, slots, plain(weights)), kept
 
 
 def _backward(
@@ -72,7 +72,7 @@ def _backward(
             moe.up_product(hidden, gate_up, tokens, offsets, tiles.up, pre=kept, act=None)
         # [M, I], the activations' gradient before the routing weight, until the activations take its place
         act = moe.rows_product(upstream, down.transpose(1, 2), tokens, offsets, tiles.rows)
-        d_pre, d_weights = moe.swiglu_gradient(act, kept, _plain(weights), permutation)
+        d_pre, d_weights = moe.swiglu_gradient(act, kept, plain(weights), permutation)
         if want_down:
             d_down = moe.weight_gradient(
                 down, upstream, act, tokens, offsets, tiles.weights, gather_a=True, gather_b=False
@@ -85,10 +85,6 @@ def _backward(
             parts = moe.rows_product(d_pre, gate_up.transpose(1, 2), None, offsets, tiles.rows)
             d_hidden = moe.combine_rows(parts, slots, None)
     return [d_hidden, d_gate_up, d_down, d_weights.to(weights.dtype) if want_weights else nothing(0)]
-
-
-def _plain(weights: Tensor) -> Tensor:
-    return weights.to(torch.float32).contiguous()
 
 
 def _refuse(hidden: Tensor) -> None:

@@ -19,7 +19,7 @@ FLOORS = [
     {"ops"},
     {"models", "algorithms"},
     {"data", "rewards"},
-    {"rollout"},
+    {"rollout", "track"},
     {"train"},
     {"report", "cli", "commands", "doctor", "plan", "dry_run", "integrations", "bench"},
     {"entry"},

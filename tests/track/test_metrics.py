@@ -189,8 +189,8 @@ def test_the_last_value_is_that_of_the_last_rank_that_has_one():
 
 
 @pytest.mark.gpu
-def test_values_of_host_and_device_are_joined(cuda=torch.device("cuda")):
-    metrics = Metrics()
+def test_values_of_host_and_device_are_joined():
+    cuda, metrics = torch.device("cuda"), Metrics()
     metrics.sum("loss", torch.tensor(1.5, device=cuda))
     metrics.sum("loss", torch.tensor(2.0))
     metrics.mean("gap", torch.tensor(3, device=cuda), 2)

@@ -211,20 +211,8 @@ class DiscriminatorUpdateConfig:
     # arXiv 2609.39757). Bradley-Terry alone is least where all are equal, and equal scores have no advantage.
     spread: float = 0.0
     updates: int = 1  # per step; the first learns from the pass that gave the rewards, each further one from its own
-    # Here and in the warm-up, beginning as what they replace, so that switching on changes no score. shared: one score
-    # head for captions and reasonings, as published; per_span: one for each.
-    heads: Literal["shared", "per_span"] = "shared"
-    # none: routers read what a token says, as published; span: a learned bias of their logits by layer and expert, one
-    # for tokens of captions and one for those of reasonings (a prompt's have none). It has the optimizer's learning
-    # rate and no decay, so AdamW moves it by about lr in an update: 1e-6, meant for weights, leaves it near 0.
-    routing_bias: Literal["none", "span"] = "none"
     tokens_per_micro_batch: int = 16384
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-
-    def refuse_per_span(self, setting: str) -> None:
-        key = "align.discriminator"
-        _require(self.heads == "shared", f"{key}.heads", f"'shared' with {setting}", self.heads)
-        _require(self.routing_bias == "none", f"{key}.routing_bias", f"'none' with {setting}", self.routing_bias)
 
 
 @dataclass
@@ -247,7 +235,6 @@ class AlignConfig:
         _require(any(self.weights), "align.weights", "0 or more, one of them above 0", self.weights)
         if self.discriminate == "response":
             _require(tuple(self.weights) == (0.5, 0.5), "align.weights", "left out: one score", self.weights)
-            self.discriminator.refuse_per_span("align.discriminate=response, which has one kind of span")
 
 
 @dataclass
@@ -340,7 +327,6 @@ class Config:
         if self.semantics == "released":  # the published code stops with a KeyError in this mode
             allowed = "'spans' with semantics=released, which has no whole-response mode"
             _require(self.align.discriminate == "spans", "align.discriminate", allowed, self.align.discriminate)
-            self.align.discriminator.refuse_per_span("semantics=released, whose discriminator has one head and no bias")
             spread = self.align.discriminator.spread
             _require(
                 spread == 0, "align.discriminator.spread", "0 with semantics=released, which has no such term", spread

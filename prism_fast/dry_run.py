@@ -13,13 +13,12 @@ from prism_fast.config import Config, ConfigError, dump_config
 from prism_fast.data.digits import DigitsSpec, check_digits
 from prism_fast.models.checkpoints import open_weights, read_model_type, weight_files
 from prism_fast.models.processor import Processor
-from prism_fast.models.scorer import read_scorer
+from prism_fast.models.score_head import read_head
 from prism_fast.models.sizes import discriminator_size, policy_size
 from prism_fast.models.tokenizer import check_vocab_size
 from prism_fast.models.writing import DiskFullError, shown_bytes
 from prism_fast.plan import adamw_bytes, discriminator_config, make_plan, policy_config, summary
 from prism_fast.train.context import DTYPES, answer_checker, attention_in_force, resolve_device, trunk_in_force
-from prism_fast.train.discriminator_update import span_switches
 from prism_fast.train.pipeline import NEEDS, DataFiles
 from prism_fast.train.reading import open_samples
 from prism_fast.train.replay import check_replay
@@ -64,8 +63,6 @@ def check_run(config: Config) -> list[str]:
     answer_checker(config).close()  # a judge's key must be set
     if config.semantics == "released":
         found += [f"semantics=released differs from the published code: {line}" for line in RELEASED_DIFFERS]
-    if {"warmup", "align"} & set(config.stages):
-        found += span_switches(config).announcement
     found += _check_models(config)
     return [*found, *_check_data(config), check_space(config)]
 
@@ -107,7 +104,7 @@ def disk_needs(config: Config) -> dict[str, int]:
     dtype = DTYPES[config.model.dtype]
     dense = policy_config(config)
     policy = policy_size(dense, dtype)
-    critic = discriminator_size(discriminator_config(config, dense), dtype, span_switches(config))
+    critic = discriminator_size(discriminator_config(config, dense), dtype)
     trained = {
         "sft": [policy],
         "sft_continued": [policy],
@@ -153,7 +150,7 @@ def _check_models(config: Config) -> list[str]:
         folder = Path(config.model.discriminator)
         critic = discriminator_config(config, policy_config(config))
         _read_headers(folder)
-        read_scorer(folder, critic).with_switches(span_switches(config), critic, folder)
+        read_head(folder, critic.text_config.hidden_size)
         found.append(f"discriminator: {folder}")
     return found
 

@@ -32,7 +32,6 @@ from prism_fast.models.writing import shown_bytes
 from prism_fast.ops import budgets
 from prism_fast.ops.reference.linear_logprob import block_rows
 from prism_fast.train.context import DTYPES
-from prism_fast.train.discriminator_update import span_switches
 from prism_fast.train.layouts import Layout
 
 # Expanded prompt and the image tokens in it, where nothing is said: of the built-in dataset, and of anybody's.
@@ -241,7 +240,7 @@ class _Planner:
         self.sparse = discriminator_config(config, self.dense)
         self.spans = len(SPANS[config.align.discriminate])
         self.policy = policy_size(self.dense, self.dtype)
-        self.critic = discriminator_size(self.sparse, self.dtype, span_switches(config))
+        self.critic = discriminator_size(self.sparse, self.dtype)
 
     def stage(self, name: str) -> StagePlan:
         made: Callable[[], StagePlan] = getattr(self, f"_{name}")

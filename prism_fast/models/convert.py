@@ -2,9 +2,8 @@
 experts are stored.
 
 Released discriminators (and hub files) hold experts as ``[E, H, 2I]`` and ``[E, I, H]``; stock transformers 5 saves
-what it has in memory, ``[E, 2I, H]`` and ``[E, H, I]``. Everything else, the score head ``v_head.1.weight`` and what
-else is of ``models.scorer`` included, is the same in both. Results appear whole or not at all, and an existing
-destination is refused.
+what it has in memory, ``[E, 2I, H]`` and ``[E, H, I]``. Everything else is the same in both, the score head
+``v_head.1.weight`` included. Results appear whole or not at all, and an existing destination is refused.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from prism_fast.models.checkpoints import (
 from prism_fast.models.discriminator import (
     EXPERT_KEYS,
     HEAD_STD,
-    new_scorer,
+    new_head,
     released_config,
     write_discriminator,
 )
 from prism_fast.models.policy import load_policy
 from prism_fast.models.processor import Processor
-from prism_fast.models.scorer import Scorer, read_scorer, write_side_head
+from prism_fast.models.score_head import read_head, write_side_head
 from prism_fast.models.upcycle import (
     check_complete,
     check_options,
@@ -89,7 +88,7 @@ def upcycle_folder(
 
     processor = Processor.from_pretrained(source)
     with whole_folder(destination, needs=sum(tensor.nbytes for tensor in sparse.values())) as folder:
-        write_discriminator(weights(), new_scorer(config, HEAD_STD, seed), config, policy.dtype, processor, folder)
+        write_discriminator(weights(), new_head(config, HEAD_STD, seed), config, policy.dtype, processor, folder)
 
 
 def to_released(source: str | Path, destination: str | Path) -> None:
@@ -101,7 +100,7 @@ def to_released(source: str | Path, destination: str | Path) -> None:
         ValueError: ``source`` is not Qwen3-VL-MoE, has no score head, is in the released layout already or in neither.
     """
     source, destination = Path(source), Path(destination)
-    config, scorer = _inspect(source, destination, wanted=STOCK)
+    config, head = _inspect(source, destination, wanted=STOCK)
     with whole_folder(destination, needs=_weight_bytes(source)) as folder:
         dtype, keys = _turn_experts(source, folder)
         released = released_config(config, dtype)
@@ -109,7 +108,7 @@ def to_released(source: str | Path, destination: str | Path) -> None:
             released["tie_word_embeddings"] = config.tie_word_embeddings
             released["text_config"]["tie_word_embeddings"] = config.tie_word_embeddings
         (folder / "config.json").write_text(json.dumps(released, indent=2, sort_keys=True) + "\n")
-        write_side_head(scorer, folder)
+        write_side_head(head, folder)
 
 
 def from_released(source: str | Path, destination: str | Path) -> None:
@@ -128,8 +127,8 @@ def _weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(folder))
 
 
-def _inspect(source: Path, destination: Path, *, wanted: str) -> tuple[Qwen3VLMoeConfig, Scorer]:
-    """Configuration and scorer of ``source``, once everything about it is known to be as it should."""
+def _inspect(source: Path, destination: Path, *, wanted: str) -> tuple[Qwen3VLMoeConfig, Tensor]:
+    """Configuration and score head of ``source``, once everything about it is known to be as it should."""
     refuse_existing(destination)
     found = read_model_type(source)
     if found != "qwen3_vl_moe":
@@ -145,7 +144,7 @@ def _inspect(source: Path, destination: Path, *, wanted: str) -> tuple[Qwen3VLMo
         raise ValueError(f"{source} is already in the {layouts.pop()} layout: nothing to convert")
     if len(layouts) > 1:
         raise ValueError(f"{source} is partly in the {STOCK} layout, partly in the {RELEASED} one: copy it again")
-    return config, read_scorer(source, config)
+    return config, read_head(source, text.hidden_size)
 
 
 def _layouts(folder: Path, experts: int, hidden: int, inner: int) -> set[str]:

@@ -2,8 +2,7 @@
 
 On disk it has the layout of the released checkpoints: base keys and ``v_head.1.weight`` in the same safetensors,
 experts as hub files hold them (``[E, H, 2I]`` and ``[E, I, H]``, transposed to what transformers 5 holds in
-memory), and a ``value_head.pt`` for TRL-style readers that is written but never read. A head per kind of span and a
-routing bias (``models.scorer``) are stored beside them.
+memory), and a ``value_head.pt`` for TRL-style readers that is written but never read.
 """
 
 from __future__ import annotations
@@ -31,19 +30,9 @@ from prism_fast.models.checkpoints import (
 from prism_fast.models.experts import use_prism_experts
 from prism_fast.models.forward import TokenBatch, language_outputs
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
+from prism_fast.models.score_head import HEAD_KEY, ScoreHead, read_head, write_side_head
 from prism_fast.models.score_rows import states_at, use_score_rows
-from prism_fast.models.scorer import (
-    BIAS_KEY,
-    HEAD_KEY,
-    SPAN_KINDS,
-    Scorer,
-    SpanSwitches,
-    bias_shape,
-    read_scorer,
-    write_side_head,
-)
 from prism_fast.models.shards import save_shards
-from prism_fast.models.span_bias import span_bias, use_span_bias
 from prism_fast.models.upcycle import refuse_square_experts, upcycle
 from prism_fast.models.vision_attention import use_batched_vision_attention
 
@@ -68,92 +57,43 @@ class SpanScores(NamedTuple):
 
 
 class Discriminator(nn.Module):
-    """``backbone`` and ``v_head = Sequential(Dropout, Linear(H, 1, bias=False))``.
+    """``backbone`` and ``v_head = Sequential(Dropout, ScoreHead)``.
 
     The head computes in float32 whatever the backbone's dtype or an ambient autocast (float64 for a float64
     backbone). ``head_in_float32=False`` leaves both to the surroundings: the published scores are bfloat16 numbers.
-    ``head_dropout``: 0 here, 0.1 published; it acts in train mode only.
-
-    ``switches``: with ``heads="per_span"`` the linear layer has a row for captions and one for reasonings; with
-    ``routing_bias="span"`` there is a parameter ``routing_bias`` [layers, 2, E] (otherwise None), float32 like the
-    head, which whoever calls the backbone hands to it (``models.span_bias``). Both start as 0.
-
-    Raises:
-        ValueError: ``head_in_float32=False`` with two heads: the published discriminator has one.
+    ``head_dropout``: 0 here, 0.1 published; it acts in train mode only. The head starts as 0.
     """
 
-    def __init__(
-        self,
-        backbone: Qwen3VLMoeModel,
-        *,
-        head_dropout: float = 0.0,
-        head_in_float32: bool = True,
-        switches: SpanSwitches | None = None,
-    ) -> None:
+    def __init__(self, backbone: Qwen3VLMoeModel, *, head_dropout: float = 0.0, head_in_float32: bool = True) -> None:
         super().__init__()
-        switches = SpanSwitches() if switches is None else switches
-        self.two_heads = switches.heads == "per_span"
-        if self.two_heads and not head_in_float32:
-            raise ValueError("heads='per_span' computes in float32: head_in_float32=False is for the published head")
         self.backbone = backbone
-        rows = SPAN_KINDS if self.two_heads else 1
-        head = nn.Linear(backbone.config.text_config.hidden_size, rows, bias=False, device="meta")
-        self.v_head = nn.Sequential(nn.Dropout(head_dropout), head.to_empty(device=backbone.device))
-        nn.init.zeros_(self.v_head[1].weight)
+        hidden_size = backbone.config.text_config.hidden_size
+        head = ScoreHead(hidden_size, as_published=not head_in_float32, device=backbone.device)
+        self.v_head = nn.Sequential(nn.Dropout(head_dropout), head)
         self.head_in_float32 = head_in_float32
         use_prism_experts(self.backbone)
         use_score_rows(self.backbone)
-        self.routing_bias = None
-        if switches.routing_bias == "span":
-            use_span_bias(self.backbone)
-            self.routing_bias = nn.Parameter(torch.zeros(bias_shape(backbone.config), device=backbone.device))
-
-    def scorer(self) -> Scorer:
-        """Head and routing bias, detached."""
-        bias = None if self.routing_bias is None else self.routing_bias.detach()
-        return Scorer(self.v_head[1].weight.detach(), bias)
 
     @torch.no_grad()
-    def set_scorer(self, scorer: Scorer) -> None:
-        """Copy values of the same shapes."""
-        self.v_head[1].weight.copy_(scorer.head)
-        if self.routing_bias is not None:
-            self.routing_bias.copy_(scorer.routing_bias)
+    def set_head(self, head: Tensor) -> None:
+        """Copy the values of ``head`` [1, H]."""
+        self.v_head[1].weight.copy_(head)
 
-    def forward(self, batch: TokenBatch, *, last: Tensor | None = None, kind: Tensor | None = None) -> SpanScores:
+    def forward(self, batch: TokenBatch, *, last: Tensor | None = None) -> SpanScores:
         """Score every row of ``batch`` at ``last`` ``[B]`` (index into the right-padded row; default: its last
-        token). ``kind`` ``[B]`` int64: 0 for a caption, 1 for a reasoning; needed where ``switches`` has anything on.
-        """
+        token)."""
         last = batch.lengths - 1 if last is None else last
         rows = torch.arange(len(last), device=last.device) * batch.input_ids.shape[1] + last  # [B], into B·S
-        options: dict[str, object] = {"output_router_logits": True}
-        if self.routing_bias is not None:
-            if kind is None:
-                raise ValueError("this discriminator has a routing bias: say the kind of each row's span")
-            prompt = torch.arange(batch.input_ids.shape[1], device=last.device) < batch.prompt_lengths[:, None]
-            options["span_bias"] = span_bias(self.routing_bias, torch.where(prompt, -1, kind[:, None]).flatten())
-        run = partial(language_outputs, self.backbone, batch, **options)
+        run = partial(language_outputs, self.backbone, batch, output_router_logits=True)
         hidden, out = states_at(self.backbone, rows, run)  # [B, H]
-        return SpanScores(self.score_hidden(hidden, kind), hidden, out.router_logits)
+        return SpanScores(self.score_hidden(hidden), hidden, out.router_logits)
 
-    def score_hidden(self, hidden: Tensor, kind: Tensor | None = None) -> Tensor:
-        """Head alone, ``[..., H]`` to ``[...]``: dropout (in train mode) and one dot product per row. Where there are
-        two heads, ``kind`` ``[...]`` int64 chooses each row's.
-
-        Raises:
-            ValueError: there are two and ``kind`` is not given.
-        """
-        dropout, linear = self.v_head
+    def score_hidden(self, hidden: Tensor) -> Tensor:
+        """Head alone, ``[..., H]`` to ``[...]``: dropout (in train mode) and one dot product per row."""
         if not self.head_in_float32:
-            return linear(dropout(hidden)).squeeze(-1)
-        if self.two_heads and kind is None:
-            raise ValueError("this discriminator has two heads: say the kind of each row's span")
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+            return self.v_head(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            # A sum per row rather than a matrix product: its result cannot depend on where in the batch the row stands,
-            # so equal hidden states give equal scores to the bit.
-            weight = linear.weight[kind] if self.two_heads else linear.weight[0]  # [..., H] or [H]
-            return (dropout(hidden.to(wide)) * weight.to(wide)).sum(-1)
+            return self.v_head(hidden.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32))
 
 
 def build_discriminator(
@@ -165,23 +105,20 @@ def build_discriminator(
     router_std: float = 0.02,
     head_std: float = HEAD_STD,
     head_dropout: float = 0.0,
-    switches: SpanSwitches | None = None,
     seed: int,
 ) -> Discriminator:
     """Upcycle ``policy`` (see :func:`prism_fast.models.upcycle.upcycle`) and put a head ``N(0, head_std²)`` on it. The
-    language-model head is dropped; ``seed`` decides every number that is drawn. Two heads begin as the one that the
-    seed gives, a routing bias as 0: ``switches`` change no score."""
-    switches = SpanSwitches() if switches is None else switches
+    language-model head is dropped; ``seed`` decides every number that is drawn."""
     moe = upcycle(policy, num_experts=num_experts, top_k=top_k, noise_std=noise_std, router_std=router_std, seed=seed)
-    discriminator = Discriminator(moe.model, head_dropout=head_dropout, switches=switches)
-    discriminator.set_scorer(new_scorer(moe.config, head_std, seed).with_switches(switches, moe.config, "a new one"))
+    discriminator = Discriminator(moe.model, head_dropout=head_dropout)
+    discriminator.set_head(new_head(moe.config, head_std, seed))
     return discriminator
 
 
-def new_scorer(config: Qwen3VLMoeConfig, head_std: float, seed: int) -> Scorer:
-    """One head for all spans, ``N(0, head_std²)``."""
+def new_head(config: Qwen3VLMoeConfig, head_std: float, seed: int) -> Tensor:
+    """[1, H], ``N(0, head_std²)``."""
     generator = torch.Generator().manual_seed(seed + 1)  # seed itself is spent on the experts
-    return Scorer(torch.randn((1, config.text_config.hidden_size), generator=generator) * head_std, None)
+    return torch.randn((1, config.text_config.hidden_size), generator=generator) * head_std
 
 
 def load_discriminator(
@@ -191,18 +128,14 @@ def load_discriminator(
     device: str | torch.device = "cpu",
     head_dropout: float = 0.0,
     head_in_float32: bool = True,
-    switches: SpanSwitches | None = None,
 ) -> Discriminator:
     """Read a released or own discriminator folder: safetensors only, one file or shards, either expert layout. The
-    head's parameters and the routing bias stay float32 (float64 if ``dtype`` is); a language-model head in the file is
-    not needed and not loaded. ``switches``: what is to be on, from values that change no score where the folder has it
-    off (None: what the folder has).
+    head stays float32 (float64 if ``dtype`` is); a language-model head in the file is not needed and not loaded.
 
     Raises:
         FileNotFoundError: the folder, its ``config.json`` or its weights are missing.
         ValueError: another architecture, no score head (the file and the key are named; a random head would poison
-            every reward), square expert tensors, tensors that are missing, unexpected or of another shape, a folder
-            that has on what ``switches`` has off.
+            every reward), square expert tensors, tensors that are missing, unexpected or of another shape.
     """
     folder = Path(path)
     found = read_model_type(folder)
@@ -213,10 +146,7 @@ def load_discriminator(
         )
     config = Qwen3VLMoeConfig.from_pretrained(folder, local_files_only=True)
     refuse_square_experts(config.text_config.hidden_size, config.text_config.moe_intermediate_size)
-    scorer = read_scorer(folder, config)
-    own = frozenset({HEAD_KEY, "lm_head.weight"} | ({BIAS_KEY} if scorer.routing_bias is not None else set()))
-    if switches is not None:
-        scorer = scorer.with_switches(switches, config, folder)
+    head = read_head(folder, config.text_config.hidden_size)
     with without_load_report():
         backbone, info = Qwen3VLMoeModel.from_pretrained(
             folder,
@@ -227,31 +157,27 @@ def load_discriminator(
             ignore_mismatched_sizes=True,  # so that check_loading reports every offender at once instead of the first
             output_loading_info=True,
         )
-    check_loading(folder, info, ignore_unexpected=own)
+    check_loading(folder, info, ignore_unexpected=frozenset({HEAD_KEY, "lm_head.weight"}))
     use_linear_patch_embedding(backbone)
     use_batched_vision_attention(backbone)
-    discriminator = Discriminator(
-        backbone, head_dropout=head_dropout, head_in_float32=head_in_float32, switches=scorer.switches
-    )
-    head_dtype = dtype if dtype == torch.float64 or not head_in_float32 else torch.float32
-    discriminator.v_head.to(head_dtype)
-    if discriminator.routing_bias is not None:
-        discriminator.routing_bias = nn.Parameter(discriminator.routing_bias.detach().to(head_dtype))
-    discriminator.set_scorer(scorer)
+    discriminator = Discriminator(backbone, head_dropout=head_dropout, head_in_float32=head_in_float32)
+    discriminator.v_head.to(dtype if dtype == torch.float64 or not head_in_float32 else torch.float32)
+    discriminator.set_head(head)
     return discriminator.to(device)
 
 
 def save_discriminator(model: Discriminator, processor: Processor | None, path: str | Path) -> None:
     """Write the released layout: sharded safetensors with base keys, hub-layout experts and ``v_head.1.weight``, a
     configuration that transformers 4.57 and 5 both read, ``value_head.pt``, and the processor's files if one is
-    given. What of ``models.scorer`` is on is stored as it says."""
+    given."""
     named = ((f"model.{name}", tensor) for name, tensor in model.backbone.state_dict().items())
-    write_discriminator(named, model.scorer(), model.backbone.config, model.backbone.dtype, processor, path)
+    head = model.v_head[1].weight.detach()
+    write_discriminator(named, head, model.backbone.config, model.backbone.dtype, processor, path)
 
 
 def write_discriminator(
     named: Iterable[tuple[str, Tensor]],
-    scorer: Scorer,
+    head: Tensor,
     config: Qwen3VLMoeConfig,
     dtype: torch.dtype,
     processor: Processor | None,
@@ -265,13 +191,11 @@ def write_discriminator(
     def stored() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in named:
             yield name, tensor.transpose(1, 2) if name.endswith(EXPERT_KEYS) else tensor
-        yield HEAD_KEY, scorer.head
-        if scorer.routing_bias is not None:
-            yield BIAS_KEY, scorer.routing_bias
+        yield HEAD_KEY, head
 
     save_shards(stored(), folder)
-    write_side_head(scorer, folder)
-    released = released_config(config, dtype) | scorer.switches.config_entry()
+    write_side_head(head, folder)
+    released = released_config(config, dtype)
     (folder / "config.json").write_text(json.dumps(released, indent=2, sort_keys=True) + "\n")
     if processor is not None:
         processor.save_pretrained(folder)

@@ -79,14 +79,9 @@ class Router(Qwen3VLMoeTextTopKRouter):
     """The stock router's parameter, the choice by ``route_experts``. The raw logits come first, where transformers
     records them."""
 
-    def forward(
-        self, hidden_states: Tensor, rows: Tensor | None = None, *, bias: Tensor | None = None
-    ) -> tuple[Tensor, Routing]:
-        """hidden_states [..., H]; logits [T, E] of all tokens, and the plan for all of them or for ``rows`` [M].
-        ``bias`` [T, E] is part of the logits."""
+    def forward(self, hidden_states: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """hidden_states [..., H]; logits [T, E] of all tokens, and the plan for all of them or for ``rows`` [M]."""
         logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)  # [T, E]
-        if bias is not None:
-            logits = logits + bias.to(logits.dtype)
         return logits, route_experts(logits if rows is None else logits[rows], self.top_k)
 
 
@@ -94,17 +89,15 @@ class SparseBlock(Qwen3VLMoeTextSparseMoeBlock):
     """Router and experts of one layer.
 
     ``rows`` [M] int64, distinct, is set by ``models.score_rows`` for one call of the last layer: the experts then
-    compute these tokens alone and the others get 0. ``bias`` [T, E] is set for one call by ``models.span_bias``.
+    compute these tokens alone and the others get 0.
     """
 
     rows: Tensor | None = None
-    bias: Tensor | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [B, S, H]."""
         flat, rows = hidden_states.reshape(-1, hidden_states.shape[-1]), self.rows
-        biased = {} if self.bias is None else {"bias": self.bias}
-        _, routing = self.gate(flat, **biased) if rows is None else self.gate(flat, rows, **biased)
+        _, routing = self.gate(flat) if rows is None else self.gate(flat, rows)
         tokens = flat if rows is None else flat[rows]  # [T or M, H]
         if self.experts.config._experts_implementation == IMPLEMENTATION:
             out = self.experts(tokens, routing.experts, routing.weights, routing=routing)

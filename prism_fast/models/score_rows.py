@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextDecoderLayer
 
 from prism_fast.models.experts import SparseBlock
-from prism_fast.models.span_bias import SpanLayer
 
 
-class LastLayer(SpanLayer):
+class LastLayer(Qwen3VLMoeTextDecoderLayer):
     """The stock layer, which with ``score_rows`` returns these rows alone."""
 
     def forward(self, hidden_states: Tensor, *args: object, score_rows: Tensor | None = None, **kwargs: object):

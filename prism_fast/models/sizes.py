@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from prism_fast.models.discriminator import Discriminator
-from prism_fast.models.scorer import SpanSwitches
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,10 @@ def policy_size(config: Qwen3VLConfig, dtype: torch.dtype) -> ModelSize:
     return _size(model, top_share=1.0)
 
 
-def discriminator_size(config: Qwen3VLMoeConfig, dtype: torch.dtype, switches: SpanSwitches | None = None) -> ModelSize:
-    """Size of a discriminator (sparse backbone in ``dtype``, float32 score head or heads and routing bias)."""
+def discriminator_size(config: Qwen3VLMoeConfig, dtype: torch.dtype) -> ModelSize:
+    """Size of a discriminator (sparse backbone in ``dtype``, float32 score head)."""
     with torch.device("meta"):
-        model = Discriminator(Qwen3VLMoeModel._from_config(config, dtype=dtype), switches=switches)
+        model = Discriminator(Qwen3VLMoeModel._from_config(config, dtype=dtype))
     text = config.text_config
     return _size(model, top_share=text.num_experts_per_tok / text.num_experts)
 

@@ -25,10 +25,9 @@ from prism_fast.models.discriminator import Discriminator, expert_choices, load_
 from prism_fast.models.experts import chosen_experts
 from prism_fast.models.packing import PromptGroup
 from prism_fast.models.processor import EncodedPrompt
-from prism_fast.models.scorer import SPAN_KINDS, SpanSwitches
 from prism_fast.models.transfer import moved
 from prism_fast.train.engine import LocalEngine
-from prism_fast.train.expert_shares import ExpertShares, learned_numbers
+from prism_fast.train.expert_shares import ExpertShares
 from prism_fast.train.layouts import Ends, Layout, Part, Step, lay_out, longest_item
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.passes import Passes, counted_passes
@@ -49,10 +48,13 @@ class SpanGroup:
     students: Sequence[tuple[Span, ...] | None]
 
     def spans(self) -> list[tuple[int, Span]]:
-        """What is computed, in order of first use: each span once for every score (by number) that is read of it.
-        Scores of one text as a caption and as a reasoning may differ (``models.scorer``)."""
+        """What is computed: each distinct span once, in order of first use, with the number of its score."""
         framed = (self.teacher, *(student for student in self.students if student))
-        return list(dict.fromkeys((column, span) for spans in framed for column, span in enumerate(spans)))
+        columns: dict[Span, int] = {}
+        for spans in framed:
+            for column, span in enumerate(spans):
+                columns.setdefault(span, column)
+        return [(column, span) for span, column in columns.items()]
 
     def unique_spans(self) -> list[Span]:
         """The spans alone."""
@@ -83,11 +85,6 @@ class GroupScores(NamedTuple):
         return cost | self.experts
 
 
-def span_switches(config: Config) -> SpanSwitches:
-    """What the recipe's discriminator has once per kind of span."""
-    return SpanSwitches(config.align.discriminator.heads, config.align.discriminator.routing_bias)
-
-
 def loss_options(config: Config, *, warmup: bool = False) -> dict[str, Any]:
     """The arguments of :func:`discriminator_step` that say what is learnt: the recipe's numbers, and where it gives
     none those of its semantics. The published warm-up has neither clamp nor regulariser."""
@@ -102,16 +99,10 @@ def loss_options(config: Config, *, warmup: bool = False) -> dict[str, Any]:
     }
 
 
-def end_states(discriminator: Discriminator, groups: Sequence[SpanGroup]) -> Callable[..., tuple[Tensor, list[int]]]:
-    """For ``train.self_check``: what the scores of ``groups`` read of a forward, the last hidden state [M, H] of each
-    span."""
-    keys, bias = [group.spans() for group in groups], discriminator.scorer().routing_bias
-
-    def read(step: Step, part: Part) -> tuple[Tensor, list[int]]:
-        kinds = [keys[g][k][0] for g, k in part.branches]
-        return step.ends(part, routing_bias=bias, kinds=kinds).hidden, [1] * len(kinds)
-
-    return read
+def end_states(step: Step, part: Part) -> tuple[Tensor, list[int]]:
+    """For ``train.self_check``: what scores read of a forward, the last hidden state [M, H] of each span."""
+    hidden = step.ends(part).hidden
+    return hidden, [1] * len(hidden)
 
 
 def discriminate(
@@ -132,8 +123,7 @@ def discriminate(
     """
     computed = [group.computed() for group in groups]
     checked = {"pad_id": options["pad_id"], "positions": options.get("positions", "mrope"), "budget": budget.tokens}
-    read = end_states(engine.model, groups)
-    error = self_check(engine, layout, engine.model.backbone, computed, read, **checked)
+    error = self_check(engine, layout, engine.model.backbone, computed, end_states, **checked)
     backward = engine.backward if learn else None
 
     def attempt(tokens: int) -> tuple[Callable[[], tuple[GroupScores, Tensor]], Passes]:
@@ -154,31 +144,29 @@ def discriminate(
 
 
 def _scores(
-    discriminator: Discriminator, hidden: Tensor, spans: Sequence[tuple[int, int, Span]], groups: Sequence[SpanGroup]
+    discriminator: Discriminator, hidden: Tensor, spans: Sequence[tuple[int, Span]], groups: Sequence[SpanGroup]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The head on the last hidden states [M, H] of ``spans``, (group, number of the score, span) each, of whole
-    ``groups`` (by number).
+    """The head on the last hidden states [M, H] of ``spans``, (group, span) each, of whole ``groups`` (by number).
 
     Returns:
         The scores to learn from (teacher [G, K], student [B, K], with gradient), and the same without gradient and
         head dropout (the rewards).
     """
     place = {span: i for i, span in enumerate(spans)}
-    members = list(dict.fromkeys(g for g, _, _ in spans))
+    members = list(dict.fromkeys(g for g, _ in spans))
 
     def rows(g: int, framed: tuple[Span, ...]) -> list[int]:
-        return [place[g, column, span] for column, span in enumerate(framed)]
+        return [place[g, span] for span in framed]
 
     teacher = [rows(g, groups[g].teacher) for g in members]
     invalid = [-1] * len(groups[members[0]].teacher)
     student = [rows(g, framed) if framed else invalid for g in members for framed in groups[g].students]
-    kind = moved(torch.tensor([column for _, column, _ in spans]), hidden.device)  # [M]
-    learned = _gather(discriminator.score_hidden(hidden, kind), teacher, student)
+    learned = _gather(discriminator.score_hidden(hidden), teacher, student)
     if discriminator.training and discriminator.v_head[0].p > 0:
         # The published head drops hidden units while it learns, never while it scores; the backbone is the same.
         with torch.no_grad():
             discriminator.v_head.eval()
-            reward = _gather(discriminator.score_hidden(hidden, kind), teacher, student)
+            reward = _gather(discriminator.score_hidden(hidden), teacher, student)
             discriminator.v_head.train()
         return learned, reward
     return learned, [scores.detach() for scores in learned]
@@ -215,19 +203,20 @@ class _Reader:
             # known.
             self.choices = self._choices()
 
-    def spans(self, part: Part) -> list[tuple[int, int, Span]]:
-        """(group, number of the score, span) of the part's branches."""
-        return [(g, *self.keys[g][k]) for g, k in part.branches]
+    def spans(self, part: Part) -> list[tuple[int, Span]]:
+        """(group, span) of the part's branches."""
+        return [(g, self.keys[g][k][1]) for g, k in part.branches]
 
     def kinds(self, part: Part) -> list[int]:
-        return [column for _, column, _ in self.spans(part)]
+        """Of each branch, the number of the score that is read at its end."""
+        return [self.keys[g][k][0] for g, k in part.branches]
 
     def ends(self, part: Part) -> Ends:
         return self._ends(self.step, part, logits=bool(self.aux_coef))
 
     def _ends(self, step: Step, part: Part, *, logits: bool) -> Ends:
         wanted = {"output_router_logits": True} if logits else {}
-        return step.ends(part, routing_bias=self.discriminator.routing_bias, kinds=self.kinds(part), **wanted)
+        return step.ends(part, **wanted)
 
     def balance(self, computed: Ends) -> Tensor | float:
         """This forward's share of the load-balancing loss, weighted; 0.0 where there is none."""
@@ -299,13 +288,8 @@ def queue_step(
     Returns:
         A function that waits for the device and gives the scores before the update and the loss (0-d float64): until it
         is called, the host waits for nothing.
-
-    Raises:
-        ValueError: a discriminator with a head or a bias per kind of span is to score whole responses.
     """
     columns = len(groups[0].teacher)
-    if columns != SPAN_KINDS and (on := discriminator.scorer().switches.on):
-        raise ValueError(f"the discriminator has {' and '.join(on)}: it scores these two, not {columns} text(s)")
     valid_total = sum(1 for group in groups for framed in group.students if framed)
     rows_total = sum(len(group.students) for group in groups)
     # Divided by the counts of the whole step, so that the cut into micro-batches does not matter; as published, each
@@ -380,7 +364,6 @@ def queue_step(
     def read_back() -> tuple[GroupScores, Tensor]:
         teacher = torch.stack([found[g][0] for g in range(len(groups))]).cpu()
         student = torch.cat([found[g][1] for g in range(len(groups))]).cpu()
-        numbers = shares.numbers() | learned_numbers(discriminator)
-        return GroupScores(student, teacher, tokens, repeated, numbers), loss_total.cpu()
+        return GroupScores(student, teacher, tokens, repeated, shares.numbers()), loss_total.cpu()
 
     return read_back

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from prism_fast.data.framing import SPANS
-from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.transfer import moved
 
 SHOWN = 16  # of more experts than these, no single one's share becomes a metric
@@ -92,26 +91,3 @@ class ExpertShares:
             for name, table in tables.items():
                 found |= {f"{name}_{self.kinds[k]}_{e}": float(table[k, e]) for k in there for e in range(self.experts)}
         return found
-
-
-@torch.no_grad()
-def learned_numbers(discriminator: Discriminator) -> dict[str, float]:
-    """Metrics of what a discriminator has once per kind of span, nothing where it has nothing of the kind.
-
-    ``routing_bias_{kind}``: root mean square over layers and experts of the kind's routing bias, in logits; what all
-    experts of a layer share moves no choice and is left out. ``heads_cosine``: between the score heads of captions and
-    reasonings, 1 as long as they are equal.
-    """
-    head, bias = discriminator.scorer()
-    numbers = {}
-    if bias is not None:
-        size = centred(bias).square().mean((0, 2)).sqrt()  # [kinds]
-        numbers = {f"routing_bias_{kind}": float(value) for kind, value in zip(SPANS["spans"], size, strict=True)}
-    if len(head) > 1:
-        numbers["heads_cosine"] = float(torch.cosine_similarity(*head.double(), dim=0))
-    return numbers
-
-
-def centred(bias: Tensor) -> Tensor:
-    """A routing bias [layers, kinds, E] without what the experts of a layer have in common: float64, same shape."""
-    return bias.double() - bias.double().mean(-1, keepdim=True)

@@ -19,7 +19,6 @@ from prism_fast.models.forward import ResponseRows, TokenBatch, collate, languag
 from prism_fast.models.packing import Branch, PackedRow, PromptGroup, SharedImages, pack, packed_outputs
 from prism_fast.models.score_rows import states_at
 from prism_fast.models.shared_prefix import use_shared_prefix
-from prism_fast.models.span_bias import SpanBias, span_bias
 from prism_fast.models.transfer import moved
 from prism_fast.train.microbatch import by_tokens
 
@@ -48,15 +47,6 @@ class Ends(NamedTuple):
     weight: Tensor
     branch: Tensor
     router_logits: tuple[Tensor, ...] | None
-
-
-def _biased(bias: Tensor | None, kinds: Sequence[int], branch: Tensor) -> dict[str, SpanBias]:
-    """The language model's argument for a routing ``bias`` [layers, kinds, E] (None: there is none), where branch m of
-    ``Ends.branch`` is of kind ``kinds[m]``."""
-    if bias is None:
-        return {}
-    kind = moved(torch.tensor([-1, *kinds]), branch.device)[branch + 1]  # [X]
-    return {"span_bias": span_bias(bias, kind)}
 
 
 class PackedStep:
@@ -95,12 +85,9 @@ class PackedStep:
         row = row.to(self.backbone.device)
         return Forward(packed_outputs(self.backbone, row, self.images).last_hidden_state[0], row.predict)
 
-    def ends(
-        self, row: PackedRow, *, routing_bias: Tensor | None = None, kinds: Sequence[int] = (), **kwargs: bool
-    ) -> Ends:
-        """``kinds`` of the row's branches: where they have a ``routing_bias``, the one that each gets."""
+    def ends(self, row: PackedRow, **kwargs: bool) -> Ends:
         row = row.to(self.backbone.device)
-        run = partial(packed_outputs, self.backbone, row, self.images, **_biased(routing_bias, kinds, row.branch))
+        run = partial(packed_outputs, self.backbone, row, self.images)
         hidden, out = states_at(self.backbone, row.span_end, partial(run, **kwargs))
         return Ends(hidden, row.copies, row.branch, out.router_logits if kwargs else None)
 
@@ -173,16 +160,14 @@ class PaddedStep:
         hidden = language_outputs(self.backbone, batch.to(device)).last_hidden_state
         return Forward(hidden.flatten(0, 1), predict)  # [B·S, H]
 
-    def ends(
-        self, part: PaddedPart, *, routing_bias: Tensor | None = None, kinds: Sequence[int] = (), **kwargs: bool
-    ) -> Ends:
+    def ends(self, part: PaddedPart, **kwargs: bool) -> Ends:
         """As of a packed step."""
         batch = self._batch(part).to(self.backbone.device)
         rows, width = batch.input_ids.shape
         number = torch.arange(rows, device=batch.lengths.device)
         prompt = torch.arange(width, device=number.device) < batch.prompt_lengths[:, None]  # [B, S]
         branch = torch.where(prompt, -1, number[:, None]).flatten()
-        run = partial(language_outputs, self.backbone, batch, **_biased(routing_bias, kinds, branch))
+        run = partial(language_outputs, self.backbone, batch)
         hidden, out = states_at(self.backbone, number * width + batch.lengths - 1, partial(run, **kwargs))
         return Ends(hidden, batch.attention_mask.flatten(), branch, out.router_logits if kwargs else None)
 

@@ -24,7 +24,6 @@ from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.train.align import align
 from prism_fast.train.context import Run, open_run
-from prism_fast.train.discriminator_update import span_switches
 from prism_fast.train.evaluate import evaluate
 from prism_fast.train.reading import DataReader
 from prism_fast.train.replay import check_replay
@@ -181,7 +180,6 @@ def _warmup(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
             noise_std=upcycle.noise_std,
             router_std=upcycle.router_std,
             head_dropout=_head_dropout(run),
-            switches=span_switches(run.config),
             seed=derive_seed(run.config.seed, "discriminator"),
         )
         discriminator = _learner(run, discriminator.to(run.device))
@@ -196,8 +194,7 @@ def _head_dropout(run: Run) -> float:
 
 
 def _load_discriminator(run: Run, folder: Path):
-    options = {"head_dropout": _head_dropout(run), "switches": span_switches(run.config)}
-    discriminator = load_discriminator(folder, dtype=run.dtype, device=run.device, **options)
+    discriminator = load_discriminator(folder, dtype=run.dtype, device=run.device, head_dropout=_head_dropout(run))
     return _learner(run, discriminator)
 
 
@@ -260,9 +257,6 @@ def run_stages(config: Config, console: Console, *, resume: bool = False) -> Pat
         if config.semantics == "released":
             for line in RELEASED_DIFFERS:
                 console.print(f"semantics=released differs from the published code: {line}", style="yellow")
-        if {"warmup", "align"} & set(config.stages):
-            for line in span_switches(config).announcement:
-                console.print(line, style="yellow")
         artifacts = _start(config, run)
         files = prepare_data(run)
         _check_files(config, files)

@@ -11,10 +11,8 @@ from safetensors.torch import load_file, save_file
 from prism_fast.algorithms.semantics import RELEASED_DIFFERS
 from prism_fast.config import load_config
 from prism_fast.dry_run import check_space, disk_needs
-from prism_fast.models.discriminator import HEAD_KEY, load_discriminator, save_discriminator
+from prism_fast.models.discriminator import HEAD_KEY, load_discriminator
 from prism_fast.models.policy import load_policy
-from prism_fast.models.scorer import SpanSwitches
-from prism_fast.plan import discriminator_config, make_plan, policy_config
 from prism_fast.train.rollout_log import RolloutLogError
 
 
@@ -70,31 +68,6 @@ def test_what_released_leaves_out_is_said(invoke, everything):
     shown = invoke("run", "digits", "out=out", "semantics=released", *everything, "--dry-run")[1]
     assert shown.count("semantics=released differs from the published code: ") == len(RELEASED_DIFFERS) > 5
     assert "differs from" not in invoke("run", "digits", "out=out", *everything, "--dry-run")[1]
-
-
-PER_SPAN = ["align.discriminator.heads=per_span", "align.discriminator.routing_bias=span"]
-
-
-def test_what_is_there_once_per_kind_of_span_is_said_and_counted(invoke, command, everything, tmp_path_factory):
-    shown = invoke("run", "digits", "out=out", *PER_SPAN, *everything, "--dry-run")[1]
-    assert (
-        "a score head for captions and one for reasonings and a routing bias" in shown and "no value_head.pt" in shown
-    )
-    assert "value_head.pt" not in invoke("rlvr", "digits", "out=out", *PER_SPAN, *everything, "--dry-run")[1]
-    config, on = (load_config("digits", [*more, *everything]) for more in ([], PER_SPAN))
-    text = discriminator_config(config, policy_config(config)).text_config
-    more = 4 * (text.hidden_size + text.num_hidden_layers * 2 * text.num_experts)
-    assert disk_needs(on)["exports"] == disk_needs(config)["exports"] + 2 * more  # of the warm-up and of alignment
-    assert make_plan(on).discriminator.weight_bytes == make_plan(config).discriminator.weight_bytes + more
-    folder = tmp_path_factory.mktemp("learned") / "critic"
-    critic = load_discriminator(config.model.discriminator, switches=SpanSwitches("per_span", "span"))
-    save_discriminator(critic, None, folder)
-    for switch in PER_SPAN:
-        other = next(key for key in PER_SPAN if key != switch)
-        options = [*everything, f"model.discriminator={folder}", other, "--dry-run"]
-        code, message = command("align", "digits", *options)
-        assert code == 1 and f"set {switch}" in message, "a run never drops what a discriminator has learned"
-    assert command("align", "digits", *everything, f"model.discriminator={folder}", *PER_SPAN, "--dry-run")[0] == 0
 
 
 def test_a_replay_that_cannot_work_is_refused(invoke, everything):

@@ -37,9 +37,9 @@ def assert_policy_export(folder: Path, prompt: EncodedPrompt) -> None:
     assert theirs.keys() == ours.state_dict().keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items())
     inputs = stock_inputs(prompt, ours.config)
-    ours.model.visual.patch_embed, own = stock.model.visual.patch_embed, ours.model.visual.patch_embed
+    ours.model.visual.patch_embed.proj, own = stock.model.visual.patch_embed.proj, ours.model.visual.patch_embed.proj
     assert torch.equal(ours(**inputs).logits, stock(**inputs).logits)
-    ours.model.visual.patch_embed = own
+    ours.model.visual.patch_embed.proj = own
     ours, stock = ours.double(), stock.double()
     pad_id = Processor.from_pretrained(folder).pad_id
     batch = collate([prompt], [0], [[]], model_config=ours.config, pad_id=pad_id)

@@ -176,7 +176,7 @@ def test_linear_patch_embedding_equals_the_convolution(generator):
     holder.visual = ours
     use_linear_patch_embedding(holder)
     use_linear_patch_embedding(holder)
-    assert isinstance(ours.patch_embed, LinearPatchEmbedding)
+    assert isinstance(ours.patch_embed.proj, LinearPatchEmbedding)
     assert list(ours.state_dict()) == list(stock.state_dict())
     x = torch.randn(7, 3 * 2 * 8 * 8, generator=generator, dtype=torch.float64)
     outputs = [model.patch_embed(x) for model in (stock, ours)]
@@ -189,4 +189,5 @@ def test_linear_patch_embedding_equals_the_convolution(generator):
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="kernel = stride"):
-        LinearPatchEmbedding(torch.nn.Conv3d(3, 4, 2, stride=1))
+        ours.patch_embed.proj = torch.nn.Conv3d(3, 4, 2, stride=1)
+        use_linear_patch_embedding(holder)

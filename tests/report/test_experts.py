@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from prism_fast.report.experts import expert_charts
 from prism_fast.report.html import write_report
@@ -82,53 +80,3 @@ def test_many_experts_have_the_information_alone(run_dir):
 def test_a_run_that_logged_none_shows_none(run_dir):
     page = parse(write_report(run_dir).read_text(encoding="utf-8"))
     assert not any(title in titles(page) for title in TITLES) and expert_charts(read_run(run_dir), "align") == []
-
-
-def test_a_routing_bias_and_two_heads_are_shown(run_dir):
-    bias = torch.zeros(2, 2, 2)  # layers, kinds, experts
-    bias[1, 0] = torch.tensor([-1.0, 2.0])  # what they share, 0.5, is left out
-    bias[0, 1] = torch.tensor([3.0, 3.0])
-    folder = run_dir / "export" / "discriminator"
-    folder.mkdir(parents=True)
-    save_file({"routing_bias": bias}, folder / "model.safetensors")
-    steps = []
-    for step, (size, cosine) in enumerate([(0.0, 1.0), (0.25, 0.9)], start=4):
-        values = {
-            "disc/routing_bias_caption": size,
-            "disc/routing_bias_reasoning": 2 * size,
-            "disc/heads_cosine": cosine,
-        }
-        values |= {"disc/acc_caption": 0.75, "disc/margin_caption": 0.5}  # no reasoning differed at these steps
-        steps.append({"stage": "align", "step": step, **values})
-    append_lines(run_dir / "metrics.jsonl", steps)
-    page = parse(write_report(run_dir).read_text(encoding="utf-8"))
-    found = {chart.title: (chart.note, figure) for chart, figure in expert_charts(read_run(run_dir), "align")}
-    assert list(found) == ["Routing bias", "Routing bias by layer", "Two score heads"]
-    assert all(title in titles(page) for title in found)
-    assert all(figure in figures(page).values() for _, figure in found.values())
-    assert [trace["y"] for trace in found["Routing bias"][1]["data"]] == [[0.0, 0.25], [0.0, 0.5]]
-    note, figure = found["Routing bias by layer"]
-    (heat,) = figure["data"]
-    assert heat["z"] == [[0.0, 0.0, 0.0, 0.0], [-1.5, 1.5, 0.0, 0.0]] and heat["zmax"] == 1.5 == -heat["zmin"]
-    assert heat["x"] == ["caption 0", "caption 1", "reasoning 0", "reasoning 1"] and heat["y"] == ["layer 1", "layer 2"]
-    assert "-1.5 in layer 2, sends caption tokens away from expert 0" in note
-    note, figure = found["Two score heads"]
-    assert figure["data"][0]["y"] == [1.0, 0.9]
-    assert "the caption head puts the teacher on top in 75% of the last step's pairs, by 0.50 on average" in note
-    assert "the reasoning head" in note, "of the last step that had such pairs"
-    assert not any("routing_bias" in text.text or "heads_cosine" in text.text for text in page.all("p", css="note"))
-
-
-def test_a_warm_ups_heads_are_judged_by_held_out_pairs(run_dir):
-    values = {"warmup/heads_cosine": 0.5, "warmup/acc_caption": 0.1, "warmup/margin_caption": -1.0}
-    values |= {"warmup/heldout_acc_caption": 0.875, "warmup/heldout_margin_caption": 1.25}
-    append_lines(run_dir / "metrics.jsonl", [{"stage": "warmup", "step": 1, **values}])
-    ((chart, _),) = expert_charts(read_run(run_dir), "warmup")
-    assert "the caption head puts the teacher on top in 88% of held-out pairs, by 1.25 on average" in chart.note
-    assert "reasoning head puts" not in chart.note
-
-
-def test_a_bias_without_an_export_yet_has_its_size_alone(run_dir):
-    values = {"warmup/routing_bias_caption": 0.5, "warmup/routing_bias_reasoning": 0.25}
-    append_lines(run_dir / "metrics.jsonl", [{"stage": "warmup", "step": 1, **values}])
-    assert [chart.title for chart, _ in expert_charts(read_run(run_dir), "warmup")] == ["Routing bias"]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from prism_fast import ops
 from prism_fast.algorithms.presets import policy_options
@@ -18,7 +17,6 @@ from prism_fast.models import packing, shared_prefix
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.packing import PromptGroup, SharedImages
 from prism_fast.models.policy import build_tiny_policy
-from prism_fast.models.scorer import SpanSwitches
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train import layouts
 from prism_fast.train.discriminator_update import SpanGroup, discriminate, end_states
@@ -84,7 +82,7 @@ def checked(engine: LocalEngine, processor, groups, kind: str) -> float:
     read = response_states
     if kind == "discriminator":
         spans = span_groups(groups)
-        groups, read = [group.computed() for group in spans], end_states(engine.model, spans)
+        groups, read = [group.computed() for group in spans], end_states
     return check_packing(backbone_of(engine), choose(groups), read, budget=WHOLE, pad_id=processor.pad_id)
 
 
@@ -260,53 +258,3 @@ def test_a_wrong_packing_stops_the_update(processor, groups, monkeypatch, spoil,
         update(engine, processor, groups, kind)
     assert engine.updates == 0 and all(torch.equal(before[n], p) for n, p in engine.model.named_parameters())
     assert all(p.grad is None and p.requires_grad for p in engine.model.parameters())
-
-
-def test_a_routing_bias_that_packed_rows_forget_is_noticed(processor, prompts, generator, monkeypatch):
-    switches = SpanSwitches(routing_bias="span")
-    model = build_discriminator(build_tiny_policy(processor, SIZE, seed=2), seed=3, noise_std=0.3, switches=switches)
-    with torch.no_grad():
-        model.routing_bias.normal_(0.0, 3.0, generator=generator)
-    prepare("shared_prefix", model.backbone)
-    spans = [(tokens(generator, 9), tokens(generator, 14)) for _ in range(3)]
-    groups = [SpanGroup(prompts[1], spans[0], spans[1:])]
-    some = choose([group.computed() for group in groups])
-    options = {"budget": WHOLE, "pad_id": processor.pad_id}
-    read = end_states(model, groups)
-    assert 0 < check_packing(model.backbone, some, read, **options) < TOLERANCE[torch.float32]
-    assert model.routing_bias.grad is None
-    right = layouts.packed_outputs
-
-    def forgets(*args, span_bias, **kwargs):
-        return right(*args, **kwargs)
-
-    monkeypatch.setattr(layouts, "packed_outputs", forgets)
-    with pytest.raises(PackingError, match="states"):
-        check_packing(model.backbone, some, read, **options)
-
-
-@pytest.mark.parametrize("stage", ["sft", "sft_continued", "warmup", "align", "rlvr"])
-def test_every_packed_stage_checks_before_it_learns(finished, run_again, tmp_path, monkeypatch, stage):
-    export = finished / "export"
-    stages = "[sft_continued,rlvr]" if stage == "sft_continued" else f"[{stage}]"
-    start = [f"model.policy={export / 'sft'}", f"stages={stages}", "data.eval=null"]
-    start += [f"model.discriminator={export / 'discriminator-warmup'}"] if stage == "align" else []
-    branches_see_each_other(monkeypatch)
-    with pytest.raises(PackingError):
-        run_again(tmp_path / "run", *start)
-
-
-def test_a_padded_run_is_not_checked(processor, groups, monkeypatch):
-    branches_see_each_other(monkeypatch)
-    engine = engine_of(processor, "policy")
-    error: Tensor | None = update_policy(
-        engine,
-        PolicyBatch([groups[0].prompt], [0], [Completion((1, 2), (-5.0,) * 2, 1.0, "stop")], torch.ones(1)),
-        policy_options("grpo", max_response=20),
-        temperature=1.0,
-        budget=TokenBudget(WHOLE, notify=pytest.fail),
-        pad_id=processor.pad_id,
-        device=torch.device("cpu"),
-        layout="padded",
-    )["policy/packing_error"]
-    assert error is None and not engine.packing_checked

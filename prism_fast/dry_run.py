@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from prism_fast.algorithms.semantics import RELEASED_DIFFERS
+from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import Config, ConfigError, dump_config
 from prism_fast.data.digits import DigitsSpec, check_digits
 from prism_fast.models.checkpoints import open_weights, read_model_type, weight_files
@@ -61,8 +61,8 @@ def check_run(config: Config) -> list[str]:
     _check_order(config)
     check_replay(config)
     answer_checker(config).close()  # a judge's key must be set
-    if config.semantics == "released":
-        found += [f"semantics=released differs from the published code: {line}" for line in RELEASED_DIFFERS]
+    differs = SEMANTICS[config.semantics].differs
+    found += [f"semantics={config.semantics} differs from the published code: {line}" for line in differs]
     found += _check_models(config)
     return [*found, *_check_data(config), check_space(config)]
 

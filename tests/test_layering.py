@@ -18,7 +18,7 @@ FLOORS = [
     {"kernels", "_C"},
     {"ops"},
     {"models", "algorithms"},
-    {"data", "rewards"},
+    {"data", "rewards", "released"},
     {"rollout", "track"},
     {"train"},
     {"report", "cli", "commands", "doctor", "plan", "dry_run", "integrations", "bench"},
@@ -36,7 +36,17 @@ SIDEWAYS = {
     ("commands", "doctor"),
     ("commands", "plan"),
     ("dry_run", "plan"),
+    ("released", "data"),
+    ("released", "rewards"),
     ("rewards", "data"),  # the answer is graded in the section that the response grammar cut out
+}
+
+# The only files that know what `semantics=released` is made of; each offers it by that name, from no higher than it.
+REGISTRIES = {
+    "prism_fast/algorithms/alignment_loss.py",
+    "prism_fast/algorithms/semantics.py",
+    "prism_fast/data/framing.py",
+    "prism_fast/rewards/rules.py",
 }
 
 
@@ -104,6 +114,8 @@ def test_imports_never_climb(path):
             continue
         if other == "config":
             assert part in CONFIG_READERS, f"{where}; only {sorted(CONFIG_READERS)} may, pass plain arguments instead"
+        elif other == "released":
+            assert str(path.relative_to(ROOT)) in REGISTRIES, f"{where}; only {sorted(REGISTRIES)} may"
         elif other == "recipes":
             assert part in CONFIG_READERS, where
         elif FLOOR[other] == floor:

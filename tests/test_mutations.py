@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.autograd.gradcheck import GradcheckError
 
-from tests.algorithms import test_advantages, test_alignment_loss, test_dynamic_sampling, test_schedule_numbers
+from tests.algorithms import test_advantages, test_dynamic_sampling, test_schedule_numbers
 from tests.ops import (
     test_bad_numbers,
     test_group_advantage,
@@ -27,6 +27,7 @@ from tests.ops import (
     test_policy_loss,
     test_policy_loss_vectors,
 )
+from tests.released import test_losses
 
 
 @pytest.fixture(autouse=True)
@@ -78,8 +79,8 @@ def idle_rows() -> None:
 
 
 def discriminator_vectors() -> None:
-    for case in test_alignment_loss.VECTORS["mm_gad_cases"]:
-        test_alignment_loss.test_released_vectors(case)
+    for case in test_losses.VECTORS["mm_gad_cases"]:
+        test_losses.test_released_vectors(case)
 
 
 def equal_scores() -> None:
@@ -329,9 +330,7 @@ MUTATIONS = {
         "rollout_logp.detach().to(kind) - logp.detach().to(kind)",
         importance_formula,
     ),
-    "weight of the fallback": Mutation(
-        "algorithms.alignment_loss", "FALLBACK = 0.01", "FALLBACK = 0.1", discriminator_vectors
-    ),
+    "weight of the fallback": Mutation("released.losses", "FALLBACK = 0.01", "FALLBACK = 0.1", discriminator_vectors),
     "wrong answers not turned round": Mutation(
         "algorithms.advantages", "(1.0 - 2.0 * wrong)", "(1.0 - 1.0 * wrong)", alignment_vectors
     ),
@@ -370,6 +369,9 @@ def replace(module_name: str, text: str, wrong: str, monkeypatch: pytest.MonkeyP
         for name, value in list(vars(user).items()):
             if id(value) in stand_in:
                 monkeypatch.setattr(user, name, stand_in[id(value)])
+            elif isinstance(value, dict) and name.isupper():  # a registry
+                for key in [key for key, entry in value.items() if id(entry) in stand_in]:
+                    monkeypatch.setitem(value, key, stand_in[id(value[key])])
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

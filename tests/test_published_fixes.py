@@ -19,7 +19,7 @@ from torch.utils.data import RandomSampler
 from transformers import Qwen3VLMoeForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from prism_fast.algorithms.alignment_loss import FALLBACK, discriminator_loss
+from prism_fast.algorithms.alignment_loss import discriminator_loss
 from prism_fast.algorithms.presets import policy_options
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import ConfigError, OptimizerConfig, load_config
@@ -32,7 +32,6 @@ from prism_fast.data.samples import Pair, Task
 from prism_fast.data.writers import write_pairs, write_tasks
 from prism_fast.models.discriminator import (
     HEAD_KEY,
-    RELEASED_HEAD_DROPOUT,
     build_discriminator,
     save_discriminator,
 )
@@ -41,6 +40,7 @@ from prism_fast.models.policy import build_tiny_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.ops import group_advantage, policy_loss
+from prism_fast.released.losses import FALLBACK
 from prism_fast.rewards import AnswerChecker, Judged
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train import policy_update
@@ -83,7 +83,7 @@ FAULTS = {
 }
 POINTERS = {
     7: ["train/test_micro_batches.py::test_discriminator", "train/test_micro_batches.py::test_policy"],
-    9: ["algorithms/test_alignment_loss.py::test_released_vectors"],
+    9: ["released/test_losses.py::test_released_vectors"],
     11: ["train/test_align_parts.py::test_an_invalid_response_does_not_squeeze_the_valid_ones"],
     12: ["train/test_align_parts.py::test_a_group_without_a_valid_response_has_nothing_to_compare"],
     14: ["train/test_rlvr_stale.py::test_stale_rows_follow_the_clipped_objective_and_fresh_ones_have_ratio_one"],
@@ -221,14 +221,15 @@ def test_4_the_end_of_the_teachers_text(processor):
 def test_5_head_dropout(policy, processor, prompt):
     groups = [SpanGroup(prompt, ((5, 6), (7,)), [((8,), (9, 10))])]
     gradient = {}
-    for rate in (RELEASED_HEAD_DROPOUT, 0.0):
+    published = SEMANTICS["released"].head_dropout
+    for rate in (published, 0.0):
         model = build_discriminator(policy, seed=2, head_dropout=rate).train()
         runs = []
         for seed in (1, 2):
             torch.manual_seed(seed)
             runs.append(step(model, processor, groups)[2]["v_head.1.weight"])
         gradient[rate] = runs
-    assert RELEASED_HEAD_DROPOUT == 0.1 and not torch.equal(*gradient[0.1])
+    assert published == 0.1 and not torch.equal(*gradient[0.1])
     assert torch.equal(*gradient[0.0])
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
+from prism_fast.algorithms.scored import as_scored
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.ops import PairwiseStats, pairwise_loss
+from prism_fast.released import losses as released
 
-FALLBACK = 0.01  # weight of the published loss on teacher scores alone where a micro-batch has no valid response
+__all__ = ["as_scored", "discriminator_loss"]
+
+PER_MICRO_BATCH = {"released": released.discriminator_loss}
+"""Semantics whose loss divides by the counts of its own micro-batch: another formula, not other options of ours."""
 
 
 def discriminator_loss(
@@ -62,62 +65,37 @@ def discriminator_loss(
     """
     if semantics not in SEMANTICS:
         raise ValueError(f"discriminator_loss: semantics={semantics!r} is not one of {', '.join(map(repr, SEMANTICS))}")
-    if semantics != "released":
-        if valid_everywhere is not None:
-            raise ValueError(f"discriminator_loss: valid_everywhere belongs to 'released', not to {semantics!r}")
-        return pairwise_loss(
+    if semantics in PER_MICRO_BATCH:
+        if denominator is not None or l2_denominator is not None or spread != 0.0:
+            raise ValueError(
+                f"discriminator_loss: {semantics!r} divides by the counts of its micro-batch and has no spread term; "
+                "use semantics='prism_fast' for denominator, l2_denominator and spread"
+            )
+        return PER_MICRO_BATCH[semantics](
             teacher,
             student,
             group,
-            valid=valid,
-            clip=score_clip,
+            valid,
+            score_clip=score_clip,
+            score_reg=score_reg,
             lengths=lengths,
             length_penalty=length_penalty,
-            l2=score_reg,
-            spread=spread,
-            denominator=denominator,
-            l2_denominator=l2_denominator,
+            valid_everywhere=valid_everywhere,
             backend=backend,
         )
-    if denominator is not None or l2_denominator is not None or spread != 0.0:
-        raise ValueError(
-            "discriminator_loss: 'released' divides by the counts of its micro-batch and has no spread term; "
-            "use semantics='prism_fast' for denominator, l2_denominator and spread"
-        )
-    teacher, student = _finite(teacher)[group.long()], _finite(student)  # the published batch repeats the teacher
-    if lengths is not None:
-        lengths = (lengths[0][group.long()], lengths[1])
-    own = torch.arange(student.shape[0], device=student.device)
-    loss, stats = pairwise_loss(
+    if valid_everywhere is not None:
+        raise ValueError(f"discriminator_loss: valid_everywhere belongs to 'released', not to {semantics!r}")
+    return pairwise_loss(
         teacher,
         student,
-        own,
+        group,
         valid=valid,
         clip=score_clip,
         lengths=lengths,
         length_penalty=length_penalty,
         l2=score_reg,
+        spread=spread,
+        denominator=denominator,
+        l2_denominator=l2_denominator,
         backend=backend,
     )
-    if student.shape[0] == 0:
-        return loss, stats
-    shown = as_scored(teacher, None if lengths is None else lengths[0], length_penalty, score_clip)
-    nobody = (valid.sum() if valid_everywhere is None else valid_everywhere) == 0
-    return loss + FALLBACK * nobody.to(shown.dtype) * softplus(-shown.mean(0)).sum(), stats
-
-
-def _finite(score: Tensor) -> Tensor:
-    return torch.nan_to_num(score, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def as_scored(score: Tensor, length: Tensor | None, penalty: float | Sequence[float], clip: float | None) -> Tensor:
-    """Scores [N, K] as they enter the loss: less ``penalty`` times log(1 + ``length`` [N, K]), then clamped."""
-    score = score if score.dtype == torch.float64 else score.float()
-    if length is not None:
-        rate = torch.stack([score.new_full((), b) for b in _rates(penalty, score.shape[1])])
-        score = score - rate * length.to(score.dtype).log1p()
-    return score if clip is None else score.clamp(-clip, clip)
-
-
-def _rates(penalty: float | Sequence[float], columns: int) -> list[float]:
-    return [float(penalty)] * columns if isinstance(penalty, int | float) else [float(b) for b in penalty]

@@ -7,27 +7,25 @@ tell teacher and student apart by.
 ``paper``: the same frames; but the reasoning span is the trace alone, its answer is not scored (PRISM eq. 1-2 score
 c and t).
 
-``released``: as the published alignment code does. The student's sampled tokens are cut at the caption boundary (score
-at the token that completes ``</caption>``, and at the sampled end token); the teacher's text is cut at 512 tokens and
-scored at the first pad token behind it. Its warm-up frames both sides by the chat template and reads the newline behind
-the end token. The difference of frames is a shortcut that the default closes.
+``released``: as the published code does (``released.frames``). There teacher and student end in different tokens, a
+shortcut that the default closes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.data.grammar import ResponseSplit
 from prism_fast.data.samples import Pair, Task
 from prism_fast.models.processor import Processor
+from prism_fast.released import frames as released
 
 SPANS: dict[str, tuple[str, ...]] = {"spans": ("caption", "reasoning"), "response": ("response",)}
 """Names of the scored texts, one score each, under each value of the recipe's key ``align.discriminate``."""
 
-RELEASED_TEACHER_TOKENS = 512
 _FIELD = {"caption": "caption", "reasoning": "cot", "response": "response"}
 _ANSWER = re.compile(r"(?<=</think>)\s*(?=<answer>)")
 
@@ -52,20 +50,53 @@ def frame_text(text: str, processor: Processor) -> tuple[int, ...]:
     return (*processor.encode_plain(text.strip()), processor.eos_id)
 
 
+@dataclass(frozen=True)
+class Frames:
+    """How one semantics frames texts. Each function gives the token ids of a frame; ``spans`` are those it scores.
+
+    ``warmup``, ``teacher``: of (span, text, processor). ``student``: of (span, split, sampled token ids, processor).
+    """
+
+    spans: tuple[str, ...]
+    warmup: Callable[[str, str, Processor], tuple[int, ...]]
+    teacher: Callable[[str, str, Processor], tuple[int, ...]]
+    student: Callable[[str, ResponseSplit, Sequence[int], Processor], tuple[int, ...]]
+
+
+def _alike(scored: Callable[[str, str], str]) -> Frames:
+    """The same frame for all: the ``scored`` part of (span, text)."""
+
+    def of_text(span: str, text: str, processor: Processor) -> tuple[int, ...]:
+        return frame_text(scored(span, text), processor)
+
+    def of_split(span: str, split: ResponseSplit, token_ids: Sequence[int], processor: Processor) -> tuple[int, ...]:
+        text = {"caption": split.caption, "reasoning": split.reasoning, "response": split.text}[span]
+        return of_text(span, text, processor)
+
+    return Frames(tuple(_FIELD), of_text, of_text, of_split)
+
+
+def _without_answer(span: str, text: str) -> str:
+    """Of a reasoning the part before its answer, of the other spans everything."""
+    return _ANSWER.split(text, maxsplit=1)[0] if span == "reasoning" else text
+
+
+FRAMES: dict[str, Frames] = {
+    "released": Frames(released.SPANS, released.frame_warmup, released.frame_teacher, released.frame_student),
+    "paper": _alike(_without_answer),
+    "prism_fast": _alike(lambda span, text: text),
+}
+"""By the recipe's key ``semantics``."""
+
+
 def frame_warmup(span: str, text: str, processor: Processor, semantics: str) -> tuple[int, ...]:
     """Frame of one side of a warm-up pair."""
-    _check(span, semantics)
-    framed = frame_text(_scored(span, text, semantics), processor)
-    return (*framed, *processor.encode_text("\n")) if semantics == "released" else framed
+    return _frames(span, semantics).warmup(span, text, processor)
 
 
 def frame_teacher(span: str, text: str, processor: Processor, semantics: str) -> tuple[int, ...]:
     """Frame of a teacher's text in alignment."""
-    _check(span, semantics)
-    if semantics != "released":
-        return frame_text(_scored(span, text, semantics), processor)
-    ids = processor.encode_plain(text)[:RELEASED_TEACHER_TOKENS]
-    return (*ids, processor.pad_id) if len(ids) < RELEASED_TEACHER_TOKENS else tuple(ids)
+    return _frames(span, semantics).teacher(span, text, processor)
 
 
 def frame_student(
@@ -74,31 +105,23 @@ def frame_student(
     """Frame of one span of a valid response in alignment; ``token_ids`` are the sampled tokens that ``split`` cut.
 
     Raises:
-        ValueError: the response is not valid (it has no spans), the span or the semantics is unknown, or ``released``
-            with whole responses: the published code does not run in that mode.
+        ValueError: the response is not valid (it has no spans), the span or the semantics is unknown, or the semantics
+            does not score that span.
     """
-    _check(span, semantics)
+    frames = _frames(span, semantics)
     if not split.valid:
         raise ValueError("an invalid response has no spans to frame")
-    if semantics == "released":
-        return tuple(token_ids[: split.caption_tokens] if span == "caption" else token_ids[split.caption_tokens :])
-    text = {"caption": split.caption, "reasoning": split.reasoning, "response": split.text}[span]
-    return frame_text(_scored(span, text, semantics), processor)
+    return frames.student(span, split, token_ids, processor)
 
 
-def _scored(span: str, text: str, semantics: str) -> str:
-    """The part of a span's text that is scored: all of it, or under ``paper`` of a reasoning what stands before its
-    answer."""
-    return _ANSWER.split(text, maxsplit=1)[0] if semantics == "paper" and span == "reasoning" else text
-
-
-def _check(span: str, semantics: str) -> None:
+def _frames(span: str, semantics: str) -> Frames:
     if span not in _FIELD:
         raise ValueError(f"span {span!r} is not known; allowed: {', '.join(_FIELD)}")
-    if semantics not in SEMANTICS:
-        raise ValueError(f"semantics {semantics!r} is not known; allowed: {', '.join(SEMANTICS)}")
-    if semantics == "released" and span == "response":
+    if semantics not in FRAMES:
+        raise ValueError(f"semantics {semantics!r} is not known; allowed: {', '.join(FRAMES)}")
+    if span not in FRAMES[semantics].spans:
         raise ValueError(
-            "semantics 'released' has no whole-response mode: the published code stops there with a KeyError. "
+            f"semantics {semantics!r} has no whole-response mode: it scores {', '.join(FRAMES[semantics].spans)}. "
             "Use prism_fast or paper"
         )
+    return FRAMES[semantics]

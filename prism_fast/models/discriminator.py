@@ -39,7 +39,6 @@ from prism_fast.models.vision_attention import use_batched_vision_attention
 if TYPE_CHECKING:
     from prism_fast.models.processor import Processor
 
-RELEASED_HEAD_DROPOUT = 0.1
 HEAD_STD = 0.02
 # Of no use to a reader, and the first of them may be the path of a machine.
 _GENERIC_FIELDS = frozenset(PreTrainedConfig().to_dict()) - {"model_type", "dtype", "transformers_version"}

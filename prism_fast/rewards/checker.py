@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prism_fast.data.grammar import split_text
 from prism_fast.data.samples import MAX_TRUTH_CHARS
-from prism_fast.rewards.compare import compare
 from prism_fast.rewards.judge import Judge, JudgeQuestion
 from prism_fast.rewards.pool import WorkerPool
-from prism_fast.rewards.published import first_answer, judge_published
-from prism_fast.rewards.routes import NO_EQUIVALENT, Route, route_of
+from prism_fast.rewards.routes import Route, route_of
+from prism_fast.rewards.rules import RULES, accepted_answers
 from prism_fast.rewards.verdict import Question, Verdict
 
-SEMANTICS = ("prism_fast", "released")
 _REMEMBERED = 8192
 _ENDINGS = {"error": "unreadable", "timeout": "timeout", "worker_died": "worker_died", "too_large": "too_complex"}
 _NO_APPEAL = ("bad_format", "empty_answer", "overlong_answer", "not_a_number", "number", "unit")
@@ -91,15 +88,16 @@ class AnswerChecker:
         format_weight: float | None = None,
         judge: Judge | None = None,
     ):
-        if semantics not in SEMANTICS:
-            raise ValueError(f"semantics = {semantics!r}; allowed: {', '.join(SEMANTICS)}")
+        if semantics not in RULES:
+            raise ValueError(f"semantics = {semantics!r}; allowed: {', '.join(RULES)}")
         if (accuracy_weight is None) != (format_weight is None):
             raise ValueError(
                 "give both accuracy_weight and format_weight, or neither for the published ones of each data source"
             )
         if max_answer_chars < 1:
             raise ValueError(f"max_answer_chars = {max_answer_chars}; it must be at least 1")
-        self.semantics, self.max_answer_chars = semantics, max_answer_chars
+        self.max_answer_chars = max_answer_chars
+        self._rules = RULES[semantics]()
         self._weights = None if accuracy_weight is None else (accuracy_weight, format_weight)
         self._pool = WorkerPool(workers=workers, timeout_s=timeout_s, memory_mb=memory_mb)
         self._known: dict[Question, str] = {}
@@ -137,10 +135,7 @@ class AnswerChecker:
             for index, (plan, reward) in enumerate(zip(plans, rewards, strict=True))
             if plan.route.rules == "judge" and not reward.accuracy and reward.decided_by not in _NO_APPEAL
         ]
-        read = first_answer if self.semantics == "released" else lambda text: split_text(text).answer
-        verdicts = judge.ask(
-            [JudgeQuestion(responses[i].question, _accepted(responses[i]), read(responses[i].text)) for i in waiting]
-        )
+        verdicts = judge.ask([self._question(responses[i]) for i in waiting])
         for index, verdict in zip(waiting, verdicts, strict=True):
             reward, route = rewards[index], plans[index].route
             accuracy = float(verdict is True)
@@ -148,6 +143,10 @@ class AnswerChecker:
             by = "judge_error" if verdict is None else "judge"
             rewards[index] = Reward(reward.score + accuracy_weight * accuracy, accuracy, reward.format, by)
         return rewards
+
+    def _question(self, response: Judged) -> JudgeQuestion:
+        accepted = tuple(accepted_answers(response.ground_truth, response.equivalent_answers))
+        return JudgeQuestion(response.question, accepted, self._rules.read(response.text))
 
     def _plan(self, response: Judged, index: int) -> _Plan:
         route = route_of(response.data_source, judge=self._judge is not None)
@@ -158,8 +157,7 @@ class AnswerChecker:
             raise ValueError(
                 f"response {index}: an accepted answer has {longest} characters, more than {MAX_TRUTH_CHARS}"
             )
-        judge = judge_published if self.semantics == "released" else _judge
-        return _Plan(route, *judge(route, response.text, gold, equivalents, self.max_answer_chars))
+        return _Plan(route, *self._rules.grade(route, response.text, gold, equivalents, self.max_answer_chars))
 
     def _ask(self, questions: Sequence[Question]) -> None:
         """Fill the memory of answered questions; the same answer of many rollouts is checked once."""
@@ -189,30 +187,6 @@ def _reason(plan: _Plan, answers: Sequence[tuple[Verdict, str]]) -> str:
         return plan.verdicts[0].by
     verdict, answer = answers[0]
     return verdict.answered(False).by if answer == "fails" else _ENDINGS[answer]
-
-
-def _judge(
-    route: Route, text: str, gold: str, equivalents: Sequence[str], max_answer_chars: int
-) -> tuple[float, tuple[Verdict, ...]]:
-    """(format 0 or 1, one verdict per acceptable ground truth) of a response under the default rules; all routes are
-    graded alike."""
-    split = split_text(text)
-    if not split.valid:
-        return 0.0, (Verdict(False, "bad_format"),)
-    if not split.answer:
-        return 1.0, (Verdict(False, "empty_answer"),)
-    if len(split.answer) >= max_answer_chars:
-        return 1.0, (Verdict(False, "overlong_answer"),)
-    return 1.0, tuple(compare(accepted, split.answer) for accepted in _golds(gold, equivalents))
-
-
-def _golds(gold: str, equivalents: Sequence[str]) -> list[str]:
-    real = (other for other in equivalents if other.strip() not in ("", NO_EQUIVALENT))
-    return list(dict.fromkeys([gold, *real]))
-
-
-def _accepted(response: Judged) -> tuple[str, ...]:
-    return tuple(_golds(response.ground_truth, response.equivalent_answers))
 
 
 def _open(plan: _Plan) -> list[Verdict]:

@@ -25,6 +25,7 @@ from prism_fast.models.fused_trunk import trunk_kernels
 from prism_fast.models.writing import clear_partial, whole_folder, write_whole
 from prism_fast.ops import backend, flash
 from prism_fast.rewards import AnswerChecker, Judge
+from prism_fast.rewards.rules import RULES
 from prism_fast.train.engine import NonFiniteError
 from prism_fast.train.metrics import MetricsWriter
 from prism_fast.train.progress import Progress
@@ -129,7 +130,7 @@ def run_folder(config: Config) -> Path:
 
 def grading_rules(config: Config) -> str:
     """Whose rules compare answers. The paper prints none: under its equations they are graded as by default."""
-    return "released" if config.semantics == "released" else "prism_fast"
+    return config.semantics if config.semantics in RULES else "prism_fast"
 
 
 def answer_checker(config: Config) -> AnswerChecker:

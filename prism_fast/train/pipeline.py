@@ -11,13 +11,13 @@ from pathlib import Path
 from rich.console import Console
 from torch import nn
 
-from prism_fast.algorithms.semantics import RELEASED_DIFFERS
+from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import Config, ConfigError
 from prism_fast.data.digits import DigitsFiles, DigitsSpec, tokenizer_corpus, write_digits
 from prism_fast.data.samples import Demonstration
 from prism_fast.data.writers import write_pairs
 from prism_fast.models.checkpointing import use_gradient_checkpointing
-from prism_fast.models.discriminator import RELEASED_HEAD_DROPOUT, build_discriminator, load_discriminator
+from prism_fast.models.discriminator import build_discriminator, load_discriminator
 from prism_fast.models.fused_trunk import use_fused_trunk
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy, load_policy
 from prism_fast.models.processor import Processor
@@ -190,7 +190,7 @@ def _warmup(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
 
 
 def _head_dropout(run: Run) -> float:
-    return RELEASED_HEAD_DROPOUT if run.config.semantics == "released" else 0.0
+    return SEMANTICS[run.config.semantics].head_dropout
 
 
 def _load_discriminator(run: Run, folder: Path):
@@ -254,9 +254,8 @@ def run_stages(config: Config, console: Console, *, resume: bool = False) -> Pat
         Stopped: SIGTERM or SIGINT asked to stop; ``resume=True`` goes on from there.
     """
     with open_run(config, console, resume=resume) as run:
-        if config.semantics == "released":
-            for line in RELEASED_DIFFERS:
-                console.print(f"semantics=released differs from the published code: {line}", style="yellow")
+        for line in SEMANTICS[config.semantics].differs:
+            console.print(f"semantics={config.semantics} differs from the published code: {line}", style="yellow")
         artifacts = _start(config, run)
         files = prepare_data(run)
         _check_files(config, files)

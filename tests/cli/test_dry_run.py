@@ -8,7 +8,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from prism_fast.algorithms.semantics import RELEASED_DIFFERS
+from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import load_config
 from prism_fast.dry_run import check_space, disk_needs
 from prism_fast.models.discriminator import HEAD_KEY, load_discriminator
@@ -66,7 +66,7 @@ def test_what_a_run_needs_is_shown(invoke, everything, printed, stage, data_file
 
 def test_what_released_leaves_out_is_said(invoke, everything):
     shown = invoke("run", "digits", "out=out", "semantics=released", *everything, "--dry-run")[1]
-    assert shown.count("semantics=released differs from the published code: ") == len(RELEASED_DIFFERS) > 5
+    assert shown.count("semantics=released differs from the published code: ") == len(SEMANTICS["released"].differs) > 5
     assert "differs from" not in invoke("run", "digits", "out=out", *everything, "--dry-run")[1]
 
 

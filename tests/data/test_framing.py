@@ -1,11 +1,10 @@
-"""Framing of discriminator spans: both sides alike by default, as published under ``released``."""
+"""Framing of discriminator spans: both sides alike by default."""
 
 from __future__ import annotations
 
 import pytest
 
 from prism_fast.data.framing import (
-    RELEASED_TEACHER_TOKENS,
     SPANS,
     frame_student,
     frame_teacher,
@@ -40,19 +39,6 @@ def test_equal_texts_are_equal_token_sequences(processor):
     assert whole == frame_teacher("response", RESPONSE + "\n", processor, "prism_fast")
     assert whole == frame_warmup("response", RESPONSE, processor, "prism_fast")
     assert caption[-1] == reasoning[-1] == processor.eos_id
-
-
-def test_the_published_frames_tell_teacher_and_student_apart_by_their_last_token(processor):
-    split, ids = _split(processor)
-    caption, reasoning = (frame_student(span, split, ids, processor, "released") for span in SPANS["spans"])
-    assert caption + reasoning == ids, "the student's own tokens, cut at the caption boundary"
-    teacher = frame_teacher("caption", split.caption, processor, "released")
-    assert teacher[-1] == processor.pad_id
-    assert caption[-1] not in (processor.pad_id, processor.eos_id) and reasoning[-1] == processor.eos_id
-    long = frame_teacher("caption", "1 2 " * 600, processor, "released")
-    assert len(long) == RELEASED_TEACHER_TOKENS and long[-1] != processor.pad_id
-    framed = frame_warmup("caption", "x", processor, "released")
-    assert framed == (*frame_text("x", processor), *processor.encode_text("\n"))
 
 
 def test_control_tokens_in_a_text_stay_letters(processor):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import prism_fast.rewards.checker
 import prism_fast.rewards.pool
+import prism_fast.rewards.rules
 from prism_fast.rewards import AnswerChecker, failures
 from prism_fast.rewards.pool import WorkerPool
 from prism_fast.rewards.verdict import Probe, ask
@@ -238,7 +238,7 @@ def test_a_worker_out_of_memory_is_replaced_and_counted(monkeypatch):
         with AnswerChecker() as checker:
             monkeypatch.setattr(checker, "_pool", pool)
             monkeypatch.setattr(
-                prism_fast.rewards.checker, "compare", lambda gold, answer: ask([Probe(gold, "", "latex")])
+                prism_fast.rewards.rules, "compare", lambda gold, answer: ask([Probe(gold, "", "latex")])
             )
             rewards = checker.score([judged("x", "much"), judged("x", "little")])
     assert [(reward.accuracy, reward.decided_by) for reward in rewards] == [(0.0, "worker_died"), (1.0, "math_verify")]

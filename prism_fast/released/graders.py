@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prism_fast.data.grammar import split_text
-from prism_fast.rewards.published_geo3k import compare_geo3k
-from prism_fast.rewards.published_mm_gad import compare_mm_gad
+from prism_fast.released.geo3k import compare_geo3k
+from prism_fast.released.mm_gad import compare_mm_gad
 from prism_fast.rewards.routes import NO_EQUIVALENT, Route
 from prism_fast.rewards.verdict import Probe, Verdict, ask
 

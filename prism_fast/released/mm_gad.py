@@ -1,5 +1,5 @@
 """The published mm_gad answer rules, quirks included (`semantics="released"`). Kept to reproduce published numbers;
-`compare.py` is what training should use.
+`rewards/compare.py` is what training should use.
 
 Order: split both sides into values, simplify each, compare the pairs by coordinates, then by the relaxed rules, then by
 math-verify. Known quirks that are kept on purpose: commas between digits vanish before coordinates are looked for,

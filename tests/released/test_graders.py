@@ -2,9 +2,9 @@
 
 import pytest
 
+from prism_fast.released.graders import first_answer
+from prism_fast.released.mm_gad import compare_mm_gad
 from prism_fast.rewards import AnswerChecker, Judged
-from prism_fast.rewards.published import first_answer
-from prism_fast.rewards.published_mm_gad import compare_mm_gad
 from tests.rewards.cases import GOLDEN
 
 ROUTES = {"mm_gad": "mm_gad", "math_verify_with_format": "math-77k", "geo3k": "hiyouga/geometry3k"}

@@ -1,0 +1,21 @@
+"""Scores as the discriminator's loss reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def as_scored(score: Tensor, length: Tensor | None, penalty: float | Sequence[float], clip: float | None) -> Tensor:
+    """Scores [N, K] as they enter the loss: less ``penalty`` times log(1 + ``length`` [N, K]), then clamped."""
+    score = score if score.dtype == torch.float64 else score.float()
+    if length is not None:
+        rate = torch.stack([score.new_full((), b) for b in _rates(penalty, score.shape[1])])
+        score = score - rate * length.to(score.dtype).log1p()
+    return score if clip is None else score.clamp(-clip, clip)
+
+
+def _rates(penalty: float | Sequence[float], columns: int) -> list[float]:
+    return [float(penalty)] * columns if isinstance(penalty, int | float) else [float(b) for b in penalty]

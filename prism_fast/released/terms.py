@@ -1,0 +1,33 @@
+"""The published settings of the alignment step, and where ``semantics=released`` is not the published code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TERMS: dict[str, Any] = dict(
+    normalize="per_score",
+    eps=1e-6,
+    invalid="below_min",
+    singleton="identity",
+    all_invalid="penalty",
+    positions="text",
+    format_penalty=1.5,
+    score_clip=10.0,
+    score_reg=0.001,
+    head_dropout=0.1,
+)
+"""Fields of ``algorithms.semantics.Semantics``."""
+
+DIFFERS = (
+    "everything is drawn from one seed; images are resized once, prompts are never cut, bad samples never replaced",
+    "micro-batches are cut by this program, for one process; the published losses depend on that cut",
+    "scores and losses are float32 where the published ones are bfloat16",
+    "warm-up: the losses of captions and reasonings add up instead of being averaged (only gradient clipping "
+    "sees it); every score is read at its row's own last token",
+    "alignment: invalid responses are not computed, so their scores enter the penalty on squares as 0",
+    "align.advantage=gated_align: wrong answers are gated; the published code never grades answers in that mode",
+    "dynamic sampling: a group is useful if its rewards differ, surplus is kept, a lack of useful groups ends nothing",
+    "optimizers: norms and biases are not decayed, the first update of a learning-rate warm-up is not 0",
+    "metrics are counts and true means",
+)
+"""What is left out of the published code, for people; everything else is meant to be its arithmetic."""

@@ -201,6 +201,9 @@ def check(
     paths: Annotated[list[Path], typer.Argument(help="Data files: .json, .jsonl, .parquet.")],
     kind: Annotated[Kind | None, typer.Option(help="What the files hold, where name and content do not tell.")] = None,
     require_teacher: Annotated[bool, typer.Option(help="Tasks must have teacher columns (alignment).")] = False,
+    data_source: Annotated[
+        list[str] | None, typer.Option(help="Accept tasks of this data_source too: reward.functions grades it.")
+    ] = None,
     max_image_pixels: Annotated[int | None, typer.Option(help="Refuse larger images.")] = None,
     policy: Annotated[Path | None, typer.Option(help="Measure prompts with the processor of this folder.")] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(help="Report longer prompts; needs --policy.")] = None,
@@ -222,7 +225,7 @@ def check(
             path,
             kind=None if kind is None else kind.value,
             require_teacher=require_teacher,
-            known_sources=known_sources(judge=True),
+            known_sources=(*known_sources(judge=True), *(data_source or ())),
             max_image_pixels=pixels,
             processor=processor,
             max_prompt_tokens=max_prompt_tokens,

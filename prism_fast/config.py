@@ -134,12 +134,14 @@ class JudgeConfig:
 
 @dataclass
 class RewardConfig:
-    """Limits of checking answers. Formulas are compared in worker processes that the kernel ends at their limits."""
+    """Checking answers. Formulas are compared in worker processes that the kernel ends at their limits."""
 
     workers: int = 1
     timeout_s: float = 5.0  # CPU seconds of one comparison, and three times as many on the clock
     memory_mb: int = 1024  # address space of a worker
     max_answer_chars: int = 1024  # a longer answer is not right
+    # Reward functions of your own, `data_source: package.module:function`; they grade the rows of that data_source.
+    functions: dict[str, str] = field(default_factory=dict)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def __post_init__(self) -> None:

@@ -244,7 +244,8 @@ def _parse_task(
     messages = prompt_messages(turns, len(entries), place, "prompt")
     source = place.text(row["data_source"], "data_source")
     if sources is not None and source not in sources:
-        raise place.error("data_source", f"no reward is known for {source!r}", f"Known: {', '.join(sorted(sources))}")
+        cure = f"Known: {', '.join(sorted(sources))}; reward.functions names those of your own"
+        raise place.error("data_source", f"no reward is known for {source!r}", cure)
     reward = place.mapping(row["reward_model"], "reward_model")
     extra = {key: value for key, value in (row.get("extra_info") or {}).items() if value is not None}
     if row.get("answer") not in (None, reward.get("ground_truth")):

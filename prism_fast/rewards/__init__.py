@@ -1,7 +1,22 @@
-"""Verifiable rewards: format gate, rule-based answer comparison, math-verify in worker processes."""
+"""Reward functions: the protocol, the built-in graders (format gate, rules, math-verify in workers), your own."""
 
-from prism_fast.rewards.checker import AnswerChecker, Judged, Reward, failures
+from prism_fast.rewards.checker import AnswerChecker
+from prism_fast.rewards.functions import RewardFunctionError, SourceRewards
 from prism_fast.rewards.judge import Judge, JudgeError
+from prism_fast.rewards.reward import Judged, Reward, RewardFunction, failures
 from prism_fast.rewards.routes import JUDGED, ROUTES, known_sources
 
-__all__ = ["JUDGED", "ROUTES", "AnswerChecker", "Judge", "JudgeError", "Judged", "Reward", "failures", "known_sources"]
+__all__ = [
+    "JUDGED",
+    "ROUTES",
+    "AnswerChecker",
+    "Judge",
+    "JudgeError",
+    "Judged",
+    "Reward",
+    "RewardFunction",
+    "RewardFunctionError",
+    "SourceRewards",
+    "failures",
+    "known_sources",
+]

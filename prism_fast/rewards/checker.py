@@ -1,4 +1,4 @@
-"""Scoring responses: format gate, answer comparison, reward. The one class that the trainer uses."""
+"""The built-in reward functions: format gate, answer comparison, reward."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from prism_fast.data.samples import MAX_TRUTH_CHARS
 from prism_fast.rewards.judge import Judge, JudgeQuestion
 from prism_fast.rewards.pool import WorkerPool
+from prism_fast.rewards.reward import Judged, Reward
 from prism_fast.rewards.routes import Route, route_of
 from prism_fast.rewards.rules import RULES, accepted_answers
 from prism_fast.rewards.verdict import Question, Verdict
@@ -15,38 +16,6 @@ from prism_fast.rewards.verdict import Question, Verdict
 _REMEMBERED = 8192
 _ENDINGS = {"error": "unreadable", "timeout": "timeout", "worker_died": "worker_died", "too_large": "too_complex"}
 _NO_APPEAL = ("bad_format", "empty_answer", "overlong_answer", "not_a_number", "number", "unit")
-_FAILURES = {"timeouts": "timeout", "worker_deaths": "worker_died", "judge_errors": "judge_error"}
-
-
-@dataclass(frozen=True)
-class Reward:
-    """`score` = accuracy weight · accuracy + format weight · format; `accuracy` and `format` are 0 or 1.
-
-    `decided_by`: `bad_format`, `empty_answer`, `overlong_answer`, a branch of the comparison (`compare.py`), what
-    ended a symbolic check: `no_match`, `unreadable` (math-verify could not read a side), `timeout`, `worker_died`; or,
-    where a judge was asked, `judge`, and `judge_error` when it gave no verdict.
-    """
-
-    score: float
-    accuracy: float
-    format: float
-    decided_by: str
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One response to score: its decoded text without special tokens, and what its task row says."""
-
-    text: str
-    ground_truth: str
-    data_source: str
-    equivalent_answers: tuple[str, ...] = ()
-    question: str = ""  # only a judge reads it
-
-
-def failures(rewards: Sequence[Reward]) -> dict[str, int]:
-    """How many rewards are 0 only because checking them failed, by kind: none of them may pass unseen."""
-    return {name: sum(reward.decided_by == by for reward in rewards) for name, by in _FAILURES.items()}
 
 
 @dataclass(frozen=True)
@@ -61,6 +30,11 @@ class _Plan:
 
 class AnswerChecker:
     """Scores batches of responses. A context manager; reusable after `close`.
+
+    `Reward.score` is accuracy weight · accuracy + format weight · format, with accuracy and format 0 or 1.
+    `decided_by`: `bad_format`, `empty_answer`, `overlong_answer`, a branch of the comparison (`compare.py`), what
+    ended a symbolic check: `no_match`, `unreadable` (math-verify could not read a side), `timeout`, `worker_died`; or,
+    where a judge was asked, `judge`, and `judge_error` when it gave no verdict.
 
     Rules decide in this process; only formulas that need symbolic mathematics go to worker processes, which are started
     when the first one appears (a task whose answers are numbers, words or letters never starts one). `timeout_s` and

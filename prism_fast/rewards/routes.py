@@ -43,7 +43,7 @@ def route_of(data_source: str, *, judge: bool) -> Route:
     """The route of a data source; NotImplementedError naming the known ones otherwise."""
     known = known_sources(judge=judge)
     if data_source not in known:
-        cure = "Give the rows one of these names in their data_source column"
+        cure = "Give the rows one of these names in data_source, or name a function for it in reward.functions"
         if data_source in JUDGED:
             cure = "This one needs a judge: set reward.judge.url and reward.judge.model"
         raise NotImplementedError(

@@ -24,7 +24,7 @@ from prism_fast.config import Config, ConfigError, dump_config
 from prism_fast.models.fused_trunk import trunk_kernels
 from prism_fast.models.writing import clear_partial, whole_folder, write_whole
 from prism_fast.ops import backend, flash
-from prism_fast.rewards import AnswerChecker, Judge
+from prism_fast.rewards import AnswerChecker, Judge, SourceRewards
 from prism_fast.rewards.rules import RULES
 from prism_fast.train.engine import NonFiniteError
 from prism_fast.train.metrics import MetricsWriter
@@ -42,7 +42,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     metrics: MetricsWriter
-    checker: AnswerChecker
+    checker: SourceRewards
     console: Console
     progress: Progress
     stop: StopRequest
@@ -133,10 +133,10 @@ def grading_rules(config: Config) -> str:
     return config.semantics if config.semantics in RULES else "prism_fast"
 
 
-def answer_checker(config: Config) -> AnswerChecker:
-    """What grades the answers of a run."""
+def answer_checker(config: Config) -> SourceRewards:
+    """What grades the answers of a run. Raises RewardFunctionError where ``reward.functions`` cannot be used."""
     reward = config.reward
-    return AnswerChecker(
+    checker = AnswerChecker(
         semantics=grading_rules(config),
         workers=reward.workers,
         timeout_s=reward.timeout_s,
@@ -144,6 +144,7 @@ def answer_checker(config: Config) -> AnswerChecker:
         max_answer_chars=reward.max_answer_chars,
         judge=None if reward.judge.url is None else Judge(**asdict(reward.judge)),
     )
+    return SourceRewards(checker, reward.functions)
 
 
 @contextmanager

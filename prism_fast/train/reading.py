@@ -25,7 +25,7 @@ def open_samples(config: Config, name: str, path: Path, problems: list[DataError
     if name == "pairs":
         texts = PAIR_SPANS if config.align.discriminate == "spans" else PAIR_RESPONSES
         return read_pairs(path, require=texts, **limits)
-    sources = known_sources(judge=config.reward.judge.url is not None)
+    sources = (*known_sources(judge=config.reward.judge.url is not None), *config.reward.functions)
     return read_tasks(path, require_teacher=name == "align", known_sources=sources, **limits)
 
 

@@ -24,7 +24,12 @@ def _grading(config: Config) -> dict[str, object]:
     """What decides whether an answer is right. Limits of time and memory do not: a recorded timeout is replayed."""
     reward = config.reward
     judge = (reward.judge.url, reward.judge.model)
-    return {"rules": grading_rules(config), "reward.max_answer_chars": reward.max_answer_chars, "reward.judge": judge}
+    return {
+        "rules": grading_rules(config),
+        "reward.max_answer_chars": reward.max_answer_chars,
+        "reward.judge": judge,
+        "reward.functions": dict(reward.functions),
+    }
 
 
 class Replay:

@@ -1,0 +1,153 @@
+"""Reward functions by data source: the built-in graders, and those that a recipe names."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+from prism_fast.rewards.checker import AnswerChecker
+from prism_fast.rewards.reward import Judged, Reward, RewardFunction
+from prism_fast.rewards.routes import known_sources
+
+ODD_TEXTS = ("", "</answer><answer>", "<caption>\x00</caption><think>𝔘</think><answer>{\\frac{1}{</answer>", "7 " * 500)
+
+
+class RewardFunctionError(ValueError):
+    """A function under ``reward.functions`` is missing, takes something else, raises, or gives something else."""
+
+
+class SourceRewards:
+    """Scores responses, each by the function of its data source; what none is named for, the ``checker`` grades.
+
+    A context manager; it closes the checker.
+
+    Raises (construction): RewardFunctionError: a name is that of a built-in grader, or `load_function` refuses.
+    """
+
+    def __init__(self, checker: AnswerChecker, functions: Mapping[str, str]):
+        """``functions``: ``package.module:function`` by data source."""
+        if taken := sorted(set(functions) & set(known_sources(judge=True))):
+            raise RewardFunctionError(
+                f"reward.functions: {', '.join(taken)} is graded by a built-in function; give the rows of your own "
+                "another data_source"
+            )
+        self._checker = checker
+        self._names = dict(functions)
+        self.functions = {source: load_function(source, name) for source, name in functions.items()}
+
+    def __enter__(self) -> SourceRewards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the checker's worker processes."""
+        self._checker.close()
+
+    def score(self, responses: Sequence[Judged]) -> list[Reward]:
+        """One reward per response, in order; each function is called once, with all responses of its data source.
+
+        Raises:
+            RewardFunctionError: a function raises or gives anything but one finite reward per response.
+            NotImplementedError, ValueError, JudgeError: as ``AnswerChecker.score``.
+        """
+        places: dict[str | None, list[int]] = {}
+        for index, response in enumerate(responses):
+            source = response.data_source if response.data_source in self.functions else None
+            places.setdefault(source, []).append(index)
+        rewards: dict[int, Reward] = {}
+        for source, indices in places.items():
+            batch = [responses[index] for index in indices]
+            found = self._checker.score(batch) if source is None else self._own(source, batch)
+            rewards.update(zip(indices, found, strict=True))
+        return [rewards[index] for index in range(len(responses))]
+
+    def probe(self, row: Judged) -> None:
+        """Call the function of a row of the data with odd texts in the place of its response: a function that gives
+        something else than rewards is found before a run begins. RewardFunctionError as in `score`."""
+        texts = (row.text, *ODD_TEXTS)
+        self._own(
+            row.data_source,
+            [Judged(text, row.ground_truth, row.data_source, row.equivalent_answers, row.question) for text in texts],
+        )
+
+    def _own(self, source: str, responses: Sequence[Judged]) -> list[Reward]:
+        where = f"reward.functions.{source} ({self._names[source]})"
+        try:
+            rewards = self.functions[source](responses)
+        except Exception as error:
+            raise RewardFunctionError(f"{where} raised {type(error).__name__}: {error}") from error
+        if not isinstance(rewards, list) or len(rewards) != len(responses):
+            given = f"{len(rewards)}" if isinstance(rewards, list) else f"a {type(rewards).__name__}"
+            raise RewardFunctionError(
+                f"{where} must give a list with one prism_fast.rewards.Reward for each of {len(responses)} responses, "
+                f"in order; got {given}"
+            )
+        for index, reward in enumerate(rewards):
+            if trouble := _trouble(reward):
+                raise RewardFunctionError(f"{where}: reward {index} of {len(rewards)} {trouble}")
+        return rewards
+
+
+def _trouble(reward: object) -> str:
+    """What is wrong with a reward; nothing if it is one."""
+    if not isinstance(reward, Reward):
+        return f"is a {type(reward).__name__}, not a prism_fast.rewards.Reward"
+    for name in ("score", "accuracy", "format"):
+        value = getattr(reward, name)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return f"has {name}={value!r}; it must be a finite number"
+    return "" if isinstance(reward.decided_by, str) else f"has decided_by={reward.decided_by!r}; it must be a text"
+
+
+def load_function(source: str, name: str) -> RewardFunction:
+    """The function ``package.module:function`` that a recipe names for a data source.
+
+    Raises:
+        RewardFunctionError: the name has another form, the module or the function does not exist, importing it raises,
+            or it cannot be called with one argument.
+    """
+    where = f"reward.functions.{source}"
+    module_name, colon, function_name = name.partition(":")
+    if not colon or not function_name.isidentifier() or not all(map(str.isidentifier, module_name.split("."))):
+        raise RewardFunctionError(f"{where} must have the form package.module:function, got {name!r}")
+    module = _import(module_name, where)
+    function = getattr(module, function_name, None)
+    if function is None:
+        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        near = difflib.get_close_matches(function_name, own, n=1)
+        cure = f"Did you mean {near[0]!r}?" if near else "Define it there"
+        raise RewardFunctionError(f"{where}: {module_name} ({module.__file__}) has no {function_name!r}. {cure}")
+    if not callable(function):
+        raise RewardFunctionError(f"{where}: {name} is a {type(function).__name__}, not a function")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of a function written in C; the first call tells
+        return function
+    try:
+        signature.bind(())
+    except TypeError as error:
+        raise RewardFunctionError(
+            f"{where}: {name}{signature} must take one argument, the responses (prism_fast.rewards.RewardFunction): "
+            f"{error}"
+        ) from error
+    return function
+
+
+def _import(name: str, where: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):  # something that it imports itself
+            raise RewardFunctionError(f"{where}: importing {name} failed: {error}; install that module") from error
+        raise RewardFunctionError(
+            f"{where}: there is no module {error.name!r}. Install it, or name its folder in the environment variable "
+            "PYTHONPATH"
+        ) from error
+    except Exception as error:
+        raise RewardFunctionError(f"{where}: importing {name} raised {type(error).__name__}: {error}") from error

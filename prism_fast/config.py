@@ -286,6 +286,25 @@ class EvalConfig:
 
 
 @dataclass
+class WandbConfig:
+    project: str | None = None  # none: no W&B. Who you are there is W&B's own affair (`wandb login`, WANDB_ENTITY)
+    mode: Literal["online", "offline"] = "online"  # offline: files in the run directory, for `wandb sync`
+
+
+@dataclass
+class TrackioConfig:
+    project: str | None = None  # none: no trackio. Where it keeps it is trackio's own affair (TRACKIO_DIR and others)
+
+
+@dataclass
+class TrackConfig:
+    """Where metrics are shown beside ``metrics.jsonl`` and TensorBoard; each needs the extra of its name."""
+
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    trackio: TrackioConfig = field(default_factory=TrackioConfig)
+
+
+@dataclass
 class Config:
     recipe: str = "custom"
     seed: int = 1
@@ -311,6 +330,7 @@ class Config:
     align: AlignConfig = field(default_factory=AlignConfig)
     rlvr: RlvrConfig = field(default_factory=RlvrConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
         for stage in self.stages:

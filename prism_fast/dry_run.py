@@ -18,7 +18,14 @@ from prism_fast.models.sizes import discriminator_size, policy_size
 from prism_fast.models.tokenizer import check_vocab_size
 from prism_fast.models.writing import DiskFullError, shown_bytes
 from prism_fast.plan import adamw_bytes, discriminator_config, make_plan, policy_config, summary
-from prism_fast.train.context import DTYPES, answer_checker, attention_in_force, resolve_device, trunk_in_force
+from prism_fast.train.context import (
+    DTYPES,
+    answer_checker,
+    attention_in_force,
+    check_views,
+    resolve_device,
+    trunk_in_force,
+)
 from prism_fast.train.pipeline import NEEDS, DataFiles
 from prism_fast.train.reading import open_samples
 from prism_fast.train.replay import check_replay
@@ -59,6 +66,7 @@ def check_run(config: Config) -> list[str]:
             raise ConfigError(f"the run directory {folder} is not empty; give another with out=PATH")
     found.append(f"run directory: {config.out or 'a new one under runs'}")
     _check_order(config)
+    check_views(config)
     check_replay(config)
     answer_checker(config).close()  # a judge's key must be set
     differs = SEMANTICS[config.semantics].differs

@@ -10,6 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from prism_fast.track.flops import mlp_weights, tower_flops, trunk_flops
+
 from .column import Column
 
 
@@ -64,11 +66,9 @@ def _language(count: Count, again: bool):
         count.add("forwards", 1)
         layout = kwargs.get("prefix_layout")
         pairs = rows * width * (width + 1) // 2 if layout is None else packed_pairs(layout)
-        text = module.config
-        attention = 4 * text.num_attention_heads * text.head_dim * pairs
-        flop = text.num_hidden_layers * (attention + 2 * (mixing_weights(text) + mlp_weights(text)) * rows * width)
+        flop = trunk_flops(module.config, rows * width, pairs)
         if (scored := kwargs.get("score_rows")) is not None:  # the last layer's experts compute these rows alone
-            flop -= 2 * mlp_weights(text) * (rows * width - len(scored))
+            flop -= 2 * mlp_weights(module.config) * (rows * width - len(scored))
         count.flop += units(again) * flop
 
     return hook
@@ -84,31 +84,11 @@ def packed_pairs(layout) -> int:
     )
 
 
-def mixing_weights(text) -> int:
-    """Entries of the attention's matrices in one layer."""
-    return text.hidden_size * text.head_dim * (2 * text.num_attention_heads + 2 * text.num_key_value_heads)
-
-
-def mlp_weights(text) -> int:
-    """Entries of the matrices behind the attention that a token is multiplied with: router and chosen experts, or the
-    dense layer's three."""
-    experts = getattr(text, "num_experts", None)
-    if experts is None:
-        return 3 * text.hidden_size * text.intermediate_size
-    return text.hidden_size * (experts + 3 * text.num_experts_per_tok * text.moe_intermediate_size)
-
-
 def _vision(count: Count, again: bool):
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
         grid: Tensor = args[1] if len(args) > 1 else kwargs["grid_thw"]
         count.add("images", len(grid))
-        vision = module.config
-        patches = [h * w for t, h, w in grid.tolist() for _ in range(t)]
-        per_patch = sum(p.numel() for part in (module.patch_embed, module.blocks) for p in part.parameters())
-        mergers = sum(p.numel() for part in (module.merger, module.deepstack_merger_list) for p in part.parameters())
-        per_patch += mergers / vision.spatial_merge_size**2
-        attention = 4 * vision.hidden_size * sum(n * n for n in patches) * vision.depth
-        count.flop += units(again) * (2 * per_patch * sum(patches) + attention)
+        count.flop += units(again) * tower_flops(module.config, grid.tolist())
 
     return hook
 

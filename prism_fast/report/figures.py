@@ -11,6 +11,7 @@ from prism_fast.report.charts import CHARTS, SCORED, Chart
 from prism_fast.report.rundir import RunDirectory, Series
 from prism_fast.report.statistics import Interval
 from prism_fast.report.summary import Summary, stage_name
+from prism_fast.track.metrics import WALL_CLOCK
 
 # Told apart with every common kind of colour blindness, and legible on white and on near-black alike.
 COLOURS = ("#3b82d6", "#e08a1e", "#1f9e77", "#c8509b", "#8a79d6", "#8b949e")
@@ -40,7 +41,7 @@ def stage_curves(run: RunDirectory, stage: str) -> StageCurves:
         drawn = [(label, series) for label, series in found if series is not None]
         if drawn:
             charts.append((chart, curve_figure(chart, drawn, _line_of(run, chart))))
-    extra = [key for key in run.keys(stage) if key not in asked and not key.startswith(("time/", "passes/"))]
+    extra = [key for key in run.keys(stage) if key not in asked and not key.startswith((*WALL_CLOCK, "passes/"))]
     return StageCurves(tuple(charts), tuple(absent), tuple(extra))
 
 

@@ -38,6 +38,7 @@ from prism_fast.report.summary import (
     updates,
     verdicts,
 )
+from prism_fast.track.metrics import WALL_CLOCK
 
 SILENT_AFTER = 600.0  # seconds without a write after which an unfinished run counts as dead
 
@@ -224,17 +225,19 @@ def _stage(run: RunDirectory, stage: str, figure: Any) -> dict[str, Any]:
 
 
 def _timings(run: RunDirectory, stage: str) -> dict[str, Any] | None:
-    """Wall-clock of a stage, of its timed parts, and its pass counts; None where it logged none of them."""
+    """Wall-clock of a stage, of its timed parts, its speed and its pass counts; None where it logged none of them."""
     whole = run.finished.get(stage)
     rows = []
     for key in run.keys(stage):
         series = run.series(stage, key)
-        if series is None or not key.startswith(("time/", "passes/")):
+        if series is None or not key.startswith((*WALL_CLOCK, "passes/")):
             continue
         total, count = sum(series.values), len(series.values)
         if key.startswith("time/"):
             share = "–" if not whole else f"{100 * total / whole:.0f} %"
             rows.append((key.removeprefix("time/"), duration(total), share, f"{1000 * total / count:.0f} ms", count))
+        elif key.startswith("perf/"):
+            rows.append((key.removeprefix("perf/").replace("_", " "), "–", "–", f"{total / count:.4g}", count))
         else:
             rows.append((f"{key.removeprefix('passes/')} (passes)", f"{total:g}", "–", f"{total / count:.2f}", count))
     if whole is None and not rows:

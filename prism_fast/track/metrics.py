@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Number = int | float
+WALL_CLOCK = ("time/", "perf/")  # names of metrics that depend on the machine's clock and memory, not on the seed alone
 # One name: itself, its reduction, its values and, of a mean, their counts (else an empty list). JSON can hold it.
 Row = tuple[str, str, list[Number], list[Number]]
 
@@ -116,6 +118,11 @@ class Metrics:
                 "give it one reduction or two names"
             )
         return parts
+
+
+def reproducible(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a line that are the same bits for the same seed on one machine."""
+    return {name: value for name, value in line.items() if not name.startswith(WALL_CLOCK)}
 
 
 class _Parts:

@@ -26,8 +26,8 @@ from prism_fast.models.writing import clear_partial, whole_folder, write_whole
 from prism_fast.ops import backend, flash
 from prism_fast.rewards import AnswerChecker, Judge, SourceRewards
 from prism_fast.rewards.rules import RULES
+from prism_fast.track.tracker import Tracker, open_views, require_packages
 from prism_fast.train.engine import NonFiniteError
-from prism_fast.train.metrics import MetricsWriter
 from prism_fast.train.progress import Progress
 from prism_fast.train.record import Resume, RunRecord, fresh, read_resume
 from prism_fast.train.signals import Stopped, StopRequest
@@ -41,7 +41,7 @@ class Run:
     folder: Path
     device: torch.device
     dtype: torch.dtype
-    metrics: MetricsWriter
+    metrics: Tracker
     checker: SourceRewards
     console: Console
     progress: Progress
@@ -147,14 +147,22 @@ def answer_checker(config: Config) -> SourceRewards:
     return SourceRewards(checker, reward.functions)
 
 
+def check_views(config: Config) -> None:
+    """Raise ValueError if metrics are to be shown somewhere whose package is not installed."""
+    track = config.track
+    require_packages(wandb=track.wandb.project is not None, trackio=track.trackio.project is not None)
+
+
 @contextmanager
 def open_run(config: Config, console: Console, *, resume: bool = False) -> Iterator[Run]:
     """Create the run directory (it must not exist or be empty), or with ``resume`` go on in it.
 
     Raises:
         ConfigError: the folder holds something already, another process is at work in it, or the device is not there.
+        ValueError: as :func:`check_views`.
     """
     device = resolve_device(config.device)
+    check_views(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     folder = run_folder(config)
@@ -189,8 +197,20 @@ def _opened(config: Config, console: Console, folder: Path, device: torch.device
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     disable_progress_bar()  # transformers' bars for each load and save would tear ours
-    metrics = MetricsWriter(folder, keep_bytes=resumed.metrics_bytes())
+
+    def tell(text: str) -> None:
+        console.print(text, style="yellow", markup=False, highlight=False)
+
+    track = config.track
+    views = open_views(
+        folder,
+        wandb=track.wandb.project,
+        wandb_mode=track.wandb.mode,
+        trackio=track.trackio.project,
+        config=asdict(config),
+    )
     with (
+        Tracker(folder, keep_bytes=resumed.metrics_bytes(), views=views, tell=tell) as metrics,
         flash.use_attention(config.model.attention, device, DTYPES[config.model.dtype]),
         answer_checker(config) as checker,
         Progress(console) as progress,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prism_fast.rewards import JudgeError
+from prism_fast.track.jsonl import RecordError
 from prism_fast.train.checkpoint import CheckpointError
 from prism_fast.train.engine import NonFiniteError
 from prism_fast.train.group_sampler import NoUsefulGroupError
@@ -17,6 +18,7 @@ USER_ERRORS: tuple[type[Exception], ...] = (
     PackingError,
     WarmupError,
     CheckpointError,
+    RecordError,
     JudgeError,
     FileNotFoundError,
     ValueError,

@@ -67,7 +67,7 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
     accuracy = sum(r["correct"] for r in records) / count
     run.metrics.write(
         "eval",
-        0,
+        run.metrics.step,
         {
             "after": after,
             "eval/accuracy": accuracy,

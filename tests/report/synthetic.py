@@ -42,12 +42,14 @@ def write_run(
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     environment = {"prism_fast": "0.1.0", "python": "3.12.1", "machine": "x86_64", "threads": 2, "torch": "2.13.0"}
     (path / "environment.json").write_text(json.dumps(environment))
+    trained = 0
     for stage in done:
+        trained += steps
         append_lines(path / "metrics.jsonl", metric_lines(stage, steps, dice))
         if stage in ACCURACY:
             answers = eval_items(stage, items, seed)
             append_lines(path / "evals" / f"{stage}.jsonl", answers)
-            append_lines(path / "metrics.jsonl", [eval_line(stage, answers)])
+            append_lines(path / "metrics.jsonl", [eval_line(stage, trained, answers)])
         if rollouts and stage in ("align", "rlvr"):
             write_frames(path / "rollouts" / f"{stage}.jsonl.zst", rollout_records(path, stage, steps, dice))
         append_lines(
@@ -101,6 +103,7 @@ def metric_lines(stage: str, steps: int, dice: random.Random) -> list[dict[str, 
             values |= {
                 "time/generate": 0.3 + 0.01 * dice.random(),
                 "time/reward": 0.01,
+                "perf/tokens_per_second": 1234.0,
                 "policy/loss": 0.01 * dice.gauss(0, 1),
             }
             values |= {"reward/mean": noisy(0.6, 0.8, 0.04), "reward/acc": noisy(0.5, 0.75, 0.05)}
@@ -162,9 +165,9 @@ def eval_items(stage: str, count: int, seed: int) -> list[dict[str, Any]]:
     return items
 
 
-def eval_line(stage: str, items: list[dict[str, Any]]) -> dict[str, Any]:
+def eval_line(stage: str, trained: int, items: list[dict[str, Any]]) -> dict[str, Any]:
     accuracy = sum(item["correct"] for item in items) / len(items)
-    return {"stage": "eval", "step": 0, "after": stage, "eval/accuracy": accuracy}
+    return {"stage": "eval", "step": trained, "after": stage, "eval/accuracy": accuracy}
 
 
 def response(caption: str, think: str, answer: str) -> tuple[str, dict[str, list[int]]]:

@@ -297,5 +297,6 @@ def test_an_evaluation_alone_is_complete(tmp_path: Path) -> None:
 def test_timings_add_up(page: Element) -> None:
     body = page.one("table", id="times").all("tbody")[-1]
     rows = {row.one("th").text: [cell.text for cell in row.all("td")] for row in body.all("tr")}
-    assert list(rows) == ["RLVR", "generate", "reward"]
+    assert list(rows) == ["RLVR", "tokens per second", "generate", "reward"]
     assert rows["RLVR"][0] == "24.0 s" and rows["reward"] == ["0.4 s", "2 %", "10 ms", "40"]
+    assert rows["tokens per second"] == ["–", "–", "1234", "40"]

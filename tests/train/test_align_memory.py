@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from prism_fast.ops.stock.pieces import batches
-from prism_fast.train.metrics import MetricsWriter
+from prism_fast.track.tracker import Tracker
 
 
 def resident_bytes() -> int:
@@ -37,7 +37,7 @@ def observe(finished, run_again, tmp_path, monkeypatch) -> Callable[..., list]:
 
     def run(steps: int, look: Callable[[], object], *overrides: str, at: Collection[int] | None = None) -> list:
         seen, learnt = [], []
-        write = MetricsWriter.write
+        write = Tracker.write
 
         def writing(self, stage, step, values) -> None:
             write(self, stage, step, values)
@@ -46,7 +46,7 @@ def observe(finished, run_again, tmp_path, monkeypatch) -> Callable[..., list]:
                 if at is None or step in at:
                     seen.append(look())
 
-        monkeypatch.setattr(MetricsWriter, "write", writing)
+        monkeypatch.setattr(Tracker, "write", writing)
         export = finished / "export"
         models = f"model.policy={export / 'sft'}", f"model.discriminator={export / 'discriminator-warmup'}"
         small = "align.prompts=1", "align.rollout.n=2", "data.eval=null", "stages=[align]", f"align.steps={steps}"

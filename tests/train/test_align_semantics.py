@@ -18,6 +18,7 @@ from prism_fast.data.samples import Pair
 from prism_fast.report.html import write_report
 from prism_fast.report.rundir import read_rollouts
 from prism_fast.rewards import Reward
+from prism_fast.track.metrics import reproducible
 from prism_fast.train.align import step_advantage
 from prism_fast.train.discriminator_update import loss_options
 from prism_fast.train.warmup import group_pairs
@@ -200,7 +201,7 @@ def test_the_published_warm_up_has_no_clamp_no_regulariser_and_no_balance(finish
     lines = []
     for coef in (0.0, 50.0):
         folder = run_again(tmp_path / str(coef), *shared, f"warmup.aux_coef={coef}")
-        lines.append([{k: v for k, v in line.items() if "time/" not in k} for line in metrics(folder, "warmup")])
+        lines.append([reproducible(line) for line in metrics(folder, "warmup")])
     assert lines[0] == lines[1] and "warmup/loss" in lines[0][-1]
 
 
@@ -225,9 +226,7 @@ def test_further_updates_of_the_discriminator_follow_the_one_that_gave_the_rewar
     for updates in (1, 3):
         more = ["stages=[align]", "align.steps=2", f"align.discriminator.updates={updates}"]
         folder = run_again(tmp_path / str(updates), *warm(finished), *more)
-        lines[updates] = [
-            {k: v for k, v in line.items() if not k.startswith("time/")} for line in metrics(folder, "align")
-        ]
+        lines[updates] = [reproducible(line) for line in metrics(folder, "align")]
     (first, second), (same, other) = lines[1], lines[3]
     for key in ("disc/tokens", "passes/discriminator_learned", "passes/discriminator_images"):
         assert same.pop(key) == 3 * first.pop(key)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import json
-import os
 import random
-from pathlib import Path
 
 import pytest
 import torch
 
 from prism_fast.config import OptimizerConfig
-from prism_fast.models.writing import DiskFullError
 from prism_fast.train import checkpoint as checkpoint_module
 from prism_fast.train.checkpoint import CheckpointError, latest_checkpoint, read_checkpoint, save_checkpoint
 from prism_fast.train.engine import LocalEngine
-from prism_fast.train.metrics import MetricsWriter
 from prism_fast.train.record import RunRecord, read_resume
 from tests.models.test_writing import CRASHED, DONE, die_at
 
@@ -97,26 +91,6 @@ def test_a_crash_at_any_step_of_saving_leaves_a_whole_checkpoint(tmp_path):
             _save(folder, 3, keep=1)
             assert [p.name for p in folder.iterdir()] == ["align-000003"]
     assert code == DONE and n > 15
-
-
-@pytest.mark.parametrize("full", ["metrics.jsonl", "events.out"])
-def test_metrics_on_a_full_disk_keep_their_whole_lines(tmp_path, monkeypatch, full):
-    writer = MetricsWriter(tmp_path)
-    writer.write("sft", 1, {"a": 1.0})
-
-    class Full(io.FileIO):
-        def write(self, line):
-            if len(line) < 20:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return super().write(line[:-10])  # most of it fits
-
-    with monkeypatch.context() as patch:
-        opened = Path.open
-        patch.setattr(Path, "open", lambda p, mode, buffering: (Full if full in p.name else opened)(p, mode))
-        with pytest.raises(DiskFullError, match=f"no space left for .*{full}.* .it takes"):
-            writer.write("sft", 2, {"a": 2.0})
-    writer.write("sft", 3, {"a": 3.0})
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 3]
 
 
 def test_a_full_disk_leaves_older_checkpoints_and_no_half_one(tmp_path, monkeypatch):

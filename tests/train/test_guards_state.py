@@ -19,6 +19,7 @@ from rich.console import Console
 from prism_fast.config import load_config
 from prism_fast.data.readers import read_tasks
 from prism_fast.models.processor import Processor
+from prism_fast.track.metrics import reproducible
 from prism_fast.train import context, resume
 from prism_fast.train.checkpoint import read_checkpoint
 from prism_fast.train.pipeline import run_eval, run_stages
@@ -31,11 +32,7 @@ STAGES = ("warmup", "align", "rlvr")
 
 def _metrics(folder: Path, stages: tuple[str, ...]) -> list[dict]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in record.items() if not k.startswith("time/")}
-        for record in records
-        if record["stage"] in stages
-    ]
+    return [reproducible(record) for record in records if record["stage"] in stages]
 
 
 def test_no_global_generator_decides_anything(finished, small_run, tmp_path, monkeypatch):

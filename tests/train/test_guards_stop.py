@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from prism_fast.config import load_config
+from prism_fast.track.metrics import reproducible
 from prism_fast.train.context import Run
 from prism_fast.train.engine import LocalEngine
 from prism_fast.train.pipeline import run_stages
@@ -20,7 +21,7 @@ from prism_fast.train.signals import Stopped, StopRequest
 
 def _metrics(folder: Path) -> list[dict]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
+    return [reproducible(record) for record in records]
 
 
 class Signals:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import random
-import threading
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prism_fast.config import OptimizerConfig, SftConfig
 from prism_fast.train.engine import LocalEngine, NonFiniteError
-from prism_fast.train.metrics import MetricsWriter
 from prism_fast.train.microbatch import by_tokens
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.sft import PlateauDecay
@@ -102,25 +99,3 @@ def test_norms_and_biases_are_not_decayed():
     engine = LocalEngine(model, OptimizerConfig(lr=0.1, weight_decay=0.5))
     sizes = {group["weight_decay"]: {p.ndim for p in group["params"]} for group in engine.optimizer.param_groups}
     assert sizes == {0.5: {2}, 0.0: {1}}
-
-
-def test_a_metric_that_is_not_finite_is_refused_and_an_absent_one_left_out(tmp_path):
-    writer = MetricsWriter(tmp_path)
-    writer.write("sft", 1, {"a": 1.5, "b": None})
-    with pytest.raises(ValueError, match="'c'"):
-        writer.write("sft", 2, {"c": float("nan")})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"stage": "sft", "step": 1, "a": 1.5}\n'
-
-
-def test_tensorboard_shows_what_metrics_hold_and_no_thread_writes_it(tmp_path):
-    threads = threading.active_count()
-    for first in (1, 3):  # the second time as a resumed run
-        size = (tmp_path / "metrics.jsonl").stat().st_size if first > 1 else 0
-        writer = MetricsWriter(tmp_path, keep_bytes=size)
-        for step in (first, first + 1):
-            writer.write("sft", step, {"loss": 1.5 * step, "tokens": step, "name": "x"})
-    assert threading.active_count() == threads, "its errors would not be those of the run"
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    assert board.Tags()["scalars"] == ["sft/loss", "sft/tokens"]
-    assert [(e.step, e.value) for e in board.Scalars("sft/loss")] == [(n, 1.5 * n) for n in (1, 2, 3, 4)]

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prism_fast import cli
 from prism_fast.models.discriminator import load_discriminator
 from prism_fast.models.policy import load_policy
 from prism_fast.report.html import write_report
+from prism_fast.track.metrics import reproducible
 
 
 def _lines(folder: Path, *, timed: bool = False) -> list[dict]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if timed or not k.startswith("time/")} for record in records]
+    return records if timed else [reproducible(record) for record in records]
 
 
 def _of(folder: Path, stage: str) -> list[dict]:
@@ -41,6 +44,18 @@ def test_every_stage_leaves_its_metrics_and_its_model(finished):
         assert len(items) == 10 and {item["correct"] for item in items} <= {0, 1}
     for name in ("discriminator-warmup", "discriminator"):
         load_discriminator(finished / "export" / name)
+
+
+def test_evaluations_are_at_the_training_step_behind_which_they_were_made(finished):
+    trained = [_of(finished, stage)[-1]["step"] for stage in ("sft", "sft_continued", "warmup", "align", "rlvr")]
+    reached = list(accumulate(trained))
+    assert min(trained) > 0 and [r["step"] for r in _of(finished, "eval")] == [*reached[:2], *reached[3:]]
+    board = EventAccumulator(str(finished / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("eval/accuracy")] == [*reached[:2], *reached[3:]]
+    assert [event.step for event in board.Scalars("align/policy/loss")] == list(range(reached[2] + 1, reached[3] + 1))
+    tags = board.Tags()["scalars"]
+    assert "sft/loss" in tags and not [tag for tag in tags if len(set(tag.split("/"))) < len(tag.split("/"))]
 
 
 def test_joint_updates_move_policy_and_discriminator(finished):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from prism_fast.rewards import AnswerChecker, Reward
 from prism_fast.rollout.hf import HFRollout
+from prism_fast.track.metrics import reproducible
 from prism_fast.train.rollout_log import RolloutLog, RolloutLogError, RolloutReader, dump_path
 from tests.train.conftest import SMALL, run_small
 from tests.train.test_rlvr import by_letters
@@ -19,7 +20,7 @@ from tests.train.test_rlvr import by_letters
 
 def _metrics(folder: Path) -> list[dict]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
+    return [reproducible(record) for record in records]
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from prism_fast.config import load_config
 from prism_fast.report.figures import stage_curves
 from prism_fast.report.rundir import read_run
 from prism_fast.rewards import AnswerChecker, Reward
+from prism_fast.track.metrics import reproducible
 from prism_fast.train import rlvr as rlvr_module
 from prism_fast.train.engine import NonFiniteError
 from prism_fast.train.pipeline import run_stages
@@ -39,11 +40,7 @@ def rlvr_only(small_data, finished) -> list[str]:
 
 def _steps(folder: Path) -> list[dict]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in record.items() if not k.startswith("time/")}
-        for record in records
-        if record["stage"] == "rlvr"
-    ]
+    return [reproducible(record) for record in records if record["stage"] == "rlvr"]
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,75 @@
+"""How fast a step was and what it took: seconds by part, tokens per second, MFU, peak memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from prism_fast.track.flops import peak_flops
+from prism_fast.track.metrics import Metrics
+
+
+class StepTimer:
+    """Measures one step after the other of a stage. It makes the host wait for no device: a part ends when its code
+    has ended, which reads a result (rollouts, a gradient norm) and so has waited."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        """``dtype``: of the models' products, for the peak that MFU is measured by."""
+        self.device = device
+        self.peak = peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+        self.begin()
+
+    def begin(self) -> None:
+        """A step begins; what was measured before is forgotten."""
+        self.seconds: dict[str, float] = {}
+        self._learning, self._tokens, self._flops = 0.0, 0, 0
+        self._started = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    @contextmanager
+    def part(self, name: str, *, learns: bool = False) -> Iterator[None]:
+        """Time the block as ``time/<name>``; blocks of one name add up. ``learns``: MFU is measured over it."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            self._learning += spent if learns else 0.0
+
+    def learned(self, *, tokens: int, forward_flops: int) -> None:
+        """An update went through ``tokens`` (padding left out), whose forward takes ``forward_flops``."""
+        self._tokens += tokens
+        self._flops += 3 * forward_flops
+
+    def metrics(self) -> Metrics:
+        """Of the step so far. Over ranks: the slowest time, tokens of all, the mean MFU, the largest memory.
+
+        ``perf/peak_memory_mib`` on CUDA: the most that PyTorch's tensors took in this step; on the CPU: the most that
+        the process took since it began. ``perf/mfu``: 3 x the forward's FLOPs over the seconds of the parts that learn
+        and the card's peak; absent where that is not known.
+        """
+        metrics = Metrics()
+        step = time.perf_counter() - self._started
+        for name, seconds in {**self.seconds, "step": step}.items():
+            metrics.max(f"time/{name}", seconds)
+        if self._tokens:
+            metrics.sum("perf/tokens_per_second", self._tokens / step)
+        metrics.max("perf/peak_memory_mib", peak_memory_bytes(self.device) / 2**20)
+        if self.peak is not None and self._learning:
+            metrics.mean("perf/mfu", self._flops / (self._learning * self.peak))
+        return metrics
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """On CUDA since the last reset, on the CPU since the process began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -17,6 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from prism_fast.engine.optimizer import OptimizerConfig
 from prism_fast.recipes.checks import check_numbers, check_yaml
 
 Loss = Literal["prism", "grpo", "dapo", "gspo", "dr_grpo", "bnpo", "cispo", "sapo"]
@@ -146,15 +147,6 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         _require(self.memory_mb >= 256, "reward.memory_mb", "256 or more", self.memory_mb)
-
-
-@dataclass
-class OptimizerConfig:
-    lr: float = 1e-6
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float = 1.0
-    warmup_steps: int = 0
 
 
 @dataclass

@@ -121,7 +121,8 @@ def disk_needs(config: Config) -> dict[str, int]:
         "rlvr": [policy],
     }
     models = [trained[stage] for stage in config.stages]
-    largest = max((sum(size.weight_bytes + adamw_bytes(size) for size in sizes) for sizes in models), default=0)
+    # A checkpoint holds the masters, which weigh what their gradients do.
+    largest = max((sum(size.gradient_bytes + adamw_bytes(size) for size in sizes) for sizes in models), default=0)
     kept = config.keep_checkpoints + 1
     return {
         f"{kept} checkpoints": kept * largest,

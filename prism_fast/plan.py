@@ -37,8 +37,8 @@ from prism_fast.train.layouts import Layout
 # Expanded prompt and the image tokens in it, where nothing is said: of the built-in dataset, and of anybody's.
 DEFAULT_TOKENS = {"digits": (48, 4), "files": (1024, 512)}
 ASSUMPTIONS = (
-    "Optimizer: AdamW with two moments in the weights' dtype and one step count per tensor. Gradients have the "
-    "weights' dtype and are freed after each update.",
+    "Optimizer: AdamW with two moments and one step count per tensor. Moments and gradients have the weights' dtype, "
+    "or float32 where that is bfloat16, beside float32 masters of the weights. Gradients are freed after each update.",
     "Activations: everything autograd keeps for the largest micro-batch (with model.gradient_checkpointing the input "
     "of every layer and all of one), attention without stored scores; with layout=padded rows are padded to the "
     "longest. Images of the micro-batch's prompts go through the vision tower once each.",
@@ -102,8 +102,8 @@ class Plan:
 
 
 def adamw_bytes(size: ModelSize) -> int:
-    """Two moments in the parameters' dtype and one float32 step count per tensor (fused ``torch.optim.AdamW``)."""
-    return 2 * size.weight_bytes + 4 * size.tensors
+    """Two moments in the masters' dtype and one float32 step count per tensor (fused ``torch.optim.AdamW``)."""
+    return 2 * size.gradient_bytes + 4 * size.tensors
 
 
 def discriminator_tokens(prompts: int, n: int, prompt: int, response: int, *, spans: int, layout: Layout) -> int:
@@ -304,8 +304,10 @@ class _Planner:
     # Parts of phases.
 
     def _held(self, name: str, size: ModelSize) -> tuple[Component, ...]:
+        masters = [Component(f"{name} masters", size.master_bytes)] if size.master_bytes else []
         return (
             Component(f"{name} weights", size.weight_bytes),
+            *masters,
             Component(f"{name} optimizer", adamw_bytes(size)),
         )
 
@@ -333,7 +335,7 @@ class _Planner:
         # The output head forms its gradients in the forward: of its inputs, and of its matrix in float32.
         formed = rows * response * text.hidden_size * self.dtype.itemsize + 4 * text.vocab_size * text.hidden_size
         return (
-            Component("policy gradients", self.policy.weight_bytes),
+            Component("policy gradients", self.policy.gradient_bytes),
             Component("policy activations", language_activation_bytes(text, computed, self.dtype, **self.keeps)),
             self._vision(images),
             Component("gradients formed in the output head", formed),
@@ -372,7 +374,7 @@ class _Planner:
         text = self.sparse.text_config
         kept = language_activation_bytes(text, computed, self.dtype, sparse=True, scored=scored, **self.keeps)
         return (
-            Component("discriminator gradients", self.critic.weight_bytes),
+            Component("discriminator gradients", self.critic.gradient_bytes),
             Component("discriminator activations", kept),
             self._vision(together),
         )

@@ -30,6 +30,7 @@ from prism_fast.data.problems import DataError
 from prism_fast.data.readers import read_pairs, read_tasks
 from prism_fast.data.samples import Pair, Task
 from prism_fast.data.writers import write_pairs, write_tasks
+from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import (
     HEAD_KEY,
     build_discriminator,
@@ -45,7 +46,6 @@ from prism_fast.rewards import AnswerChecker, Judged
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train import policy_update
 from prism_fast.train.discriminator_update import SpanGroup, discriminator_step
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.warmup import pair_margins
 from tests.ops.golden import group_ids, load

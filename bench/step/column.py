@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from prism_fast.config import OptimizerConfig
-from prism_fast.train.engine import LocalEngine
+from prism_fast.engine.local import LocalEngine
+from prism_fast.engine.protocol import Update
 
 from .work import Models, Work
 
@@ -32,9 +33,9 @@ class Engine(LocalEngine):
     keep = False
     gradient: dict[str, Tensor]
 
-    def step(self) -> float:
+    def step(self) -> Update:
         if self.keep:
-            named = self.model.named_parameters()
+            named = self.masters.items()
             self.gradient = {name: p.grad.detach().clone() for name, p in named if p.grad is not None}
         return super().step()
 

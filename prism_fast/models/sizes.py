@@ -25,7 +25,8 @@ from prism_fast.models.discriminator import Discriminator
 @dataclass(frozen=True)
 class ModelSize:
     """Counts of parameters (tied ones once) and of bytes. ``active``: parameters that one text token passes through,
-    embedding table and vision tower left out; ``tensors``: number of parameter tensors."""
+    embedding table and vision tower left out; ``tensors``: number of parameter tensors; ``master_bytes``: float32
+    copies of the parameters of half precision; ``gradient_bytes``: gradients as they add up, in float32 at least."""
 
     parameters: int
     vision: int
@@ -34,6 +35,8 @@ class ModelSize:
     active: int
     tensors: int
     weight_bytes: int
+    master_bytes: int
+    gradient_bytes: int
 
 
 def policy_size(config: Qwen3VLConfig, dtype: torch.dtype) -> ModelSize:
@@ -67,6 +70,8 @@ def _size(model: nn.Module, top_share: float) -> ModelSize:
         active=total - vision - embedding - experts + round(experts * top_share),
         tensors=len(named),
         weight_bytes=sum(p.numel() * p.element_size() for p in named.values()),
+        master_bytes=sum(4 * p.numel() for p in named.values() if p.element_size() < 4),
+        gradient_bytes=sum(max(4, p.element_size()) * p.numel() for p in named.values()),
     )
 
 

@@ -48,9 +48,7 @@ def whole_folder(path: Path, *, replace: bool = False, needs: int = 0, flush: bo
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with disk_full(path, needs):
         path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < needs:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        look_for_room(path.parent, needs)
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same number
         temporary.mkdir()
         try:
@@ -122,6 +120,12 @@ def clear_partial(folder: Path) -> None:
         if match := _PARTIAL.fullmatch(entry.name):
             if int(match[1]) == os.getpid() or not _alive(int(match[1])):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def look_for_room(folder: Path, needs: int) -> None:
+    """Raise what a full disk raises where fewer than ``needs`` bytes are free."""
+    if shutil.disk_usage(folder).free < needs:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextmanager

@@ -17,12 +17,12 @@ from prism_fast.config import Config
 from prism_fast.data.framing import SPANS, frame_student, frame_teacher, side_texts
 from prism_fast.data.order import SampleOrder
 from prism_fast.data.samples import Task
+from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import Discriminator, save_discriminator
 from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor
 from prism_fast.train.context import Run
 from prism_fast.train.discriminator_update import SpanGroup, discriminate, loss_options
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.layouts import prepare
 from prism_fast.train.policy_update import PolicyBatch, response_metrics, update_policy
 from prism_fast.train.resume import StageState
@@ -71,7 +71,7 @@ def align(
                 kept.advantage = advantage
                 numbers: dict[str, float | int | None] = {
                     "disc/loss": float(loss) if learns else None,
-                    "disc/grad_norm": critic_engine.step() if learns else None,
+                    "disc/grad_norm": critic_engine.step().grad_norm if learns else None,
                     **{f"disc/{key}": value for key, value in scores.numbers().items()},
                 }
                 passes = scores.passes

@@ -1,19 +1,17 @@
 """Checkpoints on disk: complete or not there, checked by hash before they are trusted, no pickle.
 
-A checkpoint is a folder ``<stage>-<step>`` of safetensors files and ``state.json``, with a ``manifest.json`` that holds
-the size and sha256 of each. It is written under a temporary name, flushed to the disk, and renamed.
+A checkpoint is a folder ``<stage>-<step>``: a folder for each engine, ``state.json``, and ``manifest.json`` that
+holds the size and sha256 of each file. It is written under a temporary name, flushed to the disk, and renamed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import Protocol
 
 from prism_fast.config import STAGES
 from prism_fast.models.writing import clear_partial, remove_folder, whole_folder
@@ -28,16 +26,20 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found complete: ``state`` as saved; tensors are read on demand."""
+    """A checkpoint that was found complete: ``state`` as saved; engines load from their folders."""
 
     path: Path
     state: dict
 
-    def tensors(self, part: str) -> dict[str, Tensor]:
-        return load_file(self.path / f"{part}.safetensors")
+    def folder(self, engine: str) -> Path:
+        return self.path / engine
 
 
-def save_checkpoint(folder: Path, name: str, parts: dict[str, dict[str, Tensor]], state: dict, *, keep: int) -> Path:
+class Saved(Protocol):
+    def save(self, folder: Path) -> None: ...
+
+
+def save_checkpoint(folder: Path, name: str, engines: Mapping[str, Saved], state: dict, *, keep: int) -> Path:
     """Write ``folder/name`` and remove all but the newest ``keep`` checkpoints.
 
     Raises:
@@ -45,12 +47,13 @@ def save_checkpoint(folder: Path, name: str, parts: dict[str, dict[str, Tensor]]
     """
     clear_partial(folder)  # of an earlier run that was killed while it wrote
     final = folder / name
-    needs = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
-    with whole_folder(final, replace=True, needs=needs) as part:  # replaced: a damaged one that was passed over
-        for key, tensors in parts.items():
-            save_file({k: t.detach().contiguous() for k, t in tensors.items()}, part / f"{key}.safetensors")
+    with whole_folder(final, replace=True) as part:  # replaced: a damaged one that was passed over
+        for key, engine in engines.items():
+            (part / key).mkdir()
+            engine.save(part / key)
         (part / STATE).write_text(json.dumps(state), encoding="utf-8")
-        files = {file.name: _fingerprint(file) for file in sorted(part.iterdir())}
+        written = sorted(file for file in part.rglob("*") if file.is_file())
+        files = {file.relative_to(part).as_posix(): _fingerprint(file) for file in written}
         (part / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
     for old in sorted(_checkpoints(folder), key=_age)[:-keep]:
         remove_folder(old)

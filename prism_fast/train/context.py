@@ -21,13 +21,13 @@ from transformers.utils.logging import disable_progress_bar
 
 import prism_fast
 from prism_fast.config import Config, ConfigError, dump_config
+from prism_fast.engine.finite import NonFiniteError
 from prism_fast.models.fused_trunk import trunk_kernels
 from prism_fast.models.writing import clear_partial, whole_folder, write_whole
 from prism_fast.ops import backend, flash
 from prism_fast.rewards import AnswerChecker, Judge, SourceRewards
 from prism_fast.rewards.rules import RULES
 from prism_fast.track.tracker import Tracker, open_views, require_packages
-from prism_fast.train.engine import NonFiniteError
 from prism_fast.train.progress import Progress
 from prism_fast.train.record import Resume, RunRecord, fresh, read_resume
 from prism_fast.train.signals import Stopped, StopRequest

@@ -21,12 +21,12 @@ from torch import Tensor
 from prism_fast.algorithms.alignment_loss import as_scored, discriminator_loss
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import Config
+from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import Discriminator, expert_choices, load_balance_loss
 from prism_fast.models.experts import chosen_experts
 from prism_fast.models.packing import PromptGroup
 from prism_fast.models.processor import EncodedPrompt
 from prism_fast.models.transfer import moved
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.expert_shares import ExpertShares
 from prism_fast.train.layouts import Ends, Layout, Part, Step, lay_out, longest_item
 from prism_fast.train.microbatch import TokenBudget
@@ -123,13 +123,13 @@ def discriminate(
     """
     computed = [group.computed() for group in groups]
     checked = {"pad_id": options["pad_id"], "positions": options.get("positions", "mrope"), "budget": budget.tokens}
-    error = self_check(engine, layout, engine.model.backbone, computed, end_states, **checked)
+    error = self_check(engine, layout, engine.module.backbone, computed, end_states, **checked)
     backward = engine.backward if learn else None
 
     def attempt(tokens: int) -> tuple[Callable[[], tuple[GroupScores, Tensor]], Passes]:
-        with counted_passes(engine.model.backbone) as passes:
+        with counted_passes(engine.module.backbone) as passes:
             found = queue_step(
-                engine.model, groups, backward=backward, tokens_per_micro_batch=tokens, layout=layout, **options
+                engine.module, groups, backward=backward, tokens_per_micro_batch=tokens, layout=layout, **options
             )
         return found, passes
 

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from prism_fast import ops
 from prism_fast.algorithms.denominators import loss_denominator
+from prism_fast.engine.finite import NonFiniteError, refuse_non_finite
+from prism_fast.engine.local import LocalEngine
 from prism_fast.models.packing import PromptGroup
 from prism_fast.models.processor import EncodedPrompt
 from prism_fast.models.transfer import moved
 from prism_fast.ops import PolicyLossOptions
 from prism_fast.rollout.protocol import Completion
-from prism_fast.train.engine import LocalEngine, NonFiniteError, refuse_non_finite
 from prism_fast.train.layouts import Forward, Layout, Part, Step, lay_out, longest_item
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.passes import Passes, counted_passes
@@ -83,7 +84,7 @@ def update_policy(
         StepTooLargeError: the longest row alone does not fit into memory.
     """
     refuse_non_finite(engine.where, advantage=batch.advantage)
-    model = engine.model
+    model = engine.module
     lengths = torch.tensor([len(c.token_ids) for c in batch.completions])
     denominator = moved(loss_denominator(options.loss, lengths, aggregation=options.aggregation), device)
     contributes = ((batch.advantage != 0) | released).tolist()
@@ -157,7 +158,7 @@ def update_policy(
         "policy/rows": active,
         "policy/tokens": seen.tokens,
         "policy/lr": engine.lr() if active else None,
-        "policy/grad_norm": engine.step() if active else None,
+        "policy/grad_norm": engine.step().grad_norm if active else None,
         "policy/token_budget": budget.change(),
         "policy/packing_error": error,
         "policy/bad_values": ops.bad_values(device),

@@ -8,16 +8,16 @@ from typing import Protocol
 import torch
 
 from prism_fast.data.order import SampleOrder
+from prism_fast.engine.protocol import Engine
 from prism_fast.models.writing import sync
 from prism_fast.train.checkpoint import CheckpointError, save_checkpoint
 from prism_fast.train.context import Run
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.rollout_log import RolloutLog
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.signals import Stopped
 
-FORMAT = 2  # of a checkpoint's state; another one is refused
+FORMAT = 3  # of a checkpoint's state; another one is refused
 
 
 class Stateful(Protocol):
@@ -40,7 +40,7 @@ class StageState:
         run: Run,
         stage: str,
         *,
-        engines: dict[str, LocalEngine],
+        engines: dict[str, Engine],
         budgets: dict[str, int],
         order: SampleOrder,
         extra: Stateful | None = None,
@@ -65,8 +65,7 @@ class StageState:
                 )
             self.step, self.held = saved.state["step"], saved.state["held"]
             for name, engine in engines.items():
-                engine.load_state_tensors(saved.tensors(name))
-                engine.updates = saved.state["updates"][name]
+                engine.load(saved.folder(name))
             for name, budget in self.budgets.items():
                 budget.restore(saved.state["budgets"][name])
             order.load_state_dict(saved.state["order"])
@@ -80,7 +79,7 @@ class StageState:
 
     def begin_step(self) -> int:
         """Number of the step that begins (from 1); seeds PyTorch's generators for it (head dropout draws from them)."""
-        self._before = copy.deepcopy(self._facts())
+        self._before, self._updates_before = copy.deepcopy(self._facts()), self._updates()
         self.step += 1
         torch.manual_seed(derive_seed(self.run.config.seed, self.stage, "torch", self.step))
         self._watch()
@@ -115,19 +114,21 @@ class StageState:
         now = self._facts()
         if self.held is not None:
             self._save(now)
-        elif now["updates"] != self._before["updates"]:
+        elif self._updates() != self._updates_before:
             return False
         elif self._saved_step != self._before["step"]:
             self._save(self._before)
         return True
 
+    def _updates(self) -> list[int]:
+        return [engine.updates for engine in self.engines.values()]
+
     def _facts(self) -> dict:
-        """Everything but tensors."""
+        """Everything that is not the engines' own."""
         return {
             "format": FORMAT,
             "stage": self.stage,
             "step": self.step,
-            "updates": {name: engine.updates for name, engine in self.engines.items()},
             "budgets": {name: budget.tokens for name, budget in self.budgets.items()},
             "order": self.order.state_dict(),
             "extra": None if self.extra is None else self.extra.state_dict(),
@@ -142,7 +143,7 @@ class StageState:
         save_checkpoint(
             self.run.folder / "checkpoints",
             f"{self.stage}-{facts['step']:06d}",
-            {name: engine.state_tensors() for name, engine in self.engines.items()},
+            self.engines,
             facts,
             keep=self.run.config.keep_checkpoints,
         )

@@ -17,10 +17,10 @@ from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import RlvrConfig
 from prism_fast.data.order import SampleOrder
 from prism_fast.data.samples import Task
+from prism_fast.engine.local import LocalEngine
 from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor
 from prism_fast.train.context import Run
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.group_sampler import GroupSampler, length_penalty, training_reward
 from prism_fast.train.layouts import prepare
 from prism_fast.train.policy_update import PolicyBatch, response_metrics, update_policy

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from prism_fast.train.engine import NonFiniteError
+from prism_fast.engine.finite import NonFiniteError
 from prism_fast.train.resume import StageState
 from prism_fast.train.rollout_log import RolloutLog
 from prism_fast.train.rollout_record import RolloutGroup, training_records

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from prism_fast.engine.local import LocalEngine
 from prism_fast.models.packing import Branch, PromptGroup
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.layouts import Layout, PackedStep, PaddedStep, Part, Step, longest_item
 
 Read = Callable[[Step, Part], tuple[Tensor, Sequence[int]]]

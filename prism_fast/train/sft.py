@@ -14,11 +14,11 @@ from torch import Tensor
 from prism_fast.config import SftConfig
 from prism_fast.data.order import SampleOrder
 from prism_fast.data.samples import Demonstration
+from prism_fast.engine.local import LocalEngine
 from prism_fast.models.packing import PromptGroup
 from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor
 from prism_fast.train.context import Run
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.layouts import Forward, Layout, Step, lay_out, longest_item, prepare
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.passes import Passes, counted_passes
@@ -86,27 +86,27 @@ def _validation_loss(run: Run, model, demos: EncodedDemos, budget: TokenBudget) 
 
 def _update(engine: LocalEngine, encoded: EncodedDemos, budget: TokenBudget) -> dict[str, float | int | None]:
     """One optimizer step on the mean negative log-prob of the demonstrations' response tokens."""
-    engine.model.train()
+    engine.module.train()
     tokens = encoded.response_tokens
 
     def accumulate(limit: int) -> tuple[float, Passes]:
         losses = []
-        step = encoded.cut(limit, engine.model)
-        with counted_passes(engine.model.model) as passes:
+        step = encoded.cut(limit, engine.module)
+        with counted_passes(engine.module.model) as passes:
             for part in step.parts:
-                loss = _nats(engine.model, step.forward(part), denominator=tokens)
+                loss = _nats(engine.module, step.forward(part), denominator=tokens)
                 engine.backward(loss)
                 step.finish(part, engine.backward)
                 losses.append(loss.detach().double())
         return float(torch.stack(losses).sum()), passes  # the step's one look at its losses
 
     checked = {"budget": budget.tokens, "pad_id": encoded.pad_id}
-    error = self_check(engine, encoded.layout, engine.model.model, encoded.groups, response_states, **checked)
+    error = self_check(engine, encoded.layout, engine.module.model, encoded.groups, response_states, **checked)
     loss, passes = budget.run(accumulate, discard=engine.discard, longest=encoded.longest)
     return {
         "sft/loss": loss,
         "sft/lr": engine.lr(),
-        "sft/grad_norm": engine.step(),
+        "sft/grad_norm": engine.step().grad_norm,
         "sft/tokens": tokens,
         "sft/token_budget": budget.change(),
         "sft/packing_error": error,

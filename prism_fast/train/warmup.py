@@ -19,6 +19,7 @@ from prism_fast.data.grammar import split_tokens
 from prism_fast.data.order import SampleOrder
 from prism_fast.data.problems import holds_control_token
 from prism_fast.data.samples import Pair, Task
+from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import Discriminator, save_discriminator
 from prism_fast.models.processor import EncodedPrompt, Processor
 from prism_fast.rollout.hf import HFRollout
@@ -26,7 +27,6 @@ from prism_fast.rollout.protocol import Completion, Sampling
 from prism_fast.train.chunks import ChunkLog
 from prism_fast.train.context import Run
 from prism_fast.train.discriminator_update import GroupScores, SpanGroup, discriminate, loss_options
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.layouts import prepare
 from prism_fast.train.resume import StageState
 from prism_fast.train.seeds import derive_seed
@@ -206,7 +206,8 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs:
                 discriminator.train()
                 scores, loss = discriminate(engine, chunk, budget, learn=True, aux_coef=aux_coef, **shared)
                 numbers = {f"warmup/{key}": value for key, value in pair_margins(chunk, scores, spans).items()}
-                numbers |= {"warmup/loss": float(loss), "warmup/lr": engine.lr(), "warmup/grad_norm": engine.step()}
+                update = engine.step()
+                numbers |= {"warmup/loss": float(loss), "warmup/lr": update.lr, "warmup/grad_norm": update.grad_norm}
                 numbers |= {f"warmup/{key}": value for key, value in scores.numbers().items()}
                 numbers |= scores.passes.numbers("discriminator")
                 numbers["warmup/token_budget"] = budget.change()

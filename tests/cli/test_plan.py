@@ -17,6 +17,7 @@ from prism_fast.algorithms.presets import policy_options
 from prism_fast.config import ConfigError, OptimizerConfig, load_config
 from prism_fast.data.digits import DigitsSpec, tokenizer_corpus, write_digits
 from prism_fast.data.readers import read_tasks
+from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.packing import PromptGroup
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
@@ -24,7 +25,6 @@ from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.plan import DEFAULT_TOKENS, adamw_bytes, discriminator_tokens, make_plan
 from prism_fast.train.discriminator_update import SpanGroup, discriminator_step
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.layouts import lay_out, prepare
 from tests.models.test_sizes import kept_bytes
 
@@ -62,6 +62,7 @@ def test_parameters_of_the_tiny_models_are_exact(processor):
         assert size.parameters == sum(p.numel() for p in model.parameters())
         assert size.weight_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
         assert size.tensors == len(list(model.parameters()))
+        assert size.master_bytes == 0 and size.gradient_bytes == size.weight_bytes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -71,13 +72,17 @@ def test_optimizer_bytes_are_those_of_the_engines_optimizer(policy, config, dtyp
     dense = copy.deepcopy(policy).to(getattr(torch, dtype))
     for size, model in ((plan.policy, dense), (plan.discriminator, build_discriminator(dense, seed=1))):
         engine = LocalEngine(model, OptimizerConfig())
-        for p in engine.parameters:
-            p.grad = torch.ones_like(p)
-        gradients = sum(p.grad.numel() * p.grad.element_size() for p in engine.parameters)
-        assert gradients == size.weight_bytes
+        engine.backward(sum(p.sum() for p in model.parameters()))
+        assert all(p.grad is None for p in model.parameters() if p.dtype == torch.bfloat16)
+        assert sum(master.grad.nbytes for master in engine.masters.values()) == size.gradient_bytes
+        own = {id(p) for p in model.parameters()}
+        assert sum(m.nbytes for m in engine.masters.values() if id(m) not in own) == size.master_bytes
         engine.step()
         states = [t for state in engine.optimizer.state.values() for t in state.values()]
-        assert sum(t.numel() * t.element_size() for t in states) == adamw_bytes(size)
+        assert sum(t.nbytes for t in states) == adamw_bytes(size)
+        if dtype == "bfloat16":
+            beside = size.master_bytes + size.gradient_bytes + adamw_bytes(size) - 4 * size.tensors
+            assert beside == pytest.approx(16 * size.parameters, rel=1e-3), "the float32 head has no master"
     held = [c for c in plan.stages[-2].phases[0].components if "optimizer" in c.name]
     assert [c.bytes for c in held] == [adamw_bytes(plan.policy), adamw_bytes(plan.discriminator)]
 

@@ -9,6 +9,7 @@ import torch
 
 from prism_fast.algorithms.presets import policy_options
 from prism_fast.config import OptimizerConfig, load_config
+from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
@@ -17,7 +18,6 @@ from prism_fast.rewards import Reward
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train.align import step_advantage
 from prism_fast.train.discriminator_update import SpanGroup, discriminator_step
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.policy_update import PolicyBatch, update_policy
 

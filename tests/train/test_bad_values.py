@@ -9,12 +9,13 @@ from torch import nn
 from prism_fast import ops
 from prism_fast.algorithms.presets import policy_options
 from prism_fast.config import OptimizerConfig
+from prism_fast.engine.finite import NonFiniteError
+from prism_fast.engine.local import LocalEngine
 from prism_fast.models.logprob_head import LogProbHead
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.rollout.protocol import Completion
-from prism_fast.train.engine import LocalEngine, NonFiniteError
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.policy_update import PolicyBatch, update_policy
 

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from prism_fast.config import OptimizerConfig
-from prism_fast.train import checkpoint as checkpoint_module
+from prism_fast.engine import local
+from prism_fast.engine.local import LocalEngine
+from prism_fast.models.writing import DiskFullError
 from prism_fast.train.checkpoint import CheckpointError, latest_checkpoint, read_checkpoint, save_checkpoint
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.record import RunRecord, read_resume
 from tests.models.test_writing import CRASHED, DONE, die_at
 
 
+class Tensors(dict):
+    """Saves itself, as an engine does."""
+
+    def save(self, folder: Path) -> None:
+        save_file(self, folder / "engine.safetensors")
+
+
 def _save(folder, step, *, stage="align", keep=2):
-    parts = {"policy": {"w": torch.full((3, 2), float(step))}, "discriminator": {"v": torch.arange(4)}}
+    policy, discriminator = Tensors(w=torch.full((3, 2), float(step))), Tensors(v=torch.arange(4))
+    parts = {"policy": policy, "discriminator": discriminator}
     return save_checkpoint(folder, f"{stage}-{step:06d}", parts, {"stage": stage, "step": step}, keep=keep)
 
 
@@ -27,8 +39,8 @@ def test_what_is_saved_reads_back_and_only_the_newest_stay(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["align-000010", "align-000100"]
     found = latest_checkpoint(tmp_path, tell=pytest.fail)
     assert found.state == {"stage": "align", "step": 100}
-    assert torch.equal(found.tensors("policy")["w"], torch.full((3, 2), 100.0))
-    assert found.tensors("discriminator")["v"].dtype == torch.int64
+    policy, discriminator = (load_file(found.folder(n) / "engine.safetensors") for n in ("policy", "discriminator"))
+    assert torch.equal(policy["w"], torch.full((3, 2), 100.0)) and discriminator["v"].dtype == torch.int64
 
 
 def test_a_later_stage_is_newer_whatever_its_step(tmp_path):
@@ -37,7 +49,7 @@ def test_a_later_stage_is_newer_whatever_its_step(tmp_path):
     assert latest_checkpoint(tmp_path, tell=pytest.fail).state["stage"] == "rlvr"
 
 
-FILES = ("policy.safetensors", "discriminator.safetensors", "state.json", "manifest.json")
+FILES = ("policy/engine.safetensors", "discriminator/engine.safetensors", "state.json", "manifest.json")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -57,7 +69,7 @@ def test_damage_in_any_part_is_named_and_the_previous_checkpoint_used(tmp_path, 
     assert latest_checkpoint(tmp_path, tell=told.append).state["step"] == 1
     assert len(told) == 1 and "align-000002" in told[0]
     with pytest.raises(CheckpointError):
-        read_checkpoint(file.parent)
+        read_checkpoint(tmp_path / "align-000002")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -99,10 +111,19 @@ def test_a_full_disk_leaves_older_checkpoints_and_no_half_one(tmp_path, monkeypa
     def no_space(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_module, "save_file", no_space)
-    with pytest.raises(OSError, match="no space left for .*align-000002.*it takes"):
-        _save(tmp_path, 2)
+    monkeypatch.setattr(local, "save_file", no_space)
+    engine = LocalEngine(torch.nn.Linear(4, 3), OptimizerConfig())
+    with pytest.raises(DiskFullError, match="no space left for .*align-000002.*it takes"):
+        save_checkpoint(tmp_path, "align-000002", {"policy": engine}, {}, keep=2)
     assert [p.name for p in tmp_path.iterdir()] == ["align-000001"]
+
+
+def test_room_is_looked_for_before_an_engine_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 50, 0, 100))
+    engine = LocalEngine(torch.nn.Linear(40, 3), OptimizerConfig())
+    with pytest.raises(DiskFullError, match=r"it takes .*free there"):
+        engine.save(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_writer_left_is_ignored_and_cleared(tmp_path):
@@ -131,9 +152,9 @@ def test_a_damaged_record_is_refused_by_name(tmp_path):
 def _train(engine, steps, start=0):
     for step in range(start, start + steps):
         generator = torch.Generator().manual_seed(step)
-        engine.backward(engine.model(torch.randn(5, 4, generator=generator)).square().mean())
+        engine.backward(engine.module(torch.randn(5, 4, generator=generator)).square().mean())
         engine.step()
-    return torch.cat([p.detach().flatten() for p in engine.model.parameters()])
+    return torch.cat([p.detach().flatten() for p in engine.module.parameters()])
 
 
 def test_an_engine_goes_on_to_the_bit(tmp_path):
@@ -144,10 +165,10 @@ def test_an_engine_goes_on_to_the_bit(tmp_path):
     straight = _train(new(), 9)
     first = new()
     _train(first, 4)
-    save_checkpoint(tmp_path, "sft-000004", {"policy": first.state_tensors()}, {}, keep=1)
-    second = new()
-    second.load_state_tensors(read_checkpoint(tmp_path / "sft-000004").tensors("policy"))
-    second.updates = 4
+    save_checkpoint(tmp_path, "sft-000004", {"policy": first}, {}, keep=1)
+    second, saved = new(), read_checkpoint(tmp_path / "sft-000004")
+    second.load(saved.folder("policy"))
+    assert second.updates == 4
     assert torch.equal(_train(second, 5, start=4), straight)
     with pytest.raises(ValueError, match="weight"):
-        LocalEngine(torch.nn.Linear(3, 3), OptimizerConfig()).load_state_tensors(second.state_tensors())
+        LocalEngine(torch.nn.Linear(3, 3), OptimizerConfig()).load(saved.folder("policy"))

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from prism_fast.algorithms.presets import policy_options
 from prism_fast.config import OptimizerConfig
 from prism_fast.data.samples import Demonstration
+from prism_fast.engine.local import LocalEngine
+from prism_fast.engine.protocol import Update
 from prism_fast.models.checkpointing import use_gradient_checkpointing
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import build_tiny_policy
@@ -24,7 +26,6 @@ from prism_fast.rollout.protocol import Completion
 from prism_fast.track.metrics import reproducible
 from prism_fast.train import sft
 from prism_fast.train.discriminator_update import SpanGroup, discriminate
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.layouts import prepare
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.passes import Passes
@@ -55,11 +56,11 @@ def text(generator, length: int) -> tuple[int, ...]:
 def measured(model: nn.Module, step: Callable[[LocalEngine], Passes]) -> tuple[dict[str, Tensor], Passes, int]:
     """Gradients, passes and peak of live bytes of one step on a copy of ``model``."""
     engine = LocalEngine(copy.deepcopy(model).train(), OptimizerConfig(lr=1e-3))
-    engine.step = lambda: 0.0
+    engine.step = lambda: Update(0.0, 0.0)
     engine.packing_checked = True
     with LiveBytes() as live:
         passes = step(engine)
-    return {name: p.grad for name, p in engine.model.named_parameters() if p.grad is not None}, passes, live.peak
+    return {name: p.grad for name, p in engine.module.named_parameters() if p.grad is not None}, passes, live.peak
 
 
 def compare(model: nn.Module, step: Callable[[LocalEngine], Passes], *, images: int, parts: int, scored: int = 0):

@@ -9,12 +9,12 @@ import torch
 
 from prism_fast.config import OptimizerConfig
 from prism_fast.data.samples import Demonstration
+from prism_fast.engine.local import LocalEngine
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.ops import PolicyLossOptions
 from prism_fast.rollout.protocol import Completion
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.layouts import prepare
 from prism_fast.train.microbatch import StepTooLargeError, TokenBudget, out_of_memory
 from prism_fast.train.policy_update import PolicyBatch, update_policy
@@ -39,7 +39,7 @@ class FailingEngine(LocalEngine):
             allocate_too_much()
 
     def step(self):
-        self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        self.gradients = {name: p.grad.clone() for name, p in self.module.named_parameters() if p.grad is not None}
         return super().step()
 
 
@@ -92,7 +92,7 @@ def _sft_step(setup, tokens: int, fail_at: int = 0):
     demos = [Demonstration(str(i), [{"role": "user", "content": t}], t, []) for i, t in enumerate(texts)]
     told: list[str] = []
     budget = TokenBudget(tokens, notify=told.append)
-    prepare("shared_prefix", engine.model)
+    prepare("shared_prefix", engine.module)
     return engine, _update(engine, EncodedDemos.of(demos, processor, "shared_prefix"), budget), told, budget
 
 
@@ -103,7 +103,7 @@ def test_a_step_that_ran_out_of_memory_is_the_step_with_half_the_budget(setup, s
     again, numbers, told, budget = step(setup, tokens, fail_at)
     half, expected = step(setup, tokens // 2)[:2]
     assert again.calls - fail_at == half.calls > full.calls, "both cuts must differ for the test to say anything"
-    for (name, p), q in zip(again.model.named_parameters(), half.model.parameters(), strict=True):
+    for (name, p), q in zip(again.module.named_parameters(), half.module.parameters(), strict=True):
         assert torch.equal(p, q), name
     largest = max(g.abs().max() for g in full.gradients.values())
     for name, gradient in again.gradients.items():

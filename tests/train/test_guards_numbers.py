@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from prism_fast.config import OptimizerConfig
+from prism_fast.engine.finite import NonFiniteError, refuse_non_finite
+from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
@@ -15,7 +17,6 @@ from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.ops import PolicyLossOptions
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train.discriminator_update import SpanGroup, discriminate
-from prism_fast.train.engine import LocalEngine, NonFiniteError, refuse_non_finite
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.policy_update import PolicyBatch, update_policy
 
@@ -36,7 +37,7 @@ def _engine(model) -> LocalEngine:
 
 def _assert_untouched(engine: LocalEngine, model) -> None:
     theirs = dict(model.named_parameters())
-    for name, parameter in engine.model.named_parameters():
+    for name, parameter in engine.module.named_parameters():
         assert torch.equal(parameter.nan_to_num(7.0), theirs[name].nan_to_num(7.0)), name
     assert engine.updates == 0 and not engine.optimizer.state
 
@@ -62,7 +63,7 @@ def test_log_probs_of_a_spoiled_policy(setup):
     engine = _engine(spoiled)
     with pytest.raises(NonFiniteError, match=r"align step 7, micro-batch 1 of 1: .*loss.*logp \(6 of 6, first nan"):
         _update(engine, setup, [1.0, -1.0])
-    assert all(p.grad is None for p in engine.parameters), "no gradient is left"
+    assert all(p.grad is None for p in engine.masters.values()), "no gradient is left"
     _assert_untouched(engine, spoiled)
 
 
@@ -75,7 +76,7 @@ def test_an_advantage(setup):
 
 def test_a_gradient_names_its_parameters(setup):
     engine = _engine(setup[1])
-    bad = engine.model.model.language_model.layers[0].mlp.down_proj.weight
+    bad = engine.module.model.language_model.layers[0].mlp.down_proj.weight
     bad.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(NonFiniteError, match=r"align step 7: the gradient norm is .*layers\.0\.mlp\.down_proj\.weight"):
         _update(engine, setup, [1.0, -1.0])

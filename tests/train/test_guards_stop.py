@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from prism_fast.config import load_config
+from prism_fast.engine.local import LocalEngine
 from prism_fast.track.metrics import reproducible
 from prism_fast.train.context import Run
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.pipeline import run_stages
 from prism_fast.train.record import read_resume
 from prism_fast.train.signals import Stopped, StopRequest

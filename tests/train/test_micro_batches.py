@@ -16,12 +16,13 @@ from prism_fast.algorithms.alignment_loss import discriminator_loss
 from prism_fast.algorithms.presets import PRESETS, policy_options
 from prism_fast.config import OptimizerConfig
 from prism_fast.data.samples import Demonstration
+from prism_fast.engine.local import LocalEngine
+from prism_fast.engine.protocol import Update
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import build_tiny_policy
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train import sft
 from prism_fast.train.discriminator_update import SpanGroup, discriminate
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.layouts import prepare
 from prism_fast.train.microbatch import TokenBudget, by_tokens
 from prism_fast.train.policy_update import PolicyBatch, update_policy
@@ -58,7 +59,7 @@ def both(*cuts: int) -> list[Cut]:
 def engine_of(model: nn.Module, dtype: torch.dtype) -> LocalEngine:
     """An engine that keeps the gradients of a step instead of using them up."""
     engine = LocalEngine(model.to(dtype), OptimizerConfig(lr=1e-3))
-    engine.step = lambda: 0.0
+    engine.step = lambda: Update(0.0, 0.0)
     return engine
 
 
@@ -70,12 +71,12 @@ def compare(
 ) -> None:
     """The step's gradient at each cut equals that of the padded step in one piece."""
     whole_tolerance, tolerance = TOLERANCE[dtype]
-    prepare("shared_prefix", getattr(engine.model, "backbone", engine.model))
+    prepare("shared_prefix", getattr(engine.module, "backbone", engine.module))
 
     def gradients(layout: str, budget: int) -> dict[str, Tensor]:
         engine.discard()
         step(TokenBudget(budget, notify=pytest.fail), layout)
-        return {name: p.grad.clone() for name, p in engine.model.named_parameters() if p.grad is not None}
+        return {name: p.grad.clone() for name, p in engine.module.named_parameters() if p.grad is not None}
 
     lifted = Float64Islands() if dtype == torch.float64 else nullcontext()
     with lifted:
@@ -113,7 +114,7 @@ def test_sft(processor, prompts, dtype, generator):
 
     def step(budget: TokenBudget, layout: str) -> None:
         encoded = sft.EncodedDemos.of(demos, processor, layout)
-        parts.append(len(encoded.cut(budget.tokens, engine.model).parts))
+        parts.append(len(encoded.cut(budget.tokens, engine.module).parts))
         numbers.append(sft._update(engine, encoded, budget))
 
     compare(dtype, engine, step, both(150, 1))
@@ -195,7 +196,7 @@ def test_shaped_scores(processor, prompts, generator):
     """A penalty for length acts on rewards and loss alike, a weight of the spread on the loss alone."""
     model = build_discriminator(build_tiny_policy(processor, SIZE, seed=2), seed=3, head_std=0.2)
     engine, groups, found = engine_of(model, torch.float64), groups_of(processor, prompts, generator, 2), []
-    prepare("padded", engine.model.backbone)
+    prepare("padded", engine.module.backbone)
     shapes = ({}, {"length_penalty": 0.3}, {"spread": 0.2})
     with Float64Islands():
         for shape in shapes:
@@ -224,7 +225,7 @@ def test_held_out_scores(processor, prompts, generator, layout):
     )
     groups = groups_of(processor, prompts, generator, 2)
     options = options_of(processor, layout=layout)
-    prepare(layout, engine.model.backbone)
+    prepare(layout, engine.module.backbone)
     with Float64Islands():
         (whole, loss), (cut, other) = (
             discriminate(engine, groups, TokenBudget(tokens, notify=pytest.fail), learn=False, **options)
@@ -234,7 +235,7 @@ def test_held_out_scores(processor, prompts, generator, layout):
     torch.testing.assert_close(cut.teacher, whole.teacher, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(loss, other, rtol=1e-12, atol=0)
     assert (whole.tokens == cut.tokens) == (layout == "padded") and whole.repeated == cut.repeated == 0
-    assert all(p.grad is None for p in engine.model.parameters())
+    assert all(p.grad is None for p in engine.module.parameters())
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -272,7 +273,8 @@ def test_what_stands_in_the_padding_does_not_matter(processor, prompts, generato
         budget = TokenBudget(WHOLE, notify=pytest.fail)
         options = options_of(processor, pad_id=pad_id, aux_coef=aux_coef, layout="padded")
         scores, loss = discriminate(engine, groups, budget, learn=True, **options)
-        found.append([scores.student, loss, *(p.grad.clone() for p in engine.model.parameters() if p.grad is not None)])
+        gradients = [p.grad.clone() for p in engine.module.parameters() if p.grad is not None]
+        found.append([scores.student, loss, *gradients])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
@@ -286,7 +288,7 @@ def test_out_of_memory_repeats_the_discriminators_step_in_smaller_pieces(process
     def gradients(budget: TokenBudget) -> list[Tensor]:
         engine.discard()
         discriminate(engine, groups, budget, learn=True, **options)
-        return [p.grad.clone() for p in engine.model.parameters() if p.grad is not None]
+        return [p.grad.clone() for p in engine.module.parameters() if p.grad is not None]
 
     backward = engine.backward
     longest = max(tokens)

@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import prism_fast
 from prism_fast.algorithms.presets import policy_options
 from prism_fast.config import OptimizerConfig
+from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train.discriminator_update import SpanGroup, discriminate
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.layouts import prepare
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.policy_update import PolicyBatch, update_policy

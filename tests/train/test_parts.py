@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from prism_fast.config import OptimizerConfig, SftConfig
-from prism_fast.train.engine import LocalEngine, NonFiniteError
+from prism_fast.engine.finite import NonFiniteError
+from prism_fast.engine.local import LocalEngine
 from prism_fast.train.microbatch import by_tokens
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.sft import PlateauDecay
@@ -68,7 +69,7 @@ def test_the_first_update_of_a_warm_up_has_a_learning_rate():
     rates = []
     for _ in range(6):
         rates.append(engine.lr())
-        engine.backward(engine.model(torch.ones(2, 3)).sum())
+        engine.backward(engine.module(torch.ones(2, 3)).sum())
         engine.step()
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
 
@@ -77,9 +78,10 @@ def test_the_gradient_is_clipped_to_its_norm_and_the_norm_before_is_told():
     used = []
     for clip_norm in (0.5, 100.0):
         engine = LocalEngine(torch.nn.Linear(4, 1, bias=False), OptimizerConfig(lr=0.1, clip_norm=clip_norm))
-        engine.optimizer.register_step_pre_hook(lambda *_, p=engine.parameters[0]: used.append(float(p.grad.norm())))
-        engine.backward(engine.model(torch.full((1, 4), 3.0)).sum())  # the gradient is (3, 3, 3, 3)
-        assert engine.step() == pytest.approx(6.0)
+        weight = engine.masters["weight"]
+        engine.optimizer.register_step_pre_hook(lambda *_, weight=weight: used.append(float(weight.grad.norm())))
+        engine.backward(engine.module(torch.full((1, 4), 3.0)).sum())  # the gradient is (3, 3, 3, 3)
+        assert engine.step().grad_norm == pytest.approx(6.0)
     assert used == pytest.approx([0.5, 6.0], rel=1e-5)
 
 

@@ -7,12 +7,13 @@ import torch
 
 from prism_fast.algorithms.presets import policy_options
 from prism_fast.config import OptimizerConfig
+from prism_fast.engine.local import LocalEngine
+from prism_fast.engine.protocol import Update
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.rollout.hf import HFRollout
 from prism_fast.rollout.protocol import Completion, Sampling
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.policy_update import PolicyBatch, update_policy
 
@@ -41,7 +42,7 @@ def setup():
 def update(setup, *, loss="prism", budget=10_000, layout="padded", **options):
     policy, processor, prompts, completions = setup
     engine = LocalEngine(policy, OptimizerConfig(lr=1e-3))
-    engine.step = lambda: 0.0  # the weights stay, the gradients too
+    engine.step = lambda: Update(0.0, 0.0)  # the weights stay, the gradients too
     numbers = update_policy(
         engine,
         PolicyBatch(prompts, [0, 0, 0, 1, 1, 1], completions, ADVANTAGE),

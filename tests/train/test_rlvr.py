@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from prism_fast.algorithms.presets import PRESETS
 from prism_fast.config import load_config
+from prism_fast.engine.finite import NonFiniteError
 from prism_fast.report.figures import stage_curves
 from prism_fast.report.rundir import read_run
 from prism_fast.rewards import AnswerChecker, Reward
 from prism_fast.track.metrics import reproducible
 from prism_fast.train import rlvr as rlvr_module
-from prism_fast.train.engine import NonFiniteError
 from prism_fast.train.pipeline import run_stages
 from prism_fast.train.rlvr import merge_updates, mini_batches
 from prism_fast.train.rollout_log import RolloutReader, dump_path
@@ -197,7 +197,7 @@ def test_a_step_that_is_not_finite_leaves_its_rollouts(rlvr_only, tmp_path, monk
 
     def poisoned(engine, *arguments, **options):
         if engine.updates == 1:
-            engine.model.lm_head.weight.data[3, 5] = torch.nan
+            engine.module.lm_head.weight.data[3, 5] = torch.nan
         return update(engine, *arguments, **options)
 
     monkeypatch.setattr(rlvr_module, "update_policy", poisoned)

@@ -8,12 +8,13 @@ import torch
 from prism_fast import ops
 from prism_fast.algorithms.presets import policy_options
 from prism_fast.config import OptimizerConfig
+from prism_fast.engine.local import LocalEngine
+from prism_fast.engine.protocol import Update
 from prism_fast.models.forward import collate, hidden_states, response_rows
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.rollout.protocol import Completion
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.policy_update import PolicyBatch, update_policy
 
@@ -67,7 +68,7 @@ def _update(setup, completions, stale, loss="dapo", budget=10_000):
     policy, processor, prompts = setup
     engine = LocalEngine(policy, OptimizerConfig(lr=1e-3))
     engine.discard()
-    engine.step = lambda: 0.0  # keep the gradients
+    engine.step = lambda: Update(0.0, 0.0)  # keep the gradients
     numbers = update_policy(
         engine,
         PolicyBatch(prompts, ROWS, completions, ADVANTAGE, stale),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from prism_fast.engine.finite import NonFiniteError
 from prism_fast.report.html import write_report
 from prism_fast.train import align as align_module
 from prism_fast.train import rlvr as rlvr_module
-from prism_fast.train.engine import NonFiniteError
 from prism_fast.train.rollout_log import RolloutReader, dump_path
 from tests.train.conftest import SMALL, run_small
 
@@ -21,20 +21,20 @@ def stages_behind_sft(small_data, finished) -> list[str]:
 
 
 def _poison_policy(engine):
-    engine.model.lm_head.weight.data[3, 5] = torch.nan
+    engine.module.lm_head.weight.data[3, 5] = torch.nan
 
 
 def _poison_gradient(engine):
-    parameter = engine.model.lm_head.weight
+    parameter = engine.module.lm_head.weight
     parameter.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
 
 
 def _poison_critic(engine):
-    engine.model.v_head[1].weight.data.fill_(torch.nan)
+    engine.module.v_head[1].weight.data.fill_(torch.nan)
 
 
 def _infinite_scores(engine):
-    dropout, linear = engine.model.v_head
+    dropout, linear = engine.module.v_head
     linear.weight.data.fill_(1.0)
     dropout.register_forward_hook(lambda module, inputs, output: output + torch.inf)
 

@@ -13,6 +13,7 @@ from PIL import Image
 from prism_fast import ops
 from prism_fast.algorithms.presets import policy_options
 from prism_fast.config import OptimizerConfig
+from prism_fast.engine.local import LocalEngine
 from prism_fast.models import packing, shared_prefix
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.packing import PromptGroup, SharedImages
@@ -20,7 +21,6 @@ from prism_fast.models.policy import build_tiny_policy
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train import layouts
 from prism_fast.train.discriminator_update import SpanGroup, discriminate, end_states
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.layouts import prepare
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.policy_update import PolicyBatch, response_states, update_policy
@@ -65,7 +65,7 @@ def engine_of(processor, kind: str) -> LocalEngine:
 
 
 def backbone_of(engine: LocalEngine):
-    return getattr(engine.model, "backbone", None) or engine.model.model
+    return getattr(engine.module, "backbone", None) or engine.module.model
 
 
 KINDS = ("policy", "discriminator")
@@ -252,9 +252,9 @@ BREAKS = [
 )
 def test_a_wrong_packing_stops_the_update(processor, groups, monkeypatch, spoil, kind, what):
     engine = engine_of(processor, kind)
-    before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     spoil(monkeypatch)
     with pytest.raises(PackingError, match=rf"{what}.*allowed .* set layout=padded"):
         update(engine, processor, groups, kind)
-    assert engine.updates == 0 and all(torch.equal(before[n], p) for n, p in engine.model.named_parameters())
-    assert all(p.grad is None and p.requires_grad for p in engine.model.parameters())
+    assert engine.updates == 0 and all(torch.equal(before[n], p) for n, p in engine.module.named_parameters())
+    assert all(p.grad is None and p.requires_grad for p in engine.module.parameters())

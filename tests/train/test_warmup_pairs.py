@@ -9,10 +9,10 @@ from PIL import Image
 
 from prism_fast.config import OptimizerConfig
 from prism_fast.data.samples import Pair
+from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import build_tiny_policy
 from prism_fast.train.discriminator_update import discriminate
-from prism_fast.train.engine import LocalEngine
 from prism_fast.train.layouts import prepare
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.passes import Passes

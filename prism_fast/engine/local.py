@@ -112,14 +112,17 @@ class LocalEngine:
 
     def step(self) -> Update:
         self.verify()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters.values(), self.config.clip_norm))
-        if not math.isfinite(norm):
+        masters = self.masters.values()
+        total = torch.nn.utils.get_total_norm([master.grad for master in masters if master.grad is not None])
+        norm = float(total)
+        if not math.isfinite(norm):  # looked at before clipping, which would make every gradient NaN
             bad = [n for n, p in self.masters.items() if p.grad is not None and not p.grad.isfinite().all()]
             more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
             self.discard()
             raise NonFiniteError(
                 f"{self.where}: the gradient norm is {norm}; not finite in: {', '.join(bad[:5])}{more}"
             )
+        torch.nn.utils.clip_grads_with_norm_(masters, self.config.clip_norm, total)
         update = Update(norm, self.lr())
         for group in self.optimizer.param_groups:
             group["lr"] = update.lr

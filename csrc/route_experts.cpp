@@ -208,7 +208,10 @@ PRISM_INLINE void backward_rows(const RouteGradientArguments<S>& a, int64_t firs
             }
         }
     } else {
-        std::fill(&slope[0][0], &slope[experts][0], T(0));
+        for (int r = 0; r < rows; ++r) {
+            const T untouched = a.untouched(first + r);
+            for (int k = 0; k < experts; ++k) slope[k][r] = untouched;
+        }
     }
     for (int r = 0; r < rows; ++r) {
         const int64_t row = first + r;

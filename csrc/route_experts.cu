@@ -348,6 +348,10 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const RouteGradientA
             if (!spread.holds(i)) continue;
             slope[i] = a.through_softmax(slope[i], a.load_upstream(spread.expert(i)), mean_load, z_slope, mean);
         }
+    } else if (there) {
+        const T untouched = a.untouched(row);
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) slope[i] = untouched;
     }
     if (!there) return;
     for (int j = 0; j < a.top_k; ++j) {

@@ -89,6 +89,9 @@ struct RouteGradientArguments {
         for (int j = 0; j < top_k; ++j) mean += weights[row * top_k + j] * upstream(row, j);
         return mean;
     }
+    // Gradient of a row's logits before their own part of it where the softmax is not needed: 0, and NaN with the weights
+    // of a row without a softmax.
+    PRISM_HD T untouched(int64_t row) const { return T(0) * weights[row * top_k]; }
     // With p the softmax, w the weights, g, G, Z the gradients of weights, load and z_stat, the gradient of logit e is
     //     p_e (G_e - sum p G + 2 Z log-sum-exp) + ( w_j (g_j - sum w g)         where e was chosen as j, renormalised
     //                                             | [e chosen] w_j g_j - p_e sum w g                  otherwise ).

@@ -44,7 +44,9 @@ def counter(device: torch.device) -> Tensor:
 
 def counted(bad: Tensor) -> Tensor:
     """``bad`` [N] bool itself, its true entries added to the counter."""
-    return _operator(bad) if torch.compiler.is_compiling() else _counted(bad)
+    # Transforms of torch.func let nothing captured be written to; an operator gets the plain tensor below them.
+    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return _operator(bad) if hidden else _counted(bad)
 
 
 def _counted(bad: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 
 class TwoForms:
@@ -20,6 +19,7 @@ class TwoForms:
 
     Args:
         name: of the operator, ``prism_fast::...``.
+        backend: of the op, for messages; the operator's name is the op's, or the op's and the backend's.
         run: (*arguments) -> tuple of tensors, annotated, by position. The first ``results`` tensors carry gradients.
         fake: the same from shapes alone.
         save: (ctx, arguments, outputs), keeps what ``gradients`` needs.
@@ -32,13 +32,15 @@ class TwoForms:
         name: str,
         run: Callable[..., tuple[Tensor, ...]],
         *,
+        backend: str,
         fake: Callable[..., tuple[Tensor, ...]],
         leading: int,
         results: int,
         save: Callable[[Any, tuple, tuple[Tensor, ...]], None],
         gradients: Callable[..., Sequence[Tensor | None]],
     ):
-        self.name, self.run, self.leading, self.results = name.split("::")[1], run, leading, results
+        self.op, self.backend = name.split("::")[1].removesuffix(f"_{backend}"), backend
+        self.run, self.leading, self.results = run, leading, results
         self.operator = torch.library.custom_op(name, run, mutates_args=())
         self.operator.register_fake(fake)
         rest = (None,) * (len(inspect.signature(run).parameters) - leading)
@@ -48,17 +50,12 @@ class TwoForms:
             save(ctx, inputs, output)
 
         def backward(ctx, traced: bool, upstream: tuple[Tensor | None, ...]) -> Sequence[Tensor | None]:
+            refuse_graph(self.op, self.backend)
             if all(g is None for g in upstream[:results]):
                 return (None,) * leading
             return gradients(ctx, traced, *upstream[:results])
 
         self.operator.register_autograd(lambda ctx, *g: (*backward(ctx, True, g), *rest), setup_context=keep)
-
-        def eager_backward(ctx, *upstream):
-            return *backward(ctx, False, upstream), None
-
-        # It refuses to be differentiated again; its bookkeeping is wasted on the usual backward, which cannot be.
-        refusing_backward = once_differentiable(eager_backward)
 
         class Eager(torch.autograd.Function):
             """What gets no gradient comes and leaves in one list: each tensor beside it costs its bookkeeping."""
@@ -75,7 +72,7 @@ class TwoForms:
 
             @staticmethod
             def backward(ctx, *upstream):
-                return (refusing_backward if torch.is_grad_enabled() else eager_backward)(ctx, *upstream)
+                return *backward(ctx, False, upstream), None
 
         self._eager = Eager.apply
 
@@ -85,7 +82,7 @@ class TwoForms:
         if not plain(first[0]):
             outputs = self.operator(*arguments)
             return *outputs[: self.results], *(x.detach() for x in outputs[self.results :])
-        refuse_duals(self.name, *first)
+        refuse_duals(self.op, self.backend, *first)
         if torch.is_grad_enabled():
             for x in first:
                 if x is not None and x.requires_grad:
@@ -113,14 +110,40 @@ def plain(x: Tensor) -> bool:
     return (kind is Tensor or kind is torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
-def refuse_duals(op: str, *tensors: Tensor | None) -> None:
-    """Refuse what carries derivatives that kernels would drop. Raises NotImplementedError."""
+# Ops whose reference is composed of torch operations, with every derivative that these have.
+COMPOSED = (
+    "group_advantage",
+    "moe_experts",
+    "pairwise_loss",
+    "plan_experts",
+    "policy_loss",
+    "route_experts",
+    "shared_prefix_attention",
+)
+
+
+def refuse_duals(op: str, backend: str, *tensors: Tensor | None) -> None:
+    """Refuse what carries derivatives that ``backend`` would drop. Raises NotImplementedError."""
     dropped = torch._C._are_functorch_transforms_active()
     for x in tensors:
         dropped = dropped or (x is not None and forward_ad.unpack_dual(x).tangent is not None)
     if dropped:
         raise NotImplementedError(
-            f"{op}: its kernels have gradients in reverse mode alone, not inside torch.func transforms or for "
-            "forward-mode dual tensors; compose it of torch operations there, as backend='reference' of policy_loss, "
-            "pairwise_loss, group_advantage and selected_logprob does"
+            f"{op}: backend={backend!r} has gradients in reverse mode alone, not inside torch.func transforms or for "
+            f"forward-mode dual tensors; {_cure(op)}"
         )
+
+
+def refuse_graph(op: str, backend: str) -> None:
+    """For a backward whose gradients have no gradients: refuse to be part of a graph (``create_graph=True``), where
+    these would be missing in silence. Raises NotImplementedError."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{op}: backend={backend!r} has no gradient of its gradient, which create_graph=True asks for; {_cure(op)}"
+        )
+
+
+def _cure(op: str) -> str:
+    if op in COMPOSED:
+        return "pass backend='reference'"
+    return "no other backend has; compose it of torch operations there"

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import checks, waves
 from .backend import choose
 from .bad_values import counted
+from .forms import plain, refuse_duals
 from .linear_logprob import linear_logprob, validate
 from .reference import softmax_rows
 
@@ -62,6 +63,8 @@ def linear_cross_entropy(
     """
     validate(OP, hidden, weight, target, bias, 1.0, softcap, weight_grad_out, ignore_index)
     chosen = choose(OP, BACKENDS, backend, hidden)
+    if plain(hidden):
+        refuse_duals(OP, chosen, hidden, weight, bias)
     checks.choice(OP, "reduction", reduction, REDUCTIONS)
     checks.number(OP, "label_smoothing", label_smoothing, low=0.0, high=1.0)
     checks.number(OP, "z_loss", z_loss, low=0.0)
@@ -122,7 +125,7 @@ def linear_cross_entropy(
             del found  # its memory serves the next wave
         return (total * share,)
 
-    return waves.run(hidden, weight, bias, rows, walk, weight_grad_out)[0]
+    return waves.run(OP, chosen, hidden, weight, bias, rows, walk, weight_grad_out)[0]
 
 
 def _share(kept: Tensor, reduction: str, denominator: Tensor | float | None, kind: torch.dtype) -> Tensor:

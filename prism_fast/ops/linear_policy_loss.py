@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import checks, waves
 from .backend import choose
+from .forms import plain, refuse_duals
 from .linear_logprob import linear_logprob, validate
 from .policy_loss import policy_loss
 from .policy_options import PolicyLossOptions, gather, spelled_out
@@ -66,7 +67,8 @@ def linear_policy_loss(
 
     Gradients are formed inside the forward, wave after wave of rows: 3 matrix passes, and one wave of scores in memory
     (2.5 GiB on a GPU of 80 GB or more, 320 MiB on others, 64 MiB or 256 rows on a CPU; at least the longest sequence
-    for gspo with ``old_logp``). Backward only scales them, so it may be called again. Under ``torch.compile`` the two
+    for gspo with ``old_logp``). Backward only scales them, so it may be called again; in float16 a gradient beyond
+    65504 is infinite before that (a larger ``denominator`` prevents it). Under ``torch.compile`` the two
     ops are composed in one graph instead, the scores are formed again in backward (4 passes), and ``weight_grad_out``
     is added to there.
 
@@ -83,6 +85,8 @@ def linear_policy_loss(
     checks.offsets(OP, cu_seqlens, hidden)
     checks.flag(OP, "entropy", entropy)
     chosen = choose(OP, BACKENDS, backend, hidden)
+    if plain(hidden):
+        refuse_duals(OP, chosen, hidden, weight, bias)
     if logp_out is not None:
         wide = (torch.float32, torch.float64)
         checks.tensor(OP, "logp_out", logp_out, shape=tuple(target.shape), dtypes=wide, like=hidden)
@@ -130,7 +134,7 @@ def linear_policy_loss(
         with_entropy,
         logp_out,
     )
-    loss, *stats = waves.run(hidden, weight, bias, rows, walk, weight_grad_out)
+    loss, *stats = waves.run(OP, chosen, hidden, weight, bias, rows, walk, weight_grad_out)
     return loss, PolicyStats(*stats)
 
 

@@ -91,6 +91,7 @@ def moe_experts(
     checks.tensor(OP, "routing.tokens", routing.tokens, shape=assignments, dtypes=int32, like=hidden)
     checks.tensor(OP, "routing.slots", routing.slots, shape=routing.experts.shape, dtypes=int32, like=hidden)
     checks.tensor(OP, "routing.offsets", routing.offsets, shape=(experts + 1,), dtypes=int32, like=hidden)
+    checks.flag(OP, "recompute", recompute)
     checks.memory(OP, hidden)
     match choose(OP, BACKENDS, backend, hidden, _default(hidden, gate_up, down)):
         case "native":

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .forms import refuse_duals, refuse_graph
 from .results import Routing
 
 Run = Callable[..., Tensor]
@@ -18,14 +18,18 @@ def plain(weights: Tensor) -> Tensor:
     return weights.to(torch.float32).contiguous()
 
 
-def operator(name: str, forward: Callable, backward: Callable) -> tuple[Run, Callable, Callable]:
-    """(run, forward operator, backward operator) registered as ``prism_fast::{name}`` and ``…_backward``.
+def operator(backend: str, forward: Callable, backward: Callable) -> tuple[Run, Callable, Callable]:
+    """(run, forward operator, backward operator) registered as ``prism_fast::moe_experts_{backend}`` and
+    ``…_backward``.
 
     ``forward(hidden, gate_up, down, weights, permutation, tokens, slots, offsets, keep)`` gives the output [T, H] and
     the up-projection [M, 2I] by slot, [0, 2I] without ``keep``; ``backward(upstream, <the eight tensors>, kept,
     wants)`` the gradients of hidden, gate_up, down and weights, each [0] where not wanted. Both are typed for
     ``torch.library.custom_op``.
     """
+
+    op = "moe_experts"
+    name = f"{op}_{backend}"
 
     class Eager(torch.autograd.Function):
         """The operator below without the dispatcher."""
@@ -37,7 +41,6 @@ def operator(name: str, forward: Callable, backward: Callable) -> tuple[Run, Cal
             return out
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, upstream):
             return gradients(ctx, backward, upstream)
 
@@ -56,6 +59,7 @@ def operator(name: str, forward: Callable, backward: Callable) -> tuple[Run, Cal
         return [x if wanted else hidden.new_empty(0) for x, wanted in zip(shapes, wants, strict=True)]
 
     def gradients(ctx, call, upstream):
+        refuse_graph(op, backend)
         wants = list(ctx.needs_input_grad[:4])
         found = call(upstream, *ctx.saved_tensors, wants)
         return *(x if wanted else None for x, wanted in zip(found, wants, strict=True)), *(None,) * 5
@@ -75,6 +79,9 @@ def operator(name: str, forward: Callable, backward: Callable) -> tuple[Run, Cal
         # Whatever the strides of a plan that somebody made by hand: what reads it by address reads it as dense.
         plan = (x.contiguous() for x in (routing.permutation, routing.tokens, routing.slots, routing.offsets))
         arguments = (hidden, gate_up, down, routing.weights.contiguous(), *plan, keep)
-        return forward_operator(*arguments)[0] if torch.compiler.is_compiling() else Eager.apply(*arguments)
+        if torch.compiler.is_compiling():
+            return forward_operator(*arguments)[0]
+        refuse_duals(op, backend, *arguments[:4])
+        return Eager.apply(*arguments)
 
     return run, forward_operator, backward_operator

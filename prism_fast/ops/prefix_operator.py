@@ -7,19 +7,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .forms import refuse_graph
+
 TENSORS = 7  # q, k, v and the four of a PrefixLayout
 
 
 def attention_operator(
-    name: str, forward: Callable, backward: Callable, tensors: int = TENSORS
+    op: str, backend: str, forward: Callable, backward: Callable, tensors: int = TENSORS
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """``prism_fast::<name>`` with autograd and fake tensors: whole graphs hold it as one node.
+    """``prism_fast::<op>_<backend>`` with autograd and fake tensors: whole graphs hold it as one node.
 
     ``forward(q, k, v, cu_branch, prefix_start, prefix_len, branch_prefix, *numbers)`` gives the output [T, Hq, D] and
     the log-sum-exp [Hq, T]; ``backward(grad, q, k, v, out, lse, cu_branch, …, *numbers)`` gives dq, dk, dv. The
     log-sum-exp has no gradient. ``numbers`` are whatever plain numbers the backend needs, the scale among them;
     ``tensors`` stand before them.
     """
+    name = f"{op}_{backend}"
     operator = torch.library.custom_op(f"prism_fast::{name}", forward, mutates_args=())
     backward_operator = torch.library.custom_op(f"prism_fast::{name}_backward", backward, mutates_args=())
 
@@ -37,6 +40,7 @@ def attention_operator(
         ctx.mark_non_differentiable(output[1])
 
     def differentiate(ctx, grad, _):
+        refuse_graph(op, backend)
         q, k, v, *layout, out, lse = ctx.saved_tensors
         gradients = backward_operator(grad, q, k, v, out, lse, *layout, *ctx.numbers)
         return *gradients, *[None] * (len(layout) + len(ctx.numbers))

@@ -22,7 +22,8 @@ def route_experts(
         router_logits: [T, E] floating, raw scores; the softmax runs in float32 (float64 for float64).
         top_k: 1 to E. The largest logits win, among equal ones the lower expert number. (torch.topk of the softmax,
             as other routers do it, leaves open which of equal probabilities it takes.) A row with a logit that is NaN
-            or infinite upwards, or with none that is finite, has NaN weights and goes to experts 0 to top_k - 1.
+            or infinite upwards, or with none that is finite, has NaN weights, makes load and z_stat NaN and goes to
+            experts 0 to top_k - 1.
         renormalize: divide the chosen weights by their sum.
         backend: None, "reference" or "native" (up to 256 experts and top_k 8).
 
@@ -43,6 +44,7 @@ def route_experts(
     experts = router_logits.shape[1]
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= experts:
         raise ValueError(f"{op}: top_k={top_k!r} must be an integer in [1, {experts}], the number of experts")
+    checks.flag(op, "renormalize", renormalize)
     if choose(op, BACKENDS, backend, router_logits) == "native":
         import prism_fast.ops.native.route_experts as native  # this form costs no call of the import machinery
 

@@ -77,7 +77,7 @@ def shared_prefix_attention(
     checks.memory(OP, q)
     chosen = choose(OP, BACKENDS, backend, q, packed_backend(q, v))
     if chosen != "reference" and plain(q):
-        refuse_duals(OP, q, k, v)
+        refuse_duals(OP, chosen, q, k, v)
     if chosen == "triton":
         from .triton.shared_prefix_attention import shared_prefix_attention as fused
 

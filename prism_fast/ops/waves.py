@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import budgets
 from .bad_values import counted
+from .forms import refuse_graph
 from .reference import softmax_rows
 from .results import PolicyStats
 
@@ -73,6 +73,8 @@ def open_rows(
 
 
 def run(
+    op: str,
+    backend: str,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -84,38 +86,45 @@ def run(
 
     ``walk(head, learns)`` goes over the rows and, where something learns, hands every wave to ``head.backward``. The
     weight's gradient is added to ``weight_grad_out`` here and now, if that is given; backward has then to be called
-    with the gradient 1, and gives NaN otherwise, because it could no longer scale what was added.
+    with the gradient 1, and gives NaN otherwise, because it could no longer scale what was added. ``op`` and
+    ``backend`` are for the message to whoever asks for second derivatives.
     """
     learns = torch.is_grad_enabled()
     wants = tuple(learns and x is not None and x.requires_grad for x in (hidden, weight, bias))
-    return _FormedInForward.apply(hidden, weight, bias, make_rows, walk, weight_grad_out, wants)
+    return _FormedInForward.apply(hidden, weight, bias, make_rows, walk, weight_grad_out, wants, (op, backend))
 
 
 class _FormedInForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, make_rows, walk, weight_grad_out, wants):
+    def forward(ctx, hidden, weight, bias, make_rows, walk, weight_grad_out, wants, caller):
         head = make_rows()
         if any(wants):
             head.prepare(wants, weight_grad_out)
         loss, *others = walk(head, any(wants))
         ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
-        ctx.added = weight_grad_out is not None and wants[1]
+        ctx.added, ctx.caller = weight_grad_out is not None and wants[1], caller
         if any(wants):
             ctx.save_for_backward(*head.gradients(with_weight=weight_grad_out is None))
         return loss, *others
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, loss_grad, *_):
+        refuse_graph(*ctx.caller)
         if loss_grad is None:
-            return (None,) * 7
+            return (None,) * 8
         if ctx.added:
             loss_grad = torch.where(loss_grad == 1.0, 1.0, torch.nan)
         saved = ctx.saved_tensors
         if loss_grad.device.type != "cpu" or loss_grad != 1.0:  # a CPU sees for nothing that nothing would change
-            saved = [None if x is None else (x * loss_grad).to(x.dtype) for x in saved]
-        return *saved, *[None] * 4
+            saved = [None if x is None else _scaled(x, loss_grad) for x in saved]
+        return *saved, *[None] * 5
+
+
+def _scaled(x: Tensor, loss_grad: Tensor) -> Tensor:
+    """``x * loss_grad`` in the dtype of ``x``; 0 of what overflowed in float16 is 0."""
+    found = (x * loss_grad).to(x.dtype)
+    return found.masked_fill_(x.isinf() & (loss_grad == 0.0), 0.0) if x.dtype == torch.float16 else found
 
 
 def policy_walk(

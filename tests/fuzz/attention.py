@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -64,11 +66,46 @@ def layout_of(case: Case, t: dict[str, Tensor | None]) -> ops.PrefixLayout:
 
 
 def call(case: Case, t: dict[str, Tensor | None], backend: str | None) -> dict[str, Tensor]:
-    layout = layout_of(case, t)
+    return attend(case, t, layout_of(case, t), backend)
+
+
+def attend(case: Case, t: dict[str, Tensor | None], layout: ops.PrefixLayout, backend: str | None) -> dict[str, Tensor]:
     return {"out": ops.shared_prefix_attention(t["q"], t["k"], t["v"], layout, **case.options, backend=backend)}
 
 
-def formula(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
+def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, later: Tensor) -> Tensor:
+    """[H, n, Dv]: n queries that do not see the keys ``later`` [n, m]."""
+    score = (q @ k.transpose(1, 2) * scale).masked_fill(later, -torch.inf)
+    return score.softmax(-1) @ v
+
+
+class Fused(torch.autograd.Function):
+    """The same in the steps of FlashAttention (arXiv 2205.14135, algorithms 2 and 4): backward forms the probabilities
+    again from a log-sum-exp, and what they share from the rounded output."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, later):
+        kind = torch.promote_types(q.dtype, torch.float32)
+        given = (q, k, v)
+        q, k, v = (x.to(kind) for x in given)
+        score = (q @ k.transpose(1, 2) * scale).masked_fill(later, -torch.inf)
+        lse = score.logsumexp(-1, keepdim=True)
+        out = ((score - lse).exp() @ v).to(given[0].dtype)
+        ctx.save_for_backward(*given, later, lse, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        *given, later, lse, out = ctx.saved_tensors
+        q, k, v, g, out = (x.to(lse.dtype) for x in (*given, g, out))
+        p = ((q @ k.transpose(1, 2) * ctx.scale).masked_fill(later, -torch.inf) - lse).exp()
+        slope = p * (g @ v.transpose(1, 2) - (g * out).sum(-1, keepdim=True)) * ctx.scale
+        found = (slope @ k, slope.transpose(1, 2) @ q, p.transpose(1, 2) @ g)
+        return *(x.to(given[0].dtype) for x in found), None, None
+
+
+def formula(case: Case, t: dict[str, Tensor | None], block: Callable[..., Tensor] = plain) -> dict[str, Tensor]:
     q, k, v = t["q"], t["k"], t["v"]
     group = q.shape[1] // k.shape[1]
     scale = case.options.get("scale", q.shape[2] ** -0.5)
@@ -79,13 +116,15 @@ def formula(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
         before = list(range(segments[sees][0], segments[sees][0] + segments[sees][1])) if sees >= 0 else []
         queries = q[own].transpose(0, 1)  # [Hq, n, D]
         keys, values = (x[before + own].transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
-        score = queries @ keys.transpose(1, 2) * scale
         later = torch.arange(len(before) + length) > torch.arange(length)[:, None] + len(before)
-        score = score.masked_fill(later, -torch.inf)
-        parts.append((score.softmax(-1) @ values).transpose(0, 1))
+        parts.append(block(queries, keys, values, scale, later).transpose(0, 1))
     used = sum(length for _, length, _ in segments)
     parts.append(torch.zeros((q.shape[0] - used, q.shape[1], v.shape[2]), dtype=q.dtype))
     return {"out": torch.cat(parts)}
+
+
+def fused_formula(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    return formula(case, t, Fused.apply)
 
 
 def backends(case: Case) -> list[str]:
@@ -94,4 +133,4 @@ def backends(case: Case) -> list[str]:
     return ["reference", "stock", *["triton"] * fits]
 
 
-OPS = [Op("shared_prefix_attention", draw, call, formula, backends)]
+OPS = [Op("shared_prefix_attention", draw, call, formula, backends, fused=fused_formula)]

@@ -162,7 +162,8 @@ def draw_moe(d: Draw) -> Case:
         "down": d.strided(d.normal(experts, width, inner, scale=max(1, inner) ** -0.5, dtype=dtype)),
         "weights": d.strided(weights.to(kind)),
     }
-    facts = {"dtype": dtype, "plan": plan(index.tolist(), experts, top_k)}
+    parts = {name: d.strided(x) for name, x in plan(index.tolist(), experts, top_k).items()}
+    facts = {"dtype": dtype, "plan": parts}
     o = {"recompute": True} if d.chance(0.4) else {}
     upstream = {"out": d.upstream((rows, width), dtype)}
     learns = d.learns("hidden", "gate_up", "down", "weights")

@@ -41,8 +41,14 @@ def draw(d: Draw) -> Case:
     o["per_score"] = o["normalize"] != "combined" and d.chance(0.3)
     tensors = {"scores": scores.to(dtype)}
     groups = d.size(1, max(1, rows))
-    tensors["group"] = d.whole(0, groups, rows)
-    if d.chance(0.1):
+    matrix = (groups, rows // groups) if d.chance(0.25) else None  # a group per row of scores [P, n, K]
+    if matrix:
+        rows = math.prod(matrix)
+        tensors = {"scores": tensors["scores"][:rows]}
+        tensors["group"] = torch.arange(groups).repeat_interleave(matrix[1])
+    else:
+        tensors["group"] = d.whole(0, groups, rows)
+    if d.chance(0.1) and not matrix:
         tensors["group"] = d.scattered(tensors["group"], d.pick(-1, rows, 2**30), 0.2)
     if d.chance(0.6):
         tensors["valid"] = d.mask(rows, probability=d.pick(0.2, 0.7, 1.0))
@@ -58,12 +64,19 @@ def draw(d: Draw) -> Case:
         tensors["weights"] = weights.to(d.like(dtype))
     else:
         o["weights"] = weights.tolist()
+    if matrix:
+        for name in {"scores", "valid", "gate", "offset"} & set(tensors):
+            tensors[name] = tensors[name].reshape(*matrix, *tensors[name].shape[1:])
+        if columns == 1 and d.chance(0.5):
+            tensors["scores"] = tensors["scores"][..., 0]
     tensors = {name: d.strided(x) for name, x in tensors.items()}
-    return Case(tensors, o, facts={"dtype": dtype}, large=d.large)
+    return Case(tensors, o, facts={"dtype": dtype, "matrix": matrix}, large=d.large)
 
 
 def call(case: Case, t: dict[str, Tensor | None], backend: str | None) -> dict[str, Tensor]:
-    return {"advantage": ops.group_advantage(**t, **case.options, backend=backend)}
+    given = t | {"group": None} if case.facts["matrix"] else t
+    found = ops.group_advantage(**given, **case.options, backend=backend)
+    return {"advantage": found.flatten(0, 1) if case.facts["matrix"] else found}
 
 
 def _standardised(x: Tensor, o: dict, spread: Tensor | None, eps: float) -> Tensor:
@@ -92,6 +105,9 @@ def _divided(centred: Tensor, std: Tensor, eps: float) -> Tensor:
 
 
 def formula(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    if case.facts["matrix"]:
+        flat = {name: t[name].flatten(0, 1) for name in ("scores", "valid", "gate", "offset") if name in t}
+        t = t | flat | {"scores": flat["scores"][:, None] if flat["scores"].dim() == 1 else flat["scores"]}
     o, x, group = case.options, t["scores"], t["group"].tolist()
     rows, columns = x.shape
     eps = o.get("eps", 1e-6)

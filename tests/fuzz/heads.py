@@ -17,8 +17,9 @@ SELECTED, LINEAR, LINEAR_LOSS = "selected_logprob", "linear_logprob", "linear_po
 NOTHING = {"logp": 0.0, "entropy": 0.0}
 
 
-def logprob_formula(case: Case, z: Tensor, target: Tensor, temperature, softcap, want_entropy: bool, ignore: int):
-    """(log p of the targets, entropy of each row) of raw scores ``z`` [n, V], by the definition."""
+def logprob_formula(case: Case, z: Tensor, target: Tensor, temperature, softcap, want_entropy: bool):
+    """(log p of the targets, entropy of each row) of raw scores ``z`` [n, V], by the definition; of targets outside of
+    the vocabulary nothing in particular."""
     if softcap is not None:
         ban = torch.where(z.detach() == -math.inf, -math.inf, 0.0).to(z.dtype)  # holds under a soft cap
         z = softcap * torch.tanh(z / softcap) + ban
@@ -26,8 +27,6 @@ def logprob_formula(case: Case, z: Tensor, target: Tensor, temperature, softcap,
     every = torch.log_softmax(z, -1)
     known = (target >= 0) & (target < z.shape[1])
     logp = every.gather(1, torch.where(known, target.long(), 0)[:, None])[:, 0]
-    if not bool(known.all()):
-        logp = logp * torch.where(known, 1.0, math.nan).to(logp.dtype)  # and so its gradient
     p = every.exp()
     # p log p -> 0 for a banned token; masked twice, so that its gradient is 0 as well and not 0 * infinity.
     entropy = -torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, every)).sum(-1) if want_entropy else None
@@ -42,6 +41,7 @@ def by_rows(case: Case, scores, t: dict[str, Tensor | None]) -> dict[str, Tensor
     """
     o, target = case.options, t["target"]
     ignore = o.get("ignore_index", -100)
+    vocabulary = case.tensors["weight"].shape[0] if "weight" in case.tensors else case.tensors["logits"].shape[1]
     ignored = target == ignore
     g, h = (case.upstream.get(name) for name in ("logp", "entropy"))
     moved = [torch.zeros_like(target, dtype=torch.bool) if x is None else (x != 0) & ~ignored for x in (g, h)]
@@ -51,17 +51,23 @@ def by_rows(case: Case, scores, t: dict[str, Tensor | None]) -> dict[str, Tensor
 
     def found(rows: Tensor) -> tuple[Tensor, Tensor | None]:
         own = heat[rows] if isinstance(heat, Tensor) else heat
-        return logprob_formula(case, scores(rows), target[rows], own, o.get("softcap"), o.get("entropy", False), ignore)
+        return logprob_formula(case, scores(rows), target[rows], own, o.get("softcap"), o.get("entropy", False))
+
+    def marked(logp: Tensor, rows: Tensor) -> Tensor:
+        """NaN where the target is outside the vocabulary, and so is the gradient."""
+        known = (target[rows] >= 0) & (target[rows] < vocabulary)
+        return logp if bool(known.all()) else logp * torch.where(known, 1.0, math.nan).to(logp.dtype)
 
     with torch.no_grad():
-        logp, entropy = found(torch.arange(target.shape[0]))
-        logp = logp.masked_fill(ignored, 0.0)
+        everything = torch.arange(target.shape[0])
+        logp, entropy = found(everything)
+        logp = marked(logp, everything).masked_fill(ignored, 0.0)
         entropy = logp.new_empty(0) if entropy is None else entropy.masked_fill(ignored, 0.0)
     rows = (moved[0] | moved[1]).nonzero()[:, 0]
     if len(rows):
         own_logp, own_entropy = found(rows)
         use = moved[0][rows]
-        logp = logp.index_put((rows[use],), own_logp[use])
+        logp = logp.index_put((rows[use],), marked(own_logp[use], rows[use]))
         if own_entropy is not None:
             use = moved[1][rows]
             entropy = entropy.index_put((rows[use],), own_entropy[use])

@@ -65,6 +65,7 @@ def _number(x) -> float | Tensor:
 
 
 def formula(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    t = {name: x.reshape(-1) if x is not None and x.dim() == 2 else x for name, x in t.items()}  # padded rows
     o, new = case.options, t["logp"]
     loss = o.get("loss", "grpo")
     clip = o.get("clip") or CLIPS[loss]
@@ -317,6 +318,9 @@ def _taken(column: Tensor, to: Tensor, where: Tensor) -> Tensor:
 def draw(d: Draw) -> Case:
     dtype = d.dtype()
     lengths, rows = draw_lengths(d)
+    padded = (d.size(0, 5, 40), d.size(0, 7, 60)) if d.chance(0.25) else None
+    if padded:
+        lengths, rows = [padded[1]] * padded[0], math.prod(padded)
     tensors: dict = {}
     logp = -d.normal(rows, scale=d.pick(1.0, 1.0, 0.1, 20.0), dtype=dtype).abs()
     options = draw_options(d, tensors, lengths, rows, logp, dtype)
@@ -331,7 +335,11 @@ def draw(d: Draw) -> Case:
             tensors[name] = d.junk(tensors[name], ~used)
     if d.chance(0.06) and rows:  # a token that takes part and is not a number
         tensors[d.pick("logp", *["old_logp"] * ("old_logp" in tensors))][d.size(0, rows - 1)] = math.nan
-    spoiled(d, tensors, rows)
+    if padded:
+        for name in {"logp", "entropy", "mask", *COLUMNS} & set(tensors):
+            tensors[name] = tensors[name].reshape(padded)
+    else:
+        spoiled(d, tensors, rows)
     tensors = {name: d.strided(x) for name, x in tensors.items()}
     learns = d.learns("logp", *["entropy"] * ("entropy" in tensors)) or ("logp",)
     upstream = {"loss": d.upstream((), torch.float64 if dtype == torch.float64 else torch.float32)}
@@ -341,8 +349,9 @@ def draw(d: Draw) -> Case:
 def call(case: Case, t: dict[str, Tensor | None], backend: str | None) -> dict[str, Tensor]:
     more = {k: x for k, x in t.items() if k not in ("logp", "advantage", "cu_seqlens")}
     loss, stats = ops.policy_loss(
-        t["logp"], t.get("advantage"), t["cu_seqlens"], **more, **case.options, backend=backend
-    )
+        t["logp"], t.get("advantage"), None if t["logp"].dim() == 2 else t["cu_seqlens"], **more, **case.options,
+        backend=backend,
+    )  # fmt: skip
     return {"loss": loss, **stats._asdict()}
 
 

@@ -164,6 +164,69 @@ LEGITIMATE = {
 }  # fmt: skip
 
 
+def with_value(x: Tensor, at: int, value: int) -> Tensor:
+    changed = x.clone()
+    changed[at] = value
+    return changed
+
+
+def of_the_layout(name: str, at: int, value: Callable[[ops.PrefixLayout, int], int]) -> Callable:
+    """Change one number of a tensor that is not empty."""
+
+    def change(layout: ops.PrefixLayout, tokens: int) -> ops.PrefixLayout | None:
+        x = getattr(layout, name)
+        return layout._replace(**{name: with_value(x, at, value(layout, tokens))}) if len(x) else None
+
+    return change
+
+
+def past_the_end(layout: ops.PrefixLayout, tokens: int) -> ops.PrefixLayout | None:
+    cu = layout.cu_branch
+    return layout._replace(cu_branch=with_value(cu, -1, tokens + 1)) if len(cu) > 1 else None
+
+
+def longer_prefix(layout: ops.PrefixLayout, tokens: int) -> ops.PrefixLayout | None:
+    if not (layout.prefix_len > 0).any():
+        return None
+    at = int(layout.prefix_len.argmax())
+    return layout._replace(prefix_len=with_value(layout.prefix_len, at, int(layout.prefix_len[at]) + 1))
+
+
+def too_small(name: str, needed: Callable[[ops.PrefixLayout], int]) -> Callable:
+    """A bound one below what the layout needs, where it needs any."""
+
+    def change(layout: ops.PrefixLayout, tokens: int) -> ops.PrefixLayout | None:
+        least = needed(layout)
+        return layout._replace(**{name: least - 1}) if least > 0 else None
+
+    return change
+
+
+def backwards(layout: ops.PrefixLayout, tokens: int) -> ops.PrefixLayout | None:
+    cu = layout.cu_branch
+    return layout._replace(cu_branch=with_value(cu, -2, int(cu[-1]) + 1)) if len(cu) > 2 else None
+
+
+def most_queries(layout: ops.PrefixLayout) -> int:
+    lengths = layout.cu_branch.diff()
+    seen = [int(lengths[layout.branch_prefix == p].sum()) * int(n > 0) for p, n in enumerate(layout.prefix_len)]
+    return max(seen, default=0)
+
+
+# How the message goes on -> layout and tokens to a layout that does not fit, None where this one has no such fault.
+BAD_LAYOUTS: dict[str, Callable[[ops.PrefixLayout, int], ops.PrefixLayout | None]] = {
+    "cu_branch must start with 0": of_the_layout("cu_branch", 0, lambda layout, tokens: -1),
+    "cu_branch must not decrease": backwards,
+    "cu_branch must end within": past_the_end,
+    "branch_prefix must be": of_the_layout("branch_prefix", 0, lambda layout, tokens: len(layout.prefix_start)),
+    "prefix_len must not be negative": of_the_layout("prefix_len", 0, lambda layout, tokens: -1),
+    "prefix_start and prefix_len must be": longer_prefix,
+    "max_prefix=": too_small("max_prefix", lambda layout: max(layout.prefix_len.tolist(), default=0)),
+    "max_branch=": too_small("max_branch", lambda layout: max(layout.cu_branch.diff().tolist(), default=0)),
+    "max_queries=": too_small("max_queries", most_queries),
+}
+
+
 # Kinds that are wrong beside the other arguments only, and ops that hand arguments on to others.
 TOGETHER = ("one row more", "one row less", "meta", "None")
 PARTS = {"linear_policy_loss": ("policy_loss",)}

@@ -97,18 +97,18 @@ def by_op(op: Op, case: Case, backend: str | None) -> Outcome:
     return Outcome({n: x.detach() for n, x in results.items()}, gradients)
 
 
-def references(op: Op, case: Case) -> tuple[Outcome, list[Outcome]]:
+def references(op: Op, case: Case, formula: Formula | None = None) -> tuple[Outcome, list[Outcome]]:
     """(truth, eager PyTorch in the dtypes of the case, as it is and as it might have been rounded)."""
     truth = by_formula(op, case, widened)
     usual = as_computed(case)
-    eagers = [by_formula(op, case, usual)]
+    eagers = [by_formula(op, case, usual, formula)]
     half = case.dtype in (torch.bfloat16, torch.float16)
     if half and not all(bool(x.isfinite().all()) for part in eagers[0] for x in part.values()):
         # Where half precision overflows there is no error to compare with; float32 has one.
-        eagers.append(by_formula(op, case, lambda x: x.float() if x.is_floating_point() else x))
+        eagers.append(by_formula(op, case, lambda x: x.float() if x.is_floating_point() else x, formula))
     for seed in range(RUNS):
         with Rounding(seed):
-            eagers.append(by_formula(op, case, usual))
+            eagers.append(by_formula(op, case, usual, formula))
     return truth, eagers
 
 
@@ -123,12 +123,13 @@ def run(op: Op, seed: int, number: int, cap: int | None = None, only: str | None
 
     torch.set_num_threads(1)
     truth, eagers = references(op, case)
+    fused = eagers if op.fused is None else eagers + references(op, case, op.fused)[1]
     for backend in op.backends(case):
         if only is not None and backend != only:
             continue
         with small(number):
             try:
-                check(op, case, number, backend, truth, eagers, note)
+                check(op, case, number, backend, truth, eagers if backend == "reference" else fused, note)
             except Exception as error:  # whatever a backend throws at a valid call is a finding
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 text = f"{type(error).__name__}: {str(error)[:300]} ({where.filename.split('/')[-1]}:{where.lineno})"

@@ -9,10 +9,6 @@ from . import every_op, forms
 
 OPS = every_op()
 DERIVATIVES = tuple(form for form in forms.FORMS if form != "compiled")
-# Not yet mended: (op, backend, form).
-KNOWN = {
-    *((op, "native", "forward mode") for op in ("route_experts", "plan_experts")),
-}
 
 
 @pytest.mark.parametrize("form", DERIVATIVES)
@@ -38,5 +34,4 @@ def test_one_graph(name):
 
 def complain(name: str, form: str, numbers: range) -> None:
     found = [fault for number in numbers for fault in forms.run(OPS[name], 0, number, form)]
-    found = [(backend, text) for backend, text in found if (name, backend, form) not in KNOWN]
     assert not found, "\n".join(f"{name} [{backend}] {form}: {text}" for backend, text in found)

@@ -187,9 +187,10 @@ def test_autocast_does_not_round(backend, recompute, generator):
     gradients = torch.autograd.grad(total, sources)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, total = run()
+        inside = torch.autograd.grad(total, sources, retain_graph=True)
     assert torch.equal(found, wanted)
-    for ours, theirs in zip(torch.autograd.grad(total, sources), gradients, strict=True):
-        assert torch.equal(ours, theirs)
+    for ours, mine, theirs in zip(torch.autograd.grad(total, sources), inside, gradients, strict=True):
+        assert torch.equal(ours, theirs) and torch.equal(mine, theirs)
 
 
 def test_gradcheck(generator):
@@ -464,3 +465,13 @@ def test_a_plan_of_any_strides(backend):
     })  # fmt: skip
     assert not spread.weights.is_contiguous()
     assert all(torch.equal(a, b) for a, b in zip(run(spread), run(routing), strict=True))
+
+
+@pytest.mark.parametrize("result", ["weights", "z_stat", "load"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_without_a_softmax_is_nan_in_every_result_and_gradient(backend, result):
+    logits = torch.tensor([[0.5, 1.0, 0.0], [-torch.inf] * 3], requires_grad=True)
+    found = route_experts(logits, 1, backend=backend)
+    assert found.z_stat.isnan() and found.load.isnan().all() and found.weights[1].isnan().all()
+    (gradient,) = torch.autograd.grad(getattr(found, result).sum(), logits)
+    assert gradient[1].isnan().all() and (result == "load" or gradient[0].isfinite().all())

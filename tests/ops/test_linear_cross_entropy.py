@@ -162,3 +162,18 @@ def test_meta_tensors_are_refused_by_name():
     for op in (linear_cross_entropy, linear_logprob):
         with pytest.raises(NotImplementedError, match=f"{op.__name__}: tensors on the device meta"):
             op(*x, torch.empty(3, dtype=torch.int64, device="meta"))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_overflow_in_float16_of_a_loss_that_is_not_used(backend):
+    """Gradients are formed before the gradient from above is known: infinite times 0 is 0 here."""
+    device = "cpu"
+    if backend == "triton":
+        pytest.importorskip("triton")
+        from tests.support.triton_device import DEVICE as device
+    hidden, weight = (torch.full((n, 16), 30.0, dtype=torch.float16, device=device).requires_grad_() for n in (2, 5))
+    target = torch.tensor([0, 1], device=device)
+    loss = linear_cross_entropy(hidden, weight, target, z_loss=9.0, reduction="sum", backend=backend)
+    kept = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    assert all(g.isinf().any() for g in kept)
+    assert all(not g.any() for g in torch.autograd.grad(loss * 0.0, (hidden, weight)))

@@ -257,3 +257,28 @@ def test_refusals(generator):
     }.items():
         with pytest.raises(ValueError, match=f"shared_prefix_attention: {message}"):
             shared_prefix_attention(*arguments)
+
+
+def test_padding_may_hold_anything(generator):
+    """What lies past the last segment is not looked at, and gets no gradient."""
+    segments = SHAPES["one group"]
+    used, layout = sum(n for n, _ in segments), layout_of(SHAPES["one group"])
+    q, k, v = (x.detach() for x in tokens(generator, segments))
+    wanted = shared_prefix_attention(q, k, v, layout)
+    for value in (torch.nan, torch.inf):
+        leaves = [torch.cat((x, torch.full_like(x[:3], value))).requires_grad_() for x in (q, k, v)]
+        found = shared_prefix_attention(*leaves, layout)
+        torch.testing.assert_close(found[:used], wanted)
+        assert not found[used:].any()
+        for g in torch.autograd.grad(found.sum(), leaves):
+            assert g.isfinite().all() and not g[used:].any()
+
+
+def test_autocast_does_not_round_a_backward_inside_the_region(generator):
+    segments = SHAPES["one group"]
+    leaves = [x.detach().float().requires_grad_() for x in tokens(generator, segments)]
+    layout = layout_of(segments)
+    wanted = torch.autograd.grad(shared_prefix_attention(*leaves, layout).square().sum(), leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(shared_prefix_attention(*leaves, layout).square().sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -28,7 +28,7 @@ def run(*arguments: Any) -> Tensor:
     """
     if not plain(arguments[0]):
         return _operator(*(x.detach() if isinstance(x, Tensor) else x for x in arguments))
-    refuse_duals("group_advantage")
+    refuse_duals("group_advantage", "native")
     return _run(*arguments)
 
 

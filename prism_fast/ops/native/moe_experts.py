@@ -210,4 +210,4 @@ def _backward(
     return [d_hidden.to(hidden.dtype), d_gate_up, d_down, d_weights.to(weights.dtype)]
 
 
-run, _operator, _backward_operator = operator("moe_experts_native", _forward, _backward)
+run, _operator, _backward_operator = operator("native", _forward, _backward)

@@ -128,6 +128,7 @@ def _gradients(ctx, traced: bool, upstream: Tensor) -> tuple[Tensor | None, Tens
 _forms = TwoForms(
     "prism_fast::pairwise_loss",
     _run,
+    backend="native",
     fake=lambda teacher, student, *arguments: _allocate(teacher, student, arguments[-1]),
     leading=2,
     results=1,

@@ -157,6 +157,7 @@ def _gradients(ctx, traced: bool, upstream: Tensor) -> tuple[Tensor | None, Tens
 _forms = TwoForms(
     "prism_fast::policy_loss",
     _run,
+    backend="native",
     fake=lambda logp, *arguments: _allocate(logp, arguments[-1]),
     leading=2,
     results=1,

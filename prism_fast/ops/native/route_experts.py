@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from prism_fast.ops import native
 
-from ..forms import plain
+from ..forms import plain, refuse_duals, refuse_graph
 from ..results import Routing
 from . import calls
 
@@ -34,6 +33,7 @@ def run(router_logits: Tensor, top_k: int, *, renormalize: bool) -> Routing:
     refuse_sizes("route_experts", router_logits.shape[1], top_k)
     if not plain(router_logits):
         return Routing(*_operator(router_logits, top_k, renormalize))
+    refuse_duals("route_experts", "native", router_logits)
     if torch.is_grad_enabled() and router_logits.requires_grad:
         return Routing(*_Eager.apply(router_logits, top_k, renormalize))
     return Routing(*_run(router_logits, top_k, renormalize))
@@ -173,8 +173,8 @@ class _Eager(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, weights_grad, _experts, _permutation, _tokens, _slots, _offsets, load_grad, z_grad):
+        refuse_graph("route_experts", "native")
         gradient = _gradient(*ctx.saved_tensors, weights_grad, load_grad, z_grad, ctx.renormalize)
         return gradient, None, None
 
@@ -200,6 +200,7 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, weights_grad, _experts, _permutation, _tokens, _slots, _offsets, load_grad, z_grad):
+    refuse_graph("route_experts", "native")
     gradient = _gradient_operator(*ctx.saved_tensors, weights_grad, load_grad, z_grad, ctx.renormalize)
     return gradient, None, None
 
@@ -214,7 +215,10 @@ def plan(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> Routin
     """
     refuse_sizes("plan_experts", num_experts, top_k_index.shape[1])
     index, given = top_k_index.long(), top_k_weights.to(_kind(top_k_weights))
-    if not plain(given):
+    eager = plain(given)
+    if eager:
+        refuse_duals("plan_experts", "native", given)
+    if not eager:
         parts = _plan_operator(index, given, num_experts)
     elif torch.is_grad_enabled() and given.requires_grad:
         parts = _EagerPlan.apply(index, given, num_experts)

@@ -146,6 +146,7 @@ def _(logits: Tensor, *arguments) -> Tensor:
 _forms = TwoForms(
     "prism_fast::selected_logprob",
     _run,
+    backend="native",
     fake=lambda logits, target, heat, one_heat, entropy, ignore_index: _allocate(logits, entropy),
     leading=1,
     results=2,

@@ -292,7 +292,14 @@ def _gradients(ctx, traced: bool, logp_grad: Tensor | None, entropy_grad: Tensor
 
 
 _forms = TwoForms(
-    "prism_fast::linear_logprob_reference", _run, fake=_fake, leading=3, results=2, save=_save, gradients=_gradients
+    "prism_fast::linear_logprob_reference",
+    _run,
+    backend="reference",
+    fake=_fake,
+    leading=3,
+    results=2,
+    save=_save,
+    gradients=_gradients,
 )
 
 

@@ -8,6 +8,9 @@ from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from ..results import Routing
+from .products import matmul
+
+OP = "moe_experts"
 
 
 def moe_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, *, recompute: bool) -> Tensor:
@@ -18,14 +21,18 @@ def moe_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing,
     run = _grouped if grouped else _dense
     with torch.autocast(hidden.device.type, enabled=False):  # operands keep the dtype that the caller chose
         if recompute and torch.is_grad_enabled():
+            if torch._C._are_functorch_transforms_active():
+                raise NotImplementedError(
+                    f"{OP}: backend='reference' does not recompute inside torch.func transforms; pass recompute=False"
+                )
             return checkpoint(run, hidden, gate_up, down, routing, use_reentrant=False)
         return run(hidden, gate_up, down, routing)
 
 
 def _expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """[n, H] output of one expert: down(silu(gate x) * up x)."""
-    gate, up = (x @ gate_up.t()).chunk(2, -1)
-    return (silu(gate) * up) @ down.t()
+    gate, up = matmul(x, gate_up.t()).chunk(2, -1)
+    return matmul(silu(gate) * up, down.t())
 
 
 def _grouped(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:

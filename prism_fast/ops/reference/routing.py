@@ -22,7 +22,9 @@ def route_experts(router_logits: Tensor, top_k: int, *, renormalize: bool) -> Ro
     weights = probability.gather(-1, experts)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
-    z_stat = logits.logsumexp(-1).square().sum()
+    # A row without a softmax has no statistic either, also where the log-sum-exp of its logits is infinite.
+    broken = torch.where(probability.detach().isnan().any(-1), math.nan, 0.0)
+    z_stat = (logits.logsumexp(-1) + broken).square().sum()
     return Routing(weights, experts, *_plan(experts, logits.shape[1]), probability.sum(0), z_stat)
 
 

@@ -6,9 +6,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..bad_values import counted
+from ..forms import plain, refuse_duals, refuse_graph
 from ..results import LogProb
 from . import softmax_rows as rows
 
@@ -17,6 +17,8 @@ def selected_logprob(
     logits: Tensor, target: Tensor, *, temperature: float | Tensor, entropy: bool, ignore_index: int
 ) -> LogProb:
     """See ``prism_fast.ops.selected_logprob``. Keeps the logits and three numbers per row for backward."""
+    if plain(logits):
+        refuse_duals("selected_logprob", "reference", logits)
     return LogProb(*_SelectedLogProb.apply(logits, target, temperature, entropy, ignore_index))
 
 
@@ -43,8 +45,8 @@ class _SelectedLogProb(torch.autograd.Function):
         return rows.finish(logp, entropies, ignored, outside)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, logp_grad, entropy_grad):
+        refuse_graph("selected_logprob", "reference")
         logits, column, ignored, outside, heat, log_sum, entropies = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:
             return (None,) * 5

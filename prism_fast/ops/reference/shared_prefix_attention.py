@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..prefix_layout import fitting, misfit, refuse_misfit
 from ..results import PrefixLayout
+from .products import matmul
 from .segments import sequence_of_token
 
 BLOCK_BYTES = 64 << 20  # scores of one block of queries
@@ -24,29 +25,34 @@ def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayou
 
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float) -> Tensor:
-    tokens, heads = q.shape[0], q.shape[1]
+    tokens, heads, given = q.shape[0], q.shape[1], q.dtype
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
     bad = misfit(layout, tokens)
     layout = PrefixLayout(*fitting(layout, bad), *layout[4:])
     segments = layout.branch_prefix.shape[0]
     segment = sequence_of_token(layout.cu_branch, tokens)
     group = heads // k.shape[1]
-    queries = (q.to(kind) + torch.where(bad, math.nan, 0.0)).movedim(1, 0)  # [Hq, T, D]
-    keys, values = (x.to(kind).movedim(1, 0).repeat_interleave(group, 0) for x in (k, v))
+    used = bad | (segment < segments)
+    # A probability of 0 times whatever lies in the padding is not always 0.
+    q, k, v = (torch.where(used[:, None, None], x, 0.0).to(kind) for x in (q, k, v))
+    queries = (q + torch.where(bad, math.nan, 0.0)).movedim(1, 0)  # [Hq, T, D]
+    keys, values = (x.movedim(1, 0).repeat_interleave(group, 0) for x in (k, v))
     start, stop = _prefix_of_token(layout, segment, segments)
     rows = max(1, BLOCK_BYTES // max(1, heads * tokens * queries.element_size()))
+    # Blocks keep their inputs, not T x T probabilities; torch.func transforms take no checkpoints.
+    again = rows < tokens and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
     parts = []
     for at in range(0, tokens, rows):
         block = slice(at, min(tokens, at + rows))
         arguments = (queries[:, block], keys, values, segment, segment[block], start[block], stop[block], at, scale)
-        if rows < tokens and torch.is_grad_enabled():  # keep the inputs, not T x T probabilities
+        if again:
             parts.append(checkpoint(_attend, *arguments, use_reentrant=False))
         else:
             parts.append(_attend(*arguments))
     if not parts:
-        return v.new_empty((0, heads, v.shape[2]))
+        return v.new_empty((0, heads, v.shape[2]), dtype=given)
     out = torch.cat(parts, 1).movedim(0, 1)
-    return torch.where((bad | (segment < segments))[:, None, None], out, 0.0).to(q.dtype)
+    return torch.where(used[:, None, None], out, 0.0).to(given)
 
 
 def _prefix_of_token(layout: PrefixLayout, segment: Tensor, segments: int) -> tuple[Tensor, Tensor]:
@@ -75,5 +81,5 @@ def _attend(
     mine = at + torch.arange(q.shape[1], device=q.device)[:, None]
     seen = (segment[None] == own[:, None]) & (position <= mine)
     seen = seen | ((position >= start[:, None]) & (position < stop[:, None]))
-    score = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, -math.inf)
-    return score.softmax(-1) @ v
+    score = (matmul(q, k.transpose(1, 2)) * scale).masked_fill(~seen, -math.inf)
+    return matmul(score.softmax(-1), v)

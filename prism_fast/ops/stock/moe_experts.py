@@ -141,4 +141,4 @@ def _refuse(hidden: Tensor, gate_up: Tensor, down: Tensor) -> None:
         raise NotImplementedError(f"moe_experts: backend='stock' {found}; pass backend={cure!r}")
 
 
-run, _operator, _backward_operator = operator("moe_experts_stock", _forward, _backward)
+run, _operator, _backward_operator = operator("stock", _forward, _backward)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..prefix_layout import refuse_misfit
+from ..prefix_layout import OP, refuse_misfit
 from ..prefix_operator import attention_operator, dense_heads, sum_dtype
 from ..results import PrefixLayout
 from .device_calls import Calls, device_calls
@@ -113,4 +113,4 @@ def _run_backward(
     return dq, dk, dv
 
 
-_operator = attention_operator("shared_prefix_attention_stock", _run, _run_backward)
+_operator = attention_operator(OP, "stock", _run, _run_backward)

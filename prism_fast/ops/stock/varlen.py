@@ -190,7 +190,7 @@ def _plain(q: Tensor, cu_seqlens: Tensor, longest: int) -> tuple[Kernel, Sequenc
     return kernel_for(q, "varlen attention", "a model with other heads"), Sequences(cu, cu, longest, longest, False)
 
 
-_operator = attention_operator("varlen_attention", _attend, _gradients, tensors=4)
+_operator = attention_operator("varlen_attention", "stock", _attend, _gradients, tensors=4)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, *, scale: float) -> Tensor:

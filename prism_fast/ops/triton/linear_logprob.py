@@ -184,5 +184,12 @@ def _gradients(ctx, traced: bool, logp_grad: Tensor | None, entropy_grad: Tensor
 
 
 _forms = TwoForms(
-    "prism_fast::linear_logprob", _run, fake=_fake, leading=3, results=2, save=_save, gradients=_gradients
+    "prism_fast::linear_logprob",
+    _run,
+    backend="triton",
+    fake=_fake,
+    leading=3,
+    results=2,
+    save=_save,
+    gradients=_gradients,
 )

@@ -92,4 +92,4 @@ def _refuse(hidden: Tensor) -> None:
         raise NotImplementedError("moe_experts: backend='triton' has no float64; pass backend='reference'")
 
 
-run, _operator, _backward_operator = operator("moe_experts_triton", _forward, _backward)
+run, _operator, _backward_operator = operator("triton", _forward, _backward)

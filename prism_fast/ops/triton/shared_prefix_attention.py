@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..prefix_layout import fitting, misfit, row_of
+from ..prefix_layout import OP, fitting, misfit, row_of
 from ..prefix_operator import attention_operator, dense_heads
 from ..results import PrefixLayout
 
@@ -98,4 +98,4 @@ def _backward(
     return gradients(grad, q, k, v, out, lse, cu_branch, prefix_start, prefix_len, branch_prefix, lists, scale)
 
 
-_operator = attention_operator("shared_prefix_attention_triton", _forward, _backward, tensors=8)
+_operator = attention_operator(OP, "triton", _forward, _backward, tensors=8)

@@ -172,6 +172,16 @@ class SamplingConfig:
 
 
 @dataclass
+class RolloutConfig:
+    """The engine that generates for alignment, RLVR, pair sampling and evaluation alike."""
+
+    engine: str = "hf"  # hf: transformers' modules, on any device
+    # In the KV cache at once, a response with its prompt and at its full length; what is more waits. Where memory runs
+    # out it is halved. The same responses come out, whatever it is.
+    tokens_in_flight: int = 262144
+
+
+@dataclass
 class WarmupConfig:
     """Discriminator warm-up: ends when the held-out margin reaches ``target_margin``, never on a step count alone."""
 
@@ -271,7 +281,7 @@ class RlvrConfig:
 
 @dataclass
 class EvalConfig:
-    batch: int = 128  # prompts generated together
+    batch: int = 128  # prompts after which answers are kept: a stop loses less than that
     temperature: float = 0.0
     max_new_tokens: int = 512
     limit: int | None = None  # first so many items; none: all
@@ -317,6 +327,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     align: AlignConfig = field(default_factory=AlignConfig)

@@ -22,6 +22,7 @@ from prism_fast.train.context import (
     DTYPES,
     answer_checker,
     attention_in_force,
+    check_engine,
     check_views,
     resolve_device,
     trunk_in_force,
@@ -60,6 +61,7 @@ def check_run(config: Config) -> list[str]:
     device = resolve_device(config.device)
     found = [f"device: {device}", f"norms, rotary and SwiGLU: {trunk_in_force(config, device)}"]
     found.append(f"attention: {attention_in_force(config, device)}")
+    check_engine(config)
     if config.out is not None:
         folder = Path(config.out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -31,6 +31,7 @@ from prism_fast.models.upcycle import sparse_config
 from prism_fast.models.writing import shown_bytes
 from prism_fast.ops import budgets
 from prism_fast.ops.reference.linear_logprob import block_rows
+from prism_fast.rollout.hf import SCORES_AT_ONCE
 from prism_fast.train.context import DTYPES
 from prism_fast.train.layouts import Layout
 
@@ -44,8 +45,8 @@ ASSUMPTIONS = (
     "longest. Images of the micro-batch's prompts go through the vision tower once each.",
     "A response is as long as its limit allows; a demonstration's response is taken as eval.max_new_tokens long, a "
     "teacher's as long as a rollout. Caption and reasoning of one response share its length, padded each to all of it.",
-    "Rollouts and evaluation keep one cache for all rows at once; while it grows, one layer's keys or values exist "
-    "twice. Sampling holds four float32 rows of the vocabulary's width per response.",
+    "Rollouts and evaluation keep a cache of rollout.tokens_in_flight tokens at most; while it grows, one layer's keys "
+    "or values exist twice. Sampling holds 32 bytes per response and entry of the vocabulary, in slices of responses.",
     "Not counted: buffers inside single operations, copies made while loading and saving, fragmentation, the CUDA "
     "context (about 0.5 GiB), Python itself.",
 )
@@ -312,20 +313,22 @@ class _Planner:
         )
 
     def _eval(self) -> tuple[Phase, ...]:
-        """After a stage its export is loaded beside the model that was trained."""
+        """Of the policy that the stage trained, which is still in memory."""
         if self.config.data.source == "files" and self.config.data.eval is None:
             return ()
         evaluation = self.config.eval
-        weights = Component("policy weights, trained and exported", 2 * self.policy.weight_bytes)
+        weights = Component("policy weights", self.policy.weight_bytes)
         return (Phase("evaluation", (weights, *self._generation(evaluation.batch, evaluation.max_new_tokens))),)
 
     def _generation(self, rows: int, response: int) -> tuple[Component, ...]:
         text = self.dense.text_config
+        at_once = max(1, self.config.rollout.tokens_in_flight // (self.prompt + response))
+        rows = min(rows, at_once)
         cache = rows * (self.prompt + response) * kv_bytes_per_token(text, self.dtype)
         return (
             Component("KV cache", cache),
             Component("KV cache growth", cache // (2 * text.num_hidden_layers)),
-            Component("sampling scores", 4 * 4 * rows * text.vocab_size),
+            Component("sampling scores", 32 * min(rows * text.vocab_size, max(text.vocab_size, SCORES_AT_ONCE))),
         )
 
     def _policy_update(self, prompts: int, n: int, response: int, budget: int) -> tuple[Component, ...]:

@@ -30,16 +30,18 @@ _QWEN3_VL_STD = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True, eq=False)
 class EncodedPrompt:
-    """One prompt as the models see it.
+    """One prompt as the models see it; made once, read by rollout engine and trainer.
 
     ``input_ids``: token ids, image placeholders already expanded to one id per merged patch, ending with the
     generation prompt. ``pixel_values`` ``[patches, C·T·p·p]`` float32 and ``image_grid_thw`` ``[images, 3]`` int64
-    (patches along time, height, width): ``None`` for a prompt without images.
+    (patches along time, height, width): ``None`` for a prompt without images. ``images``: what the pixels were made of,
+    for engines that preprocess images themselves.
     """
 
     input_ids: tuple[int, ...]
     pixel_values: torch.Tensor | None
     image_grid_thw: torch.Tensor | None
+    images: tuple[Image, ...] = ()
 
 
 class Processor:
@@ -173,7 +175,7 @@ class Processor:
                 expanded.extend([token] * next(repeats))
             else:
                 expanded.append(token)
-        return EncodedPrompt(tuple(expanded), features["pixel_values"], grid)
+        return EncodedPrompt(tuple(expanded), features["pixel_values"], grid, tuple(images))
 
     def prompt_tokens(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image]) -> int:
         """Length of ``encode_prompt(messages, images).input_ids`` without touching a pixel. Raises as it does."""

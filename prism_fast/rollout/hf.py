@@ -1,100 +1,148 @@
 """The embedded rollout engine: transformers' own modules with a KV cache, on any device.
 
-The prompt of a group is computed once and its cache repeated for the group's responses. Prompts of different length
-share a batch: their cache is right-padded, the gap masked, every row continues at its own M-RoPE position. Rows that
-have ended leave the batch, so a long tail costs what it is long.
+Responses are generated in chunks of a token budget. A chunk computes each of its prompts once and repeats the cache for
+the prompt's responses. Prompts of different length share a chunk: their cache is right-padded, the gap masked, every
+row continues at its own M-RoPE position. Rows that have ended leave the batch, so a long tail costs what it is long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from prism_fast.models.forward import collate, language_outputs
 from prism_fast.models.processor import EncodedPrompt, Processor
-from prism_fast.rollout.protocol import Completion, Sampling
+from prism_fast.models.token_budget import TokenBudget, by_tokens
+from prism_fast.rollout.protocol import Completion, Sampling, end_ids
+from prism_fast.rollout.sampling import draw, response_key, uniform
 
 COMPACT_BELOW = 0.75  # share of unfinished rows below which finished ones leave the batch
+SCORES_AT_ONCE = 1 << 24  # scores of the vocabulary that exist together while tokens are drawn
 
 
 class HFRollout:
-    """Samples from ``model`` (a ``Qwen3VLForConditionalGeneration``) with its current weights."""
+    """Samples from the trainer's own module (a ``Qwen3VLForConditionalGeneration``); see `protocol.Rollout`.
 
-    def __init__(self, model, processor: Processor):
-        self.model = model
-        self.processor = processor
+    It has no weights of its own, so `sync` copies nothing and `sleep` has nothing to give back.
+    """
+
+    def __init__(self, policy: nn.Module, processor: Processor, budget: TokenBudget):
+        """``budget``: tokens in the KV cache at once, a prompt counted for each of its responses, each response at its
+        full length; a response that is longer is generated alone. Halved where memory runs out."""
+        self._budget = budget
+        self.attach(policy, processor)
+
+    def attach(self, policy: nn.Module, processor: Processor) -> None:
+        self._policy: nn.Module | None = policy
+        self._processor = processor
+        self._ends = end_ids(policy, processor)
+
+    def sync(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Nothing to do, and ``weights`` is not read: generation reads the module that is trained."""
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None:
+        self._policy = None
 
     @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[EncodedPrompt],
         sampling: Sampling,
+        seeds: Sequence[int],
         *,
-        seed: int,
-        on_token: Callable[[int], None] | None = None,
+        poll: Callable[[], None],
     ) -> list[list[Completion]]:
-        """See :class:`prism_fast.rollout.protocol.Rollout`."""
+        """See `protocol.Rollout`.
+
+        Raises:
+            StepTooLargeError: memory does not hold the longest response alone.
+        """
+        if self._policy is None:
+            raise ValueError("this rollout engine is closed: make another")
+        if len(seeds) != len(prompts):
+            raise ValueError(f"need one seed per prompt, got {len(seeds)} for {len(prompts)} prompts")
         if not prompts:
             return []
-        was_training = self.model.training
-        self.model.eval()
+        n = sampling.n
+        tokens_of = [len(prompt.input_ids) + sampling.max_new_tokens for prompt in prompts for _ in range(n)]
+        found: list[Completion | None] = [None] * len(tokens_of)
+
+        def attempt(budget: int) -> None:
+            waiting = [i for i, completion in enumerate(found) if completion is None]
+            for chunk in by_tokens([tokens_of[i] for i in waiting], budget):
+                responses = [waiting[k] for k in chunk]
+                keys = [response_key(seeds[i // n], i % n) for i in responses]
+                made = self._decode(prompts, [i // n for i in responses], keys, sampling, poll)
+                for i, completion in zip(responses, made, strict=True):
+                    found[i] = completion
+
+        was_training = self._policy.training
+        self._policy.eval()
         try:
-            rows = self._decode(prompts, sampling, seed, on_token)
+            self._budget.run(attempt, discard=lambda: None, longest=max(tokens_of))
         finally:
-            self.model.train(was_training)
-        return [rows[i * sampling.n : (i + 1) * sampling.n] for i in range(len(prompts))]
+            self._policy.train(was_training)
+        return [found[p * n : (p + 1) * n] for p in range(len(prompts))]
 
     def _decode(
         self,
         prompts: Sequence[EncodedPrompt],
+        prompt_of_row: Sequence[int],
+        keys: Sequence[int],
         sampling: Sampling,
-        seed: int,
-        on_token: Callable[[int], None] | None,
+        poll: Callable[[], None],
     ) -> list[Completion]:
-        model, n, limit = self.model, sampling.n, sampling.max_new_tokens
+        """One response per row: to prompt ``prompt_of_row[b]`` with the random numbers of ``keys[b]``."""
+        model, limit, total = self._policy, sampling.max_new_tokens, len(keys)
         device = model.device
-        generator = torch.Generator(device=device).manual_seed(seed)
-        batch = collate(
-            prompts,
-            range(len(prompts)),
-            [()] * len(prompts),
-            model_config=model.config,
-            pad_id=self.processor.pad_id,
-        ).to(device)
+        used = list(dict.fromkeys(prompt_of_row))
+        batch = collate(prompts, used, [()] * len(used), model_config=model.config, pad_id=self._processor.pad_id).to(
+            device
+        )
         cache = DynamicCache(config=model.config.text_config)
         hidden = language_outputs(model.model, batch, past_key_values=cache).last_hidden_state  # [P, S, H]
-        last = hidden[torch.arange(len(prompts), device=device), batch.lengths - 1]  # [P, H]
-        cache.batch_repeat_interleave(n)
-        last = last.repeat_interleave(n, dim=0)  # [B, H]
-        mask = batch.attention_mask.repeat_interleave(n, dim=0)  # [B, S]
-        next_position = (batch.position_ids.amax(dim=(0, 2)) + 1).repeat_interleave(n)  # [B]
+        last = hidden[torch.arange(len(used), device=device), batch.lengths - 1]  # [P, H]
+        place = {p: k for k, p in enumerate(used)}
+        repeated = torch.tensor([place[p] for p in prompt_of_row], device=device)  # [B]
+        cache.batch_select_indices(repeated)
+        last, mask = last[repeated], batch.attention_mask[repeated]  # [B, H], [B, S]
+        next_position = (batch.position_ids.amax(dim=(0, 2)) + 1)[repeated]  # [B]
 
-        total = len(prompts) * n
-        tokens = torch.full((total, limit), self.processor.pad_id, device=device)
+        tokens = torch.full((total, limit), self._processor.pad_id, device=device)
         logprobs = torch.zeros(total, limit, device=device)
-        entropies = torch.zeros(total, limit, device=device)
+        entropy = torch.zeros(total, device=device)  # summed over a response
         lengths = torch.zeros(total, dtype=torch.int64, device=device)
         finished = torch.zeros(total, dtype=torch.bool, device=device)
-        rows = torch.arange(total, device=device)  # which response each row of the batch is
+        rows = torch.arange(total, device=device)  # the response that each row of the batch is
+        keys_of_row, ends = torch.tensor(keys, device=device), torch.tensor(self._ends, device=device)
         for t in range(limit):
-            token, logprob, entropy = self._sample(last, sampling.temperature, generator)
-            live = ~finished[rows]
-            at = rows[live]
-            tokens[at, t], logprobs[at, t], entropies[at, t] = token[live], logprob[live], entropy[live]
-            lengths[at] = t + 1
-            finished[at] = token[live] == self.processor.eos_id
-            growing = int((~finished).sum())
-            if on_token is not None:
-                on_token(growing)
-            if growing == 0 or t + 1 == limit:
+            token, logprob, spread = self._sample(last, sampling.temperature, uniform(keys_of_row, t))
+            growing = ~finished[rows]
+            tokens[rows, t], logprobs[rows, t] = token, logprob  # of a finished row too: cut at its length below
+            entropy[rows] += torch.where(growing, spread, 0.0)
+            lengths[rows] += growing
+            finished[rows] |= torch.isin(token, ends)
+            unfinished, broken = torch.stack([(~finished).sum(), (growing & ~logprob.isfinite()).sum()]).tolist()
+            if broken:
+                raise FloatingPointError(
+                    f"the policy's scores are not finite at token {t} of {broken} response(s): its weights are damaged "
+                    "or training has diverged; go back to an earlier checkpoint or lower the learning rate"
+                )
+            poll()
+            if unfinished == 0 or t + 1 == limit:
                 break
-            if growing < COMPACT_BELOW * len(rows):
+            if unfinished < COMPACT_BELOW * len(rows):
                 keep = (~finished[rows]).nonzero().squeeze(1)
                 cache.batch_select_indices(keep)
                 rows, mask, next_position, token = rows[keep], mask[keep], next_position[keep], token[keep]
+                keys_of_row = keys_of_row[keep]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             last = model.model.language_model(
                 input_ids=token[:, None],
@@ -103,32 +151,29 @@ class HFRollout:
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state[:, 0]  # [B, H]
-        return self._completions(tokens, logprobs, entropies, lengths, finished)
-
-    def _sample(self, hidden: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw one token per row; returns ids, their log-probs and the sampled distribution's entropy, each [B]."""
-        logits = self.model.lm_head(hidden).float()  # [B, V]
-        logits[:, list(self.processor.banned_ids)] = -torch.inf
-        if temperature > 0:
-            logits = logits / temperature
-        log_softmax = torch.log_softmax(logits, dim=-1)
-        probs = log_softmax.exp()
-        if temperature > 0:
-            token = torch.multinomial(probs, 1, generator=generator)
-        else:
-            token = logits.argmax(dim=-1, keepdim=True)
-        entropy = -torch.special.xlogy(probs, probs).sum(dim=-1)
-        return token.squeeze(1), log_softmax.gather(1, token).squeeze(1), entropy
-
-    @staticmethod
-    def _completions(
-        tokens: Tensor, logprobs: Tensor, entropies: Tensor, lengths: Tensor, finished: Tensor
-    ) -> list[Completion]:
-        counts = lengths.tolist()
-        mean_entropy = (entropies.sum(dim=1) / lengths).tolist()
         return [
-            Completion(tuple(ids[:k]), tuple(lps[:k]), h, "stop" if stopped else "length")
+            Completion(tuple(ids[:k]), tuple(lps[:k]), h / k, "stop" if stopped else "length")
             for ids, lps, k, h, stopped in zip(
-                tokens.tolist(), logprobs.tolist(), counts, mean_entropy, finished.tolist(), strict=True
+                *(found.tolist() for found in (tokens, logprobs, lengths, entropy, finished)), strict=True
             )
         ]
+
+    def _sample(self, hidden: Tensor, temperature: float, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One token per row of ``hidden`` [B, H] by the uniform numbers ``at`` [B]; returns ids, their log-probs and
+        the sampled distribution's entropy, each [B]."""
+        at_once = max(1, SCORES_AT_ONCE // self._policy.config.text_config.vocab_size)
+        parts = zip(hidden.split(at_once), at.split(at_once), strict=True)
+        return tuple(
+            torch.cat(found) for found in zip(*(self._drawn(*part, temperature) for part in parts), strict=True)
+        )
+
+    def _drawn(self, hidden: Tensor, at: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        scores = self._policy.lm_head(hidden).float()  # [B, V]
+        scores[:, list(self._processor.banned_ids)] = -torch.inf
+        if temperature > 0:
+            scores = scores / temperature
+        log_softmax = torch.log_softmax(scores, dim=-1)
+        probs = log_softmax.exp()
+        token = draw(probs, at) if temperature > 0 else scores.argmax(dim=-1)
+        entropy = -torch.special.xlogy(probs, probs).sum(dim=-1)
+        return token, log_softmax.gather(1, token[:, None]).squeeze(1), entropy

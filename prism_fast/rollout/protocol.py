@@ -1,12 +1,14 @@
-"""What every rollout engine takes and returns."""
+"""The contract of rollout engines. `tests/contracts/rollout.py` checks whether an engine keeps it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
-from prism_fast.models.processor import EncodedPrompt
+from torch import Tensor, nn
+
+from prism_fast.models.processor import EncodedPrompt, Processor
 
 
 @dataclass(frozen=True)
@@ -33,32 +35,81 @@ class Completion:
     """One response.
 
     Attributes:
-        token_ids: sampled ids, the end token included when it was sampled.
-        logprobs: one per id, natural log, under the distribution that was sampled from (temperature and ban applied).
-        entropy: mean entropy of that distribution over the response's tokens, in nats.
-        finish: ``stop`` (the end token was sampled) or ``length`` (``max_new_tokens`` reached).
+        token_ids: sampled ids, the end token included when one was sampled.
+        logprobs: one per id, natural log, under the distribution that was sampled from: scores of banned ids set to
+            -inf, then all divided by the temperature (by 1 in greedy decoding).
+        entropy: mean entropy of that distribution over the response's tokens, in nats; None from an engine that does
+            not see whole distributions.
+        finish_reason: ``stop`` (an end token was sampled) or ``length`` (``max_new_tokens`` reached).
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    entropy: float
-    finish: str
+    entropy: float | None
+    finish_reason: Literal["stop", "length"]
 
 
 class Rollout(Protocol):
-    """An engine. The ids it samples from are those of the prompts it is given: nothing is tokenised again."""
+    """A rollout engine: one object for the life of a run, which samples for training, pairs and evaluation alike.
+
+    One rule for all engines: the ids sampled from are those of the prompts, nothing is tokenised again; a response ends
+    at every id of `end_ids` and that id belongs to it; `Processor.banned_ids` are never sampled.
+    """
 
     def generate(
         self,
         prompts: Sequence[EncodedPrompt],
         sampling: Sampling,
+        seeds: Sequence[int],
         *,
-        seed: int,
-        on_token: Callable[[int], None] | None = None,
+        poll: Callable[[], None],
     ) -> list[list[Completion]]:
         """``sampling.n`` completions for each prompt, in the order of the prompts.
 
-        The same prompts, sampling and seed on the same machine give the same ids. ``on_token(k)`` is called after each
-        decoding step with the number of responses still growing. Vision tokens are never sampled.
+        Args:
+            seeds: one per prompt, 0 or more and below 2**64. The random numbers of a response depend on the seed of its
+                prompt, its number among the n and the token's position alone: not on what else is generated with it.
+            poll: called at least once per decoding step. It may raise: the call ends, the engine stays usable.
+
+        Raises:
+            ValueError: another number of seeds than of prompts, or the engine is closed.
+            FloatingPointError: the policy's scores are not finite.
         """
         ...
+
+    def attach(self, policy: nn.Module, processor: Processor) -> None:
+        """Sample from ``policy`` from now on: a stage of the run has loaded its own."""
+        ...
+
+    def sync(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """The policy's weights have changed: (name, whole tensor), as the training engine's ``named_weights`` gives."""
+        ...
+
+    def sleep(self) -> None:
+        """Give memory back until `wake`."""
+        ...
+
+    def wake(self) -> None:
+        """Be ready for `sync` and `generate` again."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything; may be called twice."""
+        ...
+
+
+def end_ids(policy: nn.Module, processor: Processor) -> tuple[int, ...]:
+    """The ids that end a response: every one of the policy's ``generation_config.eos_token_id``, ascending, as in
+    transformers' ``generate`` and in vLLM.
+
+    Raises:
+        ValueError: there is none, or the end-of-turn token that SFT teaches is not among them.
+    """
+    found = policy.generation_config.eos_token_id
+    ids = sorted({found} if isinstance(found, int) else set(found or ()))
+    if processor.eos_id not in ids:
+        raise ValueError(
+            f"the policy's generation_config.eos_token_id is {found}, but it must hold {processor.eos_id} "
+            "(<|im_end|>), with which SFT ends every response: add it to generation_config.json in the policy's folder"
+        )
+    return tuple(ids)

@@ -23,6 +23,7 @@ from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor
 from prism_fast.train.context import Run
 from prism_fast.train.discriminator_update import SpanGroup, discriminate, loss_options
+from prism_fast.train.grading import Grader
 from prism_fast.train.layouts import prepare
 from prism_fast.train.policy_update import PolicyBatch, response_metrics, update_policy
 from prism_fast.train.resume import StageState
@@ -49,13 +50,15 @@ def align(
         "discriminator": config.discriminator.tokens_per_micro_batch,
     }
     state = StageState(run, "align", engines=engines, budgets=budgets, order=order, with_rollouts=True)
-    source = RolloutSource(run, "align", policy, processor, tasks, config.rollout)
+    generator = run.rollout_engine(policy, processor)
+    source = RolloutSource(run, "align", generator, processor, tasks, config.rollout)
+    grader = Grader(run.checker)
     critic = {"pad_id": processor.pad_id, "device": run.device, "layout": run.config.layout, **loss_options(run.config)}
     critic |= {"positions": SEMANTICS[semantics].positions}
     with run.progress.bar("align", config.steps, done=state.step) as bar:
         while state.step < config.steps:
             step = state.begin_step()
-            rollouts = source.take(order.next_indices(config.prompts), step=step)
+            rollouts = grader.grade(source.take(order.next_indices(config.prompts), step=step))
             with dumped(state, rollouts, last_step=config.steps) as kept:
                 started = time.perf_counter()
                 groups = frame_groups(rollouts, processor, semantics, spans)

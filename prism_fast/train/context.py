@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -23,10 +23,14 @@ import prism_fast
 from prism_fast.config import Config, ConfigError, dump_config
 from prism_fast.engine.finite import NonFiniteError
 from prism_fast.models.fused_trunk import trunk_kernels
+from prism_fast.models.processor import Processor
+from prism_fast.models.token_budget import TokenBudget
 from prism_fast.models.writing import clear_partial, whole_folder, write_whole
 from prism_fast.ops import backend, flash
 from prism_fast.rewards import AnswerChecker, Judge, SourceRewards
 from prism_fast.rewards.rules import RULES
+from prism_fast.rollout.engines import engine_maker
+from prism_fast.rollout.protocol import Rollout
 from prism_fast.track.tracker import Tracker, open_views, require_packages
 from prism_fast.train.progress import Progress
 from prism_fast.train.record import Resume, RunRecord, fresh, read_resume
@@ -47,10 +51,32 @@ class Run:
     progress: Progress
     stop: StopRequest
     resume: Resume
+    rollout_budget: TokenBudget = field(init=False)
+    _rollout: Rollout | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        def tell(text: str) -> None:
+            self.console.print(f"generation: {text}", style="yellow", markup=False, highlight=False)
+
+        self.rollout_budget = TokenBudget(
+            self.config.rollout.tokens_in_flight, notify=tell, piece="chunk of responses"
+        )
 
     @property
     def record(self) -> RunRecord:
         return self.resume.record
+
+    def rollout_engine(self, policy: nn.Module, processor: Processor) -> Rollout:
+        """The run's one rollout engine, attached to ``policy``; made at the first call and closed with the run."""
+        if self._rollout is None:
+            self._rollout = engine_maker(self.config.rollout.engine)(policy, processor, self.rollout_budget)
+        else:
+            self._rollout.attach(policy, processor)
+        return self._rollout
+
+    def close(self) -> None:
+        if self._rollout is not None:
+            self._rollout.close()
 
     def complete(self, name: str) -> None:
         """Note that ``name`` is done: a resumed run begins behind it."""
@@ -121,6 +147,14 @@ def environment(config: Config, device: torch.device) -> dict[str, str | int]:
     return facts
 
 
+def check_engine(config: Config) -> None:
+    """Raise ConfigError if ``rollout.engine`` is not known."""
+    try:
+        engine_maker(config.rollout.engine)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def run_folder(config: Config) -> Path:
     """The run directory: ``out``, or a fresh name under ``runs``, kept in the configuration from then on."""
     if config.out is None:
@@ -158,10 +192,12 @@ def open_run(config: Config, console: Console, *, resume: bool = False) -> Itera
     """Create the run directory (it must not exist or be empty), or with ``resume`` go on in it.
 
     Raises:
-        ConfigError: the folder holds something already, another process is at work in it, or the device is not there.
+        ConfigError: the folder holds something already, another process is at work in it, or the device or the rollout
+            engine is not there.
         ValueError: as :func:`check_views`.
     """
     device = resolve_device(config.device)
+    check_engine(config)
     check_views(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -216,9 +252,13 @@ def _opened(config: Config, console: Console, folder: Path, device: torch.device
         Progress(console) as progress,
         StopRequest() as stop,
     ):
-        yield Run(
+        run = Run(
             config, folder, device, DTYPES[config.model.dtype], metrics, checker, console, progress, stop, resumed
         )
+        try:
+            yield run
+        finally:
+            run.close()
 
 
 @contextmanager

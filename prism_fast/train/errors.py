@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from prism_fast.engine.finite import NonFiniteError
+from prism_fast.models.token_budget import StepTooLargeError
 from prism_fast.rewards import JudgeError
 from prism_fast.track.jsonl import RecordError
 from prism_fast.train.checkpoint import CheckpointError
 from prism_fast.train.group_sampler import NoUsefulGroupError
-from prism_fast.train.microbatch import StepTooLargeError
 from prism_fast.train.self_check import PackingError
 from prism_fast.train.warmup import WarmupError
 
@@ -20,6 +20,7 @@ USER_ERRORS: tuple[type[Exception], ...] = (
     CheckpointError,
     RecordError,
     JudgeError,
+    FloatingPointError,
     FileNotFoundError,
     ValueError,
 )

@@ -11,16 +11,17 @@ from prism_fast.data.grammar import split_text
 from prism_fast.data.samples import Task
 from prism_fast.models.processor import Processor
 from prism_fast.models.writing import write_whole
-from prism_fast.rewards import Judged, Reward, failures
-from prism_fast.rollout.hf import HFRollout
+from prism_fast.rewards import Reward, failures
 from prism_fast.rollout.protocol import Completion, Sampling
 from prism_fast.train.chunks import ChunkLog
 from prism_fast.train.context import Run
+from prism_fast.train.grading import Grader
 from prism_fast.train.seeds import derive_seed
 
 
 def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, after: str) -> float:
-    """Answer every task, write ``evals/<after>.jsonl`` and one ``eval`` line of metrics; returns the accuracy.
+    """Let ``model`` answer every task by the run's rollout engine, write ``evals/<after>.jsonl`` and one ``eval`` line
+    of metrics; returns the accuracy.
 
     A stop loses the batch that is being generated.
     """
@@ -29,7 +30,7 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
     if count == 0:
         raise ValueError("the evaluation set is empty; give data.eval with at least one row or raise eval.limit")
     sampling = Sampling(n=1, temperature=config.temperature, max_new_tokens=config.max_new_tokens)
-    engine = HFRollout(model, processor)
+    engine, grader = run.rollout_engine(model, processor), Grader(run.checker)
     log = ChunkLog(
         run.folder / "evals" / f"{after}.chunks", {**asdict(config), "seed": run.config.seed, "items": count}
     )
@@ -38,18 +39,13 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
             run.stop.poll(f"evaluation after {after}")
             chunk = [tasks[i] for i in range(start, min(start + config.batch, count))]
             prompts = [processor.encode_prompt(task.messages, task.images) for task in chunk]
-            seed = derive_seed(run.config.seed, "eval", after, start)
+            seeds = [derive_seed(run.config.seed, "eval", after, start + k) for k in range(len(chunk))]
             groups = engine.generate(
-                prompts, sampling, seed=seed, on_token=lambda growing: run.stop.poll(f"evaluation after {after}")
+                prompts, sampling, seeds, poll=lambda: run.stop.poll(f"evaluation after {after}")
             )
             completions = [group[0] for group in groups]
             texts = [processor.decode(completion.token_ids) for completion in completions]
-            rewards = run.checker.score(
-                [
-                    Judged(x, t.ground_truth, t.data_source, t.equivalent_answers, t.question)
-                    for x, t in zip(texts, chunk, strict=True)
-                ]
-            )
+            rewards = grader.score(chunk, texts)
             log.append(
                 [
                     {"item": _item(task, text, completion, reward), "reward": asdict(reward)}
@@ -95,6 +91,6 @@ def _item(task: Task, text: str, completion: Completion, reward: Reward) -> dict
         "correct": int(reward.accuracy > 0),
         "format": int(reward.format > 0),
         "length": len(completion.token_ids),
-        "finish": completion.finish,
+        "finish": completion.finish_reason,
         "decided_by": reward.decided_by,
     }

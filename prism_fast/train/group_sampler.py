@@ -13,6 +13,7 @@ from prism_fast.algorithms.dynamic_sampling import UsefulShare, useful_groups
 from prism_fast.algorithms.overlong import overlong_penalty
 from prism_fast.config import RlvrConfig
 from prism_fast.data.order import SampleOrder
+from prism_fast.train.grading import Grader
 from prism_fast.train.rollout_record import RolloutGroup, training_records
 from prism_fast.train.rollouts import RolloutSource, StepRollouts
 
@@ -54,7 +55,7 @@ def length_penalty(rollouts: StepRollouts, config: RlvrConfig) -> Tensor:
 
 
 class GroupSampler:
-    """Takes a step's groups from ``source``, tasks in the order of ``order``.
+    """Takes a step's groups from ``source``, tasks in the order of ``order``, and has them graded by ``grader``.
 
     With dynamic sampling a step has ``prompts`` useful groups. Useful ones that a round gave beyond that are kept and
     go first into the next step: they were paid for. By then the policy has moved on, so they are trained on with their
@@ -64,8 +65,8 @@ class GroupSampler:
     The kept groups and the running share are the state, for checkpoints.
     """
 
-    def __init__(self, source: RolloutSource, order: SampleOrder, config: RlvrConfig):
-        self.source, self.order, self.config = source, order, config
+    def __init__(self, source: RolloutSource, grader: Grader, order: SampleOrder, config: RlvrConfig):
+        self.source, self.grader, self.order, self.config = source, grader, order, config
         self.kept: list[RolloutGroup] = []
         self.share = UsefulShare()
 
@@ -75,13 +76,13 @@ class GroupSampler:
             NoUsefulGroupError: dynamic sampling found no useful group at all.
         """
         if not self.config.dynamic_sampling.enabled:
-            rollouts = self.source.take(self.order.next_indices(self.config.prompts), step=step)
+            rollouts = self._graded(self.config.prompts, step=step)
             return SampledGroups(rollouts, rollouts, {})
         wanted, dynamic = self.config.prompts, self.config.dynamic_sampling
         useful, rounds = self.kept, []
         while len(useful) < wanted and len(rounds) < dynamic.max_rounds:
             count = min(self.share.to_generate(wanted - len(useful)), int(dynamic.max_oversampling * wanted))
-            rounds.append(self.source.take(self.order.next_indices(count), step=step, round=len(rounds)))
+            rounds.append(self._graded(count, step=step, round=len(rounds)))
             found = self._useful(rounds[-1])
             self.share.observe(count, len(found))
             useful = [*useful, *found]
@@ -106,6 +107,9 @@ class GroupSampler:
             "sampling/age_max": max(ages),
         }
         return SampledGroups(StepRollouts(trained), generated, numbers)
+
+    def _graded(self, count: int, *, step: int, round: int = 0) -> StepRollouts:
+        return self.grader.grade(self.source.take(self.order.next_indices(count), step=step, round=round))
 
     def _useful(self, rollouts: StepRollouts) -> list[RolloutGroup]:
         reward = training_reward(rollouts, self.config)

@@ -135,10 +135,10 @@ def _policy(run: Run, artifacts: Artifacts, stage: str):
     return _load_policy(run, artifacts.policy)
 
 
-def _evaluate(run: Run, folder: Path, files: DataFiles, after: str) -> None:
+def _evaluate(run: Run, policy: nn.Module, processor: Processor, files: DataFiles, after: str) -> None:
+    """Of the policy that was trained, in memory. Its weights are those of the export, which writes them as they are."""
     if files.eval is not None:
-        model, processor = _load_policy(run, folder)
-        evaluate(run, model, processor, DataReader(run, "eval").read("eval", files.eval, processor), after=after)
+        evaluate(run, policy, processor, DataReader(run, "eval").read("eval", files.eval, processor), after=after)
 
 
 def _sft(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
@@ -146,7 +146,7 @@ def _sft(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     reader = DataReader(run, "sft")
     demos, val = (reader.read(name, files.need(name, "sft"), processor) for name in ("sft", "sft_val"))
     artifacts.policy = train_sft(run, model, processor, demos, val)
-    _evaluate(run, artifacts.policy, files, "sft")
+    _evaluate(run, model, processor, files, "sft")
 
 
 def _sft_continued(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
@@ -155,7 +155,8 @@ def _sft_continued(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     updates = sum(getattr(run.config, stage).steps for stage in ("align", "rlvr") if stage in run.config.stages)
     if updates == 0:
         raise ConfigError("sft_continued is the control of alignment and RLVR: at least one of them must be in stages")
-    _evaluate(run, continue_sft(run, model, processor, demos, updates), files, "sft_continued")
+    continue_sft(run, model, processor, demos, updates)
+    _evaluate(run, model, processor, files, "sft_continued")
 
 
 def _warmup(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
@@ -207,14 +208,14 @@ def _align(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     tasks = DataReader(run, "align").read("align", files.need("align", "align"), processor)
     discriminator = _load_discriminator(run, artifacts.discriminator)
     artifacts.policy, artifacts.discriminator = align(run, policy, discriminator, processor, tasks)
-    _evaluate(run, artifacts.policy, files, "align")
+    _evaluate(run, policy, processor, files, "align")
 
 
 def _rlvr(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     policy, processor = _policy(run, artifacts, "rlvr")
     tasks = DataReader(run, "rlvr").read("rlvr", files.need("rlvr", "rlvr"), processor)
     artifacts.policy = rlvr(run, policy, processor, tasks)
-    _evaluate(run, artifacts.policy, files, "rlvr")
+    _evaluate(run, policy, processor, files, "rlvr")
 
 
 RUNNERS = {"sft": _sft, "sft_continued": _sft_continued, "warmup": _warmup, "align": _align, "rlvr": _rlvr}

@@ -212,12 +212,15 @@ class _Seen:
 
 
 def response_metrics(completions: Sequence[Completion]) -> dict[str, float | int]:
-    """Lengths, entropy and the share of responses cut at the limit, over all of a step's rollouts."""
+    """Lengths, the share of responses cut at the limit and, from an engine that sees it, the mean entropy of a token,
+    over all of a step's rollouts."""
     lengths = [len(c.token_ids) for c in completions]
     tokens = sum(lengths)
+    entropies = [c.entropy * n for c, n in zip(completions, lengths, strict=True) if c.entropy is not None]
+    entropy = {"policy/entropy": sum(entropies) / tokens} if len(entropies) == len(completions) else {}
     return {
         "response_length/mean": tokens / len(lengths),
         "response_length/max": max(lengths),
-        "response_length/clip_ratio": sum(c.finish == "length" for c in completions) / len(completions),
-        "policy/entropy": sum(c.entropy * n for c, n in zip(completions, lengths, strict=True)) / tokens,
+        "response_length/clip_ratio": sum(c.finish_reason == "length" for c in completions) / len(completions),
+        **entropy,
     }

@@ -9,15 +9,15 @@ import torch
 
 from prism_fast.data.order import SampleOrder
 from prism_fast.engine.protocol import Engine
+from prism_fast.models.token_budget import TokenBudget
 from prism_fast.models.writing import sync
 from prism_fast.train.checkpoint import CheckpointError, save_checkpoint
 from prism_fast.train.context import Run
-from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.rollout_log import RolloutLog
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.signals import Stopped
 
-FORMAT = 3  # of a checkpoint's state; another one is refused
+FORMAT = 4  # of a checkpoint's state; another one is refused
 
 
 class Stateful(Protocol):
@@ -55,6 +55,8 @@ class StageState:
         self.step = 0
         self.held: dict | None = None  # numbers of the step whose update is done and whose evaluation is not
         self.budgets = {name: TokenBudget(tokens, notify=self._tell) for name, tokens in budgets.items()}
+        if with_rollouts:  # a resumed run cuts generation where the first one did
+            self.budgets["rollout"] = run.rollout_budget
         saved = run.resume.checkpoint_of(stage)
         kept = 0
         if saved is not None:

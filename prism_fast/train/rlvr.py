@@ -21,6 +21,7 @@ from prism_fast.engine.local import LocalEngine
 from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor
 from prism_fast.train.context import Run
+from prism_fast.train.grading import Grader
 from prism_fast.train.group_sampler import GroupSampler, length_penalty, training_reward
 from prism_fast.train.layouts import prepare
 from prism_fast.train.policy_update import PolicyBatch, response_metrics, update_policy
@@ -40,7 +41,9 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
     prepare(run.config.layout, policy)
     engine = LocalEngine(policy, config.optimizer)
     order = SampleOrder(len(tasks), seed=derive_seed(run.config.seed, "rlvr", "order"))
-    sampler = GroupSampler(RolloutSource(run, "rlvr", policy, processor, tasks, config.rollout), order, config)
+    generator = run.rollout_engine(policy, processor)
+    source = RolloutSource(run, "rlvr", generator, processor, tasks, config.rollout)
+    sampler = GroupSampler(source, Grader(run.checker), order, config)
     budgets = {"policy": config.tokens_per_micro_batch}
     state = StageState(
         run, "rlvr", engines={"policy": engine}, budgets=budgets, order=order, extra=sampler, with_rollouts=True

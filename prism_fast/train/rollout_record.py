@@ -24,19 +24,21 @@ class Origin:
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """The n responses to one prompt, sampled together and rewarded; ``index`` is the task's in the stage's data."""
+    """The n responses to one prompt, sampled together; ``index`` is the task's in the stage's data. ``rewards`` is None
+    until the group is graded."""
 
     index: int
     task: Task
     prompt: EncodedPrompt
     completions: Sequence[Completion]
     splits: Sequence[ResponseSplit]
-    rewards: Sequence[Reward]
     origin: Origin
+    rewards: Sequence[Reward] | None = None
 
 
 def training_records(group: RolloutGroup) -> list[dict]:
-    """One record per rollout with what :func:`group_from_records` needs. JSON keeps each float to the last bit."""
+    """One record per rollout of a graded group with what :func:`group_from_records` needs. JSON keeps each float to the
+    last bit."""
     task = group.task
     return [
         {
@@ -47,7 +49,7 @@ def training_records(group: RolloutGroup) -> list[dict]:
             "token_ids": list(completion.token_ids),
             "logprobs": list(completion.logprobs),
             "entropy": completion.entropy,
-            "finish": completion.finish,
+            "finish": completion.finish_reason,
             "reward": asdict(reward),
         }
         for completion, reward in zip(group.completions, group.rewards, strict=True)
@@ -79,7 +81,7 @@ def group_from_records(
     except (KeyError, TypeError) as error:
         raise ValueError(f"uid {task.uid!r}: the record is not complete ({error!r})") from error
     splits = [split_tokens(completion.token_ids, processor.tokenizer) for completion in completions]
-    return RolloutGroup(index, task, prompt, completions, splits, rewards, origin)
+    return RolloutGroup(index, task, prompt, completions, splits, origin, rewards)
 
 
 def prompt_digest(prompt: EncodedPrompt) -> str:

@@ -1,4 +1,4 @@
-"""A training step's rollouts: sampled by the policy or taken from another run's dump, split and rewarded."""
+"""A training step's rollouts: sampled by the policy or taken from another run's dump, and cut into their spans."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from prism_fast.config import SamplingConfig
 from prism_fast.data.grammar import ResponseSplit, split_tokens
 from prism_fast.data.samples import Task
 from prism_fast.models.processor import EncodedPrompt, Processor
-from prism_fast.rewards import Judged, Reward, failures
-from prism_fast.rollout.hf import HFRollout
-from prism_fast.rollout.protocol import Completion, Sampling
+from prism_fast.rewards import Reward, failures
+from prism_fast.rollout.protocol import Completion, Rollout, Sampling
 from prism_fast.train.context import Run
 from prism_fast.train.replay import Replay
 from prism_fast.train.rollout_record import Origin, RolloutGroup, group_from_records
@@ -54,6 +53,7 @@ class StepRollouts:
 
     @cached_property
     def rewards(self) -> list[Reward]:
+        """Of graded groups (`grading.Grader`)."""
         return [reward for group in self.groups for reward in group.rewards]
 
     def of_group(self, g: int) -> list[tuple[ResponseSplit, Completion]]:
@@ -70,22 +70,30 @@ class StepRollouts:
 
 
 class RolloutSource:
-    """Where a stage's rollouts come from: the policy as it is when asked, or with ``replay`` another run's dump."""
+    """Where a stage's rollouts come from: the policy as it is when asked, or with ``replay`` another run's dump. They
+    are not graded, but that recorded ones have their recorded rewards."""
 
     def __init__(
-        self, run: Run, stage: str, policy, processor: Processor, tasks: Sequence[Task], sampling: SamplingConfig
+        self,
+        run: Run,
+        stage: str,
+        engine: Rollout,
+        processor: Processor,
+        tasks: Sequence[Task],
+        sampling: SamplingConfig,
     ):
-        """
+        """``engine``: the run's, attached to the stage's policy.
+
         Raises:
             RolloutLogError: ``replay`` names a run without rollouts of this stage, or with other sampling or grading.
         """
-        self.run, self.stage, self.policy, self.processor = run, stage, policy, processor
+        self.run, self.stage, self.engine, self.processor = run, stage, engine, processor
         self.tasks, self.sampling = tasks, sampling
         folder = run.config.replay
         self.replay = None if folder is None else Replay(Path(folder), stage, run.config)
 
     def take(self, indices: Sequence[int], *, step: int, round: int = 0) -> StepRollouts:
-        """``sampling.n`` rewarded responses to each of the tasks ``indices``.
+        """``sampling.n`` responses to each of the tasks ``indices``.
 
         Args:
             round: which of the step's calls this is, from 0.
@@ -97,15 +105,11 @@ class RolloutSource:
         if self.replay is not None:
             groups = self.replay.groups(indices, tasks, prompts, origins, self.processor)
             return StepRollouts(groups, {"time/replay": time.perf_counter() - started})
-        completions = self._generate(prompts, step, round)
-        generated = time.perf_counter()
+        completions = self._generate(prompts, origins)
         splits = [[split_tokens(c.token_ids, self.processor.tokenizer) for c in group] for group in completions]
-        rewards = self._reward(tasks, splits)
-        columns = (indices, tasks, prompts, completions, splits, rewards, origins)
+        columns = (indices, tasks, prompts, completions, splits, origins)
         groups = [RolloutGroup(*row) for row in zip(*columns, strict=True)]
-        return StepRollouts(
-            groups, {"time/generate": generated - started, "time/reward": time.perf_counter() - generated}
-        )
+        return StepRollouts(groups, {"time/generate": time.perf_counter() - started})
 
     def restore(self, records: Sequence[dict]) -> RolloutGroup:
         """A group of this stage from the records that a checkpoint kept.
@@ -120,20 +124,11 @@ class RolloutSource:
         prompt = self.processor.encode_prompt(task.messages, task.images)
         return group_from_records(records, task, prompt, self.processor)
 
-    def _generate(self, prompts: Sequence[EncodedPrompt], step: int, round: int) -> list[list[Completion]]:
-        config, stop = self.sampling, self.run.stop
-        return HFRollout(self.policy, self.processor).generate(
+    def _generate(self, prompts: Sequence[EncodedPrompt], origins: Sequence[Origin]) -> list[list[Completion]]:
+        config, stop, seed = self.sampling, self.run.stop, self.run.config.seed
+        return self.engine.generate(
             prompts,
             Sampling(config.n, config.temperature, config.max_new_tokens),
-            seed=derive_seed(self.run.config.seed, self.stage, "rollout", step, round),
-            on_token=lambda growing: stop.poll(f"{self.stage} step {step}, while generating"),
+            [derive_seed(seed, self.stage, "rollout", o.step, o.round, o.place) for o in origins],
+            poll=lambda: stop.poll(f"{self.stage} step {origins[0].step}, while generating"),
         )
-
-    def _reward(self, tasks: Sequence[Task], splits: Sequence[Sequence[ResponseSplit]]) -> list[list[Reward]]:
-        judged = [
-            Judged(split.text, task.ground_truth, task.data_source, task.equivalent_answers, task.question)
-            for task, group in zip(tasks, splits, strict=True)
-            for split in group
-        ]
-        rewards, n = self.run.checker.score(judged), self.sampling.n
-        return [rewards[g * n : (g + 1) * n] for g in range(len(tasks))]

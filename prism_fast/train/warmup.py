@@ -22,7 +22,6 @@ from prism_fast.data.samples import Pair, Task
 from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import Discriminator, save_discriminator
 from prism_fast.models.processor import EncodedPrompt, Processor
-from prism_fast.rollout.hf import HFRollout
 from prism_fast.rollout.protocol import Completion, Sampling
 from prism_fast.train.chunks import ChunkLog
 from prism_fast.train.context import Run
@@ -59,16 +58,14 @@ def sample_pairs(run: Run, model, processor: Processor, tasks: Sequence[Task], l
     """
     config, batch = run.config.warmup, _pair_batch(run)
     sampling = Sampling(config.pairs_per_prompt, config.temperature, config.max_new_tokens)
-    engine = HFRollout(model, processor)
+    engine = run.rollout_engine(model, processor)
     with run.progress.bar("pairs", -(-len(tasks) // batch), done=len(log.chunks)) as bar:
         for start in range(len(log.chunks) * batch, len(tasks), batch):
             run.stop.poll("sampling pairs")
             chunk = [tasks[i] for i in range(start, min(start + batch, len(tasks)))]
             prompts = [processor.encode_prompt(task.messages, task.images) for task in chunk]
-            seed = derive_seed(run.config.seed, "pairs", start)
-            groups = engine.generate(
-                prompts, sampling, seed=seed, on_token=lambda growing: run.stop.poll("sampling pairs")
-            )
+            seeds = [derive_seed(run.config.seed, "pairs", start + k) for k in range(len(chunk))]
+            groups = engine.generate(prompts, sampling, seeds, poll=lambda: run.stop.poll("sampling pairs"))
             log.append([[_student_texts(completion, processor) for completion in group] for group in groups])
             bar.advance(pairs=sum(texts is not None for done in log.chunks for group in done for texts in group))
     pairs, dropped = [], 0

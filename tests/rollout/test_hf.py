@@ -1,24 +1,27 @@
-"""The embedded rollout engine: exact ids, exact log-probs, nothing forbidden, same seed same ids."""
+"""The embedded rollout engine beyond the contract: rows that leave, chunks under a budget, memory that runs out."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from PIL import Image
+from transformers import DynamicCache
 
-from prism_fast.models.forward import collate, hidden_states, response_rows
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
+from prism_fast.models.token_budget import StepTooLargeError
 from prism_fast.models.tokenizer import train_tokenizer
-from prism_fast.rollout.hf import HFRollout
-from prism_fast.rollout.protocol import Sampling
+from prism_fast.rollout import hf
+from prism_fast.rollout.protocol import Sampling, end_ids
+from tests.contracts.rollout import Case, flat, texts
+from tests.support.generation import generate, hf_engine
 
 
 @pytest.fixture(scope="module")
 def setup():
     tokenizer = train_tokenizer(["<caption>\n- digits 1 2 3\n</caption>\n the sum is 4"] * 20, 320)
     processor = Processor.build(tokenizer)
-    model = build_tiny_policy(processor, TinyPolicy(num_layers=2), seed=5).double()
+    model = build_tiny_policy(processor, TinyPolicy(num_layers=2), seed=5)
     noise = Image.effect_noise((128, 32), 50).convert("RGB")
     tall = Image.effect_noise((32, 96), 50).convert("RGB")
     image = {"type": "image"}
@@ -31,98 +34,144 @@ def setup():
     return model, processor, prompts
 
 
-def _flat(groups):
-    return [completion for group in groups for completion in group]
+class CountedCache(DynamicCache):
+    """Notes the most tokens that were in any cache, rows times columns."""
+
+    most = 0
+
+    def update(self, *arguments, **options):
+        keys, values = super().update(*arguments, **options)
+        CountedCache.most = max(CountedCache.most, keys.shape[0] * keys.shape[2])
+        return keys, values
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs_are_those_of_a_full_forward(setup, temperature):
+@pytest.fixture
+def counted(monkeypatch):
+    monkeypatch.setattr(hf, "DynamicCache", CountedCache)
+    CountedCache.most = 0
+    return CountedCache
+
+
+def test_entropy_is_the_mean_over_a_response(setup):
     model, processor, prompts = setup
-    sampling = Sampling(n=5, temperature=temperature, max_new_tokens=23)
-    completions = _flat(HFRollout(model, processor).generate(prompts, sampling, seed=1))
-    rows = [p for p in range(len(prompts)) for _ in range(5)]
-    batch = collate(
-        prompts, rows, [c.token_ids for c in completions], model_config=model.config, pad_id=processor.pad_id
+    case = Case(model, processor, hf_engine(model, processor), lambda: None, atol=0)
+    for completion in flat(generate(model, processor, prompts[1:2], Sampling(5, 0.6, 13))):
+        probs = (case.scores(prompts[1], completion.token_ids) / 0.6).softmax(-1)
+        mean = -torch.special.xlogy(probs, probs).sum(-1).mean()
+        assert completion.entropy == pytest.approx(float(mean), abs=5e-6)
+
+
+def test_rows_that_end_leave_the_batch_and_change_nothing(setup, monkeypatch):
+    model, processor, prompts = setup
+    case = Case(model, processor, hf_engine(model, processor), lambda: None, atol=0)
+    with case.changed(case.raised([processor.eos_id, processor.pad_id], 4.0)):
+        left = generate(model, processor, prompts, Sampling(16, 1.0, 40), seed=2)
+        monkeypatch.setattr(hf, "COMPACT_BELOW", 0.0)
+        kept = generate(model, processor, prompts, Sampling(16, 1.0, 40), seed=2)
+    assert texts(left) == texts(kept)
+    assert len({len(c.token_ids) for c in flat(left)}) > 3, "the case must have ragged endings"
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_scores_are_drawn_from_in_slices(setup, monkeypatch, rows):
+    model, processor, prompts = setup
+    whole = texts(generate(model, processor, prompts, Sampling(6, 1.0, 9)))
+    monkeypatch.setattr(hf, "SCORES_AT_ONCE", rows * model.config.text_config.vocab_size)
+    assert texts(generate(model, processor, prompts, Sampling(6, 1.0, 9))) == whole
+
+
+def test_512_responses_are_the_same_in_chunks_of_any_size(setup, counted):
+    """Ids are equal. Log-probs are not bitwise so: a matrix product of another number of rows sums in another order."""
+    model, processor, prompts = setup
+    prompts = [prompts[i % 3] for i in range(16)]
+    sampling, seeds = Sampling(32, 1.0, 8), list(range(16))
+    longest = max(len(prompt.input_ids) for prompt in prompts) + 8
+    found = []
+    for tokens in (1 << 20, 100 * longest, 37 * longest):
+        counted.most = 0
+        found.append(hf_engine(model, processor, tokens).generate(prompts, sampling, seeds, poll=lambda: None))
+        assert 0 < counted.most <= tokens
+        assert counted.most > 0.7 * min(tokens, 512 * (longest - 8)), "the budget is used"
+    whole = torch.tensor([lp for c in flat(found[0]) for lp in c.logprobs])
+    for groups in found[1:]:
+        assert texts(groups) == texts(found[0])
+        logprobs = torch.tensor([lp for c in flat(groups) for lp in c.logprobs])
+        torch.testing.assert_close(logprobs, whole, rtol=0, atol=2e-5)
+    assert len(flat(found[0])) == 512
+
+
+def test_a_response_longer_than_the_budget_is_generated_alone(setup, counted):
+    model, processor, prompts = setup
+    told: list[str] = []
+    groups = hf_engine(model, processor, 1, told).generate(prompts, Sampling(2, 1.0, 5), [1, 2, 3], poll=lambda: None)
+    assert texts(groups) == texts(
+        hf_engine(model, processor).generate(prompts, Sampling(2, 1.0, 5), [1, 2, 3], poll=lambda: None)
     )
-    where = response_rows(batch)
-    logits = model.lm_head(hidden_states(model.model, batch).flatten(0, 1)[where.index])
-    logits[:, list(processor.banned_ids)] = -torch.inf
-    log_softmax = torch.log_softmax(logits / temperature, dim=-1)
-    expected = log_softmax.gather(1, where.target[:, None]).squeeze(1)
-    sampled = torch.tensor([lp for c in completions for lp in c.logprobs], dtype=torch.float64)
-    torch.testing.assert_close(sampled, expected.detach(), rtol=0, atol=2e-6)  # the engine samples in float32
-    probs = log_softmax.exp()
-    entropy = -torch.special.xlogy(probs, probs).sum(-1).detach()
-    lengths = [len(c.token_ids) for c in completions]
-    means = torch.stack([part.mean() for part in entropy.split(lengths)])
-    torch.testing.assert_close(torch.tensor([c.entropy for c in completions]).double(), means, rtol=0, atol=5e-6)
+    assert told == []
 
 
-def test_rows_that_end_leave_the_batch_and_change_nothing(setup):
+def test_out_of_memory_halves_the_budget_and_keeps_finished_responses(setup, monkeypatch):
     model, processor, prompts = setup
-    biased = model.lm_head.weight.data[processor.eos_id].clone()
-    direction = torch.randn(biased.shape, generator=torch.Generator().manual_seed(0))
-    try:
-        model.lm_head.weight.data[processor.eos_id] = biased + 0.4 * direction  # endings at many lengths
-        completions = _flat(HFRollout(model, processor).generate(prompts, Sampling(16, 1.0, 40), seed=2))
-    finally:
-        model.lm_head.weight.data[processor.eos_id] = biased
-    lengths = {len(c.token_ids) for c in completions}
-    assert len(lengths) > 3, "the case must have ragged endings to test compaction"
-    for completion in completions:
-        assert len(completion.logprobs) == len(completion.token_ids)
-        ended = completion.token_ids[-1] == processor.eos_id
-        assert completion.finish == ("stop" if ended else "length")
-        assert processor.eos_id not in completion.token_ids[:-1]
-        assert ended or len(completion.token_ids) == 40
+    sampling, seeds = Sampling(8, 1.0, 6), [1, 2, 3]
+    whole = texts(hf_engine(model, processor).generate(prompts, sampling, seeds, poll=lambda: None))
+    room, inner, asked = 300, hf.HFRollout._decode, []
 
+    def decode(self, prompts, prompt_of_row, *rest):
+        longest = max(len(prompts[p].input_ids) for p in prompt_of_row) + sampling.max_new_tokens
+        asked.append(len(prompt_of_row) * longest)
+        if asked[-1] > room:
+            torch.empty(1 << 62, dtype=torch.uint8)  # what this machine's allocator says
+        return inner(self, prompts, prompt_of_row, *rest)
 
-def test_vision_tokens_are_never_sampled(setup):
-    model, processor, prompts = setup
-    weight = model.lm_head.weight.data
-    kept = weight.clone()
-    try:
-        weight[list(processor.banned_ids)] = 50 * weight.mean(dim=0)  # a policy that would love to sample them
-        weight[list(processor.banned_ids)[::2]] *= -1
-        for temperature, n in ((1.0, 8), (0.0, 1)):
-            for completion in _flat(
-                HFRollout(model, processor).generate(prompts, Sampling(n, temperature, 12), seed=3)
-            ):
-                assert not set(completion.token_ids) & set(processor.banned_ids)
-    finally:
-        weight.copy_(kept)
-
-
-def test_same_seed_same_ids_other_seed_others(setup):
-    model, processor, prompts = setup
-    engine, sampling = HFRollout(model, processor), Sampling(4, 1.0, 16)
-    first = engine.generate(prompts, sampling, seed=7)
-    torch.rand(3)  # the global random state plays no part
-    assert engine.generate(prompts, sampling, seed=7) == first
-    assert engine.generate(prompts, sampling, seed=8) != first
-
-
-def test_greedy_takes_the_most_likely_token_and_reports_progress(setup):
-    model, processor, prompts = setup
-    growing: list[int] = []
-    engine = HFRollout(model, processor)
-    groups = engine.generate(prompts[:1], Sampling(1, 0.0, 4), seed=0, on_token=growing.append)
-    (completion,) = groups[0]
-    assert len(growing) == len(completion.token_ids)
-    batch = collate(prompts[:1], [0], [completion.token_ids], model_config=model.config, pad_id=processor.pad_id)
-    where = response_rows(batch)
-    logits = model.lm_head(hidden_states(model.model, batch).flatten(0, 1)[where.index])
-    logits[:, list(processor.banned_ids)] = -torch.inf
-    assert logits.argmax(-1).tolist() == list(completion.token_ids)
-
-
-def test_training_mode_is_restored_and_no_prompts_give_nothing(setup):
-    model, processor, prompts = setup
+    monkeypatch.setattr(hf.HFRollout, "_decode", decode)
+    told: list[str] = []
+    engine = hf_engine(model, processor, 1000, told)
     model.train()
-    HFRollout(model, processor).generate(prompts[:1], Sampling(1, 1.0, 2), seed=0)
+    assert texts(engine.generate(prompts, sampling, seeds, poll=lambda: None)) == whole
     assert model.training
     model.eval()
-    assert HFRollout(model, processor).generate([], Sampling(1, 1.0, 2), seed=0) == []
+    assert len(told) == 2 and all("out of memory" in text and "tokens per chunk of responses" in text for text in told)
+    assert sum(tokens for tokens in asked if tokens <= room) < 1.2 * sum(8 * (len(p.input_ids) + 6) for p in prompts)
+    asked.clear()
+    engine.generate(prompts, sampling, seeds, poll=lambda: None)
+    assert max(asked) <= room and len(told) == 2, "the next step begins with the smaller budget"
+    room = 0
+    with pytest.raises(StepTooLargeError, match="one item per chunk of responses"):
+        engine.generate(prompts, sampling, seeds, poll=lambda: None)
+
+
+def test_training_mode_is_restored(setup):
+    model, processor, prompts = setup
+    model.train()
+    generate(model, processor, prompts[:1], Sampling(1, 1.0, 2))
+    assert model.training
+    model.eval()
+
+
+def test_another_policy_is_sampled_once_it_is_attached(setup):
+    model, processor, prompts = setup
+    other = build_tiny_policy(processor, TinyPolicy(num_layers=2), seed=6)
+    engine, sampling = hf_engine(model, processor), Sampling(2, 1.0, 6)
+    engine.attach(other, processor)
+    found = texts(engine.generate(prompts, sampling, [0, 1, 2], poll=lambda: None))
+    assert found == texts(generate(other, processor, prompts, sampling))
+    assert found != texts(generate(model, processor, prompts, sampling))
+
+
+@pytest.mark.parametrize("ids", [None, [], 7])
+def test_a_policy_that_does_not_end_where_sft_ends_is_refused(setup, ids):
+    model, processor, _ = setup
+    kept = model.generation_config.eos_token_id
+    try:
+        model.generation_config.eos_token_id = ids
+        with pytest.raises(
+            ValueError, match=rf"eos_token_id is .*must hold {processor.eos_id}.*generation_config\.json"
+        ):
+            hf_engine(model, processor)
+        model.generation_config.eos_token_id = processor.eos_id
+        assert end_ids(model, processor) == (processor.eos_id,)
+    finally:
+        model.generation_config.eos_token_id = kept
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from prism_fast.engine.protocol import Update
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
-from prism_fast.rollout.hf import HFRollout
 from prism_fast.rollout.protocol import Completion, Sampling
 from prism_fast.train.microbatch import TokenBudget
 from prism_fast.train.policy_update import PolicyBatch, update_policy
+from tests.support.generation import generate
 
 TEMPERATURE = 1.3
 ADVANTAGE = torch.tensor([0.5, -1.0, 0.0, 1.5, -0.3, 0.7])
@@ -29,7 +29,7 @@ def setup():
     prompts = [processor.encode_prompt([{"role": "user", "content": text}], []) for text in ("one", "two words")]
     with torch.no_grad():
         policy.lm_head.weight[list(processor.banned_ids)] *= 3.0
-    groups = HFRollout(policy, processor).generate(prompts, Sampling(3, TEMPERATURE, 9), seed=1)
+    groups = generate(policy, processor, prompts, Sampling(3, TEMPERATURE, 9), seed=1)
     cut = zip([c for group in groups for c in group], (3, 9, 5, 1, 7, 9), strict=True)
     return (
         policy,

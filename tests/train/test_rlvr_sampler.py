@@ -10,11 +10,13 @@ from prism_fast.config import ConfigError, RlvrConfig, load_config
 from prism_fast.data.order import SampleOrder
 from prism_fast.rewards import Reward
 from prism_fast.rollout.protocol import Completion
+from prism_fast.train.grading import Grader
 from prism_fast.train.group_sampler import GroupSampler, NoUsefulGroupError, training_reward
 from prism_fast.train.rollout_record import Origin, RolloutGroup
 from prism_fast.train.rollouts import StepRollouts
 
 N = 3
+GRADED = Grader(None)  # groups have their rewards: nothing is checked
 
 
 def _group(index: int, scores: list[float], origin: Origin) -> RolloutGroup:
@@ -22,7 +24,7 @@ def _group(index: int, scores: list[float], origin: Origin) -> RolloutGroup:
     splits = [SimpleNamespace(valid=True)] * len(scores)
     rewards = [Reward(score, float(score > 0.5), 1.0, "number") for score in scores]
     prompt = SimpleNamespace(input_ids=(1, 2, index))
-    return RolloutGroup(index, SimpleNamespace(uid=str(index)), prompt, completions, splits, rewards, origin)
+    return RolloutGroup(index, SimpleNamespace(uid=str(index)), prompt, completions, splits, origin, rewards)
 
 
 class Source:
@@ -52,7 +54,7 @@ def _sampler(source: Source, prompts: int = 4, **dynamic) -> GroupSampler:
         f"rlvr.rollout.n={N}",
         f"rlvr.dynamic_sampling={{enabled: true, {settings}}}",
     ]
-    return GroupSampler(source, SampleOrder(100, seed=4), load_config("digits", overrides).rlvr)
+    return GroupSampler(source, GRADED, SampleOrder(100, seed=4), load_config("digits", overrides).rlvr)
 
 
 def _indices(rollouts: StepRollouts) -> list[int]:
@@ -61,7 +63,7 @@ def _indices(rollouts: StepRollouts) -> list[int]:
 
 def test_without_dynamic_sampling_a_step_is_one_round():
     source = Source("uu")
-    sampled = GroupSampler(source, SampleOrder(9, seed=1), RlvrConfig(prompts=5)).take(1)
+    sampled = GroupSampler(source, GRADED, SampleOrder(9, seed=1), RlvrConfig(prompts=5)).take(1)
     assert len(source.calls) == 1 and len(sampled.trained.groups) == 5
     assert sampled.unused == [] and sampled.numbers == {}
 

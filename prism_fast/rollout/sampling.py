@@ -1,0 +1,58 @@
+"""Drawing tokens with random numbers that belong to a response, not to the batch it is generated in.
+
+A uniform number is SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators") of a key
+and the token's position; the key is made of the prompt's seed and the response's number. Integers alone, so CPU and
+CUDA agree to the bit. A token is drawn by inverting the cumulated distribution, whose probabilities are rounded down to
+multiples of 2**-52: sums of integers do not depend on their order, where CUDA's floating-point ``cumsum`` does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_STEP = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def response_key(seed: int, number: int) -> int:
+    """The key of the ``number``-th response (from 0) to a prompt with ``seed``, as a signed 64-bit integer."""
+    if not 0 <= seed <= _MASK:
+        raise ValueError(f"a seed must be 0 or more and below 2**64, got {seed}")
+    return _signed(_mix(_mix(seed + _STEP) + (number + 1) * _STEP))
+
+
+def uniform(keys: Tensor, position: int) -> Tensor:
+    """[B] float64 in [0, 1), multiples of 2**-53: the number of each of ``keys`` [B] int64 at a token position."""
+    z = keys + _signed(((position + 1) * _STEP) & _MASK)
+    z = (z ^ _shifted(z, 30)) * _signed(_FIRST)  # int64 products wrap around
+    z = (z ^ _shifted(z, 27)) * _signed(_SECOND)
+    z = z ^ _shifted(z, 31)
+    return _shifted(z, 11).double() * 2.0**-53
+
+
+def draw(probs: Tensor, at: Tensor) -> Tensor:
+    """[B] int64: the token of each row of ``probs`` [B, V] float32 in whose share of the cumulated distribution ``at``
+    [B] float64 in [0, 1) falls. A token of probability 0 is never drawn. Rows with NaN give some token."""
+    cumulated = (probs * 2.0**52).long().cumsum(dim=-1)  # exact: a float32 has 24 bits
+    whole = cumulated[:, -1]
+    target = torch.minimum((at * whole.double()).long(), whole - 1)
+    token = torch.searchsorted(cumulated, target[:, None], right=True).squeeze(1)
+    return token.clamp_(max=probs.shape[1] - 1)  # behind the end with NaN alone
+
+
+def _mix(z: int) -> int:
+    z &= _MASK
+    z = ((z ^ (z >> 30)) * _FIRST) & _MASK
+    z = ((z ^ (z >> 27)) * _SECOND) & _MASK
+    return z ^ (z >> 31)
+
+
+def _signed(z: int) -> int:
+    return z - (1 << 64) if z >> 63 else z
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """A logical shift to the right; torch's own fills with the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

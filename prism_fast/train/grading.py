@@ -1,0 +1,43 @@
+"""Rollouts to rewards: responses, scored by the reward functions of their data sources."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from prism_fast.data.samples import Task
+from prism_fast.rewards import Judged, Reward, SourceRewards
+from prism_fast.train.rollouts import StepRollouts
+
+
+class Grader:
+    def __init__(self, checker: SourceRewards):
+        self._checker = checker
+
+    def grade(self, rollouts: StepRollouts) -> StepRollouts:
+        """The same rollouts with a reward each. Groups that have theirs (of a dump or a checkpoint) keep them."""
+        started = time.perf_counter()
+        waiting = [group for group in rollouts.groups if group.rewards is None]
+        if not waiting:
+            return rollouts
+        rewards = iter(
+            self.score(
+                [group.task for group in waiting for _ in group.splits],
+                [split.text for group in waiting for split in group.splits],
+            )
+        )
+        groups = [
+            group if group.rewards is not None else replace(group, rewards=[next(rewards) for _ in group.splits])
+            for group in rollouts.groups
+        ]
+        return StepRollouts(groups, rollouts.time | {"time/reward": time.perf_counter() - started})
+
+    def score(self, tasks: Sequence[Task], texts: Sequence[str]) -> list[Reward]:
+        """The reward of each of ``texts``, a response to the task in the same place."""
+        return self._checker.score(
+            [
+                Judged(text, task.ground_truth, task.data_source, task.equivalent_answers, task.question)
+                for text, task in zip(texts, tasks, strict=True)
+            ]
+        )

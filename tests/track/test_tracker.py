@@ -10,12 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from prism_fast.config import load_config
+from prism_fast.dry_run import check_run
 from prism_fast.models.writing import DiskFullError
 from prism_fast.track import tracker as tracker_module
 from prism_fast.track.jsonl import RecordError
 from prism_fast.track.metrics import reproducible
 from prism_fast.track.tracker import Tracker, open_views, require_packages
+from prism_fast.train.context import open_run
 from tests.track.lines import CURVES, LINES, bytes_of, write
 
 
@@ -166,3 +170,12 @@ def test_nobody_imports_what_nobody_asked_for(tmp_path, monkeypatch):
 def test_what_the_clock_decides_is_known_by_its_prefix():
     line = {"stage": "sft", "step": 1, "time/update": 1.0, "perf/mfu": 0.4, "sft/loss": 2.0, "response_time/x": 1}
     assert reproducible(line) == {"stage": "sft", "step": 1, "sft/loss": 2.0, "response_time/x": 1}
+
+
+def test_a_run_is_refused_before_it_has_a_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracker_module, "find_spec", lambda asked: None)
+    config = load_config("digits", ["track.trackio.project=p", f"out={tmp_path / 'run'}"])
+    for begin in (lambda: check_run(config), open_run(config, Console(quiet=True)).__enter__):
+        with pytest.raises(ValueError, match=r"the package trackio is not installed"):
+            begin()
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from .draw import Case, Draw
 from .op import Op
 
 SELECTED, LINEAR, LINEAR_LOSS = "selected_logprob", "linear_logprob", "linear_policy_loss"
-NOTHING = {"logp": 0.0, "entropy": 0.0}
 
 
 def logprob_formula(case: Case, z: Tensor, target: Tensor, temperature, softcap, want_entropy: bool):
@@ -307,7 +307,9 @@ def call_linear_loss(case: Case, t: dict[str, Tensor | None], backend: str | Non
     return {"loss": loss, **stats._asdict(), **given}
 
 
-def linear_loss_formula(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
+def linear_loss_formula(
+    case: Case, t: dict[str, Tensor | None], change: Callable[[Tensor], Tensor] = lambda x: x
+) -> dict[str, Tensor]:
     o, ignore = case.options, case.options.get("ignore_index", -100)
     coefficient = o.get("entropy_coef", 0.0)
     reports = o.get("entropy", False) or coefficient != 0.0
@@ -319,9 +321,27 @@ def linear_loss_formula(case: Case, t: dict[str, Tensor | None]) -> dict[str, Te
     head = {k: o[k] for k in ("softcap", "temperature", "ignore_index") if k in o} | {"entropy": reports}
     moved = {"logp": active.double(), "entropy": active.double()}
     found = linear_formula(Case(case.tensors, head, upstream=moved, facts=case.facts), t)
-    columns = {**t, "logp": found["logp"], "mask": kept, "entropy": found["entropy"] if reports else None}
+    spread = change(found["entropy"]) if reports else None
+    columns = {**t, "logp": change(found["logp"]), "mask": kept, "entropy": spread}
     given = {"logp_out": found["logp"].detach()} if case.facts["logp_out"] else {}
     return policies.formula(Case(case.tensors, o), columns) | given
+
+
+def linear_loss_terms(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """The loss with the gradient that the targets' own scores alone would give: see `of_targets`. Of the entropy too,
+    whose slope p (log p + H) is as exact as a sum of exponentials near 1."""
+    own = of_targets(head_scores)(case, t)["logp"].nan_to_num(0.0, 0.0, 0.0)
+    return linear_loss_formula(case, t, lambda x: x.detach() + own - own.detach())
+
+
+def linear_loss_sizes(case: Case, t: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """The mean of differences of log-probabilities is as exact as these are, which err the same way where rows are
+    alike; an entropy near 0 is that of a sum of exponentials near 1."""
+    head = {k: case.options[k] for k in ("softcap", "temperature", "ignore_index") if k in case.options}
+    with torch.no_grad():
+        logp = linear_formula(Case(case.tensors, head, upstream={}, facts=case.facts), t)["logp"]
+    usual = logp[logp.isfinite() & (logp > -1e4)]
+    return {"approx_kl": usual.abs().amax() if len(usual) else logp.new_zeros(()), "entropy": logp.new_ones(())}
 
 
 OPS = [
@@ -335,5 +355,13 @@ OPS = [
         of_targets(given_scores),
     ),
     Op(LINEAR, draw_linear, call_linear, linear_formula, head_backends, 1.0, of_targets(head_scores)),
-    Op(LINEAR_LOSS, draw_linear_loss, call_linear_loss, linear_loss_formula, head_backends),
+    Op(
+        LINEAR_LOSS,
+        draw_linear_loss,
+        call_linear_loss,
+        linear_loss_formula,
+        head_backends,
+        terms=linear_loss_terms,
+        sizes=linear_loss_sizes,
+    ),
 ]

@@ -143,11 +143,12 @@ def check(op: Op, case: Case, number: int, backend: str, truth: Outcome, eagers:
     before = [storage(x).clone() for x in inputs(case)]
     with poisoned(float("nan")):
         found = by_op(op, case, backend)
+    sizes = op.sizes(case, leaves(case, widened)) if op.sizes else {}
     for name, true in truth.results.items():
         ours = found.results[name]
         half = case.dtype in (torch.bfloat16, torch.float16)
         c = (op.forward if half else 2.0) + (case.dtype == torch.float64)  # the truth of float64 is rounded as well
-        note(backend, name, complaint(ours, true, [e.results[name] for e in eagers], c))
+        note(backend, name, complaint(ours, true, [e.results[name] for e in eagers], c, sizes.get(name)))
     terms = by_formula(op, case, widened, op.terms).gradients if op.terms else {}
     wide = torch.float64 if case.dtype == torch.float64 else torch.float32
     for name, true in truth.gradients.items():

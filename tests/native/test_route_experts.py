@@ -95,11 +95,16 @@ def test_ties_go_to_the_lower_expert(device):
 def test_rows_without_a_softmax(device):
     inf, nan = float("inf"), float("nan")
     logits = torch.tensor([[0.0, nan, 1.0], [-inf] * 3, [0.0, inf, 1.0], [1.0, 2.0, -inf]], device=device)
+    logits.requires_grad_()
     found = route_experts(logits, 2, backend="native")
     wanted = route_experts(logits, 2, backend="reference")
     assert found.experts.tolist() == wanted.experts.tolist() == [[0, 1], [0, 1], [0, 1], [1, 0]]
     assert torch.equal(found.weights.isnan(), wanted.weights.isnan()) and found.weights[:3].isnan().all()
     assert torch.equal(found.permutation, wanted.permutation) and found.load.isnan().all()
+    for name in ("weights", "load", "z_stat"):
+        sums = [getattr(x, name).sum() for x in (found, wanted)]
+        ours, theirs = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in sums)
+        assert torch.equal(ours.isnan(), theirs.isnan()) and ours[:3].isnan().all(), name
 
 
 def test_strides_of_the_logits_and_of_the_upstream_gradients(generator):

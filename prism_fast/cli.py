@@ -54,7 +54,7 @@ def _train(recipe: str, overrides: list[str] | None, stages: list[str] | None, d
     if stages is not None:
         config.stages = stages
     if dry_run:
-        from prism_fast.dry_run import show_run
+        from prism_fast.preflight import show_run
 
         show_run(config, console)
     else:
@@ -62,14 +62,14 @@ def _train(recipe: str, overrides: list[str] | None, stages: list[str] | None, d
 
 
 def _run(config: Config, *, resume: bool) -> None:
-    from prism_fast.dry_run import check_space
+    from prism_fast.preflight import preflight
     from prism_fast.train.context import run_folder
     from prism_fast.train.pipeline import run_stages
     from prism_fast.train.signals import Stopped
 
     folder = run_folder(config)
     ours = resume or not folder.exists() or not any(folder.iterdir())
-    check_space(config)
+    preflight(config, resume=resume)
     try:
         run_stages(config, console, resume=resume)
     except Stopped as stopped:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,12 +17,6 @@ if TYPE_CHECKING:
     from prism_fast.doctor import Check
 
 STYLES = {"ok": "green", "absent": "yellow", "broken": "bold red"}
-
-
-class Kind(StrEnum):
-    sft = "sft"
-    tasks = "tasks"
-    pairs = "pairs"
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -199,7 +192,9 @@ def _done(folder: Path) -> None:
 @data.command()
 def check(
     paths: Annotated[list[Path], typer.Argument(help="Data files: .json, .jsonl, .parquet.")],
-    kind: Annotated[Kind | None, typer.Option(help="What the files hold, where name and content do not tell.")] = None,
+    file_format: Annotated[
+        str | None, typer.Option("--format", help="sharegpt, tasks or pairs, where name and content do not tell.")
+    ] = None,
     require_teacher: Annotated[bool, typer.Option(help="Tasks must have teacher columns (alignment).")] = False,
     data_source: Annotated[
         list[str] | None, typer.Option(help="Accept tasks of this data_source too: reward.functions grades it.")
@@ -212,8 +207,11 @@ def check(
     """Report every problem of data files with file, row and field. Exit code 1 if there are any."""
     from prism_fast.config import DataConfig
     from prism_fast.data.check import check_file
+    from prism_fast.data.formats import FORMATS
     from prism_fast.rewards import known_sources
 
+    if file_format is not None and file_format not in FORMATS:
+        raise typer.BadParameter(f"{file_format!r} is not one of {', '.join(FORMATS)}", param_hint="--format")
     processor = None
     if policy is not None:
         from prism_fast.models.processor import Processor
@@ -223,7 +221,7 @@ def check(
     findings = [
         check_file(
             path,
-            kind=None if kind is None else kind.value,
+            format=file_format,
             require_teacher=require_teacher,
             known_sources=(*known_sources(judge=True), *(data_source or ())),
             max_image_pixels=pixels,

@@ -77,7 +77,7 @@ def test_demonstrations(name, tmp_path):
     lines = [json.dumps({**DEMO, "id": "first"}), row if isinstance(row, str) else json.dumps(row), json.dumps(DEMO)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     refused(read_sharegpt, name, "line 2", path)
-    assert len(check_file(path, kind="sft").problems) == 1
+    assert len(check_file(path, format="sharegpt").problems) == 1
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -86,7 +86,7 @@ def test_pairs(name, tmp_path):
     (tmp_path / "a.png").write_bytes(encoded_pixel())
     path.write_text("".join(json.dumps(row) + "\n" for row in (PAIR, PAIRS[name], PAIR)), encoding="utf-8")
     refused(read_pairs, name, "line 2", path)
-    assert len(check_file(path, kind="pairs").problems) == 1
+    assert len(check_file(path, format="pairs").problems) == 1
 
 
 @pytest.mark.parametrize("name", TASKS)

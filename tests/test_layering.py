@@ -21,23 +21,23 @@ FLOORS = [
     {"data", "rewards", "released"},
     {"rollout", "engine", "track"},
     {"train"},
-    {"report", "cli", "commands", "doctor", "plan", "dry_run", "integrations", "bench"},
+    {"report", "cli", "commands", "doctor", "plan", "preflight", "integrations", "bench"},
     {"entry"},
 ]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 # `config` describes runs: only those who run them may read it.
-CONFIG_READERS = {"train", "report", "cli", "commands", "plan", "dry_run", "bench", "config"}
+CONFIG_READERS = {"train", "report", "cli", "commands", "plan", "preflight", "bench", "config"}
 # Settings that `config` nests and those who live by them define: files of dataclasses that import nothing of ours.
 SETTINGS = {"prism_fast.engine.optimizer"}
 # Neighbours of one floor that may look at each other, in this direction only.
 SIDEWAYS = {
     ("cli", "report"),  # the command line shows what the report makes
     ("cli", "commands"),  # and holds the commands that do not train
-    ("cli", "dry_run"),
+    ("cli", "preflight"),
     ("cli", "bench"),
     ("commands", "doctor"),
     ("commands", "plan"),
-    ("dry_run", "plan"),
+    ("preflight", "plan"),
     ("released", "data"),
     ("released", "rewards"),
     ("rewards", "data"),  # the answer is graded in the section that the response grammar cut out

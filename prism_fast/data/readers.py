@@ -43,7 +43,8 @@ Problems = list[DataError] | None
 class Samples(Sequence[T], Generic[T]):
     """A file's samples; indexing one decodes its images (DataError if they cannot be)."""
 
-    def __init__(self, rows: list[tuple[Place, Callable[[], T]]]) -> None:
+    def __init__(self, rows: list[tuple[Place, Callable[[bool], T]]]) -> None:
+        """``rows``: places and builders, which take whether to decode the images."""
         self._rows = rows
 
     def __len__(self) -> int:
@@ -54,7 +55,11 @@ class Samples(Sequence[T], Generic[T]):
     @overload
     def __getitem__(self, index: slice) -> Samples[T]: ...
     def __getitem__(self, index: int | slice) -> T | Samples[T]:
-        return Samples(self._rows[index]) if isinstance(index, slice) else self._rows[index][1]()
+        return Samples(self._rows[index]) if isinstance(index, slice) else self._rows[index][1](True)
+
+    def without_images(self, index: int) -> T:
+        """Sample ``index`` with an empty list of images; nothing is decoded."""
+        return self._rows[index][1](False)
 
     def place(self, index: int) -> Place:
         """Where sample ``index`` stands in its file."""
@@ -67,11 +72,11 @@ class Samples(Sequence[T], Generic[T]):
 
 def _parse_all(
     rows: Iterable[tuple[Place, Any]],
-    parse: Callable[[Place, dict[str, Any]], tuple[str, Callable[[], T]]],
+    parse: Callable[[Place, dict[str, Any]], tuple[str, Callable[[bool], T]]],
     path: Path,
     problems: Problems,
     seen: dict[str, Place],
-) -> list[tuple[Place, Callable[[], T]]]:
+) -> list[tuple[Place, Callable[[bool], T]]]:
     """Parse every row to its place and builder; uids must differ. An empty file is an error."""
     parsed, count = [], 0
     for place, raw in rows:
@@ -155,7 +160,7 @@ def read_sharegpt(
     path = Path(path)
     root = Path(image_root) if image_root is not None else path.parent
 
-    def parse(place: Place, record: dict[str, Any]) -> tuple[str, Callable[[], Demonstration]]:
+    def parse(place: Place, record: dict[str, Any]) -> tuple[str, Callable[[bool], Demonstration]]:
         forms = {"conversations": ("from", "value"), "messages": ("role", "content")}
         present = [name for name in forms if name in record]
         if len(present) != 1:
@@ -179,8 +184,9 @@ def read_sharegpt(
         messages = prompt_messages(turns, len(sources), place, name)
         uid = _uid(record, place)
 
-        def build() -> Demonstration:
-            return Demonstration(uid, messages, response, _decode(sources, place, "images", max_image_pixels))
+        def build(decode: bool) -> Demonstration:
+            images = _decode(sources, place, "images", max_image_pixels) if decode else []
+            return Demonstration(uid, messages, response, images)
 
         return uid, build
 
@@ -211,7 +217,7 @@ def read_tasks(
     if not listed:
         raise ValueError("read_tasks was given no file")
     encoded = EncodedImages()
-    parsed: list[tuple[Place, Callable[[], Task]]] = []
+    parsed: list[tuple[Place, Callable[[bool], Task]]] = []
     seen: dict[str, Place] = {}
     for number, path in enumerate(map(Path, listed)):
         root = Path(image_root) if image_root is not None else path.parent
@@ -234,7 +240,7 @@ def _parse_task(
     teacher: bool,
     sources: Collection[str] | None,
     pixels: int,
-) -> tuple[str, Callable[[], Task]]:
+) -> tuple[str, Callable[[bool], Task]]:
     entries = row.get("images") or []
     for n, value in enumerate(entries):
         image_source(value, place, f"images[{n}]", root)
@@ -272,8 +278,8 @@ def _parse_task(
     )
     index, has_images = int(place.row.split()[-1]), bool(entries)
 
-    def build() -> Task:
-        values = encoded.entries(file, index) if has_images else []
+    def build(decode: bool) -> Task:
+        values = encoded.entries(file, index) if has_images and decode else []
         sources = [image_source(value, place, f"images[{n}]", root) for n, value in enumerate(values)]
         return Task(images=_decode(sources, place, "images", pixels), **fixed)
 
@@ -320,7 +326,7 @@ def read_pairs(
     path = Path(path)
     root = Path(image_root) if image_root is not None else path.parent
 
-    def parse(place: Place, record: dict[str, Any]) -> tuple[str, Callable[[], Pair]]:
+    def parse(place: Place, record: dict[str, Any]) -> tuple[str, Callable[[bool], Pair]]:
         name = "prompt" if record.get("prompt") is not None else "question"
         question = place.text(record.get(name), name if name in record else "prompt")
         sources = [image_source(record["image"], place, "image", root)] if record.get("image") is not None else []
@@ -337,8 +343,8 @@ def read_pairs(
         texts = {key: place.text(record.get(key), key) for key in dict.fromkeys((*keys, *require))}
         uid = _uid(record, place)
 
-        def build() -> Pair:
-            images = _decode(sources, place, "image", max_image_pixels)
+        def build(decode: bool) -> Pair:
+            images = _decode(sources, place, "image", max_image_pixels) if decode else []
             return Pair(uid=uid, messages=messages, images=images, **texts)
 
         return uid, build

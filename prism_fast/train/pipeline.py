@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from torch import nn
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import Config, ConfigError
 from prism_fast.data.digits import DigitsFiles, DigitsSpec, tokenizer_corpus, write_digits
-from prism_fast.data.samples import Demonstration
-from prism_fast.data.writers import write_pairs
+from prism_fast.data.formats import SOURCES
+from prism_fast.data.samples import Demonstration, Pair
 from prism_fast.models.checkpointing import use_gradient_checkpointing
 from prism_fast.models.discriminator import build_discriminator, load_discriminator
 from prism_fast.models.fused_trunk import use_fused_trunk
@@ -25,7 +24,8 @@ from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.train.align import align
 from prism_fast.train.context import Run, open_run
 from prism_fast.train.evaluate import evaluate
-from prism_fast.train.reading import DataReader
+from prism_fast.train.own_pairs import read_own_pairs, write_own_pairs
+from prism_fast.train.reading import DataFiles, DataReader
 from prism_fast.train.replay import check_replay
 from prism_fast.train.rlvr import rlvr
 from prism_fast.train.seeds import derive_seed
@@ -49,33 +49,6 @@ class Artifacts:
             setattr(run.record, name, shown)
 
 
-@dataclass(frozen=True)
-class DataFiles:
-    sft: Path | None
-    sft_val: Path | None
-    align: Path | None
-    rlvr: Path | None
-    eval: Path | None
-    pairs: Path | None
-
-    def need(self, name: str, stage: str) -> Path:
-        path = getattr(self, name)
-        if path is None:
-            raise ConfigError(f"stage {stage} needs data.{name}=PATH (or data.source=digits)")
-        if not path.exists():
-            raise ConfigError(f"data.{name}: {path} does not exist")
-        return path
-
-
-NEEDS = {
-    "sft": ("sft", "sft_val"),
-    "sft_continued": ("sft",),
-    "warmup": ("align",),
-    "align": ("align",),
-    "rlvr": ("rlvr",),
-}
-
-
 def prepare_data(run: Run) -> DataFiles:
     """Write the built-in digits, or take the files of the configuration."""
     config = run.config.data
@@ -85,9 +58,8 @@ def prepare_data(run: Run) -> DataFiles:
             files = DigitsFiles.in_folder(root)
         else:
             files = write_digits(root, DigitsSpec(**asdict(config.digits)), derive_seed(run.config.seed, "digits"))
-        return DataFiles(files.sft, files.sft_val, files.align, files.rlvr, files.eval, None)
-    names = ("sft", "sft_val", "align", "rlvr", "eval", "pairs")
-    return DataFiles(*(Path(p) if (p := getattr(config, name)) is not None else None for name in names))
+        return DataFiles({key: path for key in SOURCES if (path := getattr(files, key, None)) is not None})
+    return DataFiles.of(run.config)
 
 
 def _new_policy(run: Run, files: DataFiles):
@@ -137,8 +109,8 @@ def _policy(run: Run, artifacts: Artifacts, stage: str):
 
 def _evaluate(run: Run, policy: nn.Module, processor: Processor, files: DataFiles, after: str) -> None:
     """Of the policy that was trained, in memory. Its weights are those of the export, which writes them as they are."""
-    if files.eval is not None:
-        evaluate(run, policy, processor, DataReader(run, "eval").read("eval", files.eval, processor), after=after)
+    if (path := files.paths.get("eval")) is not None:
+        evaluate(run, policy, processor, DataReader(run, "eval").read("eval", path, processor), after=after)
 
 
 def _sft(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
@@ -161,17 +133,7 @@ def _sft_continued(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
 
 def _warmup(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     policy, processor = _policy(run, artifacts, "warmup")
-    reader = DataReader(run, "warmup")
-    pairs = files.pairs
-    if pairs is None:
-        pairs = run.folder / "data" / "pairs" / "pairs.jsonl"
-        if "pairs" not in run.record.completed:
-            shutil.rmtree(pairs.parent, ignore_errors=True)  # of a run that stopped while it wrote them
-            tasks = reader.read("align", files.need("align", "warmup"), processor)
-            log = pair_log(run, tasks)
-            write_pairs(pairs, sample_pairs(run, policy, processor, tasks, log))
-            run.complete("pairs")
-            log.remove()
+    pairs = _pairs(run, files, policy, processor)
     if artifacts.discriminator is None:
         upcycle = run.config.warmup.upcycle
         discriminator = build_discriminator(
@@ -186,8 +148,22 @@ def _warmup(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
         discriminator = _learner(run, discriminator.to(run.device))
     else:
         discriminator = _load_discriminator(run, artifacts.discriminator)
-    samples = reader.read("pairs", pairs, processor)
-    artifacts.discriminator = warm_up(run, discriminator, processor, samples)
+    artifacts.discriminator = warm_up(run, discriminator, processor, pairs)
+
+
+def _pairs(run: Run, files: DataFiles, policy, processor: Processor) -> Sequence[Pair]:
+    """The pairs of ``data.pairs``, or those that the policy samples for the alignment tasks."""
+    reader = DataReader(run, "warmup")
+    if "pairs" in files.paths:
+        return reader.read("pairs", files.need("pairs", "warmup"), processor)
+    path, sampled = run.folder / "data" / "pairs.jsonl", "pairs" in run.record.completed
+    tasks = reader.read("align", files.need("align", "warmup"), processor, tell=not sampled)
+    if not sampled:
+        log = pair_log(run, tasks)
+        write_own_pairs(path, sample_pairs(run, policy, processor, tasks, log))
+        run.complete("pairs")
+        log.remove()
+    return read_own_pairs(path, tasks)
 
 
 def _head_dropout(run: Run) -> float:
@@ -239,12 +215,7 @@ def _start(config: Config, run: Run) -> Artifacts:
 
 def _check_files(config: Config, files: DataFiles) -> None:
     """Name a missing input before the first stage spends hours, not after."""
-    for stage in config.stages:
-        for name in NEEDS[stage]:
-            if not (stage == "warmup" and files.pairs is not None):
-                files.need(name, stage)
-    if files.eval is not None:
-        files.need("eval", "eval")
+    files.needed(config.stages)
     check_replay(config)
 
 

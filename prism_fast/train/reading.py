@@ -3,13 +3,14 @@ about samples that cannot be used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prism_fast.config import Config, ConfigError
+from prism_fast.data.formats import SOURCES, Wanted, needed_sources, open_file
 from prism_fast.data.problems import DataError
-from prism_fast.data.readers import PAIR_RESPONSES, PAIR_SPANS, Samples, read_pairs, read_sharegpt, read_tasks
+from prism_fast.data.readers import PAIR_RESPONSES, PAIR_SPANS, Samples
 from prism_fast.data.screen import Screened, screen
 from prism_fast.models.processor import Processor
 from prism_fast.rewards.routes import known_sources
@@ -19,14 +20,38 @@ from prism_fast.train.context import Run
 def open_samples(config: Config, name: str, path: Path, problems: list[DataError] | None = None) -> Samples:
     """The samples of ``data.<name>``: every row parsed, no image decoded. Rows that cannot be used go to ``problems``;
     without that list the first is raised (DataError)."""
-    limits: dict[str, Any] = dict(max_image_pixels=config.data.max_image_pixels, problems=problems)
-    if name in ("sft", "sft_val"):
-        return read_sharegpt(path, **limits)
-    if name == "pairs":
-        texts = PAIR_SPANS if config.align.discriminate == "spans" else PAIR_RESPONSES
-        return read_pairs(path, require=texts, **limits)
-    sources = (*known_sources(judge=config.reward.judge.url is not None), *config.reward.functions)
-    return read_tasks(path, require_teacher=name == "align", known_sources=sources, **limits)
+    wanted = Wanted(
+        require_teacher=SOURCES[name].require_teacher,
+        known_sources=(*known_sources(judge=config.reward.judge.url is not None), *config.reward.functions),
+        pair_texts=PAIR_SPANS if config.align.discriminate == "spans" else PAIR_RESPONSES,
+    )
+    pixels = config.data.max_image_pixels
+    return open_file(path, SOURCES[name].format, wanted, max_image_pixels=pixels, problems=problems)
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The file of each key of ``SOURCES``, where there is one."""
+
+    paths: dict[str, Path]
+
+    @classmethod
+    def of(cls, config: Config) -> DataFiles:
+        """The files that a configuration names; it need not be able to read them."""
+        named = {key: getattr(config.data, key) for key in SOURCES}
+        return cls({key: Path(value) for key, value in named.items() if value is not None})
+
+    def need(self, name: str, stage: str) -> Path:
+        path = self.paths.get(name)
+        if path is None:
+            raise ConfigError(f"stage {stage} needs data.{name}=PATH (or data.source=digits)")
+        if not path.exists():
+            raise ConfigError(f"data.{name}: {path} does not exist")
+        return path
+
+    def needed(self, stages: Sequence[str]) -> dict[str, Path]:
+        """What ``stages`` read, by key. ConfigError names what is missing."""
+        return {key: self.need(key, stage) for key, stage in needed_sources(stages, self.paths).items()}
 
 
 class DataReader:

@@ -18,6 +18,7 @@ from prism_fast.data.framing import SPANS, frame_warmup, side_texts
 from prism_fast.data.grammar import split_tokens
 from prism_fast.data.order import SampleOrder
 from prism_fast.data.problems import holds_control_token
+from prism_fast.data.readers import Samples
 from prism_fast.data.samples import Pair, Task
 from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import Discriminator, save_discriminator
@@ -27,6 +28,7 @@ from prism_fast.train.chunks import ChunkLog
 from prism_fast.train.context import Run
 from prism_fast.train.discriminator_update import GroupScores, SpanGroup, discriminate, loss_options
 from prism_fast.train.layouts import prepare
+from prism_fast.train.own_pairs import OwnPair
 from prism_fast.train.resume import StageState
 from prism_fast.train.seeds import derive_seed
 
@@ -48,8 +50,8 @@ def _pair_batch(run: Run) -> int:
     return max(1, run.config.eval.batch // run.config.warmup.pairs_per_prompt)
 
 
-def sample_pairs(run: Run, model, processor: Processor, tasks: Sequence[Task], log: ChunkLog) -> list[Pair]:
-    """Let the policy answer the alignment prompts: its valid responses beside the teacher's, as warm-up pairs.
+def sample_pairs(run: Run, model, processor: Processor, tasks: Samples[Task], log: ChunkLog) -> list[OwnPair]:
+    """Let the policy answer the alignment prompts: its valid responses, to be paired with the teacher's.
 
     ``log``: see :func:`pair_log`; a stop loses the batch that is being generated.
 
@@ -69,22 +71,10 @@ def sample_pairs(run: Run, model, processor: Processor, tasks: Sequence[Task], l
             log.append([[_student_texts(completion, processor) for completion in group] for group in groups])
             bar.advance(pairs=sum(texts is not None for done in log.chunks for group in done for texts in group))
     pairs, dropped = [], 0
-    for task, group in zip(tasks, (group for done in log.chunks for group in done), strict=True):
-        for k, texts in enumerate(group):
-            if texts is None:
-                dropped += 1
-                continue
-            pairs.append(
-                Pair(
-                    uid=f"{task.uid}-{k}",
-                    messages=task.messages,
-                    images=task.images,
-                    teacher_caption=task.teacher_caption,
-                    teacher_cot=task.teacher_cot,
-                    teacher_response=task.teacher_response,
-                    **texts,
-                )
-            )
+    for index, group in enumerate(group for done in log.chunks for group in done):
+        uid = tasks.without_images(index).uid
+        pairs += [OwnPair(index, uid, k, **texts) for k, texts in enumerate(group) if texts is not None]
+        dropped += group.count(None)
     run.metrics.write("warmup", 0, {"pairs/kept": len(pairs), "pairs/dropped": dropped})
     if not pairs:
         raise WarmupError("no sampled response had the caption-think-answer form; the policy needs (more) SFT first")

@@ -7,6 +7,9 @@ import json
 import pytest
 from PIL import Image
 
+from prism_fast.data.samples import Task
+from prism_fast.data.writers import write_tasks
+
 GOOD = {"messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]}
 LONG = {"messages": [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "A cat."}]}
 EMPTY = {"messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": " "}]}
@@ -52,13 +55,20 @@ def test_json(invoke_json, data_files, tmp_path):
     assert second["problems"] == [] and second["good"] == 4
 
 
-def test_a_kind_can_be_forced(invoke, tmp_path):
+def test_a_format_can_be_forced(invoke, tmp_path):
     turned = write(tmp_path / "turned.jsonl", [{"note": "no clue"}, GOOD])
     assert "pairs, 0 good, 2 problem(s)" in invoke("data", "check", turned)[1]
-    assert "sharegpt, 1 good, 1 problem(s)" in invoke("data", "check", turned, "--kind", "sft")[1]
-    code, shown = invoke("data", "check", turned, "--kind", "tasks")
+    assert "sharegpt, 1 good, 1 problem(s)" in invoke("data", "check", turned, "--format", "sharegpt")[1]
+    code, shown = invoke("data", "check", turned, "--format", "tasks")
     assert code == 1 and "tasks, 0 good, 1 problem(s)" in shown
-    assert invoke("data", "check", turned, "--kind", "other")[0] == 2
+    assert invoke("data", "check", turned, "--format", "other")[0] == 2
+
+
+def test_rows_for_a_reward_function_of_your_own_are_accepted_by_name(invoke, tmp_path):
+    write_tasks(tmp_path / "own.parquet", [Task("t0", GOOD["messages"][:1], [], "brief", "2")])
+    refused, shown = invoke("data", "check", tmp_path / "own.parquet")
+    assert refused == 1 and "no reward is known for 'brief'" in shown and "reward.functions" in shown
+    assert invoke("data", "check", tmp_path / "own.parquet", "--data-source", "brief")[0] == 0
 
 
 def test_teacher_columns_where_they_are_needed(invoke, data_files):

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from prism_fast.config import load_config
-from prism_fast.dry_run import check_run
+from prism_fast.preflight import preflight
 from prism_fast.rewards import AnswerChecker, Judge, JudgeError, Reward, failures
 from prism_fast.rewards.judge import INSTRUCTIONS, JudgeQuestion, read_verdict, request_text
 from tests.rewards.cases import judged
@@ -252,9 +252,9 @@ def test_the_key_comes_from_the_environment_and_goes_into_the_header_only(monkey
 def test_a_dry_run_finds_a_missing_key(monkeypatch):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     judge = ["reward.judge.url=http://localhost:1/v1", "reward.judge.model=m"]
-    check_run(load_config("digits", judge))
+    preflight(load_config("digits", judge))
     with pytest.raises(ValueError, match="reward.judge.api_key_env: the environment variable JUDGE_KEY is not set"):
-        check_run(load_config("digits", [*judge, "reward.judge.api_key_env=JUDGE_KEY"]))
+        preflight(load_config("digits", [*judge, "reward.judge.api_key_env=JUDGE_KEY"]))
 
 
 def test_order_is_kept_with_many_questions_at_once():

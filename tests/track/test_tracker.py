@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from prism_fast.config import load_config
-from prism_fast.dry_run import check_run
+from prism_fast.preflight import preflight
 from prism_fast.models.writing import DiskFullError
 from prism_fast.track import tracker as tracker_module
 from prism_fast.track.jsonl import RecordError
@@ -175,7 +175,7 @@ def test_what_the_clock_decides_is_known_by_its_prefix():
 def test_a_run_is_refused_before_it_has_a_directory(tmp_path, monkeypatch):
     monkeypatch.setattr(tracker_module, "find_spec", lambda asked: None)
     config = load_config("digits", ["track.trackio.project=p", f"out={tmp_path / 'run'}"])
-    for begin in (lambda: check_run(config), open_run(config, Console(quiet=True)).__enter__):
+    for begin in (lambda: preflight(config), open_run(config, Console(quiet=True)).__enter__):
         with pytest.raises(ValueError, match=r"the package trackio is not installed"):
             begin()
     assert list(tmp_path.iterdir()) == []

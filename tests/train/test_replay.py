@@ -135,6 +135,7 @@ def test_damage_is_found_and_told_with_the_last_whole_step(recorded, both_stages
         (["seed=2"], "step 1.*the task here is"),
         (["semantics=released"], "graded its answers with .*'prism_fast'.*asks for .*'released'"),
         (["reward.max_answer_chars=7"], "max_answer_chars.*1024.*max_answer_chars.*7"),
+        (["reward.functions={brief: 'json:loads'}"], "functions': {}.*functions': {'brief': 'json:loads'}"),
         (["align.prompts=1"], "step 1: round 0 holds 2 groups where this run has 1"),
         (["replay=no-such-run"], "no-such-run is not a run directory"),
     ],

@@ -1,18 +1,24 @@
-"""``--dry-run``: what a run would stumble over, found without writing a file."""
+"""What a run would stumble over, found by ``--dry-run`` and before its first stage without writing a file."""
 
 from __future__ import annotations
 
 import json
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import load_config
-from prism_fast.dry_run import check_space, disk_needs
+from prism_fast.data.problems import DataError
+from prism_fast.data.samples import Task
+from prism_fast.data.writers import write_tasks
 from prism_fast.models.discriminator import HEAD_KEY, load_discriminator
 from prism_fast.models.policy import load_policy
+from prism_fast.preflight import check_space, disk_needs
+from prism_fast.rewards import RewardFunctionError
 from prism_fast.train.rollout_log import RolloutLogError
 
 
@@ -68,6 +74,38 @@ def test_what_released_leaves_out_is_said(invoke, everything):
     shown = invoke("run", "digits", "out=out", "semantics=released", *everything, "--dry-run")[1]
     assert shown.count("semantics=released differs from the published code: ") == len(SEMANTICS["released"].differs) > 5
     assert "differs from" not in invoke("run", "digits", "out=out", *everything, "--dry-run")[1]
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry run", "run"])
+def test_a_bad_row_of_the_last_stage_is_found_before_the_first(invoke, everything, data_files, tmp_path_factory, dry):
+    bad = tmp_path_factory.mktemp("bad") / "rlvr.parquet"
+    rows = pq.read_table(data_files["rlvr"]).to_pylist()
+    rows[3]["reward_model"]["ground_truth"] = " "
+    pq.write_table(pa.Table.from_pylist(rows), bad)
+    with pytest.raises(DataError, match=r"rlvr.parquet, row 3: field 'reward_model.ground_truth'"):
+        invoke("run", "digits", "out=out", *everything, f"data.rlvr={bad}", *dry)
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry run", "run"])
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("none", r"reward.functions.mine \(preflight_own:none\) must give a list .* got a NoneType"),
+        ("nowhere", "preflight_own .* has no 'nowhere'"),
+    ],
+)
+def test_a_reward_function_is_tried_before_the_first_stage(
+    invoke, everything, tmp_path_factory, monkeypatch, dry, function, said
+):
+    """Also where its rows come last in their file."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "preflight_own.py").write_text("def none(responses): pass\ndef well(responses): return []\n")
+    monkeypatch.syspath_prepend(folder)
+    prompt = [{"role": "user", "content": "1 + 1?"}]
+    write_tasks(folder / "rlvr.parquet", [Task(f"t{i}", prompt, [], ("math-77k", "mine")[i], "2") for i in range(2)])
+    settings = [f"data.rlvr={folder / 'rlvr.parquet'}", f"reward.functions={{mine: 'preflight_own:{function}'}}"]
+    with pytest.raises(RewardFunctionError, match=said):
+        invoke("rlvr", "digits", "out=out", *everything, *settings, *dry)
 
 
 def test_a_replay_that_cannot_work_is_refused(invoke, everything):

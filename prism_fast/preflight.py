@@ -1,4 +1,4 @@
-"""Everything a run would stumble over before its first step, without writing a file or training anything."""
+"""Everything a run would stumble over, found before its first step: a run and ``--dry-run`` make the same checks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from rich.console import Console
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import Config, ConfigError, dump_config
 from prism_fast.data.digits import DigitsSpec, check_digits
+from prism_fast.data.formats import SOURCES
+from prism_fast.data.readers import Samples
+from prism_fast.data.samples import Task
 from prism_fast.models.checkpoints import open_weights, read_model_type, weight_files
 from prism_fast.models.processor import Processor
 from prism_fast.models.score_head import read_head
@@ -18,6 +21,7 @@ from prism_fast.models.sizes import discriminator_size, policy_size
 from prism_fast.models.tokenizer import check_vocab_size
 from prism_fast.models.writing import DiskFullError, shown_bytes
 from prism_fast.plan import adamw_bytes, discriminator_config, make_plan, policy_config, summary
+from prism_fast.rewards import Judged, SourceRewards
 from prism_fast.train.context import (
     DTYPES,
     answer_checker,
@@ -27,16 +31,13 @@ from prism_fast.train.context import (
     resolve_device,
     trunk_in_force,
 )
-from prism_fast.train.pipeline import NEEDS, DataFiles
-from prism_fast.train.reading import open_samples
+from prism_fast.train.reading import DataFiles, open_samples
 from prism_fast.train.replay import check_replay
-
-DATA_KEYS = ("sft", "sft_val", "align", "rlvr", "eval", "pairs")
 
 
 def show_run(config: Config, console: Console) -> None:
-    """Check a resolved configuration (raises like :func:`check_run`); print it, its memory peaks and its inputs."""
-    found = check_run(config)
+    """Check a resolved configuration (raises like :func:`preflight`); print it, its memory peaks and its inputs."""
+    found = preflight(config)
     peaks = summary(make_plan(config))
     console.print(dump_config(config), markup=False, highlight=False, soft_wrap=True)
     console.print(peaks)
@@ -46,11 +47,13 @@ def show_run(config: Config, console: Console) -> None:
     console.print("dry run: everything is there, nothing was written", style="green")
 
 
-def check_run(config: Config) -> list[str]:
-    """Check device, run directory, order of stages, checkpoints and data files of a resolved configuration.
+def preflight(config: Config, *, resume: bool = False) -> list[str]:
+    """Check device, run directory, order of stages, checkpoints, data files, reward functions and disk; nothing is
+    written.
 
     Data files are opened and every row is parsed; images are not decoded (``prism-fast data check`` does). Of weights,
-    the headers are read.
+    the headers are read. Reward functions of the recipe are called with odd texts for one row of theirs. ``resume``:
+    the run directory may hold something.
 
     Returns:
         A line per thing that was found.
@@ -62,7 +65,7 @@ def check_run(config: Config) -> list[str]:
     found = [f"device: {device}", f"norms, rotary and SwiGLU: {trunk_in_force(config, device)}"]
     found.append(f"attention: {attention_in_force(config, device)}")
     check_engine(config)
-    if config.out is not None:
+    if config.out is not None and not resume:
         folder = Path(config.out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"the run directory {folder} is not empty; give another with out=PATH")
@@ -70,11 +73,13 @@ def check_run(config: Config) -> list[str]:
     _check_order(config)
     check_views(config)
     check_replay(config)
-    answer_checker(config).close()  # a judge's key must be set
+    rewards = answer_checker(config)  # a judge's key must be set, a reward function importable
     differs = SEMANTICS[config.semantics].differs
     found += [f"semantics={config.semantics} differs from the published code: {line}" for line in differs]
     found += _check_models(config)
-    return [*found, *_check_data(config), check_space(config)]
+    with rewards:
+        found += _check_data(config, rewards)
+    return [*found, check_space(config)]
 
 
 def check_space(config: Config) -> str:
@@ -173,28 +178,29 @@ def _read_headers(folder: Path) -> None:
             tensors.keys()
 
 
-def _check_data(config: Config) -> list[str]:
+def _check_data(config: Config, rewards: SourceRewards) -> list[str]:
     data = config.data
     if data.source == "digits":
         check_digits(DigitsSpec(**asdict(data.digits)))
         return ["data: the built-in digits, written when the run starts"]
-    paths = {key: Path(value) if (value := getattr(data, key)) is not None else None for key in DATA_KEYS}
-    files = DataFiles(**paths)
-    needed = {
-        key: stage
-        for stage in config.stages
-        for key in NEEDS[stage]
-        if not (stage == "warmup" and files.pairs is not None)
-    }
-    if files.pairs is not None and "warmup" in config.stages:
-        needed["pairs"] = "warmup"
-    if files.eval is not None:
-        needed["eval"] = "eval"
     found = []
-    for key, stage in needed.items():
-        path = files.need(key, stage)
+    for key, path in DataFiles.of(config).needed(config.stages).items():
         problems = [] if data.on_bad_sample == "skip" else None
         samples = open_samples(config, key, path, problems)
         skipped = f", {len(problems)} rows to skip" if problems else ""
         found.append(f"data.{key}: {path}, {len(samples)} samples{skipped}")
+        if rewards.functions and SOURCES[key].format == "tasks":
+            _probe(samples, rewards)
     return found
+
+
+def _probe(samples: Samples[Task], rewards: SourceRewards) -> None:
+    """Call each of the recipe's reward functions on the first of its rows."""
+    left = set(rewards.functions)
+    for index in range(len(samples)):
+        task = samples.without_images(index)
+        if task.data_source in left:
+            left.remove(task.data_source)
+            response = task.teacher_response or task.ground_truth
+            row = Judged(response, task.ground_truth, task.data_source, task.equivalent_answers, task.question)
+            rewards.probe(row)

@@ -1,0 +1,76 @@
+"""The warm-up pairs that a run samples itself: student texts beside the run's own alignment tasks.
+
+The public format of pairs holds one image and one user turn; a task may have several of both. So a line names its task
+and holds the student's texts alone; prompt, images and teacher are the task's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from prism_fast.config import ConfigError
+from prism_fast.data.readers import Samples
+from prism_fast.data.samples import Pair, Task
+from prism_fast.models.writing import write_whole
+
+
+@dataclass(frozen=True)
+class OwnPair:
+    """The ``response``-th of the policy's responses to task ``index``, in the spans of ``data.framing``."""
+
+    index: int
+    uid: str
+    response: int
+    student_caption: str
+    student_cot: str
+    student_response: str
+
+
+def write_own_pairs(path: Path, pairs: Iterable[OwnPair]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in pairs))
+
+
+def read_own_pairs(path: Path, tasks: Samples[Task]) -> OwnPairs:
+    """The pairs of ``write_own_pairs`` beside the tasks they were sampled for.
+
+    Raises:
+        ConfigError: the tasks are others.
+    """
+    pairs = [OwnPair(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    for pair in pairs:
+        found = tasks.without_images(pair.index).uid if pair.index < len(tasks) else "none"
+        if found != pair.uid:
+            raise ConfigError(
+                f"{path} was sampled for data.align with task {pair.uid!r} in place {pair.index}, now it is {found!r}: "
+                "give the run its own data.align again, or start a new run"
+            )
+    return OwnPairs(pairs, tasks)
+
+
+class OwnPairs(Sequence[Pair]):
+    """Indexing one decodes its task's images."""
+
+    def __init__(self, pairs: Sequence[OwnPair], tasks: Sequence[Task]) -> None:
+        self._pairs, self._tasks = pairs, tasks
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> Pair:
+        own = self._pairs[index]
+        task = self._tasks[own.index]
+        return Pair(
+            uid=f"{own.uid}-{own.response}",
+            messages=task.messages,
+            images=task.images,
+            teacher_caption=task.teacher_caption,
+            student_caption=own.student_caption,
+            teacher_cot=task.teacher_cot,
+            student_cot=own.student_cot,
+            teacher_response=task.teacher_response,
+            student_response=own.student_response,
+        )

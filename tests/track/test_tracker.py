@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from prism_fast.config import load_config
-from prism_fast.preflight import preflight
 from prism_fast.models.writing import DiskFullError
+from prism_fast.preflight import preflight
 from prism_fast.track import tracker as tracker_module
 from prism_fast.track.jsonl import RecordError
 from prism_fast.track.metrics import reproducible

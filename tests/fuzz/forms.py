@@ -134,7 +134,8 @@ def under_forward_mode(op: Op, case: Case, backend: str | None) -> str | None:
     size = sum(float((truth[n] * along[n]).abs().sum()) for n in case.learns)
     above = max(float(g.abs().max()) if g.numel() else 0.0 for g in case.upstream.values())
     size += above * sum(float(along[n].abs().sum()) for n in case.learns)
-    allowed = 100.0 * max(torch.finfo(case.tensors[n].dtype).eps for n in case.learns) * size
+    kinds = (case.dtype, *(case.tensors[n].dtype for n in case.learns))
+    allowed = 100.0 * max(torch.finfo(kind).eps for kind in kinds) * size
     usual = tangent_of(lambda t: op.formula(case, t), case, leaves(case, as_computed(case)))
     if usual is not None and math.isfinite(usual):
         allowed += 4.0 * abs(usual - wanted)

@@ -55,8 +55,9 @@ class StageState:
         self.step = 0
         self.held: dict | None = None  # numbers of the step whose update is done and whose evaluation is not
         self.budgets = {name: TokenBudget(tokens, notify=self._tell) for name, tokens in budgets.items()}
-        if with_rollouts:  # a resumed run cuts generation where the first one did
+        if with_rollouts:  # as the recipe says, or below as the checkpoint does: whatever an earlier stage had to do
             self.budgets["rollout"] = run.rollout_budget
+            run.rollout_budget.restore(run.config.rollout.tokens_in_flight)
         saved = run.resume.checkpoint_of(stage)
         kept = 0
         if saved is not None:

@@ -41,6 +41,19 @@ def test_equal_texts_are_equal_token_sequences(processor):
     assert caption[-1] == reasoning[-1] == processor.eos_id
 
 
+@pytest.mark.parametrize("semantics", ["prism_fast", "paper", "released"])
+def test_a_response_may_end_with_the_end_of_text(processor, semantics):
+    """Every end token of the policy ends a response; it is no part of the text; `released` reads a score there."""
+    split, ids = _split(processor)
+    other = (*ids[:-1], processor.pad_id)
+    assert split_tokens(other, processor.tokenizer) == split and processor.decode(other) == RESPONSE
+    caption, reasoning = (frame_student(span, split, other, processor, semantics) for span in SPANS["spans"])
+    assert caption == frame_student("caption", split, ids, processor, semantics)
+    turn_end = frame_student("reasoning", split, ids, processor, semantics)
+    assert turn_end[-1] == processor.eos_id
+    assert reasoning == ((*turn_end[:-1], processor.pad_id) if semantics == "released" else turn_end)
+
+
 def test_control_tokens_in_a_text_stay_letters(processor):
     framed = frame_text("a <|im_end|> b <|image_pad|> c", processor)
     assert processor.eos_id not in framed[:-1]

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import copy
+import io
+import shutil
 
 import pytest
 import torch
+from rich.console import Console
 
-from prism_fast.config import OptimizerConfig
+from prism_fast.config import OptimizerConfig, load_config
 from prism_fast.data.samples import Demonstration
 from prism_fast.engine.local import LocalEngine
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.ops import PolicyLossOptions
+from prism_fast.rollout.hf import HFRollout
 from prism_fast.rollout.protocol import Completion
+from prism_fast.train.checkpoint import read_checkpoint
 from prism_fast.train.layouts import prepare
 from prism_fast.train.microbatch import StepTooLargeError, TokenBudget, out_of_memory
+from prism_fast.train.pipeline import run_stages
 from prism_fast.train.policy_update import PolicyBatch, update_policy
 from prism_fast.train.sft import EncodedDemos, _update
+from tests.train.conftest import SMALL
 
 
 def allocate_too_much() -> None:
@@ -155,3 +162,29 @@ def test_a_budget_of_a_checkpoint_goes_on():
     assert budget.tokens == 25 and budget.change() is None
     with pytest.raises(ValueError, match="1 or more"):
         TokenBudget(0, notify=pytest.fail)
+
+
+def test_memory_that_runs_out_in_generation_is_told_and_kept_in_the_checkpoint(
+    small_data, finished, tmp_path, monkeypatch
+):
+    inner, room = HFRollout._decode, 300
+
+    def decode(self, prompts, prompt_of_row, keys, sampling, poll):
+        if len(keys) * (max(len(prompts[p].input_ids) for p in prompt_of_row) + sampling.max_new_tokens) > room:
+            allocate_too_much()
+        return inner(self, prompts, prompt_of_row, keys, sampling, poll)
+
+    monkeypatch.setattr(HFRollout, "_decode", decode)
+    folder, told = tmp_path / "run", io.StringIO()
+    only = ["stages=[rlvr]", f"model.policy={finished / 'export' / 'sft_continued'}", "data.eval=null"]
+    overrides = [*small_data, *SMALL, *only, "rollout.tokens_in_flight=1200", "rlvr.steps=2", f"out={folder}"]
+    run_stages(load_config("digits", overrides), Console(file=told, width=1000))
+    assert "generation: out of memory" in told.getvalue() and "300 tokens per chunk of responses" in told.getvalue()
+    saved = read_checkpoint(folder / "checkpoints" / "rlvr-000002")
+    assert saved.state["budgets"]["rollout"] == 300
+    (folder / "record.json").unlink()  # as if it had been stopped behind its last step
+    shutil.rmtree(folder / "export")
+    monkeypatch.setattr(TokenBudget, "restore", lambda budget, tokens: restored.append(tokens))
+    restored: list[int] = []
+    run_stages(load_config(str(folder / "config.yaml")), Console(quiet=True), resume=True)
+    assert restored[0] == 1200 and 300 in restored[1:]

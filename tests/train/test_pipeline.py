@@ -9,13 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prism_fast import cli
+from prism_fast.config import load_config
 from prism_fast.models.discriminator import load_discriminator
 from prism_fast.models.policy import load_policy
 from prism_fast.report.html import write_report
+from prism_fast.rollout.engines import ENGINES
+from prism_fast.rollout.hf import HFRollout
 from prism_fast.track.metrics import reproducible
+from prism_fast.train.pipeline import run_eval, run_stages
+from tests.train.conftest import SMALL
 
 
 def _lines(folder: Path, *, timed: bool = False) -> list[dict]:
@@ -85,6 +91,39 @@ def test_another_seed_differs(finished, run_again, tmp_path):
     assert _of(other, "sft")[0]["sft/loss"] != _of(finished, "sft")[0]["sft/loss"]
 
 
+def test_the_trained_policy_in_memory_is_evaluated_as_its_export_is(finished, small_data, tmp_path):
+    for name in ("sft", "rlvr"):
+        overrides = [*small_data, *SMALL, f"model.policy={finished / 'export' / name}", f"out={tmp_path / name}"]
+        run_eval(load_config("digits", overrides), Console(quiet=True))
+        evaluated = (tmp_path / name / "evals" / "eval.jsonl").read_bytes()
+        assert evaluated == (finished / "evals" / f"{name}.jsonl").read_bytes()
+
+
+def test_one_engine_generates_for_the_whole_run(finished, small_run, tmp_path, monkeypatch):
+    made, attached, closed = [], [], []
+
+    class Counted(HFRollout):
+        def __init__(self, *arguments):
+            made.append(self)
+            super().__init__(*arguments)
+
+        def attach(self, policy, processor):
+            attached.append(policy)
+            super().attach(policy, processor)
+
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    monkeypatch.setitem(ENGINES, "counted", Counted)
+    small = ["stages=[sft_continued,rlvr]", "rollout.engine=counted", "rlvr.steps=1", "eval.limit=2"]
+    policy = f"model.policy={finished / 'export' / 'sft'}"
+    run_stages(load_config("digits", [*small_run, *small, policy, f"out={tmp_path / 'run'}"]), Console(quiet=True))
+    assert len(made) == 1 and closed == made
+    continued, trained, evaluated = attached  # each stage trains a policy of its own and evaluates it
+    assert trained is evaluated is not continued
+
+
 def _command(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
     monkeypatch.setattr(sys, "argv", ["prism-fast", *arguments])
     with pytest.raises(SystemExit) as stop:
@@ -113,6 +152,7 @@ def test_errors_a_user_can_cure_are_one_message_and_exit_code_1(finished, small_
         (["rlvr", "digits", out, *small_data, f"model.policy={finished / 'export/discriminator'}"], ["qwen3_vl_moe"]),
         (["run", "digits", f"out={finished}"], ["not empty"]),
         (["run", "digits", out, "device=cuda:7"], ["cuda:7"]),
+        (["run", "digits", out, "rollout.engine=vlm"], ["rollout.engine", "hf", "'vlm'"]),
         (["report", str(tmp_path / "no-run")], ["no-run"]),
     ]
     for arguments, parts in cases:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from prism_fast.models.processor import Processor
 from prism_fast.rewards import AnswerChecker, Reward
 from prism_fast.rollout.hf import HFRollout
 from prism_fast.track.metrics import reproducible
@@ -77,6 +79,24 @@ def test_other_training_on_the_same_rollouts_differs_only_behind_the_first_updat
     ours, theirs = (r for r in _metrics(recorded) if r["stage"] == "align")
     assert {**first, "policy/lr": 0} == {**ours, "policy/lr": 0}
     assert second["reward/mean"] == theirs["reward/mean"] and second["policy/grad_norm"] != theirs["policy/grad_norm"]
+
+
+def test_a_dump_of_other_end_tokens_is_trained_on_as_it_was_recorded(recorded, both_stages, tmp_path, forbidden):
+    """Recorded runs in which `<|endoftext|>` did not end a response, from before the recipe had a section `rollout`."""
+    pad = Processor.from_pretrained(recorded / "export" / "align").pad_id
+
+    def go_on_behind_it(step: int, record: dict) -> bool:
+        record["token_ids"][1] = pad
+        return True
+
+    old = _rewritten(recorded, tmp_path / "old", go_on_behind_it)
+    config = yaml.safe_load((old / "config.yaml").read_text())
+    del config["rollout"]
+    (old / "config.yaml").write_text(yaml.safe_dump(config))
+    again = run_small(tmp_path / "again", [*both_stages, "stages=[align]", f"replay={old}"])
+    ours, theirs = (RolloutReader(dump_path(folder, "align")).step(1) for folder in (again, old))
+    assert [r["token_ids"] for r in ours] == [r["token_ids"] for r in theirs]
+    assert all(r["token_ids"][1] == pad and len(r["token_ids"]) > 2 for r in ours)
 
 
 def _broken(recorded: Path, folder: Path, stage: str, change) -> Path:

@@ -176,8 +176,10 @@ def test_operators_are_registered_properly(generator):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("backend", [*BACKENDS, "stock"])
-def test_autocast_does_not_round(backend, recompute, generator):
-    sources = layer(generator, width=8, inner=4, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_autocast_does_not_round(dtype, backend, recompute, generator):
+    width, inner = (8, 4) if dtype == torch.float32 else (8, 8)  # multiples of 16 bytes
+    sources = layer(generator, width=width, inner=inner, dtype=dtype)
 
     def run():
         out = moe_experts(*sources[:3], route_experts(sources[3], 2), backend=backend, recompute=recompute)

@@ -31,8 +31,9 @@ def moe_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing,
 
 def _expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """[n, H] output of one expert: down(silu(gate x) * up x)."""
-    gate, up = matmul(x, gate_up.t()).chunk(2, -1)
-    return matmul(silu(gate) * up, down.t())
+    pre, inner = matmul(x, gate_up.t()), down.shape[1]
+    # Not `chunk`: its backward concatenates, and autocast on the CPU refuses to do that to float16.
+    return matmul(silu(pre[:, :inner]) * pre[:, inner:], down.t())
 
 
 def _grouped(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:

@@ -18,6 +18,7 @@ from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
 from prism_fast.config import Config, ConfigError
 from prism_fast.data.framing import SPANS
+from prism_fast.models.family import Family, Role, family_of
 from prism_fast.models.policy import TinyPolicy, tiny_config
 from prism_fast.models.sizes import (
     ModelSize,
@@ -131,20 +132,20 @@ def policy_config(config: Config) -> Qwen3VLConfig:
         vocabulary = sizes.pop("vocab_size")
         ids = {f"{name}_token_id": vocabulary - 1 for name in ("image", "video", "vision_start", "vision_end")}
         return tiny_config(TinyPolicy(**sizes), vocab_size=vocabulary, **ids)
-    folder = _model_folder("model.policy", config.model.policy, "qwen3_vl")
-    return Qwen3VLConfig.from_pretrained(folder, local_files_only=True)
+    folder, family = _model_folder("policy", config.model.policy)
+    return family.policy_config.from_pretrained(folder, local_files_only=True)
 
 
 def discriminator_config(config: Config, policy: Qwen3VLConfig) -> Qwen3VLMoeConfig:
     """Configuration of the recipe's discriminator: upcycled from the policy, or a folder's (raises as above)."""
     if config.model.discriminator == "upcycle":
         return sparse_config(policy, config.warmup.upcycle.num_experts, config.warmup.upcycle.top_k)
-    folder = _model_folder("model.discriminator", config.model.discriminator, "qwen3_vl_moe")
-    return Qwen3VLMoeConfig.from_pretrained(folder, local_files_only=True)
+    folder, family = _model_folder("discriminator", config.model.discriminator)
+    return family.discriminator_config.from_pretrained(folder, local_files_only=True)
 
 
-def _model_folder(key: str, name: str, wanted: str) -> Path:
-    folder = Path(name)
+def _model_folder(role: Role, name: str) -> tuple[Path, Family]:
+    folder, key = Path(name), f"model.{role}"
     file = folder / "config.json"
     if not file.is_file():
         raise ConfigError(f"{key}: {file} does not exist; give the folder of a checkpoint")
@@ -152,9 +153,10 @@ def _model_folder(key: str, name: str, wanted: str) -> Path:
         found = json.loads(file.read_text(encoding="utf-8"))["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{key}: {file} does not name a model_type ({error!r})") from error
-    if found != wanted:
-        raise ConfigError(f"{key}: {folder} holds a {found!r} model, wanted {wanted!r}")
-    return folder
+    try:
+        return folder, family_of(role, found, folder)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def make_plan(config: Config, *, prompt_tokens: int | None = None, image_tokens: int | None = None) -> Plan:

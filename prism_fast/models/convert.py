@@ -32,6 +32,7 @@ from prism_fast.models.discriminator import (
     released_config,
     write_discriminator,
 )
+from prism_fast.models.family import family_of
 from prism_fast.models.policy import load_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.score_head import read_head, write_side_head
@@ -130,13 +131,8 @@ def _weight_bytes(folder: Path) -> int:
 def _inspect(source: Path, destination: Path, *, wanted: str) -> tuple[Qwen3VLMoeConfig, Tensor]:
     """Configuration and score head of ``source``, once everything about it is known to be as it should."""
     refuse_existing(destination)
-    found = read_model_type(source)
-    if found != "qwen3_vl_moe":
-        raise ValueError(
-            f"{source} holds a {found!r} model, layouts differ for 'qwen3_vl_moe' alone; a dense policy becomes a "
-            "discriminator with `prism-fast convert upcycle`"
-        )
-    config = Qwen3VLMoeConfig.from_pretrained(source, local_files_only=True)
+    family = family_of("discriminator", read_model_type(source), source)
+    config = family.discriminator_config.from_pretrained(source, local_files_only=True)
     text = config.text_config
     refuse_square_experts(text.hidden_size, text.moe_intermediate_size)
     layouts = _layouts(source, text.num_experts, text.hidden_size, text.moe_intermediate_size)

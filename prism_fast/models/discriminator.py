@@ -28,6 +28,7 @@ from prism_fast.models.checkpoints import (
     without_load_report,
 )
 from prism_fast.models.experts import use_prism_experts
+from prism_fast.models.family import family_of
 from prism_fast.models.forward import TokenBatch, language_outputs
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
 from prism_fast.models.score_head import HEAD_KEY, ScoreHead, read_head, write_side_head
@@ -137,17 +138,12 @@ def load_discriminator(
             every reward), square expert tensors, tensors that are missing, unexpected or of another shape.
     """
     folder = Path(path)
-    found = read_model_type(folder)
-    if found != "qwen3_vl_moe":
-        raise ValueError(
-            f"{folder} holds a {found!r} model, but a discriminator must be 'qwen3_vl_moe': build one from a policy "
-            "with build_discriminator"
-        )
-    config = Qwen3VLMoeConfig.from_pretrained(folder, local_files_only=True)
+    family = family_of("discriminator", read_model_type(folder), folder)
+    config = family.discriminator_config.from_pretrained(folder, local_files_only=True)
     refuse_square_experts(config.text_config.hidden_size, config.text_config.moe_intermediate_size)
     head = read_head(folder, config.text_config.hidden_size)
     with without_load_report():
-        backbone, info = Qwen3VLMoeModel.from_pretrained(
+        backbone, info = family.discriminator.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation="sdpa",

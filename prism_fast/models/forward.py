@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from prism_fast.models.family import trunk
 from prism_fast.models.positions import mrope_positions, text_positions
 from prism_fast.models.processor import EncodedPrompt
 from prism_fast.models.transfer import moved
@@ -182,17 +183,17 @@ def continuation_ids(index: int, continuation: Sequence[int], config: PreTrained
 
 
 def language_outputs(backbone: nn.Module, batch: TokenBatch, **kwargs: bool | Tensor) -> NamedTuple:
-    """Output of ``backbone.language_model`` (``last_hidden_state`` ``[B, S, H]`` after the final norm) for a batch.
+    """Output of the backbone's language model (``last_hidden_state`` ``[B, S, H]`` after the final norm) for a batch.
 
     ``backbone`` is a ``Qwen3VLModel`` or ``Qwen3VLMoeModel``. It is not called as a whole: its own forward would encode
     the image of every row, and leaks text arguments into the vision tower.
     """
-    embeds = backbone.language_model.embed_tokens(batch.input_ids)
+    embeds = trunk(backbone).embed_tokens(batch.input_ids)
     visual: dict[str, object] = {}
     if batch.pixel_values is not None:
         encoded = encode_images(backbone, batch.pixel_values, batch.image_grid_thw)
         embeds, visual = place_images(embeds, encoded.take(batch.image_feature), batch.image_slot)
-    return backbone.language_model(
+    return trunk(backbone)(
         inputs_embeds=embeds,
         position_ids=batch.position_ids,
         # No mask: rows are right-padded and attention is causal, so no token sees padding, and the kernel that needs no

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from prism_fast.models.family import trunk
 from prism_fast.models.forward import PromptLayout, ResponseRows, continuation_ids, lay_out_prompt
 from prism_fast.models.processor import EncodedPrompt
 from prism_fast.models.shared_prefix import require_shared_prefix
@@ -305,7 +306,7 @@ def _encode(backbone: nn.Module, prompts: Sequence[EncodedPrompt], device: torch
 def packed_outputs(
     backbone: nn.Module, row: PackedRow, images: SharedImages | None = None, **kwargs: bool | Tensor
 ) -> NamedTuple:
-    """Output of ``backbone.language_model`` for a packed row; ``last_hidden_state`` ``[1, T, H]`` is final-norm.
+    """Output of the backbone's language model for a packed row; ``last_hidden_state`` ``[1, T, H]`` is final-norm.
 
     ``backbone`` is a ``Qwen3VLModel`` or ``Qwen3VLMoeModel`` with attention ``"prism_shared_prefix"``. Without
     ``images`` the row's images are encoded here.
@@ -313,7 +314,7 @@ def packed_outputs(
     Raises:
         ValueError: another attention implementation is selected.
     """
-    language_model = backbone.language_model
+    language_model = trunk(backbone)
     require_shared_prefix(language_model)
     embeds = language_model.embed_tokens(row.input_ids)  # [1, T, H]
     visual: dict[str, object] = {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prism_fast.models.family import tower
+
 
 class LinearPatchEmbedding(nn.Conv3d):
     """A ``Conv3d`` on patches that the processor has cut already, one window each. On the CPU, forward and
@@ -18,8 +20,7 @@ class LinearPatchEmbedding(nn.Conv3d):
 
 def use_linear_patch_embedding(model: nn.Module) -> None:
     """Swap the patch embedding of a Qwen3-VL(-MoE) model, or of its backbone, in place (idempotent)."""
-    visual = model.get_submodule("model.visual") if hasattr(model, "lm_head") else model.get_submodule("visual")
-    conv = visual.patch_embed.proj
+    conv = tower(model).patch_embed.proj
     if tuple(conv.kernel_size) != tuple(conv.stride) or any(conv.padding) or conv.groups != 1:
         raise ValueError(f"a patch embedding needs kernel = stride, no padding and one group, got {conv}")
     conv.__class__ = LinearPatchEmbedding

@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from prism_fast.models.checkpoints import check_loading, read_model_type, without_load_report
+from prism_fast.models.family import family_of
 from prism_fast.models.logprob_head import LogProbHead
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
 from prism_fast.models.tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
@@ -156,16 +157,9 @@ def load_policy(
         ValueError: another architecture, or tensors that are missing, unexpected or of another shape (named).
     """
     folder = Path(path)
-    found = read_model_type(folder)
-    if found != "qwen3_vl":
-        cure = (
-            "load it with load_discriminator"
-            if found == "qwen3_vl_moe"
-            else "pass the folder of a dense Qwen3-VL model"
-        )
-        raise ValueError(f"{folder} holds a {found!r} model, but a policy must be 'qwen3_vl': {cure}")
+    family = family_of("policy", read_model_type(folder), folder)
     with without_load_report():
-        model, info = Qwen3VLForConditionalGeneration.from_pretrained(
+        model, info = family.policy.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation="sdpa",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextDecoderLayer
 
 from prism_fast.models.experts import SparseBlock
+from prism_fast.models.family import trunk
 
 
 class LastLayer(Qwen3VLMoeTextDecoderLayer):
@@ -34,9 +35,9 @@ class LastLayer(Qwen3VLMoeTextDecoderLayer):
 def use_score_rows(backbone: nn.Module) -> None:
     """Let the last layer of a Qwen3-VL-MoE ``backbone`` compute scored rows alone, in place. It stays as it is where it
     is dense, or where DeepStack adds image features to all its rows: :func:`states_at` then computes every row."""
-    layer = backbone.language_model.layers[-1]
+    layer = trunk(backbone).layers[-1]
     levels = len(backbone.config.vision_config.deepstack_visual_indexes)
-    if isinstance(layer.mlp, SparseBlock) and levels < len(backbone.language_model.layers):
+    if isinstance(layer.mlp, SparseBlock) and levels < len(trunk(backbone).layers):
         layer.__class__ = LastLayer
 
 
@@ -46,7 +47,7 @@ def states_at(backbone: nn.Module, rows: Tensor, forward: Callable[..., NamedTup
     ``forward(**kwargs)`` calls ``backbone.language_model`` with these arguments added; router logits that it records
     are those of all rows. After :func:`use_score_rows` the last layer computes no more than it must.
     """
-    if isinstance(backbone.language_model.layers[-1], LastLayer):
+    if isinstance(trunk(backbone).layers[-1], LastLayer):
         out = forward(score_rows=rows)
         return out.last_hidden_state[0], out
     out = forward()

@@ -15,6 +15,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from prism_fast.models.experts import use_prism_experts
+from prism_fast.models.family import trunk
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
 from prism_fast.models.vision_attention import use_batched_vision_attention
 
@@ -163,7 +164,7 @@ def sparse_weights(
     for name, tensor in policy.state_dict().items():
         if ".mlp." not in name or ".visual." in name:
             yield name, tensor
-    for index, layer in enumerate(policy.model.language_model.layers):
+    for index, layer in enumerate(trunk(policy).layers):
         mlp, prefix = layer.mlp, f"model.language_model.layers.{index}.mlp"
         gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])  # [2I, H]
         yield f"{prefix}.experts.gate_up_proj", perturbed(gate_up)  # [E, 2I, H]

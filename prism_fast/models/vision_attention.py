@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
+from prism_fast.models.family import tower
 from prism_fast.ops.stock.pieces import Rows, batches
 from prism_fast.ops.stock.varlen import varlen_attention
 
@@ -73,7 +74,6 @@ def _calls(lengths: tuple[int, ...]) -> tuple[tuple[Rows, ...], Tensor | None]:
 
 def use_batched_vision_attention(model: nn.Module) -> None:
     """Swap it into every block of a Qwen3-VL(-MoE) model, or of its backbone, in place (idempotent)."""
-    visual = model.get_submodule("model.visual") if hasattr(model, "lm_head") else model.get_submodule("visual")
-    for block in visual.blocks:
+    for block in tower(model).blocks:
         if not isinstance(block.attn, BatchedVisionAttention):
             block.attn = BatchedVisionAttention(block.attn)

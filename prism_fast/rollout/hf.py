@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from prism_fast.models.family import trunk
 from prism_fast.models.forward import collate, language_outputs
 from prism_fast.models.processor import EncodedPrompt, Processor
 from prism_fast.models.token_budget import TokenBudget, by_tokens
@@ -144,7 +145,7 @@ class HFRollout:
                 rows, mask, next_position, token = rows[keep], mask[keep], next_position[keep], token[keep]
                 keys_of_row = keys_of_row[keep]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            last = model.model.language_model(
+            last = trunk(model)(
                 input_ids=token[:, None],
                 position_ids=(next_position + t).expand(3, -1)[:, :, None],
                 attention_mask=mask,

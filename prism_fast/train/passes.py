@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from prism_fast.models.family import tower, trunk
+
 
 @dataclass
 class Passes:
@@ -58,11 +60,11 @@ def counted_passes(backbone: nn.Module) -> Iterator[Passes]:
     def vision(module: nn.Module, args: tuple, kwargs: dict) -> None:
         passes.images += len(args[1] if len(args) > 1 else kwargs["grid_thw"])
 
-    trunk = backbone.language_model
+    language_model = trunk(backbone)
     handles = [
-        trunk.register_forward_pre_hook(language),
-        trunk.layers[0].register_forward_pre_hook(first_layer),
-        backbone.visual.register_forward_pre_hook(vision, with_kwargs=True),
+        language_model.register_forward_pre_hook(language),
+        language_model.layers[0].register_forward_pre_hook(first_layer),
+        tower(backbone).register_forward_pre_hook(vision, with_kwargs=True),
     ]
     try:
         yield passes

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prism_fast.engine.local import LocalEngine
+from prism_fast.models.family import tower, trunk
 from prism_fast.models.packing import Branch, PromptGroup
 from prism_fast.train.layouts import Layout, PackedStep, PaddedStep, Part, Step, longest_item
 
@@ -159,14 +160,14 @@ def _compute(step: Step, read: Read) -> dict[str, Tensor]:
 def _watched(backbone: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     """Those of the watched parameters that are trained, alone in having a gradient, from zero; everything is as before
     afterwards."""
-    trunk, tower = backbone.language_model, backbone.visual
+    language_model, visual = trunk(backbone), tower(backbone)
     named = {
-        "the first layer's norm": trunk.layers[0].input_layernorm.weight,
-        "the last layer's norm": trunk.layers[-1].post_attention_layernorm.weight,
-        "the vision tower's first norm": tower.blocks[0].norm1.weight,
+        "the first layer's norm": language_model.layers[0].input_layernorm.weight,
+        "the last layer's norm": language_model.layers[-1].post_attention_layernorm.weight,
+        "the vision tower's first norm": visual.blocks[0].norm1.weight,
     }
-    if tower.deepstack_merger_list:
-        named["the first DeepStack merger's norm"] = tower.deepstack_merger_list[0].norm.weight
+    if visual.deepstack_merger_list:
+        named["the first DeepStack merger's norm"] = visual.deepstack_merger_list[0].norm.weight
     named = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     before = {name: parameter.grad for name, parameter in named.items()}

@@ -280,8 +280,8 @@ def test_assumed_lengths_of_the_built_in_dataset_hold(tmp_path):
 def test_wrong_models_and_lengths_are_named(config, policy_folder, discriminator_folder, tmp_path):
     cases = [
         (["model.policy=nowhere"], {}, r"model.policy: nowhere.config.json does not exist"),
-        ([f"model.policy={discriminator_folder}"], {}, "'qwen3_vl_moe' model, wanted 'qwen3_vl'"),
-        ([f"model.policy={policy_folder}", f"model.discriminator={policy_folder}"], {}, "wanted 'qwen3_vl_moe'"),
+        ([f"model.policy={discriminator_folder}"], {}, "'qwen3_vl_moe' model, but a policy must be 'qwen3_vl'"),
+        ([f"model.policy={policy_folder}", f"model.discriminator={policy_folder}"], {}, "must be 'qwen3_vl_moe'"),
         ([], {"prompt_tokens": 0}, "1 <= prompt tokens"),
         ([], {"prompt_tokens": 10, "image_tokens": 11}, "image tokens <= prompt tokens"),
     ]

@@ -166,7 +166,7 @@ def test_errors_are_those_a_run_would_meet(command, everything, policy_folder, d
         (["align", "model.policy=tiny"], "stage align needs a trained policy"),
         (["align", "model.discriminator=upcycle"], "stage align needs a warm discriminator"),
         (["rlvr", "model.policy=gone"], "model.policy"),
-        (["rlvr", f"model.policy={discriminator_folder}"], "wanted 'qwen3_vl'"),
+        (["rlvr", f"model.policy={discriminator_folder}"], "a policy must be 'qwen3_vl'"),
         (["rlvr", f"model.policy={cut}"], "damaged"),
         (["rlvr", f"model.policy={bare}"], "tokenizer_config.json is missing"),
         (["align", f"model.discriminator={headless}"], f"has no {HEAD_KEY}"),

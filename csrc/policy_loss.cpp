@@ -11,7 +11,7 @@
 namespace prism {
 namespace {
 
-constexpr int kChunk = 256;
+constexpr int kChunk = 384;
 static_assert(kChunk % kLanes == 0, "chunks are whole lanes");
 
 // The tokens of one chunk. Inactive ones, and those that fill up the last lanes, are 0.

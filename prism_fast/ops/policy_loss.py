@@ -139,7 +139,7 @@ def policy_loss(
         mask = mask.bool()
     kernel = reference
     if choose(OP, BACKENDS, backend, logp) == "native":
-        from .native.policy_loss import run as kernel
+        from prism_fast.ops.native.policy_loss import run as kernel  # a relative name is resolved anew at each call
     return kernel(logp, advantage, cu_seqlens, options=options, denominator=denominator, mask=mask, **columns)
 
 

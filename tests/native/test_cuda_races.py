@@ -55,8 +55,8 @@ SITES = [
 ]
 
 
-# Nothing is found without these: the barriers of somebody else come in between today. Each orders its own function's use
-# of a shared array, which is then right whoever calls it.
+# Nothing is found without these: today the barriers of somebody else come in between. Each orders its own function's
+# use of a shared array, which is then right whoever calls it.
 SPARE = [
     ("pairwise_loss.cu", "__syncthreads();", 0),  # pair_column adds up sums next, and each sum brings two barriers
     ("route_experts.cu", "__syncthreads();", 0),  # choose_chunk: store_counts brings two between chunks

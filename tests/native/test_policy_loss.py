@@ -215,7 +215,7 @@ def test_gradients_wanted_and_unwanted(generator):
     loss, _ = call(run, x | {"logp": data["logp"].detach()})
     assert torch.autograd.grad(loss, data["entropy"])[0].equal(first[1])
     loss, _ = call(run, x)
-    with pytest.raises(NotImplementedError, match="no gradient of its gradient"):  # differentiable once: no silent zeros
+    with pytest.raises(NotImplementedError, match="no gradient of its gradient"):  # no silent zeros
         torch.autograd.grad(loss, data["logp"], create_graph=True)
 
 

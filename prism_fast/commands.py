@@ -126,13 +126,15 @@ def plan(
         int | None, typer.Option(help="Tokens of a prompt, images expanded (`data check --policy` measures them).")
     ] = None,
     image_tokens: Annotated[int | None, typer.Option(help="How many of them come from images; default half.")] = None,
+    card: Annotated[str | None, typer.Option(help="Say whether it fits on a100 (80 GB), h100, h200 or b200.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Parameters, memory by component and tokens per step of a recipe, before anything is loaded."""
     from prism_fast.config import load_config
     from prism_fast.plan import make_plan, render
 
-    made = make_plan(load_config(recipe, overrides or []), prompt_tokens=prompt_tokens, image_tokens=image_tokens)
+    lengths = {"prompt_tokens": prompt_tokens, "image_tokens": image_tokens}
+    made = make_plan(load_config(recipe, overrides or []), **lengths, card=card)
     if as_json:
         print(made.as_json())
     else:

@@ -38,6 +38,8 @@ from prism_fast.train.layouts import Layout
 
 # Expanded prompt and the image tokens in it, where nothing is said: of the built-in dataset, and of anybody's.
 DEFAULT_TOKENS = {"digits": (48, 4), "files": (1024, 512)}
+# Bytes of memory that CUDA finds on a card. A twentieth of it is left for what a plan does not count.
+CARDS = {name: gib << 30 for name, gib in {"a100": 79, "h100": 79, "h200": 139, "b200": 178}.items()}
 ASSUMPTIONS = (
     "Optimizer: AdamW with two moments and one step count per tensor. Moments and gradients have the weights' dtype, "
     "or float32 where that is bfloat16, beside float32 masters of the weights. Gradients are freed after each update.",
@@ -93,14 +95,40 @@ class Plan:
     discriminator: ModelSize | None
     stages: tuple[StagePlan, ...]
     assumptions: tuple[str, ...]
+    card: str | None = None  # one of CARDS, for which it was asked whether all fits
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.card is None else all(stage.peak.bytes <= _usable(self.card) for stage in self.stages)
+
+    def verdict(self) -> str:
+        """Whether the stages fit on the card, with the numbers; of those that do not, where and by how much."""
+        assert self.card is not None
+        on = f"{shown_bytes(_usable(self.card))} of {shown_bytes(CARDS[self.card])} (a twentieth is left free)"
+        peaks = [f"{s.stage} {shown_bytes(s.peak.bytes)} ({s.peak.name})" for s in self.stages]
+        if self.fits:
+            return f"It fits on {self.card}, {on}: {', '.join(peaks)}."
+        missing = [
+            f"{stage.stage}, {phase.name}: {shown_bytes(phase.bytes)}, of which {largest.name} "
+            f"{shown_bytes(largest.bytes)}"
+            for stage in self.stages
+            for phase in stage.phases
+            for largest in [max(phase.components, key=lambda part: part.bytes)]
+            if phase.bytes > _usable(self.card)
+        ]
+        return f"It does not fit on {self.card}, {on}: {'; '.join(missing)}."
 
     def as_json(self) -> str:
-        plain = asdict(self)
+        plain = asdict(self) | {"card_bytes": None if self.card is None else CARDS[self.card], "fits": self.fits}
         for stage, made in zip(plain["stages"], self.stages, strict=True):
             stage["peak_phase"], stage["peak_bytes"] = made.peak.name, made.peak.bytes
             for phase, computed in zip(stage["phases"], made.phases, strict=True):
                 phase["bytes"] = computed.bytes
         return json.dumps(plain, indent=2)
+
+
+def _usable(card: str) -> int:
+    return CARDS[card] * 19 // 20
 
 
 def adamw_bytes(size: ModelSize) -> int:
@@ -159,13 +187,18 @@ def _model_folder(role: Role, name: str) -> tuple[Path, Family]:
         raise ConfigError(f"{key}: {error}") from error
 
 
-def make_plan(config: Config, *, prompt_tokens: int | None = None, image_tokens: int | None = None) -> Plan:
+def make_plan(
+    config: Config, *, prompt_tokens: int | None = None, image_tokens: int | None = None, card: str | None = None
+) -> Plan:
     """Plan the recipe's stages for prompts of ``prompt_tokens`` (images expanded), ``image_tokens`` of them from images
-    (merged patches; default half, or what ``DEFAULT_TOKENS`` says).
+    (merged patches; default half, or what ``DEFAULT_TOKENS`` says), on this machine or on a ``card`` of ``CARDS``.
 
     Raises:
-        ConfigError: a model folder is wrong (see :func:`policy_config`), or the lengths are not positive.
+        ConfigError: a model folder is wrong (see :func:`policy_config`), the lengths are not positive, or the card is
+            not known.
     """
+    if card is not None and card not in CARDS:
+        raise ConfigError(f"--card must be one of {', '.join(CARDS)}, got {card!r}")
     prompt, images = DEFAULT_TOKENS[config.data.source]
     if prompt_tokens is not None:
         prompt, images = prompt_tokens, prompt_tokens // 2
@@ -173,7 +206,7 @@ def make_plan(config: Config, *, prompt_tokens: int | None = None, image_tokens:
         images = image_tokens
     if prompt < 1 or not 0 <= images <= prompt:
         raise ConfigError(f"need 1 <= prompt tokens and 0 <= image tokens <= prompt tokens, got {prompt} and {images}")
-    planner = _Planner(config, prompt, images)
+    planner = _Planner(config, prompt, images, card)
     stages = tuple(planner.stage(name) for name in config.stages)
     assumed = f"A prompt has {prompt} tokens, {images} of them from images" + (
         " (assumed; --prompt-tokens and --image-tokens set them)." if prompt_tokens is None else "."
@@ -189,6 +222,7 @@ def make_plan(config: Config, *, prompt_tokens: int | None = None, image_tokens:
         discriminator=planner.critic if {"warmup", "align"} & set(config.stages) else None,
         stages=stages,
         assumptions=tuple(filter(None, (assumed, vocabulary, *ASSUMPTIONS))),
+        card=card,
     )
 
 
@@ -226,18 +260,21 @@ def render(plan: Plan) -> RenderableType:
         memory.add_section()
         for what, count in stage.tokens.items():
             tokens.add_row(stage.stage, what, f"{count:,}")
-    return Group(models, memory, tokens, "Assumptions:", *(f"- {text}" for text in plan.assumptions))
+    verdict = [] if plan.card is None else [plan.verdict()]
+    return Group(models, memory, tokens, "Assumptions:", *(f"- {text}" for text in plan.assumptions), *verdict)
 
 
 class _Planner:
     """The arithmetic of one recipe at fixed lengths."""
 
-    def __init__(self, config: Config, prompt: int, images: int) -> None:
+    def __init__(self, config: Config, prompt: int, images: int, card: str | None) -> None:
         self.config, self.prompt, self.images = config, prompt, images
         self.dtype = DTYPES[config.model.dtype]
         self.keeps = {"checkpointing": config.model.gradient_checkpointing}
-        self.device = config.device
-        if config.device == "auto":
+        self.card, self.device = card, config.device
+        if card is not None:
+            self.device = "cuda"
+        elif config.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dense = policy_config(config)
         self.sparse = discriminator_config(config, self.dense)
@@ -352,8 +389,12 @@ class _Planner:
         if device.type == "cpu":  # the reference computes in float32 at least
             at_once = min(rows, block_rows(vocabulary, torch.empty(0, dtype=self.dtype)))
             return at_once * vocabulary * max(4, self.dtype.itemsize)
-        absent = device.type == "cuda" and not torch.cuda.is_available()  # a plan for another machine: a large card
-        room = budgets.WAVE_BYTES_LARGE if absent else budgets.wave_bytes(device)
+        if self.card is not None:
+            room = budgets.wave_bytes_of(CARDS[self.card])
+        elif device.type == "cuda" and not torch.cuda.is_available():  # a plan for another machine: a large card
+            room = budgets.WAVE_BYTES_LARGE
+        else:
+            room = budgets.wave_bytes(device)
         return min(room, rows * vocabulary * self.dtype.itemsize)
 
     def _micro_batch(self, prompts: int, n: int, response: int, budget: int, layout: Layout) -> tuple[int, int]:

@@ -23,6 +23,11 @@ def wave_bytes(device: torch.device) -> int:
     return WAVE_BYTES_LARGE if _large(device) else WAVE_BYTES
 
 
+def wave_bytes_of(total: int) -> int:
+    """The same of a card with ``total`` bytes of memory."""
+    return WAVE_BYTES_LARGE if total >= LARGE else WAVE_BYTES
+
+
 def wave_rows(rows: int, vocabulary: int, like: torch.Tensor) -> int:
     """Rows of a wave: as few waves as fit, all but the last alike. Scores have the dtype of ``like``."""
     most = max(1, wave_bytes(like.device) // (vocabulary * like.element_size()) // WAVE_UNIT) * WAVE_UNIT

@@ -116,7 +116,8 @@ class Plan:
             for largest in [max(phase.components, key=lambda part: part.bytes)]
             if phase.bytes > _usable(self.card)
         ]
-        return f"It does not fit on {self.card}, {on}: {'; '.join(missing)}."
+        cure = "model.gradient_checkpointing=true, a smaller tokens_per_micro_batch and rollout.tokens_in_flight"
+        return f"It does not fit on {self.card}, {on}: {'; '.join(missing)}. Less takes: {cure}."
 
     def as_json(self) -> str:
         plain = asdict(self) | {"card_bytes": None if self.card is None else CARDS[self.card], "fits": self.fits}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, Qwen3VLConfig
 
 from prism_fast.algorithms.presets import policy_options
 from prism_fast.config import ConfigError, OptimizerConfig, load_config
@@ -23,7 +23,7 @@ from prism_fast.models.packing import PromptGroup
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
-from prism_fast.plan import DEFAULT_TOKENS, adamw_bytes, discriminator_tokens, make_plan
+from prism_fast.plan import CARDS, DEFAULT_TOKENS, adamw_bytes, discriminator_tokens, make_plan
 from prism_fast.train.discriminator_update import SpanGroup, discriminator_step
 from prism_fast.train.layouts import lay_out, prepare
 from tests.models.test_sizes import kept_bytes
@@ -227,6 +227,45 @@ def test_scores_are_planned_a_wave_at_a_time(config):
         config.rlvr.tokens_per_micro_batch = rows * 256
         plan = make_plan(config, prompt_tokens=1)
         assert part(plan, "rlvr", "policy update", "scores of the vocabulary, one wave") == wave << 22
+
+
+@pytest.fixture(scope="session")
+def folder_of_4b(tmp_path_factory):
+    """The configuration of Qwen3-VL-4B, without weights."""
+    folder = tmp_path_factory.mktemp("4b")
+    text = {"vocab_size": 151_936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36}
+    text |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
+    vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560}
+    vision |= {"patch_size": 16, "spatial_merge_size": 2, "deepstack_visual_indexes": [5, 11, 17]}
+    Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True).save_pretrained(folder)
+    return folder
+
+
+def test_a_card_is_told_whether_the_published_recipe_fits(invoke, invoke_json, folder_of_4b):
+    """Under bfloat16 there are 16 bytes beside the 2 of each weight: master 4, moments 8, gradient 4."""
+    wanted = ["rlvr_grpo", f"model.policy={folder_of_4b}", "model.dtype=bfloat16"]
+    shown = invoke_json("plan", *wanted, "--card", "h200")
+    parts = {part["name"]: part["bytes"] for part in shown["stages"][0]["phases"][1]["components"]}
+    count = shown["policy"]["parameters"]
+    assert count == 4_437_815_808 and parts["policy weights"] == 2 * count
+    assert parts["policy masters"] == parts["policy gradients"] == 4 * count
+    assert 8 * count < parts["policy optimizer"] < 8 * count + 10_000
+    assert shown["device"] == "cuda" and shown["card_bytes"] == CARDS["h200"] == 139 << 30
+    for checkpointing, card, fits in (("true", "h200", True), ("false", "h200", False), ("true", "h100", False)):
+        told = [*wanted, f"model.gradient_checkpointing={checkpointing}", "--card", card]
+        made = invoke_json("plan", *told)
+        assert made["fits"] is fits
+        assert fits == (max(stage["peak_bytes"] for stage in made["stages"]) <= made["card_bytes"] * 0.95)
+        text = " ".join(invoke("plan", *told)[1].split())
+        assert f"It {'fits' if fits else 'does not fit'} on {card}, " in text
+        assert ("rlvr, policy update: " in text and "Less takes: model.gradient_checkpointing=true" in text) is not fits
+
+
+def test_without_a_card_nothing_is_said_and_an_unknown_one_is_refused(config, invoke_json):
+    shown = invoke_json("plan", "digits")
+    assert shown["card"] is shown["card_bytes"] is shown["fits"] is None
+    with pytest.raises(ConfigError, match=r"--card must be one of a100, h100, h200, b200, got 'h300'"):
+        make_plan(config, card="h300")
 
 
 def test_peaks_and_sums_add_up(config, invoke_json, policy_folder):

@@ -31,10 +31,11 @@ class Make(Protocol):
 
 
 class Factory(NamedTuple):
-    """``make``: the engine's constructor; ``dtype``: of the models that it is given."""
+    """``make``: the engine's constructor; ``dtype``, ``device``: of the models that it is given."""
 
     make: Make
     dtype: torch.dtype
+    device: torch.device = torch.device("cpu")
 
 
 class Small(nn.Module):
@@ -54,7 +55,7 @@ class Small(nn.Module):
 
 def hidden(module: Small, ids: Tensor) -> Tensor:
     """States [B, S, WIDTH] of ids [B, S]."""
-    states = module.table(ids) + module.frozen
+    states = module.table(ids.to(module.frozen.device)) + module.frozen
     for layer in module.layers:
         states = states + layer(states).tanh()
     return module.norm(states)
@@ -62,7 +63,7 @@ def hidden(module: Small, ids: Tensor) -> Tensor:
 
 def nats(module: Small, states: Tensor, ids: Tensor) -> Tensor:
     """Negative log-probs [B, S] of ids [B, S]."""
-    return -module.head(states).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    return -module.head(states).log_softmax(-1).gather(-1, ids.to(states.device)[..., None])[..., 0]
 
 
 def loss_of(module: Small, ids: Tensor, denominator: float) -> Tensor:
@@ -70,7 +71,7 @@ def loss_of(module: Small, ids: Tensor, denominator: float) -> Tensor:
 
 
 def new(factory: Factory, config: OptimizerConfig | None = None, *, seed: int = 0, **options) -> Engine:
-    return factory.make(Small(seed).to(factory.dtype), config or OptimizerConfig(lr=0.03), **options)
+    return factory.make(Small(seed).to(factory.device, factory.dtype), config or OptimizerConfig(lr=0.03), **options)
 
 
 def batch(step: int) -> Tensor:
@@ -320,7 +321,7 @@ def named_weights_are_whole_and_all(factory: Factory, folder: Path) -> None:
     layers = [layer for layer, _ in groupby(name.rpartition(".")[0] for name in seen)]
     assert len(layers) == len(set(layers)), f"a layer's weights do not follow each other: {layers}"
     ids = batch(3)
-    copied = Small(5).to(factory.dtype)
+    copied = Small(5).to(factory.device, factory.dtype)
     copied.load_state_dict({**copied.state_dict(), **seen, "head.weight": seen["table.weight"]})
     with torch.no_grad():
         computed = engine.run(lambda: loss_of(engine.module, ids, 60))

@@ -34,6 +34,13 @@ def test_the_local_engine_with_masters(check, tmp_path):
     check(Factory(LocalEngine, torch.bfloat16), tmp_path)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("check", CHECKS, ids=_name)
+def test_the_local_engine_on_a_card(check, dtype, tmp_path):
+    check(Factory(LocalEngine, dtype, torch.device("cuda")), tmp_path)
+
+
 class ScalesTheLoss(LocalEngine):
     """By a number of ranks, say: a gradient that comes back through it is scaled twice."""
 

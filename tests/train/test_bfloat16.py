@@ -51,7 +51,7 @@ def test_it_resumes_to_the_bit_and_exports_its_masters_rounded_once(small_data, 
 @pytest.mark.parametrize("lr", ["2e-5", "1e-4", "1e-3"])
 def test_two_hundred_updates_end_where_float32_does(small_data, tmp_path, lr):
     """Within 3 % of its validation loss; and they learn."""
-    settings = [*SFT, *small_data, "data.eval=null", "sft.max_updates=200", "sft.eval_every=200"]
+    settings = [*SFT, *small_data, "data.eval=null", "sft.max_updates=200", "sft.eval_every=200", "sft.batch=4"]
     settings += [f"sft.optimizer.lr={lr}", "checkpoint_every=1000"]
     found = {
         dtype: _val_loss(run_small(tmp_path / dtype, [*settings, f"model.dtype={dtype}"]))

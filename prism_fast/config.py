@@ -17,6 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from prism_fast.data.digit_sizes import DigitsSpec
 from prism_fast.engine.optimizer import OptimizerConfig
 from prism_fast.recipes.checks import check_numbers, check_yaml
 
@@ -81,21 +82,6 @@ class UpcycleConfig:
 
 
 @dataclass
-class DigitsConfig:
-    """Sizes of the built-in dataset, and the share of faulty demonstrations in its SFT mixture."""
-
-    sft_images: int = 2500
-    sft_questions: int = 4
-    sft_val_images: int = 100
-    sft_val_questions: int = 4
-    align_tasks: int = 512
-    rlvr_tasks: int = 1024
-    eval_images: int = 201
-    train_digits: int = 1074
-    noise: float = 0.35
-
-
-@dataclass
 class DataConfig:
     """Files in the published formats. ``source: digits`` writes them first; ``source: files`` reads yours."""
 
@@ -111,7 +97,7 @@ class DataConfig:
     # raise: name file, row and field and stop. skip: leave it out and count it under its reason in the metrics. With
     # skip or a token limit every image is decoded once when a stage starts.
     on_bad_sample: Literal["raise", "skip"] = "raise"
-    digits: DigitsConfig = field(default_factory=DigitsConfig)
+    digits: DigitsSpec = field(default_factory=DigitsSpec)  # sizes of the built-in dataset
 
 
 @dataclass

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import Config, ConfigError, dump_config
-from prism_fast.data.digits import DigitsSpec, check_digits
+from prism_fast.data.digits import check_digits
 from prism_fast.data.formats import SOURCES
 from prism_fast.data.readers import Samples
 from prism_fast.data.samples import Task
@@ -181,7 +180,7 @@ def _read_headers(folder: Path) -> None:
 def _check_data(config: Config, rewards: SourceRewards) -> list[str]:
     data = config.data
     if data.source == "digits":
-        check_digits(DigitsSpec(**asdict(data.digits)))
+        check_digits(data.digits)
         return ["data: the built-in digits, written when the run starts"]
     found = []
     for key, path in DataFiles.of(config).needed(config.stages).items():

@@ -19,43 +19,13 @@ import numpy as np
 from prism_fast.data.digit_demonstrations import SYSTEM_PROMPT, demonstration, teacher_texts
 from prism_fast.data.digit_images import DIGITS_PER_STRIP, DigitCollection, Strip, split_pools
 from prism_fast.data.digit_questions import KINDS
+from prism_fast.data.digit_sizes import DigitsSpec
 from prism_fast.data.messages import IMAGE_MARKER
 from prism_fast.data.samples import Demonstration, Task
 from prism_fast.data.writers import write_sharegpt, write_tasks
 from prism_fast.models.writing import whole_folder
 
 DATA_SOURCE = "mm_gad"
-
-
-@dataclass(frozen=True)
-class DigitsSpec:
-    """Sizes of the parts; each count of images is multiplied by its questions per image.
-
-    Defaults: 10,000 demonstrations, 400 for validation, 512 alignment and 1,024 RLVR tasks on images of their own, and
-    201 evaluation images with all five kinds of question (1,005 items). ``noise`` is the share of faulty
-    demonstrations. ``train_digits`` go to SFT, alignment and RLVR, ``3 * eval_images`` digits to evaluation, the rest
-    to validation. ValueError for impossible values.
-    """
-
-    sft_images: int = 2500
-    sft_questions: int = 4
-    sft_val_images: int = 100
-    sft_val_questions: int = 4
-    align_tasks: int = 512
-    rlvr_tasks: int = 1024
-    eval_images: int = 201
-    train_digits: int = 1074
-    noise: float = 0.35
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if name != "noise" and value < 1:
-                raise ValueError(f"DigitsSpec.{name} = {value}: must be at least 1")
-        for name in ("sft_questions", "sft_val_questions"):
-            if getattr(self, name) > len(KINDS):
-                raise ValueError(f"DigitsSpec.{name} = {getattr(self, name)}: there are {len(KINDS)} kinds of question")
-        if not 0.0 <= self.noise <= 1.0:
-            raise ValueError(f"DigitsSpec.noise = {self.noise}: is a share between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -89,6 +59,7 @@ def write_digits(root: str | Path, spec: DigitsSpec, seed: int) -> DigitsFiles:
     ``digits.json`` beside the data keeps spec and seed.
     """
     root = Path(root)
+    _check_values(spec)
     with whole_folder(root, flush=False) as part:
         _write_parts(DigitsFiles._under(part), spec, seed)
         record = {"dataset": "digits", "spec": asdict(spec), "seed": seed}
@@ -97,8 +68,20 @@ def write_digits(root: str | Path, spec: DigitsSpec, seed: int) -> DigitsFiles:
 
 
 def check_digits(spec: DigitsSpec) -> None:
-    """ValueError where the collection has too few digits for ``spec``."""
+    """ValueError for impossible values, or where the collection has too few digits for ``spec``."""
+    _check_values(spec)
     _pools(DigitCollection(), spec, np.random.default_rng(0))
+
+
+def _check_values(spec: DigitsSpec) -> None:
+    for name, value in asdict(spec).items():
+        if name != "noise" and value < 1:
+            raise ValueError(f"DigitsSpec.{name} = {value}: must be at least 1")
+    for name in ("sft_questions", "sft_val_questions"):
+        if getattr(spec, name) > len(KINDS):
+            raise ValueError(f"DigitsSpec.{name} = {getattr(spec, name)}: there are {len(KINDS)} kinds of question")
+    if not 0.0 <= spec.noise <= 1.0:
+        raise ValueError(f"DigitsSpec.noise = {spec.noise}: is a share between 0 and 1")
 
 
 def _pools(collection: DigitCollection, spec: DigitsSpec, rng: np.random.Generator) -> tuple[np.ndarray, ...]:

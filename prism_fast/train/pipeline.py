@@ -12,7 +12,7 @@ from torch import nn
 
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import Config, ConfigError
-from prism_fast.data.digits import DigitsFiles, DigitsSpec, tokenizer_corpus, write_digits
+from prism_fast.data.digits import DigitsFiles, tokenizer_corpus, write_digits
 from prism_fast.data.formats import SOURCES
 from prism_fast.data.samples import Demonstration, Pair
 from prism_fast.models.checkpointing import use_gradient_checkpointing
@@ -57,7 +57,7 @@ def prepare_data(run: Run) -> DataFiles:
         if root.exists():  # written whole or not at all: a resumed run finds it complete
             files = DigitsFiles.in_folder(root)
         else:
-            files = write_digits(root, DigitsSpec(**asdict(config.digits)), derive_seed(run.config.seed, "digits"))
+            files = write_digits(root, config.digits, derive_seed(run.config.seed, "digits"))
         return DataFiles({key: path for key in SOURCES if (path := getattr(files, key, None)) is not None})
     return DataFiles.of(run.config)
 

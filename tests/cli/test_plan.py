@@ -15,7 +15,8 @@ from transformers import DynamicCache, Qwen3VLConfig
 
 from prism_fast.algorithms.presets import policy_options
 from prism_fast.config import ConfigError, OptimizerConfig, load_config
-from prism_fast.data.digits import DigitsSpec, tokenizer_corpus, write_digits
+from prism_fast.data.digit_sizes import DigitsSpec
+from prism_fast.data.digits import tokenizer_corpus, write_digits
 from prism_fast.data.readers import read_tasks
 from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import build_discriminator

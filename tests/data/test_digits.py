@@ -14,7 +14,8 @@ from prism_fast.data import digits as digits_module
 from prism_fast.data.digit_demonstrations import SYSTEM_PROMPT
 from prism_fast.data.digit_images import TILE, DigitCollection
 from prism_fast.data.digit_questions import KINDS
-from prism_fast.data.digits import DigitsFiles, DigitsSpec, tokenizer_corpus, write_digits
+from prism_fast.data.digit_sizes import DigitsSpec
+from prism_fast.data.digits import DigitsFiles, check_digits, tokenizer_corpus, write_digits
 from prism_fast.data.grammar import split_text
 from prism_fast.data.readers import read_sharegpt, read_tasks
 from prism_fast.data.samples import Demonstration
@@ -166,9 +167,12 @@ def test_existing_folder_is_refused_and_a_failure_leaves_nothing(tmp_path, monke
         ({"sft_questions": 8}, "DigitsSpec.sft_questions = 8: there are 5 kinds"),
     ],
 )
-def test_impossible_specs_are_refused(change, message):
+def test_impossible_specs_are_refused_before_anything_is_written(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        DigitsSpec(**change)
+        check_digits(DigitsSpec(**change))
+    with pytest.raises(ValueError, match=message):
+        write_digits(tmp_path / "new", DigitsSpec(**change), 0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_too_many_digits_are_refused(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from prism_fast.config import load_config
-from prism_fast.data.digits import DigitsSpec, write_digits
+from prism_fast.data.digit_sizes import DigitsSpec
+from prism_fast.data.digits import write_digits
 from prism_fast.data.readers import read_tasks
 from prism_fast.data.samples import Demonstration
 from prism_fast.data.writers import write_sharegpt

@@ -6,17 +6,20 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from prism_fast.config import OptimizerConfig
+from prism_fast.data.order import SampleOrder
 from prism_fast.engine import local
 from prism_fast.engine.local import LocalEngine
 from prism_fast.models.writing import DiskFullError
-from prism_fast.train.checkpoint import CheckpointError, latest_checkpoint, read_checkpoint, save_checkpoint
+from prism_fast.train.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, read_checkpoint, save_checkpoint
 from prism_fast.train.record import RunRecord, read_resume
+from prism_fast.train.resume import StageState
 from tests.models.test_writing import CRASHED, DONE, die_at
 
 
@@ -172,3 +175,13 @@ def test_an_engine_goes_on_to_the_bit(tmp_path):
     assert torch.equal(_train(second, 5, start=4), straight)
     with pytest.raises(ValueError, match="weight"):
         LocalEngine(torch.nn.Linear(3, 3), OptimizerConfig()).load(saved.folder("policy"))
+
+
+def test_a_checkpoint_of_an_earlier_format_is_refused_by_name(tmp_path):
+    """Before its tensors are looked at: they were one file per engine."""
+    old = Checkpoint(tmp_path / "align-000004", {"format": 2, "stage": "align", "step": 4})
+    run = SimpleNamespace(resume=SimpleNamespace(checkpoint_of=lambda stage: old))
+    engine = LocalEngine(torch.nn.Linear(4, 3), OptimizerConfig())
+    with pytest.raises(CheckpointError, match=r"align-000004 was saved by another version .*start a new run"):
+        StageState(run, "align", engines={"policy": engine}, budgets={}, order=SampleOrder(4, seed=1))
+    assert engine.updates == 0

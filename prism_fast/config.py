@@ -214,6 +214,10 @@ class AlignConfig:
     # against the teacher's whole response (GAD, arXiv 2511.10643).
     discriminate: Literal["spans", "response"] = "spans"
     weights: tuple[float, float] = (0.5, 0.5)  # caption, reasoning
+    # Which tokens an advantage reaches. response: all of the response, as published. span: tokens of the caption get
+    # the caption's advantage, those of the reasoning trace the reasoning's, those of the answer see answer_credit.
+    credit: Literal["response", "span"] = "response"
+    answer_credit: Literal["mean", "verifier"] = "mean"  # of both advantages, or the advantage of the checked answer
     format_penalty: float | None = None  # subtracted from an invalid response's advantage; null: 1.5, under `paper` 0
     loss: Loss = "prism"  # a preset of the policy loss
     rollout: SamplingConfig = field(default_factory=SamplingConfig)
@@ -223,6 +227,16 @@ class AlignConfig:
 
     def __post_init__(self) -> None:
         _require(any(self.weights), "align.weights", "0 or more, one of them above 0", self.weights)
+        if self.credit == "span":
+            setting = "with align.credit=span, which divides the default advantage"
+            _require(self.discriminate == "spans", "align.discriminate", f"'spans' {setting}", self.discriminate)
+            _require(self.advantage == "default", "align.advantage", f"'default' {setting}", self.advantage)
+            _require(
+                self.loss != "gspo", "align.loss", f"another {setting}: gspo has one ratio per response", self.loss
+            )
+        else:
+            allowed = "'mean' without align.credit=span"
+            _require(self.answer_credit == "mean", "align.answer_credit", allowed, self.answer_credit)
         if self.discriminate == "response":
             _require(tuple(self.weights) == (0.5, 0.5), "align.weights", "left out: one score", self.weights)
 
@@ -338,11 +352,15 @@ class Config:
         if self.semantics == "released":  # the published code stops with a KeyError in this mode
             allowed = "'spans' with semantics=released, which has no whole-response mode"
             _require(self.align.discriminate == "spans", "align.discriminate", allowed, self.align.discriminate)
+            allowed = "'response' with semantics=released, which gives a response one advantage"
+            _require(self.align.credit == "response", "align.credit", allowed, self.align.credit)
             spread = self.align.discriminator.spread
             _require(
                 spread == 0, "align.discriminator.spread", "0 with semantics=released, which has no such term", spread
             )
         if self.semantics == "paper":
+            allowed = "'response' with semantics=paper, whose equations give a response one advantage"
+            _require(self.align.credit == "response", "align.credit", allowed, self.align.credit)
             allowed = "'default' with semantics=paper, whose equations have no other"
             _require(self.align.advantage == "default", "align.advantage", allowed, self.align.advantage)
 

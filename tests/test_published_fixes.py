@@ -39,17 +39,17 @@ from prism_fast.models.discriminator import (
 from prism_fast.models.forward import collate
 from prism_fast.models.policy import build_tiny_policy
 from prism_fast.models.processor import Processor
+from prism_fast.models.token_budget import TokenBudget
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.ops import group_advantage, policy_loss
 from prism_fast.released.losses import FALLBACK
 from prism_fast.rewards import AnswerChecker, Judged
 from prism_fast.rollout.protocol import Completion
-from prism_fast.train import policy_update
-from prism_fast.train.discriminator_update import SpanGroup, discriminator_step
-from prism_fast.train.microbatch import TokenBudget
-from prism_fast.train.warmup import pair_margins
+from prism_fast.train.policy_trainer import PolicyBatch
+from prism_fast.train.scored_group import ScoredGroup
 from tests.ops.golden import group_ids, load
 from tests.support.small_policy import SMALL
+from tests.support.trainers import score_and_learn, update_policy
 
 TESTS = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -158,21 +158,9 @@ def prompt(processor):
 
 def step(critic, processor, groups, *, semantics="prism_fast", budget=10**6, aux_coef=0.0, score_reg=0.001):
     """Loss, scores and gradients of one discriminator step."""
-    critic.zero_grad()
-    scores, loss = discriminator_step(
-        critic,
-        groups,
-        backward=lambda value, **_: value.backward(),
-        pad_id=processor.pad_id,
-        device=CPU,
-        semantics=semantics,
-        score_clip=10.0,
-        score_reg=score_reg,
-        tokens_per_micro_batch=budget,
-        layout="padded",
-        aux_coef=aux_coef,
-    )
-    return float(loss), scores, {n: p.grad.clone() for n, p in critic.named_parameters() if p.grad is not None}
+    options = {"semantics": semantics, "score_reg": score_reg, "aux_coef": aux_coef, "pad_id": processor.pad_id}
+    scores = score_and_learn(critic, groups, tokens=budget, layout="padded", **options)
+    return scores.loss, scores, {n: p.grad.clone() for n, p in critic.named_parameters() if p.grad is not None}
 
 
 def test_1_long_teacher_texts(processor):
@@ -219,7 +207,7 @@ def test_4_the_end_of_the_teachers_text(processor):
 
 
 def test_5_head_dropout(policy, processor, prompt):
-    groups = [SpanGroup(prompt, ((5, 6), (7,)), [((8,), (9, 10))])]
+    groups = [ScoredGroup(prompt, ((5, 6), (7,)), [((8,), (9, 10))])]
     gradient = {}
     published = SEMANTICS["released"].head_dropout
     for rate in (published, 0.0):
@@ -251,8 +239,8 @@ def test_6_scores_in_half_precision(critic):
 
 def test_7_the_cut_into_micro_batches(critic, processor, prompt, generator):
     groups = [
-        SpanGroup(prompt, ((5, 6), (7,)), [((8,), (9, 10)), None]),
-        SpanGroup(prompt, ((11,), (12,)), [((13,), (14,)), ((15,), (16,))]),
+        ScoredGroup(prompt, ((5, 6), (7,)), [((8,), (9, 10)), None]),
+        ScoredGroup(prompt, ((11,), (12,)), [((13,), (14,)), ((15,), (16,))]),
     ]
     loss = {
         semantics: [step(critic, processor, groups, semantics=semantics, budget=budget)[0] for budget in (10**6, 1)]
@@ -286,18 +274,18 @@ def test_9_metrics_are_counts_and_true_means(critic, processor, prompt):
     assert cases["dynamic_batches_all_invalid"]["metrics_per_micro_batch"]["critic/d_acc"] == [0.92]
     logged = cases["dynamic_batches"]["metrics_per_micro_batch"]["critic/d_loss"]
     assert len(logged) == 3 and np.mean(logged) == pytest.approx(sum(logged) / 3), "of parts that add up to the loss"
-    groups = [SpanGroup(prompt, ((5, 6), (7,)), [None, None])]
+    groups = [ScoredGroup(prompt, ((5, 6), (7,)), [None, None])]
     _, scores, _ = step(critic, processor, groups)
-    assert pair_margins(groups, scores, ("caption", "reasoning")) == {}, "no pair, no accuracy"
-    groups = [SpanGroup(prompt, ((i,), (i + 1,)), [((i + 20,), (i + 30,))]) for i in range(3)]
+    assert not [n for n in scores.metrics if n.startswith(("disc/margin_", "disc/acc_"))], "no pair, no accuracy"
+    groups = [ScoredGroup(prompt, ((i,), (i + 1,)), [((i + 20,), (i + 30,))]) for i in range(3)]
     whole, cut = (step(critic, processor, groups, budget=budget)[0] for budget in (10**6, 1))
     assert whole == pytest.approx(cut, rel=1e-5)
 
 
 def test_10_invalid_responses_cost_nothing(critic, processor, prompt, generator):
     framed = ((8,), (9, 10))
-    one, many = (SpanGroup(prompt, ((5, 6), (7,)), [framed, *[None] * n]) for n in (0, 7))
-    assert one.unique_spans() == many.unique_spans()
+    one, many = (ScoredGroup(prompt, ((5, 6), (7,)), [framed, *[None] * n]) for n in (0, 7))
+    assert one.spans() == many.spans()
     (loss, _, gradient), (other, _, same) = (step(critic, processor, [group], score_reg=0.5) for group in (one, many))
     assert loss == other and all(torch.equal(gradient[name], same[name]) for name in gradient)
     teacher, student = torch.zeros(1, 2), torch.zeros(2, 2)
@@ -310,7 +298,7 @@ def test_10_invalid_responses_cost_nothing(critic, processor, prompt, generator)
 
 def rolled(processor, prompt, policy):
     completions = [Completion((5, 6, 7), (-6.0,) * 3, 1.0, "stop"), Completion((8, 9), (-6.0,) * 2, 1.0, "stop")]
-    return policy_update.PolicyBatch([prompt], [0, 0], completions, torch.tensor([1.0, -0.5]))
+    return PolicyBatch([prompt], [0, 0], completions, torch.tensor([1.0, -0.5]))
 
 
 def test_13_one_forward_without_old_log_probs(policy, processor, prompt, generator):
@@ -320,14 +308,13 @@ def test_13_one_forward_without_old_log_probs(policy, processor, prompt, generat
     torch.testing.assert_close(torch.autograd.grad(policy_loss(*arguments)[0], logp)[0], published, rtol=1e-12, atol=0)
     forwards = []
     counting = policy.model.language_model.register_forward_hook(lambda *args: forwards.append(args))
-    numbers = policy_update.update_policy(
+    numbers = update_policy(
         LocalEngine(policy, OptimizerConfig(lr=1e-9)),
         rolled(processor, prompt, policy),
         policy_options("prism", max_response=8),
         temperature=1.0,
         pad_id=processor.pad_id,
         budget=TokenBudget(10**6, notify=pytest.fail),
-        device=CPU,
         layout="padded",
     )
     counting.remove()
@@ -384,7 +371,7 @@ def test_16_warm_up(critic, processor, prompt, tmp_path):
 
     checkpoint(layer, torch.ones(2, 3, requires_grad=True), use_reentrant=True)
     assert not found[0].requires_grad, "with its gradient checkpointing the balance loss has no gradient"
-    groups = [SpanGroup(prompt, ((5, 6), (7,)), [((8,), (9, 10))])]
+    groups = [ScoredGroup(prompt, ((5, 6), (7,)), [((8,), (9, 10))])]
     _, _, plain = step(critic, processor, groups)
     _, _, balanced = step(critic, processor, groups, aux_coef=1.0)
     name = "backbone.language_model.layers.0.mlp.gate.weight"

@@ -99,6 +99,23 @@ def alignment_advantage(
     return group_advantage(scores, group, weights=scaled, gate=gate, offset=outcome, **aligned, **options)
 
 
+def alignment_terms(
+    scores: Tensor,
+    group: Tensor,
+    *,
+    valid: Tensor,
+    weights: Sequence[float] = (0.5, 0.5),
+    invalid: str = "below_min",
+    eps: float = 1e-6,
+    singleton: str = "zero",
+    backend: str | None = None,
+) -> Tensor:
+    """[B, K] the terms weights_k * GN(scores_k) of ``alignment_advantage``'s default mode before their sum, for credit
+    per span. Arguments and errors as there."""
+    options = {"weights": weights, "valid": valid, "invalid": invalid, "eps": eps, "singleton": singleton}
+    return group_advantage(scores, group, per_score=True, backend=backend, **options)
+
+
 def outcome_advantage(
     reward: Tensor,
     group: Tensor,

@@ -23,6 +23,10 @@ class Semantics:
     ``positions``: of the discriminator's tokens in alignment, see ``models.forward.collate``.
     ``format_penalty``, ``score_clip``, ``score_reg``: what the recipe's keys of these names mean when not given.
     ``head_dropout``: of the discriminator's score head while it learns.
+    ``divide_by_micro_batch``: each micro-batch's loss is divided by its own counts, so that it depends on the cut.
+    ``learns_without_pairs``: the discriminator is updated where no response of a step is valid.
+    ``warmup_shapes_scores``, ``warmup_balances``: ``score_clip`` and ``score_reg``, and the load-balancing loss, act in
+    the discriminator's warm-up.
     ``differs``: where it is not its source, for people; a run prints it.
     """
 
@@ -36,6 +40,10 @@ class Semantics:
     score_clip: float | None
     score_reg: float
     head_dropout: float = 0.0
+    divide_by_micro_batch: bool = False
+    learns_without_pairs: bool = False
+    warmup_shapes_scores: bool = True
+    warmup_balances: bool = True
     differs: tuple[str, ...] = ()
 
 

@@ -30,8 +30,9 @@ class ResponseSplit:
 
     ``caption`` and ``reasoning`` are the published spans (the latter ``<think>…</think> <answer>…</answer>``);
     ``answer`` is the stripped inside of the matched third section. All three are empty when ``valid`` is False.
-    ``caption_tokens`` is the smallest number of leading tokens whose text contains the caption, -1 when invalid or
-    when only text was given; a token that merges ``>`` with the newline after it belongs to the caption.
+    ``caption_tokens`` and ``think_tokens`` are the smallest numbers of leading tokens whose text contains the section,
+    -1 when invalid or when only text was given; a token that merges ``>`` with the newline after it belongs to the
+    section that it closes.
     """
 
     text: str
@@ -40,11 +41,12 @@ class ResponseSplit:
     reasoning: str = ""
     answer: str = ""
     caption_tokens: int = -1
+    think_tokens: int = -1
     char_spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def split_text(text: str) -> ResponseSplit:
-    """Cut ``text`` as `PUBLISHED_PATTERN` does, in time linear in its length; ``caption_tokens`` stays -1.
+    """Cut ``text`` as `PUBLISHED_PATTERN` does, in time linear in its length; the token counts stay -1.
 
     The last section can only close at the last ``</answer>`` with nothing but whitespace behind it, and each earlier
     section closes as early as possible: if the earliest border fails, a later one leaves less room and fails too.
@@ -76,22 +78,29 @@ def split_text(text: str) -> ResponseSplit:
 
 
 def split_pieces(pieces: Sequence[bytes]) -> ResponseSplit:
-    """`split_text` of the joined byte pieces (one per token, decoded once), with ``caption_tokens`` filled in.
+    """`split_text` of the joined byte pieces (one per token, decoded once), with the token counts filled in.
 
-    Undecodable bytes become U+FFFD, as tokenizers decode them. Characters are not mapped back to bytes one by one: the
-    caption ends with the n-th ``</caption>`` of the text, and ASCII text occurs in the bytes exactly where it occurs in
-    their decoding.
+    Undecodable bytes become U+FFFD, as tokenizers decode them. Characters are not mapped back to bytes one by one: a
+    section ends with the n-th occurrence of its closing tag in the text, and ASCII text occurs in the bytes exactly
+    where it occurs in their decoding.
     """
     joined = b"".join(pieces)
     split = split_text(joined.decode("utf-8", errors="replace"))
     if not split.valid:
         return split
-    closing = _CAPTION_CLOSE.encode()
-    end = 0
-    for _ in range(split.caption.count(_CAPTION_CLOSE)):
-        end = joined.index(closing, end) + len(closing)
-    tokens = next(count for count, size in enumerate(accumulate(map(len, pieces)), start=1) if size >= end)
-    return replace(split, caption_tokens=tokens)
+    sizes = list(accumulate(map(len, pieces)))
+
+    def tokens_up_to(section: str, tag: str) -> int:
+        end = 0
+        for _ in range(split.text.count(tag, 0, split.char_spans[section][1])):
+            end = joined.index(tag.encode(), end) + len(tag)
+        return next(count for count, size in enumerate(sizes, start=1) if size >= end)
+
+    return replace(
+        split,
+        caption_tokens=tokens_up_to("caption", _CAPTION_CLOSE),
+        think_tokens=tokens_up_to("think", _THINK_CLOSE),
+    )
 
 
 def split_tokens(token_ids: Sequence[int], tokenizer: Any) -> ResponseSplit:

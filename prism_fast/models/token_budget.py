@@ -100,9 +100,7 @@ class TokenBudget:
                     "smaller model or more memory; `prism-fast plan` shows what needs how much"
                 )
             self.tokens = max(1, self.tokens // 2)
-            self._notify(
-                f"out of memory ({reason}): done again with at most {self.tokens} tokens per {self._piece}"
-            )
+            self._notify(f"out of memory ({reason}): done again with at most {self.tokens} tokens per {self._piece}")
             _set_generator_states(generators)
 
     def change(self) -> int | None:

@@ -15,6 +15,10 @@ TERMS: dict[str, Any] = dict(
     score_clip=10.0,
     score_reg=0.001,
     head_dropout=0.1,
+    divide_by_micro_batch=True,
+    learns_without_pairs=True,
+    warmup_shapes_scores=False,  # the published warm-up has neither clamp nor regulariser
+    warmup_balances=False,  # with its gradient checkpointing its load-balancing loss has no gradient
 )
 """Fields of ``algorithms.semantics.Semantics``."""
 

@@ -58,9 +58,7 @@ class Run:
         def tell(text: str) -> None:
             self.console.print(f"generation: {text}", style="yellow", markup=False, highlight=False)
 
-        self.rollout_budget = TokenBudget(
-            self.config.rollout.tokens_in_flight, notify=tell, piece="chunk of responses"
-        )
+        self.rollout_budget = TokenBudget(self.config.rollout.tokens_in_flight, notify=tell, piece="chunk of responses")
 
     @property
     def record(self) -> RunRecord:

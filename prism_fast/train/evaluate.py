@@ -40,9 +40,7 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
             chunk = [tasks[i] for i in range(start, min(start + config.batch, count))]
             prompts = [processor.encode_prompt(task.messages, task.images) for task in chunk]
             seeds = [derive_seed(run.config.seed, "eval", after, start + k) for k in range(len(chunk))]
-            groups = engine.generate(
-                prompts, sampling, seeds, poll=lambda: run.stop.poll(f"evaluation after {after}")
-            )
+            groups = engine.generate(prompts, sampling, seeds, poll=lambda: run.stop.poll(f"evaluation after {after}"))
             completions = [group[0] for group in groups]
             texts = [processor.decode(completion.token_ids) for completion in completions]
             rewards = grader.score(chunk, texts)

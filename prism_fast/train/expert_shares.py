@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prism_fast.data.framing import SPANS
 from prism_fast.models.transfer import moved
+from prism_fast.track.metrics import Metrics
 
 SHOWN = 16  # of more experts than these, no single one's share becomes a metric
 
@@ -42,9 +42,8 @@ def _entropy(shares: Tensor) -> Tensor:
 class ExpertShares:
     """Counts of one step, on the device of the choices."""
 
-    def __init__(self, columns: int, experts: int) -> None:
-        """``columns``: scores per response."""
-        spans = next(names for names in SPANS.values() if len(names) == columns)
+    def __init__(self, spans: Sequence[str], experts: int) -> None:
+        """``spans``: names of the scores."""
         self.kinds, self.experts = ("prompt", *spans), experts
         self.counts: Tensor | None = None  # [layers, kinds, E] int64
 
@@ -68,11 +67,18 @@ class ExpertShares:
         # Whole numbers: their sum does not depend on the order in which a device adds them.
         self.counts.view(-1).scatter_add_(0, place.flatten(), weight.long()[:, None].expand_as(chosen).flatten())
 
-    def numbers(self) -> dict[str, float | int]:
+    def add_to(self, metrics: Metrics, prefix: str) -> None:
         """Metrics: ``experts_{kind}_{e}``, the share of the kind's choices that fell on expert e, mean over layers;
         and where there are two kinds of spans, ``expert_span_information`` (mean over layers), its largest value
         ``expert_span_information_top`` with its layer ``expert_span_layer_top`` (the first is 1), and that layer's
-        shares ``experts_top_{kind}_{e}``. What has no tokens has no metric."""
+        shares ``experts_top_{kind}_{e}``. A kind without tokens has no metric."""
+        for name, value in self._values().items():
+            if name == "expert_span_layer_top":
+                metrics.last(prefix + name, value)
+            else:
+                metrics.mean(prefix + name, value)
+
+    def _values(self) -> dict[str, float | int]:
         if self.counts is None:
             return {}
         counts = self.counts.cpu()

@@ -13,6 +13,7 @@ from prism_fast.algorithms.dynamic_sampling import UsefulShare, useful_groups
 from prism_fast.algorithms.overlong import overlong_penalty
 from prism_fast.config import RlvrConfig
 from prism_fast.data.order import SampleOrder
+from prism_fast.track.metrics import Metrics
 from prism_fast.train.grading import Grader
 from prism_fast.train.rollout_record import RolloutGroup, training_records
 from prism_fast.train.rollouts import RolloutSource, StepRollouts
@@ -28,7 +29,7 @@ class SampledGroups:
 
     trained: StepRollouts
     generated: StepRollouts
-    numbers: dict[str, float | int | None]
+    metrics: Metrics
 
     @property
     def unused(self) -> list[RolloutGroup]:
@@ -77,7 +78,7 @@ class GroupSampler:
         """
         if not self.config.dynamic_sampling.enabled:
             rollouts = self._graded(self.config.prompts, step=step)
-            return SampledGroups(rollouts, rollouts, {})
+            return SampledGroups(rollouts, rollouts, Metrics())
         wanted, dynamic = self.config.prompts, self.config.dynamic_sampling
         useful, rounds = self.kept, []
         while len(useful) < wanted and len(rounds) < dynamic.max_rounds:
@@ -96,17 +97,16 @@ class GroupSampler:
         trained, self.kept = useful[:wanted], useful[wanted:]
         new = len([group for group in useful if group.origin.step == step])
         ages = [step - group.origin.step for group in trained]
-        numbers: dict[str, float | int | None] = {
-            "sampling/generated": len(generated.groups),
-            "sampling/useful_share": new / len(generated.groups) if rounds else None,
-            "sampling/expected_share": self.share.share,
-            "sampling/rounds": len(rounds),
-            "sampling/missing": wanted - len(trained),
-            "sampling/banked": len(self.kept),
-            "sampling/age_mean": sum(ages) / len(ages),
-            "sampling/age_max": max(ages),
-        }
-        return SampledGroups(StepRollouts(trained), generated, numbers)
+        metrics = Metrics()
+        metrics.sum("sampling/generated", len(generated.groups))
+        metrics.mean("sampling/useful_share", new, len(generated.groups))
+        metrics.mean("sampling/expected_share", self.share.share)
+        metrics.max("sampling/rounds", len(rounds))
+        metrics.sum("sampling/missing", wanted - len(trained))
+        metrics.sum("sampling/banked", len(self.kept))
+        metrics.mean("sampling/age_mean", sum(ages), len(ages))
+        metrics.max("sampling/age_max", max(ages))
+        return SampledGroups(StepRollouts(trained), generated, metrics)
 
     def _graded(self, count: int, *, step: int, round: int = 0) -> StepRollouts:
         return self.grader.grade(self.source.take(self.order.next_indices(count), step=step, round=round))

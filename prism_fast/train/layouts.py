@@ -19,8 +19,8 @@ from prism_fast.models.forward import ResponseRows, TokenBatch, collate, languag
 from prism_fast.models.packing import Branch, PackedRow, PromptGroup, SharedImages, pack, packed_outputs
 from prism_fast.models.score_rows import states_at
 from prism_fast.models.shared_prefix import use_shared_prefix
+from prism_fast.models.token_budget import by_tokens
 from prism_fast.models.transfer import moved
-from prism_fast.train.microbatch import by_tokens
 
 Layout = Literal["shared_prefix", "padded"]
 
@@ -36,11 +36,11 @@ class Forward(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """One micro-batch of ``M`` continuations computed for what its last tokens say; ``X`` rows, ``hidden`` of ``M``.
+    """One micro-batch of ``X`` rows computed up to the last tokens of its ``M`` continuations.
 
-    ``hidden`` [M, H] final-norm, at the last row of each continuation; ``weight`` [X] how often a row's token stands in
-    the unshared computation (0: padding); ``branch`` [X] int64: which of the M continuations the token belongs to, -1:
-    a prompt; ``router_logits`` per sparse layer [X, E], None unless asked for.
+    ``hidden`` [M, H] final-norm, at the last row of each continuation; ``weight`` [X] how often the unshared
+    computation would compute a row's token (0: padding); ``branch`` [X] int64: the continuation that the token belongs
+    to, -1: a prompt; ``router_logits`` per sparse layer [X, E], None unless asked for.
     """
 
     hidden: Tensor
@@ -49,37 +49,38 @@ class Ends(NamedTuple):
     router_logits: tuple[Tensor, ...] | None
 
 
-class PackedStep:
-    """A step in packed rows. ``parts``: the rows, those of a group that was cut behind each other."""
+class PackedPlan:
+    """A step in packed rows. ``micro_batches``: the rows; rows of a group that was cut follow each other."""
 
     def __init__(self, backbone: nn.Module, groups: Sequence[PromptGroup], budget: int, *, positions: str = "mrope"):
         self.backbone = backbone
-        self.parts: list[PackedRow] = pack(groups, budget, model_config=backbone.config, positions=positions)
-        self.images = SharedImages(self.parts)
+        self.micro_batches: list[PackedRow] = pack(groups, budget, model_config=backbone.config, positions=positions)
+        self.images = SharedImages(self.micro_batches)
 
-    def units(self) -> list[list[PackedRow]]:
-        """The parts, those that hold branches of a common group together."""
-        units: list[list[PackedRow]] = []
+    def bound(self) -> list[list[PackedRow]]:
+        """The rows in order; rows that hold branches of a common group are in one list."""
+        bound: list[list[PackedRow]] = []
         seen: set[int] = set()
-        for row in self.parts:
+        for row in self.micro_batches:
             here = {g for g, _ in row.branches}
-            if units and here & seen:
-                units[-1].append(row)
+            if bound and here & seen:
+                bound[-1].append(row)
                 seen |= here
             else:
-                units.append([row])
+                bound.append([row])
                 seen = here
-        return units
+        return bound
 
-    def announce(self, unit: Sequence[PackedRow]) -> None:
-        """These rows pass without gradient before the pass that is learned from: both read the same encoded images."""
-        self.images.announce(unit)
+    def announce(self, rows: Sequence[PackedRow]) -> None:
+        """These rows pass without gradient before the pass that learns: both read the same encoded images."""
+        self.images.announce(rows)
 
-    def apart(self) -> PackedStep:
-        """The same rows as a pass of its own, which keeps nothing."""
-        step = object.__new__(PackedStep)
-        step.backbone, step.parts, step.images = self.backbone, self.parts, SharedImages(self.parts)
-        return step
+    def copy(self) -> PackedPlan:
+        """The same rows for another pass, with images of its own."""
+        plan = object.__new__(PackedPlan)
+        plan.backbone, plan.micro_batches = self.backbone, self.micro_batches
+        plan.images = SharedImages(self.micro_batches)
+        return plan
 
     def forward(self, row: PackedRow) -> Forward:
         row = row.to(self.backbone.device)
@@ -92,7 +93,7 @@ class PackedStep:
         return Ends(hidden, row.copies, row.branch, out.router_logits if kwargs else None)
 
     def finish(self, row: PackedRow, backward: Callable[[Tensor], object] | None) -> None:
-        """After a part's own backward (None: there was none): the gradient of images that several rows share."""
+        """After a row's own backward (None: there was none): the gradient of images that several rows share."""
         self.images.finish(row, backward if backward is not None else _no_gradient)
 
 
@@ -101,13 +102,13 @@ def _no_gradient(loss: Tensor) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class PaddedPart:
+class PaddedBatch:
     branches: tuple[Branch, ...]
     tokens: int  # without padding
 
 
-class PaddedStep:
-    """A step in padded batches; ``whole_groups``: the continuations of a group stay together."""
+class PaddedPlan:
+    """A step in padded batches. ``whole_groups``: the continuations of a group stay together."""
 
     def __init__(
         self,
@@ -125,61 +126,64 @@ class PaddedStep:
             branches = [(g, b) for b, branch in enumerate(group.branches) if branch is not None]
             items += [branches] if whole_groups else [[branch] for branch in branches]
         lengths = [sum(self._length(branch) for branch in item) for item in items]
-        self.parts = [
-            PaddedPart(tuple(branch for i in part for branch in items[i]), sum(lengths[i] for i in part))
-            for part in by_tokens(lengths, budget)
+        self.micro_batches = [
+            PaddedBatch(tuple(branch for i in chosen for branch in items[i]), sum(lengths[i] for i in chosen))
+            for chosen in by_tokens(lengths, budget)
         ]
 
     def _length(self, branch: Branch) -> int:
         group = self.groups[branch[0]]
         return len(group.prompt.input_ids) + len(group.branches[branch[1]])
 
-    def units(self) -> list[list[PaddedPart]]:
-        return [[part] for part in self.parts]
+    def bound(self) -> list[list[PaddedBatch]]:
+        """As of packed rows; with ``whole_groups`` no two batches hold a common group."""
+        return [[batch] for batch in self.micro_batches]
 
-    def announce(self, unit: Sequence[PaddedPart]) -> None:
+    def announce(self, batches: Sequence[PaddedBatch]) -> None:
         """Forwards of padded batches share nothing: any number of passes may run."""
 
-    def apart(self) -> PaddedStep:
+    def copy(self) -> PaddedPlan:
         return self
 
-    def _batch(self, part: PaddedPart) -> TokenBatch:
-        used = sorted({g for g, _ in part.branches})
+    def _collated(self, batch: PaddedBatch) -> TokenBatch:
+        used = sorted({g for g, _ in batch.branches})
         return collate(
             [self.groups[g].prompt for g in used],
-            [used.index(g) for g, _ in part.branches],
-            [self.groups[g].branches[b] for g, b in part.branches],
+            [used.index(g) for g, _ in batch.branches],
+            [self.groups[g].branches[b] for g, b in batch.branches],
             model_config=self.backbone.config,
             pad_id=self.pad_id,
             positions=self.positions,
         )
 
-    def forward(self, part: PaddedPart) -> Forward:
-        device, batch = self.backbone.device, self._batch(part)
-        predict = ResponseRows(*(moved(x, device) for x in response_rows(batch)))  # counted where it costs no waiting
-        hidden = language_outputs(self.backbone, batch.to(device)).last_hidden_state
+    def forward(self, batch: PaddedBatch) -> Forward:
+        device, tokens = self.backbone.device, self._collated(batch)
+        predict = ResponseRows(
+            *(moved(x, device) for x in response_rows(tokens))
+        )  # on the CPU: the host waits for nothing
+        hidden = language_outputs(self.backbone, tokens.to(device)).last_hidden_state
         return Forward(hidden.flatten(0, 1), predict)  # [B·S, H]
 
-    def ends(self, part: PaddedPart, **kwargs: bool) -> Ends:
-        """As of a packed step."""
-        batch = self._batch(part).to(self.backbone.device)
-        rows, width = batch.input_ids.shape
-        number = torch.arange(rows, device=batch.lengths.device)
-        prompt = torch.arange(width, device=number.device) < batch.prompt_lengths[:, None]  # [B, S]
+    def ends(self, batch: PaddedBatch, **kwargs: bool) -> Ends:
+        """As of a packed plan."""
+        tokens = self._collated(batch).to(self.backbone.device)
+        rows, width = tokens.input_ids.shape
+        number = torch.arange(rows, device=tokens.lengths.device)
+        prompt = torch.arange(width, device=number.device) < tokens.prompt_lengths[:, None]  # [B, S]
         branch = torch.where(prompt, -1, number[:, None]).flatten()
-        run = partial(language_outputs, self.backbone, batch)
-        hidden, out = states_at(self.backbone, number * width + batch.lengths - 1, partial(run, **kwargs))
-        return Ends(hidden, batch.attention_mask.flatten(), branch, out.router_logits if kwargs else None)
+        run = partial(language_outputs, self.backbone, tokens)
+        hidden, out = states_at(self.backbone, number * width + tokens.lengths - 1, partial(run, **kwargs))
+        return Ends(hidden, tokens.attention_mask.flatten(), branch, out.router_logits if kwargs else None)
 
-    def finish(self, part: PaddedPart, backward: Callable[[Tensor], object] | None) -> None:
+    def finish(self, batch: PaddedBatch, backward: Callable[[Tensor], object] | None) -> None:
         """Nothing is shared between padded batches."""
 
 
-Step = PackedStep | PaddedStep
-Part = PackedRow | PaddedPart
+BatchPlan = PackedPlan | PaddedPlan
+MicroBatch = PackedRow | PaddedBatch
 
 
-def lay_out(
+def plan_batches(
     layout: Layout,
     backbone: nn.Module,
     groups: Sequence[PromptGroup],
@@ -188,17 +192,17 @@ def lay_out(
     pad_id: int,
     positions: str = "mrope",
     whole_groups: bool = False,
-) -> Step:
-    """Cut a step into forwards of at most ``budget`` tokens.
+) -> BatchPlan:
+    """Cut a step into micro-batches of at most ``budget`` tokens.
 
-    ``whole_groups`` keeps a padded group in one forward whatever its size. A packed group that does not fit is cut;
-    ``units`` then says which rows belong together.
+    ``whole_groups`` keeps a padded group in one micro-batch whatever its size. A packed group that does not fit is cut;
+    ``bound`` then says which rows belong together.
     """
     if layout == "padded":
-        return PaddedStep(backbone, groups, budget, pad_id=pad_id, positions=positions, whole_groups=whole_groups)
+        return PaddedPlan(backbone, groups, budget, pad_id=pad_id, positions=positions, whole_groups=whole_groups)
     if layout != "shared_prefix":
         raise ValueError(f"layout must be 'shared_prefix' or 'padded', got {layout!r}")
-    return PackedStep(backbone, groups, budget, positions=positions)
+    return PackedPlan(backbone, groups, budget, positions=positions)
 
 
 def longest_item(layout: Layout, groups: Sequence[PromptGroup], *, whole_groups: bool = False) -> int:
@@ -211,7 +215,7 @@ def longest_item(layout: Layout, groups: Sequence[PromptGroup], *, whole_groups:
     return max(1, *sizes)
 
 
-def prepare(layout: Layout, model: nn.Module) -> None:
+def use_layout(layout: Layout, model: nn.Module) -> None:
     """Select the attention that a layout needs (idempotent)."""
     if layout == "shared_prefix":
         use_shared_prefix(model)

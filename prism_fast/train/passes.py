@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
 from prism_fast.models.family import tower, trunk
+from prism_fast.track.metrics import Metrics
 
 
 @dataclass
@@ -23,22 +24,12 @@ class Passes:
     recomputed: int = 0
     images: int = 0
 
-    def __add__(self, other: Passes) -> Passes:
-        return Passes(
-            self.learned + other.learned,
-            self.without_gradient + other.without_gradient,
-            self.recomputed + other.recomputed,
-            self.images + other.images,
-        )
-
-    def numbers(self, model: str) -> dict[str, int]:
-        """For the metrics; the report sums them up per stage."""
-        return {
-            f"passes/{model}_learned": self.learned,
-            f"passes/{model}_without_gradient": self.without_gradient,
-            f"passes/{model}_recomputed": self.recomputed,
-            f"passes/{model}_images": self.images,
-        }
+    def metrics(self, model: str) -> Metrics:
+        """Counts by name; the report sums them up per stage."""
+        metrics = Metrics()
+        for kind, count in asdict(self).items():
+            metrics.sum(f"passes/{model}_{kind}", count)
+        return metrics
 
 
 @contextmanager
@@ -52,7 +43,7 @@ def counted_passes(backbone: nn.Module) -> Iterator[Passes]:
             passes.learned += 1
         else:
             passes.without_gradient += 1
-        passes.recomputed -= 1  # its own pass through the first layer is none
+        passes.recomputed -= 1  # this forward enters the first layer once, which is no recomputation
 
     def first_layer(module: nn.Module, args: tuple) -> None:
         passes.recomputed += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -11,6 +12,8 @@ from prism_fast.data.order import SampleOrder
 from prism_fast.engine.protocol import Engine
 from prism_fast.models.token_budget import TokenBudget
 from prism_fast.models.writing import sync
+from prism_fast.track.metrics import Metrics
+from prism_fast.track.speed import StepTimer
 from prism_fast.train.checkpoint import CheckpointError, save_checkpoint
 from prism_fast.train.context import Run
 from prism_fast.train.rollout_log import RolloutLog
@@ -29,10 +32,12 @@ class Stateful(Protocol):
 class StageState:
     """Engines, token budgets, sample order and whatever else a stage's next step depends on.
 
-    Random numbers need no saving: every draw is seeded by (seed, stage, step), see :meth:`begin_step`.
+    A stage's loop is ``for step in state.steps(total, shown=...): ...; state.end_step(metrics)``.
+
+    Random numbers need no saving: every draw is seeded by (seed, stage, step).
 
     A stop is possible anywhere in a step: before an engine was updated, the state is saved as it was when the step
-    began; after :meth:`hold`, as it is, with the numbers of the step; in between the step is finished.
+    began; after :meth:`hold`, as it is, with the metrics of the step; in between the step is finished.
     """
 
     def __init__(
@@ -53,7 +58,7 @@ class StageState:
         """
         self.run, self.stage, self.engines, self.order, self.extra = run, stage, engines, order, extra
         self.step = 0
-        self.held: dict | None = None  # numbers of the step whose update is done and whose evaluation is not
+        self.held: Metrics | None = None  # of the step whose update is done and whose evaluation is not
         self.budgets = {name: TokenBudget(tokens, notify=self._tell) for name, tokens in budgets.items()}
         if with_rollouts:  # as the recipe says, or below as the checkpoint does: whatever an earlier stage had to do
             self.budgets["rollout"] = run.rollout_budget
@@ -66,7 +71,9 @@ class StageState:
                     f"{saved.path} was saved by another version of prism-fast (its format is not "
                     f"{FORMAT}): go on with that version, or start a new run"
                 )
-            self.step, self.held = saved.state["step"], saved.state["held"]
+            self.step = saved.state["step"]
+            if saved.state["held"] is not None:
+                self.held = Metrics.joined([saved.state["held"]])
             for name, engine in engines.items():
                 engine.load(saved.folder(name))
             for name, budget in self.budgets.items():
@@ -76,32 +83,55 @@ class StageState:
                 extra.load_state_dict(saved.state["extra"])
             kept = saved.state["rollout_bytes"]
         self._saved_step = self.step
+        self.timer = StepTimer(run.device, run.dtype)
         self.log = RolloutLog(run.folder, stage, keep_bytes=kept) if with_rollouts else None
         if self.held is not None:
             self._watch()
 
-    def begin_step(self) -> int:
-        """Number of the step that begins (from 1); seeds PyTorch's generators for it (head dropout draws from them)."""
+    def steps(self, total: int, *, shown: Mapping[str, str], done: Callable[[], bool] = lambda: False) -> Iterator[int]:
+        """The numbers of the steps that are left, from 1 to ``total`` or until ``done()``; each ends with `end_step`.
+
+        Begins each step: seeds PyTorch's generators for it (head dropout draws from them). ``shown``: metrics on the
+        progress bar, by the name that they have there.
+        """
+        self._finished = lambda: self.step >= total or done()
+        self._shown = shown
+        with self.run.progress.bar(self.stage, total, done=self.step) as self._bar:
+            while self.held is not None or not self._finished():
+                if self.held is None:
+                    self._begin_step()
+                yield self.step
+
+    def _begin_step(self) -> None:
         self._before, self._updates_before = copy.deepcopy(self._facts()), self._updates()
         self.step += 1
+        self.timer.begin()
         torch.manual_seed(derive_seed(self.run.config.seed, self.stage, "torch", self.step))
         self._watch()
-        return self.step
 
-    def hold(self, numbers: dict) -> None:
-        """The step's updates are done, its evaluation follows: a stop during it saves the step with these numbers, and
+    def hold(self, metrics: Metrics) -> None:
+        """The step's updates are done, its evaluation follows: a stop during it saves the step with these metrics, and
         the resumed run finds them in ``held`` and begins with that evaluation."""
-        self.held = numbers
+        self.held = metrics
 
-    def end_step(self, *, last: bool = False) -> None:
-        """Save if it is time, if this was the last step, or if a stop was asked for; then stop.
+    def end_step(self, metrics: Metrics, times: Mapping[str, float] | None = None) -> None:
+        """Write the step's metrics, show some of them, save if it is time, if this was the last step, or if a stop was
+        asked for; then stop.
+
+        Args:
+            times: further seconds by name, ``time/...``.
 
         Raises:
             Stopped: SIGTERM or SIGINT arrived; the step is saved.
+            ValueError: a metric is not finite.
         """
+        values = metrics.read()
+        self.timer.learned(tokens=values.get("perf/tokens", 0), forward_flops=values.get("perf/forward_flops", 0))
+        self.run.metrics.write(self.stage, self.step, {**values, **(times or {}), **self.timer.metrics().read()})
+        self._bar.advance(**{name: values.get(metric) for name, metric in self._shown.items()})
         self.held = None
         self.run.stop.save = None
-        stop = self.run.stop.requested
+        stop, last = self.run.stop.requested, self._finished()
         if last or stop or self.step % self.run.config.checkpoint_every == 0:
             self._save(self._facts())
         if stop and not last:
@@ -135,7 +165,7 @@ class StageState:
             "budgets": {name: budget.tokens for name, budget in self.budgets.items()},
             "order": self.order.state_dict(),
             "extra": None if self.extra is None else self.extra.state_dict(),
-            "held": self.held,
+            "held": None if self.held is None else self.held.state(),
             "metrics_bytes": self.run.metrics.size(),
             "rollout_bytes": 0 if self.log is None else self.log.size(),
         }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from prism_fast.engine.finite import NonFiniteError
+from prism_fast.train.discriminator_trainer import GroupScores
 from prism_fast.train.resume import StageState
 from prism_fast.train.rollout_log import RolloutLog
 from prism_fast.train.rollout_record import RolloutGroup, training_records
@@ -22,6 +23,11 @@ class Findings:
     advantage: Tensor | None = None  # [B]
     scores: dict[str, Tensor] | None = None  # by span, [B]
     teacher_scores: dict[str, Tensor] | None = None  # by span, [G]
+
+    def note_scores(self, spans: Sequence[str], scores: GroupScores) -> None:
+        """The discriminator's scores."""
+        self.scores = dict(zip(spans, scores.student.unbind(dim=1), strict=True))
+        self.teacher_scores = dict(zip(spans, scores.teacher.unbind(dim=1), strict=True))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from prism_fast.data.samples import Task
 from prism_fast.models.processor import EncodedPrompt, Processor
 from prism_fast.rewards import Reward, failures
 from prism_fast.rollout.protocol import Completion, Rollout, Sampling
+from prism_fast.track.metrics import Metrics
 from prism_fast.train.context import Run
 from prism_fast.train.replay import Replay
 from prism_fast.train.rollout_record import Origin, RolloutGroup, group_from_records
@@ -59,14 +60,15 @@ class StepRollouts:
     def of_group(self, g: int) -> list[tuple[ResponseSplit, Completion]]:
         return list(zip(self.groups[g].splits, self.groups[g].completions, strict=True))
 
-    def reward_metrics(self) -> dict[str, float]:
-        count = len(self.rewards)
-        return {
-            "reward/mean": sum(r.score for r in self.rewards) / count,
-            "reward/acc": sum(r.accuracy for r in self.rewards) / count,
-            "reward/format": sum(r.format for r in self.rewards) / count,
-            **{f"reward/{kind}": count for kind, count in failures(self.rewards).items()},
-        }
+    def reward_metrics(self) -> Metrics:
+        metrics = Metrics()
+        for reward in self.rewards:
+            metrics.mean("reward/mean", reward.score)
+            metrics.mean("reward/acc", reward.accuracy)
+            metrics.mean("reward/format", reward.format)
+        for kind, count in failures(self.rewards).items():
+            metrics.sum(f"reward/{kind}", count)
+        return metrics
 
 
 class RolloutSource:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from prism_fast.engine.local import LocalEngine
 from prism_fast.models.family import tower, trunk
 from prism_fast.models.packing import Branch, PromptGroup
-from prism_fast.train.layouts import Layout, PackedStep, PaddedStep, Part, Step, longest_item
+from prism_fast.train.batching import Batching
+from prism_fast.train.layouts import BatchPlan, MicroBatch, PackedPlan, PaddedPlan, longest_item
 
-Read = Callable[[Step, Part], tuple[Tensor, Sequence[int]]]
-"""What a stage reads of a part: states [N, H], and how many of them belong to each of its branches, in their order."""
+Read = Callable[[BatchPlan, MicroBatch], tuple[Tensor, Sequence[int]]]
+"""What a stage reads of a micro-batch: states [N, H], and how many of them belong to each of its branches, in order."""
 
 #: Largest accepted relative difference (root mean square) of states and of each gradient. Rounding stays far below
 #: it in the wide dtypes; in half precision the two paths sum in different orders.
@@ -38,15 +39,7 @@ class PackingError(RuntimeError):
 
 
 def self_check(
-    engine: LocalEngine,
-    layout: Layout,
-    backbone: nn.Module,
-    groups: Sequence[PromptGroup],
-    read: Read,
-    *,
-    budget: int,
-    pad_id: int,
-    positions: str = "mrope",
+    engine: LocalEngine, batching: Batching, backbone: nn.Module, groups: Sequence[PromptGroup], read: Read
 ) -> float | None:
     """:func:`check_packing` once per engine, on a few branches of a step: of its first group with images, if it has
     any, and of another one.
@@ -60,9 +53,16 @@ def self_check(
         PackingError: they differ by more than rounding explains.
     """
     some = choose(groups)
-    if layout == "padded" or engine.packing_checked or not some:
+    if batching.layout == "padded" or engine.packing_checked or not some:
         return None
-    error = check_packing(backbone, some, read, budget=budget, pad_id=pad_id, positions=positions)
+    error = check_packing(
+        backbone,
+        some,
+        read,
+        budget=batching.budget.tokens,
+        pad_id=batching.pad_id,
+        positions=batching.positions,
+    )
     engine.packing_checked = True
     return error if engine.updates == 0 else None
 
@@ -110,10 +110,10 @@ def check_packing(
         sparse = getattr(backbone.config.text_config, "num_experts", None) is not None
         tolerance = max(TOLERANCE[backbone.dtype], SPARSE_TOLERANCE if sparse else 0.0)
     options = {"pad_id": pad_id, "positions": positions}
-    alone = _compute(PaddedStep(backbone, groups, 1, **options), read)
+    alone = _compute(PaddedPlan(backbone, groups, 1, **options), read)
     worst = 0.0
     for name, tokens in (("", budget), (", groups cut into sub-groups", longest_item("shared_prefix", groups))):
-        packed = _compute(PackedStep(backbone, groups, tokens, positions=positions), read)
+        packed = _compute(PackedPlan(backbone, groups, tokens, positions=positions), read)
         errors = {key: _relative(packed.get(key), wanted) for key, wanted in alone.items()}
         worst = max(worst, *errors.values())
         wrong = [f"{key} {error:.2e}" for key, error in errors.items() if not error <= tolerance]
@@ -134,21 +134,21 @@ def _relative(found: Tensor | None, wanted: Tensor) -> float:
     return float((found - wanted).norm()) / size if size else float(found.norm())
 
 
-def _compute(step: Step, read: Read) -> dict[str, Tensor]:
+def _compute(plan: BatchPlan, read: Read) -> dict[str, Tensor]:
     """``states`` [N, H] in the order of the branches and the gradient of each watched parameter, float64 on the CPU."""
     noise = torch.Generator()
     states: dict[Branch, Tensor] = {}
-    with _watched(step.backbone) as parameters, torch.set_grad_enabled(bool(parameters)):
-        for part in step.parts:
-            rows, counts = read(step, part)
+    with _watched(plan.backbone) as parameters, torch.set_grad_enabled(bool(parameters)):
+        for batch in plan.micro_batches:
+            rows, counts = read(plan, batch)
             upstream = []
-            for branch, state in zip(part.branches, rows.detach().double().cpu().split(list(counts)), strict=True):
+            for branch, state in zip(batch.branches, rows.detach().double().cpu().split(list(counts)), strict=True):
                 states[branch] = state
                 noise.manual_seed(1009 * branch[0] + branch[1])  # the same for a branch wherever it stands
                 upstream.append(torch.randn(state.shape, generator=noise))
             if rows.requires_grad:
                 (rows * torch.cat(upstream).to(rows)).sum().backward()
-                step.finish(part, torch.Tensor.backward)
+                plan.finish(batch, torch.Tensor.backward)
         found = {"states": torch.cat([states[branch] for branch in sorted(states)])}
         for name, parameter in parameters.items():
             if parameter.grad is not None:

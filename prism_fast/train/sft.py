@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,103 +14,111 @@ from prism_fast.config import SftConfig
 from prism_fast.data.order import SampleOrder
 from prism_fast.data.samples import Demonstration
 from prism_fast.engine.local import LocalEngine
+from prism_fast.engine.protocol import Engine
 from prism_fast.models.packing import PromptGroup
 from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor
+from prism_fast.track.metrics import Metrics
+from prism_fast.train.batching import Batching
 from prism_fast.train.context import Run
-from prism_fast.train.layouts import Forward, Layout, Step, lay_out, longest_item, prepare
-from prism_fast.train.microbatch import TokenBudget
-from prism_fast.train.passes import Passes, counted_passes
-from prism_fast.train.policy_update import response_states
+from prism_fast.train.layouts import BatchPlan, MicroBatch, use_layout
+from prism_fast.train.passes import counted_passes
+from prism_fast.train.policy_trainer import response_states
 from prism_fast.train.resume import StageState
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.self_check import self_check
 
 
-@dataclass(frozen=True)
-class EncodedDemos:
-    """Demonstrations as token ids: groups of one response each, for they seldom share a prompt. Responses end with the
-    end token."""
-
-    groups: list[PromptGroup]
-    layout: Layout
-    pad_id: int
-
-    @classmethod
-    def of(cls, demos: Sequence[Demonstration], processor: Processor, layout: Layout) -> EncodedDemos:
-        def response(demo: Demonstration) -> tuple[int, ...]:
-            return (*processor.encode_plain(demo.response), processor.eos_id)
-
-        groups = [PromptGroup(processor.encode_prompt(d.messages, d.images), [response(d)]) for d in demos]
-        return cls(groups, layout, processor.pad_id)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest demonstration."""
-        return longest_item(self.layout, self.groups)
-
-    @property
-    def response_tokens(self) -> int:
-        return sum(len(response) for group in self.groups for response in group.branches)
-
-    def cut(self, tokens: int, model) -> Step:
-        """Forwards of at most ``tokens`` tokens (padding counts)."""
-        return lay_out(self.layout, model.model, self.groups, tokens, pad_id=self.pad_id)
+def encode(demos: Sequence[Demonstration], processor: Processor) -> list[PromptGroup]:
+    """Demonstrations as groups of one response each (they seldom share a prompt), which ends with the end token."""
+    return [
+        PromptGroup(
+            processor.encode_prompt(demo.messages, demo.images),
+            [(*processor.encode_plain(demo.response), processor.eos_id)],
+        )
+        for demo in demos
+    ]
 
 
-def _nats(model, computed: Forward, **reduced) -> Tensor:
-    """Cross entropy of the continuation tokens of a forward, 0-d, by the model's :class:`LogProbHead`: no other row
-    reaches it, and its gradient is formed with it."""
-    hidden = computed.hidden.index_select(0, computed.predict.index)  # [N, H]
-    return model.lm_head.cross_entropy(hidden, computed.predict.target, **reduced)
+def response_tokens(groups: Sequence[PromptGroup]) -> int:
+    return sum(len(response) for group in groups for response in group.branches)
 
 
-def _validation_loss(run: Run, model, demos: EncodedDemos, budget: TokenBudget) -> float:
-    """Nats per response token, response tokens of all demonstrations counting the same."""
-    model.eval()
+class SftTrainer:
+    """`accumulate` adds the gradient of demonstrations, `step` updates the weights, `validate` measures."""
 
-    def evaluate(tokens: int) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=model.device)
-        step = demos.cut(tokens, model)
-        for part in step.parts:
-            run.stop.poll("SFT validation")
-            with torch.no_grad():
-                total += _nats(model, step.forward(part), reduction="sum")
-            step.finish(part, None)
-        return float(total)
+    def __init__(self, engine: Engine, batching: Batching) -> None:
+        self.engine, self.batching = engine, batching
+        self.policy = engine.module
 
-    total = budget.run(evaluate, discard=lambda: None, longest=demos.longest)
-    return total / demos.response_tokens
+    def accumulate(self, groups: Sequence[PromptGroup]) -> Metrics:
+        """Add the gradient of the mean negative log-prob of the response tokens.
 
+        Raises:
+            StepTooLargeError: the longest demonstration alone does not fit into memory.
+        """
+        self.policy.train()
+        backbone, tokens = self.policy.model, response_tokens(groups)
 
-def _update(engine: LocalEngine, encoded: EncodedDemos, budget: TokenBudget) -> dict[str, float | int | None]:
-    """One optimizer step on the mean negative log-prob of the demonstrations' response tokens."""
-    engine.module.train()
-    tokens = encoded.response_tokens
+        def attempt(limit: int) -> Metrics:
+            metrics = Metrics()
+            with counted_passes(backbone) as passes:
+                plan = self.batching.plan(backbone, groups, limit)
+                for batch in plan.micro_batches:
+                    loss = self._nats(plan, batch, denominator=tokens)
+                    self.engine.backward(loss)
+                    plan.finish(batch, self.engine.backward)
+                    metrics.mean("sft/loss", loss.detach(), 0)
+            return metrics | passes.metrics("policy")
 
-    def accumulate(limit: int) -> tuple[float, Passes]:
-        losses = []
-        step = encoded.cut(limit, engine.module)
-        with counted_passes(engine.module.model) as passes:
-            for part in step.parts:
-                loss = _nats(engine.module, step.forward(part), denominator=tokens)
-                engine.backward(loss)
-                step.finish(part, engine.backward)
-                losses.append(loss.detach().double())
-        return float(torch.stack(losses).sum()), passes  # the step's one look at its losses
+        packing_error = self_check(self.engine, self.batching, backbone, groups, response_states)
+        metrics = self.batching.run(attempt, groups, discard=self.engine.discard)
+        metrics.mean("sft/loss", 0.0, 1)  # the micro-batches have added their shares of it
+        metrics |= self.batching.work(self.policy.config, groups, vocabulary=True)
+        metrics.sum("sft/tokens", tokens)
+        if packing_error is not None:
+            metrics.last("sft/packing_error", packing_error)
+        return metrics
 
-    checked = {"budget": budget.tokens, "pad_id": encoded.pad_id}
-    error = self_check(engine, encoded.layout, engine.module.model, encoded.groups, response_states, **checked)
-    loss, passes = budget.run(accumulate, discard=engine.discard, longest=encoded.longest)
-    return {
-        "sft/loss": loss,
-        "sft/lr": engine.lr(),
-        "sft/grad_norm": engine.step().grad_norm,
-        "sft/tokens": tokens,
-        "sft/token_budget": budget.change(),
-        "sft/packing_error": error,
-        **passes.numbers("policy"),
-    }
+    def step(self) -> Metrics:
+        """Update the weights.
+
+        Raises:
+            NonFiniteError: the loss or the gradient norm is NaN or infinite; nothing was updated.
+        """
+        update, metrics = self.engine.step(), Metrics()
+        metrics.mean("sft/grad_norm", update.grad_norm)
+        metrics.last("sft/lr", update.lr)
+        if (tokens := self.batching.budget.change()) is not None:
+            metrics.last("sft/token_budget", tokens)
+        return metrics
+
+    @torch.no_grad()
+    def validate(self, groups: Sequence[PromptGroup], *, poll: Callable[[], None]) -> float:
+        """Nats per response token, response tokens of all demonstrations counting the same. ``poll`` is called before
+        each micro-batch and may raise to stop."""
+        self.policy.eval()
+
+        def attempt(limit: int) -> float:
+            total = torch.zeros((), dtype=torch.float64, device=self.policy.device)
+            plan = self.batching.plan(self.policy.model, groups, limit)
+            for batch in plan.micro_batches:
+                poll()
+                total += self._nats(plan, batch, reduction="sum")
+                plan.finish(batch, None)
+            return float(total)
+
+        return self.batching.run(attempt, groups, discard=lambda: None) / response_tokens(groups)
+
+    def _nats(self, plan: BatchPlan, batch: MicroBatch, **reduced: float | str) -> Tensor:
+        """Cross entropy of a micro-batch's response tokens, 0-d: no other row reaches the output head."""
+
+        def loss() -> Tensor:
+            forward = plan.forward(batch)
+            hidden = forward.hidden.index_select(0, forward.predict.index)  # [N, H]
+            return self.policy.lm_head.cross_entropy(hidden, forward.predict.target, **reduced)
+
+        return self.engine.run(loss)
 
 
 class PlateauDecay:
@@ -162,26 +169,22 @@ def train_sft(
     decay = PlateauDecay(config)
     engine = LocalEngine(model, config.optimizer, schedule=decay)
     order = SampleOrder(len(demos), seed=derive_seed(run.config.seed, "sft", "order"))
-    layout = run.config.layout
-    prepare(layout, model)
-    validation = EncodedDemos.of([val[i] for i in range(len(val))], processor, layout)
-    budgets = {"policy": config.tokens_per_micro_batch}
-    state = StageState(run, "sft", engines={"policy": engine}, budgets=budgets, order=order, extra=decay)
-    budget = state.budgets["policy"]
-    with run.progress.bar("sft", config.max_updates, done=state.step) as bar:
-        while engine.updates < decay.end or state.held is not None:
-            numbers = state.held  # a run that was stopped during a validation goes on with that validation
-            if numbers is None:
-                state.begin_step()
-                chunk = [demos[i] for i in order.next_indices(config.batch)]
-                numbers = _update(engine, EncodedDemos.of(chunk, processor, layout), budget)
-                state.hold(numbers)
-            if engine.updates % config.eval_every == 0 or engine.updates == decay.end:
-                numbers["sft/val_loss"] = _validation_loss(run, model, validation, budget)
-                decay.observe(engine.updates, numbers["sft/val_loss"])
-            run.metrics.write("sft", engine.updates, numbers)
-            bar.advance(loss=numbers["sft/loss"], val_loss=numbers.get("sft/val_loss"), lr=numbers["sft/lr"])
-            state.end_step(last=engine.updates >= decay.end)
+    validation = encode([val[i] for i in range(len(val))], processor)
+    state, trainer = _prepare(run, "sft", engine, order, processor, decay)
+    shown = {"loss": "sft/loss", "val_loss": "sft/val_loss", "lr": "sft/lr"}
+    for step in state.steps(config.max_updates, done=lambda: state.step >= decay.end, shown=shown):
+        metrics = state.held  # a run that was stopped during a validation goes on with that validation
+        if metrics is None:
+            groups = encode([demos[i] for i in order.next_indices(config.batch)], processor)
+            with state.timer.part("update", learns=True):
+                metrics = trainer.accumulate(groups) | trainer.step()
+            state.hold(metrics)
+        if step % config.eval_every == 0 or step == decay.end:
+            with state.timer.part("validation"):
+                loss = trainer.validate(validation, poll=lambda: run.stop.poll("SFT validation"))
+            metrics.last("sft/val_loss", loss)
+            decay.observe(step, loss)
+        state.end_step(metrics)
     return run.export("sft", model, partial(save_policy, model, processor))
 
 
@@ -192,15 +195,24 @@ def continue_sft(run: Run, model, processor: Processor, demos: Sequence[Demonstr
         model, config.optimizer, schedule=lambda update: config.continued_lr_scale * (1.0 - update / updates)
     )
     order = SampleOrder(len(demos), seed=derive_seed(run.config.seed, "sft_continued", "order"))
-    budgets = {"policy": config.tokens_per_micro_batch}
-    prepare(run.config.layout, model)
-    state = StageState(run, "sft_continued", engines={"policy": engine}, budgets=budgets, order=order)
-    with run.progress.bar("sft_continued", updates, done=state.step) as bar:
-        while state.step < updates:
-            state.begin_step()
-            chunk = [demos[i] for i in order.next_indices(config.batch)]
-            numbers = _update(engine, EncodedDemos.of(chunk, processor, run.config.layout), state.budgets["policy"])
-            run.metrics.write("sft_continued", engine.updates, numbers)
-            bar.advance(loss=numbers["sft/loss"], lr=numbers["sft/lr"])
-            state.end_step(last=state.step == updates)
+    state, trainer = _prepare(run, "sft_continued", engine, order, processor)
+    for _ in state.steps(updates, shown={"loss": "sft/loss", "lr": "sft/lr"}):
+        groups = encode([demos[i] for i in order.next_indices(config.batch)], processor)
+        with state.timer.part("update", learns=True):
+            metrics = trainer.accumulate(groups) | trainer.step()
+        state.end_step(metrics)
     return run.export("sft_continued", model, partial(save_policy, model, processor))
+
+
+def _prepare(
+    run: Run,
+    stage: str,
+    engine: LocalEngine,
+    order: SampleOrder,
+    processor: Processor,
+    decay: PlateauDecay | None = None,
+) -> tuple[StageState, SftTrainer]:
+    use_layout(run.config.layout, engine.module)
+    budgets = {"policy": run.config.sft.tokens_per_micro_batch}
+    state = StageState(run, stage, engines={"policy": engine}, budgets=budgets, order=order, extra=decay)
+    return state, SftTrainer(engine, Batching(run.config.layout, state.budgets["policy"], processor.pad_id))

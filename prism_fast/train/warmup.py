@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from prism_fast.data.framing import SPANS, frame_warmup, side_texts
 from prism_fast.data.grammar import split_tokens
 from prism_fast.data.order import SampleOrder
@@ -24,12 +22,15 @@ from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import Discriminator, save_discriminator
 from prism_fast.models.processor import EncodedPrompt, Processor
 from prism_fast.rollout.protocol import Completion, Sampling
+from prism_fast.track.metrics import Metrics
+from prism_fast.train.batching import Batching
 from prism_fast.train.chunks import ChunkLog
 from prism_fast.train.context import Run
-from prism_fast.train.discriminator_update import GroupScores, SpanGroup, discriminate, loss_options
-from prism_fast.train.layouts import prepare
+from prism_fast.train.discriminator_trainer import DiscriminatorTrainer, discriminator_loss_of
+from prism_fast.train.layouts import use_layout
 from prism_fast.train.own_pairs import OwnPair
 from prism_fast.train.resume import StageState
+from prism_fast.train.scored_group import ScoredGroup
 from prism_fast.train.seeds import derive_seed
 
 
@@ -89,7 +90,7 @@ def _student_texts(completion: Completion, processor: Processor) -> dict[str, st
     return {"student_caption": split.caption, "student_cot": split.reasoning, "student_response": split.text}
 
 
-def group_pairs(pairs: Sequence[Pair], processor: Processor, semantics: str, spans: Sequence[str]) -> list[SpanGroup]:
+def group_pairs(pairs: Sequence[Pair], processor: Processor, semantics: str, spans: Sequence[str]) -> list[ScoredGroup]:
     """Pairs that share prompt and teacher become one group, in order of first appearance.
 
     Raises:
@@ -109,22 +110,7 @@ def group_pairs(pairs: Sequence[Pair], processor: Processor, semantics: str, spa
         key = (encoded.input_ids, pixels, framed(pair, "teacher"))
         prompts.setdefault(key, encoded)
         students.setdefault(key, []).append(framed(pair, "student"))
-    return [SpanGroup(prompts[key], key[2], students[key]) for key in prompts]
-
-
-def pair_margins(groups: Sequence[SpanGroup], scores: GroupScores, spans: Sequence[str]) -> dict[str, float]:
-    """Mean margin (teacher - student) and accuracy over the pairs whose texts differ, per span."""
-    numbers: dict[str, float] = {}
-    group_of_row = torch.tensor([g for g, group in enumerate(groups) for _ in group.students])
-    margin = scores.teacher[group_of_row] - scores.student  # [B, K]
-    for k, span in enumerate(spans):
-        differs = torch.tensor([p is not None and p[k] != g.teacher[k] for g in groups for p in g.students])
-        if differs.any():
-            values = margin[differs, k]
-            numbers[f"margin_{span}"] = float(values.mean())
-            numbers[f"acc_{span}"] = float((values > 0).float().mean())
-            numbers[f"pairs_{span}"] = int(differs.sum())
-    return numbers
+    return [ScoredGroup(prompts[key], key[2], students[key]) for key in prompts]
 
 
 class HeldOut:
@@ -133,6 +119,17 @@ class HeldOut:
     def __init__(self, spans: Sequence[str]) -> None:
         self.spans = spans
         self.margins: dict[str, float] = {}
+
+    def observe(self, metrics: Metrics) -> Metrics:
+        """Take the metrics of scored held-out pairs; returns those of the pairs alone."""
+        found, kept = metrics.read(), Metrics()
+        self.margins = {}
+        for kind in ("margin", "acc", "pairs"):
+            for name in (f"{kind}_{span}" for span in self.spans):
+                if f"warmup/heldout_{name}" in found:
+                    self.margins[name] = found[f"warmup/heldout_{name}"]
+                    kept.last(f"warmup/heldout_{name}", self.margins[name])
+        return kept
 
     def enough(self, target: float) -> bool:
         return all(self.margins.get(f"margin_{span}", -math.inf) >= target for span in self.spans)
@@ -161,53 +158,36 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs:
     heldout, training = [groups[i] for i in shuffled[:held]], [groups[i] for i in shuffled[held:]]
     order = SampleOrder(len(training), seed=derive_seed(run.config.seed, "warmup", "order"))
     engine = LocalEngine(discriminator, config.optimizer)
-    prepare(run.config.layout, discriminator.backbone)
-    shared = {
-        "pad_id": processor.pad_id,
-        "device": run.device,
-        "layout": run.config.layout,
-        **loss_options(run.config, warmup=True),
-    }
-    # With the gradient checkpointing of the published warm-up its load-balancing loss has no gradient.
-    aux_coef = 0.0 if run.config.semantics == "released" else config.aux_coef
+    use_layout(run.config.layout, discriminator.backbone)
     reached = HeldOut(spans)
     budgets = {"discriminator": config.tokens_per_micro_batch}
     state = StageState(run, "warmup", engines={"discriminator": engine}, budgets=budgets, order=order, extra=reached)
-    budget = state.budgets["discriminator"]
+    batching = Batching(run.config.layout, state.budgets["discriminator"], processor.pad_id, whole_groups=True)
+    loss = discriminator_loss_of(run.config, warmup=True)
+    trainer = DiscriminatorTrainer(engine, batching, loss, spans=spans, prefix="warmup/")
 
     def poll() -> None:
         run.stop.poll("held-out pairs")
 
-    with run.progress.bar("warmup", config.max_updates, done=state.step) as bar:
-        while state.held is not None or not reached.enough(config.target_margin):
-            if engine.updates == config.max_updates and state.held is None:
-                shown = ", ".join(f"{k} {v:.3g}" for k, v in reached.margins.items()) or "never evaluated"
-                raise WarmupError(
-                    f"{config.max_updates} updates left the held-out margin under {config.target_margin} ({shown}): "
-                    "raise warmup.max_updates or warmup.optimizer.lr, give more pairs, or lower warmup.target_margin"
-                )
-            numbers = state.held  # a run that was stopped while it scored held-out pairs goes on with them
-            if numbers is None:
-                state.begin_step()
-                chunk = [training[i] for i in order.next_indices(config.prompts)]
-                discriminator.train()
-                scores, loss = discriminate(engine, chunk, budget, learn=True, aux_coef=aux_coef, **shared)
-                numbers = {f"warmup/{key}": value for key, value in pair_margins(chunk, scores, spans).items()}
-                update = engine.step()
-                numbers |= {"warmup/loss": float(loss), "warmup/lr": update.lr, "warmup/grad_norm": update.grad_norm}
-                numbers |= {f"warmup/{key}": value for key, value in scores.numbers().items()}
-                numbers |= scores.passes.numbers("discriminator")
-                numbers["warmup/token_budget"] = budget.change()
-                state.hold(numbers)
-            if engine.updates % config.eval_every == 0:
-                discriminator.eval()
-                scores, _ = discriminate(engine, heldout, budget, learn=False, poll=poll, **shared)
-                reached.margins = pair_margins(heldout, scores, spans)
-                numbers |= {f"warmup/heldout_{key}": value for key, value in reached.margins.items()}
-            run.metrics.write("warmup", engine.updates, numbers)
-            bar.advance(
-                loss=numbers["warmup/loss"],
-                **{f"heldout_{span}": reached.margins.get(f"margin_{span}") for span in spans},
-            )
-            state.end_step(last=reached.enough(config.target_margin))
+    def enough() -> bool:
+        return reached.enough(config.target_margin)
+
+    shown = {"loss": "warmup/loss", **{f"heldout_{span}": f"warmup/heldout_margin_{span}" for span in spans}}
+    for step in state.steps(config.max_updates, done=enough, shown=shown):
+        metrics = state.held  # a run that was stopped while it scored held-out pairs goes on with them
+        if metrics is None:
+            chunk = [training[i] for i in order.next_indices(config.prompts)]
+            with state.timer.part("update", learns=True):
+                metrics = trainer.score_and_accumulate(chunk).metrics | trainer.step()
+            state.hold(metrics)
+        if step % config.eval_every == 0:
+            with state.timer.part("validation"):
+                metrics |= reached.observe(trainer.score(heldout, prefix="warmup/heldout_", poll=poll).metrics)
+        state.end_step(metrics)
+    if not enough():
+        shown = ", ".join(f"{k} {v:.3g}" for k, v in reached.margins.items()) or "never evaluated"
+        raise WarmupError(
+            f"{config.max_updates} updates left the held-out margin under {config.target_margin} ({shown}): "
+            "raise warmup.max_updates or warmup.optimizer.lr, give more pairs, or lower warmup.target_margin"
+        )
     return run.export("discriminator-warmup", discriminator, partial(save_discriminator, discriminator, processor))

@@ -23,11 +23,13 @@ from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.packing import PromptGroup
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
+from prism_fast.models.token_budget import TokenBudget
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.plan import CARDS, DEFAULT_TOKENS, adamw_bytes, discriminator_tokens, make_plan
-from prism_fast.train.discriminator_update import SpanGroup, discriminator_step
-from prism_fast.train.layouts import lay_out, prepare
+from prism_fast.train.layouts import plan_batches, use_layout
+from prism_fast.train.scored_group import ScoredGroup
 from tests.models.test_sizes import kept_bytes
+from tests.support.trainers import discriminate
 
 
 @pytest.fixture
@@ -128,11 +130,11 @@ def test_discriminator_tokens_are_those_of_distinct_spans(prompt, lengths):
     def framed():
         return tuple(tuple(next(ids) for _ in range(length)) for length in lengths)
 
-    groups = [SpanGroup(prompt, framed(), [framed() for _ in range(n)]) for _ in range(3)]
+    groups = [ScoredGroup(prompt, framed(), [framed() for _ in range(n)]) for _ in range(3)]
     for layout in ("shared_prefix", "padded"):
         computed = discriminator_tokens(3, n, len(prompt.input_ids), sum(lengths), spans=len(lengths), layout=layout)
-        prompts = [1 if layout == "shared_prefix" else len(group.unique_spans()) for group in groups]
-        spans = sum(len(span) for group in groups for span in group.unique_spans())
+        prompts = [1 if layout == "shared_prefix" else len(group.spans()) for group in groups]
+        spans = sum(len(span) for group in groups for span in group.spans())
         assert computed == sum(prompts) * len(prompt.input_ids) + spans
 
 
@@ -165,13 +167,13 @@ def test_a_real_policy_micro_batch_keeps_what_is_planned(policy, processor, conf
     config.align.tokens_per_micro_batch = 2 * n * (len(prompt.input_ids) + response)
     plan = planned(config, prompt, processor)
     model = copy.deepcopy(policy)
-    prepare(layout, model)
+    use_layout(layout, model)
     groups = [PromptGroup(p, [[5] * response] * n) for p in (prompt, copy.copy(prompt))]
-    step = lay_out(layout, model.model, groups, config.align.tokens_per_micro_batch, pad_id=processor.pad_id)
-    assert len(step.parts) == 1
+    step = plan_batches(layout, model.model, groups, config.align.tokens_per_micro_batch, pad_id=processor.pad_id)
+    assert len(step.micro_batches) == 1
 
     def learn() -> Tensor:
-        computed = step.forward(step.parts[0])
+        computed = step.forward(step.micro_batches[0])
         hidden, predict = computed.hidden.index_select(0, computed.predict.index), computed.predict
         advantage = torch.ones(len(predict.cu_seqlens) - 1)
         options = policy_options("prism", max_response=response)
@@ -192,29 +194,19 @@ def test_a_real_discriminator_micro_batch_keeps_what_is_planned(policy, processo
     config.align.discriminator.tokens_per_micro_batch = budget
     plan = planned(config, prompt, processor)
     model = build_discriminator(policy, seed=1)
-    prepare(layout, model.backbone)
+    use_layout(layout, model.backbone)
     ids = iter(range(256))
 
     def pair():
         return (next(ids),) * (response - 1), (next(ids),)
 
-    groups = [SpanGroup(prompt, pair(), [pair() for _ in range(n)])]
-    losses = []
-    kept = kept_bytes(
-        model,
-        lambda: discriminator_step(
-            model,
-            groups,
-            backward=lambda loss, **made_of: losses.append(loss),  # kept alive, never gone backward
-            pad_id=processor.pad_id,
-            device=torch.device("cpu"),
-            semantics="prism_fast",
-            score_clip=10.0,
-            score_reg=0.001,
-            layout=layout,
-            tokens_per_micro_batch=budget,
-        ),
-    )
+    groups = [ScoredGroup(prompt, pair(), [pair() for _ in range(n)])]
+    losses, engine = [], LocalEngine(model, OptimizerConfig())
+    engine.packing_checked = True
+    engine.backward = lambda loss, **made_of: losses.append(loss)  # kept alive, never gone backward
+    limit = TokenBudget(budget, notify=pytest.fail)
+    options = {"learn": True, "layout": layout, "pad_id": processor.pad_id}
+    kept = kept_bytes(model, lambda: discriminate(engine, groups, limit, **options))
     names = ("discriminator activations", "vision activations")
     computed = sum(part(plan, "align", "discriminator update", name) for name in names)
     assert losses and kept == pytest.approx(computed, rel=0.03)

@@ -13,13 +13,14 @@ from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
+from prism_fast.models.token_budget import TokenBudget
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.rewards import Reward
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train.align import step_advantage
-from prism_fast.train.discriminator_update import SpanGroup, discriminator_step
-from prism_fast.train.microbatch import TokenBudget
-from prism_fast.train.policy_update import PolicyBatch, update_policy
+from prism_fast.train.policy_trainer import PolicyBatch
+from prism_fast.train.scored_group import ScoredGroup
+from tests.support.trainers import score_and_learn, update_policy
 
 
 def _rollouts(valid: list[bool], group: list[int]):
@@ -34,19 +35,19 @@ def _rollouts(valid: list[bool], group: list[int]):
 def test_an_invalid_response_does_not_squeeze_the_valid_ones():
     rollouts = _rollouts([True, True, False, True], [0, 0, 0, 0])
     scores = torch.tensor([[1.0, 2.0], [1.1, 2.2], [0.0, 0.0], [1.2, 2.1]])
-    ours = step_advantage(load_config("digits"), rollouts, scores)
-    alone = step_advantage(load_config("digits"), _rollouts([True] * 3, [0, 0, 0]), scores[[0, 1, 3]])
+    ours = step_advantage(load_config("digits"), rollouts, scores)[0]
+    alone = step_advantage(load_config("digits"), _rollouts([True] * 3, [0, 0, 0]), scores[[0, 1, 3]])[0]
     torch.testing.assert_close(ours[[0, 1, 3]], alone)
     assert ours[2] == -1.5
-    published = step_advantage(load_config("digits", ["semantics=released"]), rollouts, scores)
+    published = step_advantage(load_config("digits", ["semantics=released"]), rollouts, scores)[0]
     assert published[[0, 1, 3]].min() > 0 and published[2] < -2.5, "a floor in raw units: all valid ones look good"
 
 
 def test_a_group_without_a_valid_response_has_nothing_to_compare():
     rollouts = _rollouts([False, False, True, True], [0, 0, 1, 1])
     scores = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    assert step_advantage(load_config("digits"), rollouts, scores)[:2].tolist() == [0.0, 0.0]
-    published = step_advantage(load_config("digits", ["semantics=released"]), rollouts, scores)
+    assert step_advantage(load_config("digits"), rollouts, scores)[0][:2].tolist() == [0.0, 0.0]
+    published = step_advantage(load_config("digits", ["semantics=released"]), rollouts, scores)[0]
     assert published[:2].tolist() == [-1.5, -1.5]
 
 
@@ -67,37 +68,26 @@ def _groups(prompts, *, valid=True):
         return tuple(ids)
 
     return [
-        SpanGroup(prompts[0], (span(5, 6, 7), span(8, 9)), [(span(5, 6, 7), span(9)), (span(7), span(8, 9))]),
-        SpanGroup(
+        ScoredGroup(prompts[0], (span(5, 6, 7), span(8, 9)), [(span(5, 6, 7), span(9)), (span(7), span(8, 9))]),
+        ScoredGroup(
             prompts[1], (span(11), span(12, 13)), [(span(14, 15, 16), span(17)), None if valid else (span(1), span(2))]
         ),
-        SpanGroup(prompts[2], (span(20, 21), span(22)), [None, None]),
+        ScoredGroup(prompts[2], (span(20, 21), span(22)), [None, None]),
     ]
 
 
 def _step(critic, groups, *, budget=10_000, semantics="prism_fast"):
     discriminator, processor, _ = critic
-    discriminator.zero_grad()
-    scores, loss = discriminator_step(
-        discriminator,
-        groups,
-        backward=lambda value, **scores: value.backward(),
-        pad_id=processor.pad_id,
-        device=torch.device("cpu"),
-        semantics=semantics,
-        score_clip=10.0,
-        score_reg=0.001,
-        tokens_per_micro_batch=budget,
-        layout="padded",
-    )
-    return scores, loss, {n: p.grad.clone() for n, p in discriminator.named_parameters() if p.grad is not None}
+    options = {"semantics": semantics, "layout": "padded", "pad_id": processor.pad_id}
+    scores = score_and_learn(discriminator, groups, tokens=budget, **options)
+    return scores, scores.loss, {n: p.grad.clone() for n, p in discriminator.named_parameters() if p.grad is not None}
 
 
 def test_equal_spans_are_computed_once_and_tie_exactly(critic):
     groups = _groups(critic[2])
-    assert [len(group.unique_spans()) for group in groups] == [4, 4, 2]
+    assert [len(group.spans()) for group in groups] == [4, 4, 2]
     scores, _, _ = _step(critic, groups)
-    assert scores.tokens == sum(len(g.prompt.input_ids) + len(span) for g in groups for span in g.unique_spans())
+    assert scores.tokens == sum(len(g.prompt.input_ids) + len(span) for g in groups for span in g.spans())
     assert scores.student[0, 0] == scores.teacher[0, 0] and scores.student[1, 1] == scores.teacher[0, 1]
     assert scores.student[3:].abs().max() == 0
 
@@ -119,8 +109,7 @@ def test_a_step_without_any_advantage_updates_nothing(critic):
         temperature=1.0,
         pad_id=processor.pad_id,
         budget=TokenBudget(100, notify=pytest.fail),
-        device=torch.device("cpu"),
         layout="padded",
     )
-    assert numbers["policy/rows"] == 0 and numbers["policy/grad_norm"] is None and engine.updates == 0
+    assert numbers["policy/rows"] == 0 and "policy/grad_norm" not in numbers and engine.updates == 0
     assert all(torch.equal(before[n], p) for n, p in policy.named_parameters())

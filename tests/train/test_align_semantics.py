@@ -19,7 +19,7 @@ from prism_fast.report.rundir import read_rollouts
 from prism_fast.rewards import Reward
 from prism_fast.track.metrics import reproducible
 from prism_fast.train.align import step_advantage
-from prism_fast.train.discriminator_update import loss_options
+from prism_fast.train.discriminator_trainer import loss_options  # TODO
 from prism_fast.train.warmup import group_pairs
 
 CAPTION, REASONING = [1.0, 3.0, 14.0, 0.0, 2.0], [5.0, -2.0, 0.5, 0.0, 7.0]

@@ -14,10 +14,11 @@ from prism_fast.engine.local import LocalEngine
 from prism_fast.models.logprob_head import LogProbHead
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
+from prism_fast.models.token_budget import TokenBudget
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.rollout.protocol import Completion
-from prism_fast.train.microbatch import TokenBudget
-from prism_fast.train.policy_update import PolicyBatch, update_policy
+from prism_fast.train.policy_trainer import PolicyBatch
+from tests.support.trainers import update_policy
 
 
 def test_named_and_nothing_updated():
@@ -36,7 +37,6 @@ def test_named_and_nothing_updated():
             temperature=1.0,
             pad_id=processor.pad_id,
             budget=TokenBudget(1000, notify=pytest.fail),
-            device=torch.device("cpu"),
             layout="padded",
         )
 

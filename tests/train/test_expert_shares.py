@@ -10,10 +10,11 @@ import torch
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.experts import SparseBlock
 from prism_fast.models.policy import build_tiny_policy
-from prism_fast.train.discriminator_update import discriminator_step
+from prism_fast.track.metrics import Metrics
 from prism_fast.train.expert_shares import SHOWN, ExpertShares, span_information
-from prism_fast.train.layouts import prepare
+from prism_fast.train.layouts import use_layout
 from tests.support.float64 import Float64Islands
+from tests.support.trainers import score_and_learn
 from tests.train.test_score_rows import SIZE, WHOLE, critic, groups  # noqa: F401
 from tests.train.test_score_rows import step as learn
 
@@ -39,6 +40,15 @@ def test_information_of_plain_cases(counts, bits):
     assert float(span_information(torch.tensor(counts))) == pytest.approx(bits, abs=1e-15)
 
 
+SPANS = ("caption", "reasoning")
+
+
+def read(shares: ExpertShares) -> dict[str, float]:
+    metrics = Metrics()
+    shares.add_to(metrics, "")
+    return metrics.read()
+
+
 def choose(generator, layers: int, tokens: int, experts: int, top_k: int = 2) -> list[torch.Tensor]:
     return [torch.rand(tokens, experts, generator=generator).topk(top_k).indices for _ in range(layers)]
 
@@ -49,7 +59,7 @@ def test_numbers_equal_a_plain_count(generator, columns, kinds):
     branch = torch.randint(-1, 4, (40,), generator=generator)
     weight = torch.randint(0, 3, (40,), generator=generator)
     column = [k % columns for k in (0, 1, 1, 0)]
-    shares = ExpertShares(columns, 4)
+    shares = ExpertShares(kinds[1:], 4)
     for part in (slice(0, 25), slice(25, 40)):  # two forwards
         shares.add([c[part] for c in choices], column, branch[part], weight[part])
     wanted = torch.zeros(3, len(kinds), 4)
@@ -59,7 +69,7 @@ def test_numbers_equal_a_plain_count(generator, columns, kinds):
             for e in chosen[t]:
                 wanted[layer, kind, e] += weight[t]
     assert torch.equal(shares.counts, wanted.long())
-    numbers, table = shares.numbers(), wanted.double() / wanted.sum(-1, keepdim=True)
+    numbers, table = read(shares), wanted.double() / wanted.sum(-1, keepdim=True)
     for k, kind in enumerate(kinds):
         for e in range(4):
             assert numbers[f"experts_{kind}_{e}"] == pytest.approx(float(table[:, k, e].mean()), rel=1e-12)
@@ -73,14 +83,14 @@ def test_numbers_equal_a_plain_count(generator, columns, kinds):
 
 
 def test_what_is_not_there_has_no_metric(generator):
-    assert ExpertShares(2, 4).numbers() == {}
-    captions = ExpertShares(2, 4)
+    assert read(ExpertShares(SPANS, 4)) == {}
+    captions = ExpertShares(SPANS, 4)
     captions.add(choose(generator, 2, 9, 4), [0, 0], torch.randint(-1, 2, (9,), generator=generator), torch.ones(9))
-    found = captions.numbers()
+    found = read(captions)
     assert found and not any("reasoning" in key or "information" in key for key in found)
-    many = ExpertShares(2, SHOWN + 1)
+    many = ExpertShares(SPANS, SHOWN + 1)
     many.add(choose(generator, 2, 60, SHOWN + 1), [0, 1], torch.arange(60) % 3 - 1, torch.ones(60))
-    assert list(many.numbers()) == ["expert_span_information", "expert_span_information_top", "expert_span_layer_top"]
+    assert list(read(many)) == ["expert_span_information", "expert_span_information_top", "expert_span_layer_top"]
 
 
 @pytest.mark.parametrize("aux_coef", [0.0, 0.5])
@@ -97,7 +107,7 @@ def test_a_step_counts_alike_in_every_layout(processor, groups, aux_coef):  # no
 def test_a_router_that_reads_the_kind_is_found(processor, groups):  # noqa: F811
     """Captions and reasonings of two tokens each, and a first layer that tells these tokens apart."""
     model = build_discriminator(build_tiny_policy(processor, SIZE, seed=2), seed=3).double()
-    prepare("shared_prefix", model.backbone)
+    use_layout("shared_prefix", model.backbone)
     group = groups[0].__class__(groups[1].prompt, ((40, 40), (50, 50)), [((40,), (50,))])
 
     def gates(layer: SparseBlock, args: tuple) -> None:
@@ -111,18 +121,8 @@ def test_a_router_that_reads_the_kind_is_found(processor, groups):  # noqa: F811
 
     block = model.backbone.language_model.layers[1].mlp
     block.register_forward_pre_hook(gates)
-    scores, _ = discriminator_step(
-        model,
-        [group],
-        backward=None,
-        pad_id=processor.pad_id,
-        device=torch.device("cpu"),
-        semantics="prism_fast",
-        score_clip=None,
-        score_reg=0.0,
-        tokens_per_micro_batch=WHOLE,
-        layout="shared_prefix",
-    )
+    options = {"score_clip": None, "score_reg": 0.0, "layout": "shared_prefix", "pad_id": processor.pad_id}
+    scores = score_and_learn(model, [group], tokens=WHOLE, **options)
     assert scores.experts["expert_span_layer_top"] == 2
     assert scores.experts["expert_span_information_top"] == pytest.approx(1.0)
     top = {key: value for key, value in scores.experts.items() if key.startswith("experts_top_")}

@@ -21,17 +21,18 @@ from prism_fast.engine.protocol import Update
 from prism_fast.models.checkpointing import use_gradient_checkpointing
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import build_tiny_policy
+from prism_fast.models.token_budget import TokenBudget
 from prism_fast.report.html import write_report
 from prism_fast.rollout.protocol import Completion
 from prism_fast.track.metrics import reproducible
-from prism_fast.train import sft
-from prism_fast.train.discriminator_update import SpanGroup, discriminate
-from prism_fast.train.layouts import prepare
-from prism_fast.train.microbatch import TokenBudget
+from prism_fast.train.layouts import use_layout
 from prism_fast.train.passes import Passes
-from prism_fast.train.policy_update import PolicyBatch, update_policy
+from prism_fast.train.policy_trainer import PolicyBatch
+from prism_fast.train.scored_group import ScoredGroup
+from prism_fast.train.sft import encode
 from tests.support.live_bytes import LiveBytes
 from tests.support.small_policy import SMALL
+from tests.support.trainers import discriminate, passes_of, update_policy, update_sft
 
 WHOLE = 10**6
 SIZE = replace(SMALL, num_layers=4, deepstack_layers=(0, 1))
@@ -79,17 +80,16 @@ def compare(model: nn.Module, step: Callable[[LocalEngine], Passes], *, images: 
 @pytest.mark.parametrize(("layout", "budget", "parts"), [("shared_prefix", WHOLE, 1), ("shared_prefix", 60, 3)])
 def test_policy(processor, prompts, generator, layout, budget, parts):
     model = build_tiny_policy(processor, SIZE, seed=4)
-    prepare(layout, model)
+    use_layout(layout, model)
     encoded = [processor.encode_prompt(*prompt) for prompt in prompts]
     completions = [Completion(ids, (-5.0,) * len(ids), 1.0, "stop") for ids in (text(generator, n) for n in (20, 9, 7))]
     batch = PolicyBatch(encoded, [0, 0, 1], completions, torch.tensor([0.5, -1.0, 2.0]))
 
     def step(engine: LocalEngine) -> Passes:
-        shared = {"temperature": 1.0, "pad_id": processor.pad_id, "device": CPU, "layout": layout}
+        shared = {"temperature": 1.0, "pad_id": processor.pad_id, "layout": layout}
         options = policy_options("prism", max_response=20)
         numbers = update_policy(engine, batch, options, budget=TokenBudget(budget, notify=pytest.fail), **shared)
-        names = ("learned", "without_gradient", "recomputed", "images")
-        return Passes(*(numbers[f"passes/policy_{name}"] for name in names))
+        return passes_of(numbers, "policy")
 
     share = compare(model, step, images=1, parts=parts)
     assert share < (0.6 if parts == 1 else 0.8), share
@@ -102,14 +102,14 @@ def test_policy(processor, prompts, generator, layout, budget, parts):
 )
 def test_discriminator(processor, prompts, generator, layout, budget, parts, scored, aux_coef):
     model = build_discriminator(build_tiny_policy(processor, SIZE, seed=2), seed=3, head_std=0.2)
-    prepare(layout, model.backbone)
+    use_layout(layout, model.backbone)
     spans = [(text(generator, 9), text(generator, 14)) for _ in range(3)]
-    groups = [SpanGroup(processor.encode_prompt(*prompts[0]), spans[0], [*spans[1:2], None])]
+    groups = [ScoredGroup(processor.encode_prompt(*prompts[0]), spans[0], [*spans[1:2], None])]
 
     def step(engine: LocalEngine) -> Passes:
         options = {"semantics": "prism_fast", "score_clip": 10.0, "score_reg": 0.001, "aux_coef": aux_coef}
-        options |= {"pad_id": processor.pad_id, "device": CPU, "layout": layout, "learn": True}
-        return discriminate(engine, groups, TokenBudget(budget, notify=pytest.fail), **options)[0].passes
+        options |= {"pad_id": processor.pad_id, "layout": layout, "learn": True}
+        return discriminate(engine, groups, TokenBudget(budget, notify=pytest.fail), **options).passes
 
     counted = scored and aux_coef > 0  # the experts' shares of a cut step come from a pass of their own
     share = compare(model, step, images=1 + counted, parts=parts, scored=scored * (1 + counted))
@@ -119,18 +119,18 @@ def test_discriminator(processor, prompts, generator, layout, budget, parts, sco
 @pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
 def test_sft(processor, prompts, layout):
     model = build_tiny_policy(processor, SIZE, seed=1)
-    prepare(layout, model)
+    use_layout(layout, model)
     demos = [
         Demonstration(str(n), messages, "- digits: 1 2 and more", images)
         for n, (messages, images) in enumerate(prompts)
     ]
 
-    encoded = sft.EncodedDemos.of(demos, processor, layout)
+    encoded = encode(demos, processor)
 
     def step(engine: LocalEngine) -> Passes:
-        numbers = sft._update(engine, encoded, TokenBudget(WHOLE, notify=pytest.fail))
-        names = ("learned", "without_gradient", "recomputed", "images")
-        return Passes(*(numbers[f"passes/policy_{name}"] for name in names))
+        budget = TokenBudget(WHOLE, notify=pytest.fail)
+        numbers = update_sft(engine, encoded, budget, layout=layout, pad_id=processor.pad_id)
+        return passes_of(numbers, "policy")
 
     assert compare(model, step, images=1, parts=1) < 0.7
 

@@ -13,12 +13,13 @@ from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
+from prism_fast.models.token_budget import TokenBudget
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.ops import PolicyLossOptions
 from prism_fast.rollout.protocol import Completion
-from prism_fast.train.discriminator_update import SpanGroup, discriminate
-from prism_fast.train.microbatch import TokenBudget
-from prism_fast.train.policy_update import PolicyBatch, update_policy
+from prism_fast.train.policy_trainer import PolicyBatch
+from prism_fast.train.scored_group import ScoredGroup
+from tests.support.trainers import discriminate, update_policy
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,6 @@ def _update(engine: LocalEngine, setup, advantage: list[float]) -> None:
         temperature=1.0,
         pad_id=processor.pad_id,
         budget=TokenBudget(10_000, notify=pytest.fail),
-        device=torch.device("cpu"),
         layout="padded",
     )
 
@@ -91,7 +91,7 @@ def test_scores_of_a_spoiled_discriminator(setup, value):
     with torch.no_grad():
         spoiled.v_head[1].weight[0, 0] = value
     engine = _engine(spoiled)
-    group = SpanGroup(prompts[0], ((5, 6, 7), (8, 9)), [((5, 6), (9,)), ((7,), (8, 9))])
+    group = ScoredGroup(prompts[0], ((5, 6, 7), (8, 9)), [((5, 6), (9,)), ((7,), (8, 9))])
     with pytest.raises(NonFiniteError, match=r"align step 7, .*teacher_scores .*student_scores"):
         discriminate(
             engine,
@@ -99,7 +99,6 @@ def test_scores_of_a_spoiled_discriminator(setup, value):
             TokenBudget(10_000, notify=pytest.fail),
             learn=True,
             pad_id=processor.pad_id,
-            device=torch.device("cpu"),
             semantics="prism_fast",
             score_clip=10.0,
             score_reg=0.001,

@@ -39,18 +39,18 @@ def _metrics(folder: Path, stages: tuple[str, ...]) -> list[dict]:
 def test_no_global_generator_decides_anything(finished, small_run, tmp_path, monkeypatch):
     """The stages behind SFT again, with Python's, NumPy's and PyTorch's generators in another state at every step."""
     steps = 0
-    original = resume.StageState.begin_step
+    original = resume.StageState.steps
 
-    def begin_step(state) -> int:
+    def begun(state, total, **options):
         nonlocal steps
-        step = original(state)
-        steps += 1
-        random.seed(steps)
-        np.random.seed(steps)
-        torch.manual_seed(steps)
-        return step
+        for step in original(state, total, **options):
+            steps += 1
+            random.seed(steps)
+            np.random.seed(steps)
+            torch.manual_seed(steps)
+            yield step
 
-    monkeypatch.setattr(resume.StageState, "begin_step", begin_step)
+    monkeypatch.setattr(resume.StageState, "steps", begun)
     overrides = [f"model.policy={finished / 'export/sft'}", "stages=[warmup,align,rlvr]", "eval.limit=1"]
     config = load_config("digits", [*small_run, *overrides, f"out={tmp_path / 'run'}"])
     run_stages(config, Console(quiet=True))

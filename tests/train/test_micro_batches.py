@@ -20,14 +20,16 @@ from prism_fast.engine.local import LocalEngine
 from prism_fast.engine.protocol import Update
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import build_tiny_policy
+from prism_fast.models.token_budget import TokenBudget, by_tokens
 from prism_fast.rollout.protocol import Completion
-from prism_fast.train import sft
-from prism_fast.train.discriminator_update import SpanGroup, discriminate
-from prism_fast.train.layouts import prepare
-from prism_fast.train.microbatch import TokenBudget, by_tokens
-from prism_fast.train.policy_update import PolicyBatch, update_policy
+from prism_fast.train.batching import Batching
+from prism_fast.train.layouts import longest_item, plan_batches, use_layout
+from prism_fast.train.policy_trainer import PolicyBatch
+from prism_fast.train.scored_group import ScoredGroup
+from prism_fast.train.sft import encode, response_tokens
 from tests.support.float64 import Float64Islands
 from tests.support.small_policy import SMALL
+from tests.support.trainers import discriminate, update_policy, update_sft
 
 WHOLE = 10**6
 # Relative and normwise: of the whole gradient, of each parameter's. Where the contributions of rows cancel (routers,
@@ -71,7 +73,7 @@ def compare(
 ) -> None:
     """The step's gradient at each cut equals that of the padded step in one piece."""
     whole_tolerance, tolerance = TOLERANCE[dtype]
-    prepare("shared_prefix", getattr(engine.module, "backbone", engine.module))
+    use_layout("shared_prefix", getattr(engine.module, "backbone", engine.module))
 
     def gradients(layout: str, budget: int) -> dict[str, Tensor]:
         engine.discard()
@@ -113,9 +115,9 @@ def test_sft(processor, prompts, dtype, generator):
     parts, numbers = [], []
 
     def step(budget: TokenBudget, layout: str) -> None:
-        encoded = sft.EncodedDemos.of(demos, processor, layout)
-        parts.append(len(encoded.cut(budget.tokens, engine.module).parts))
-        numbers.append(sft._update(engine, encoded, budget))
+        encoded, batching = encode(demos, processor), Batching(layout, budget, processor.pad_id)
+        parts.append(len(batching.plan(engine.module.model, encoded, budget.tokens).micro_batches))
+        numbers.append(update_sft(engine, encoded, budget, layout=layout, pad_id=processor.pad_id))
 
     compare(dtype, engine, step, both(150, 1))
     assert parts == [1, 3, 5, 1, 2, 5]
@@ -127,38 +129,39 @@ def test_sft(processor, prompts, dtype, generator):
 def test_packed_demonstrations_are_ordinary_sequences(processor, prompts):
     """No segment sees another one, and no token is computed twice or padded."""
     demos = [Demonstration("1", messages, "1 2", images) for messages, images in prompts]
-    encoded = sft.EncodedDemos.of(demos, processor, "shared_prefix")
+    encoded = encode(demos, processor)
     model = build_tiny_policy(processor, SIZE, seed=1)
-    prepare("shared_prefix", model)
-    (row,) = encoded.cut(WHOLE, model).parts
-    lengths = [len(group.prompt.input_ids) + len(group.branches[0]) for group in encoded.groups]
+    use_layout("shared_prefix", model)
+    (row,) = plan_batches("shared_prefix", model.model, encoded, WHOLE, pad_id=processor.pad_id).micro_batches
+    lengths = [len(group.prompt.input_ids) + len(group.branches[0]) for group in encoded]
     assert sorted(row.layout.cu_branch.diff().tolist()) == sorted(lengths) and row.tokens == sum(lengths)
     assert row.layout.branch_prefix.tolist() == [-1] * 3 and row.layout.prefix_start.numel() == 0
-    assert encoded.longest == max(lengths) and encoded.response_tokens == len(row.predict.target)
+    assert longest_item("shared_prefix", encoded) == max(lengths)
+    assert response_tokens(encoded) == len(row.predict.target)
 
 
 def spans(generator, *lengths: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(torch.randint(0, 200, (n,), generator=generator).tolist()) for n in lengths)
 
 
-def groups_of(processor, prompts, generator, columns: int) -> list[SpanGroup]:
+def groups_of(processor, prompts, generator, columns: int) -> list[ScoredGroup]:
     """Three groups: one with a tie and an invalid student, one of long spans, one without a valid student."""
     encoded = [processor.encode_prompt(*prompt) for prompt in prompts]
     short, long = (3, 5)[:columns], (17, 9)[:columns]
     first, second, third = (spans(generator, *short) for _ in range(3))
     return [
-        SpanGroup(encoded[0], first, [second, None, (first[0], *third[1:])]),
-        SpanGroup(encoded[1], spans(generator, *long), [spans(generator, *long)]),
-        SpanGroup(encoded[2], spans(generator, *short), [None, None]),
+        ScoredGroup(encoded[0], first, [second, None, (first[0], *third[1:])]),
+        ScoredGroup(encoded[1], spans(generator, *long), [spans(generator, *long)]),
+        ScoredGroup(encoded[2], spans(generator, *short), [None, None]),
     ]
 
 
-def padded_tokens(groups: list[SpanGroup]) -> list[int]:
-    return [sum(len(group.prompt.input_ids) + len(span) for span in group.unique_spans()) for group in groups]
+def padded_tokens(groups: list[ScoredGroup]) -> list[int]:
+    return [sum(len(group.prompt.input_ids) + len(span) for span in group.spans()) for group in groups]
 
 
 def options_of(processor, **changed) -> dict:
-    options = {"pad_id": processor.pad_id, "device": torch.device("cpu"), "semantics": "prism_fast"}
+    options = {"pad_id": processor.pad_id, "semantics": "prism_fast"}
     return options | {"score_clip": 10.0, "score_reg": 0.001} | changed
 
 
@@ -181,28 +184,28 @@ def test_discriminator(processor, prompts, dtype, generator, columns, changed):
         found[layout, budget.tokens] = discriminate(engine, groups, budget, learn=True, layout=layout, **options)
 
     compare(dtype, engine, step, both(*cuts))
-    whole, loss = found["padded", WHOLE]
-    once = sum(len(g.prompt.input_ids) + sum(map(len, g.unique_spans())) for g in groups)
-    assert found["shared_prefix", WHOLE][0].tokens == once < whole.tokens
-    cut = [n for n, group in zip(tokens, groups, strict=True) if len(group.unique_spans()) > 1]
-    assert found["shared_prefix", 1][0].tokens == whole.tokens and found["shared_prefix", 1][0].repeated == sum(cut)
-    for scores, other in found.values():
+    whole = found["padded", WHOLE]
+    once = sum(len(g.prompt.input_ids) + sum(map(len, g.spans())) for g in groups)
+    assert found["shared_prefix", WHOLE].tokens == once < whole.tokens
+    cut = [n for n, group in zip(tokens, groups, strict=True) if len(group.spans()) > 1]
+    assert found["shared_prefix", 1].tokens == whole.tokens and found["shared_prefix", 1].repeated == sum(cut)
+    for scores in found.values():
         torch.testing.assert_close(scores.student, whole.student, rtol=2e-6, atol=1e-6)
         torch.testing.assert_close(scores.teacher, whole.teacher, rtol=2e-6, atol=1e-6)
-        torch.testing.assert_close(other, loss, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=1e-7)
+        assert scores.loss == pytest.approx(whole.loss, rel=1e-12 if dtype == torch.float64 else 1e-5, abs=1e-7)
 
 
 def test_shaped_scores(processor, prompts, generator):
     """A penalty for length acts on rewards and loss alike, a weight of the spread on the loss alone."""
     model = build_discriminator(build_tiny_policy(processor, SIZE, seed=2), seed=3, head_std=0.2)
     engine, groups, found = engine_of(model, torch.float64), groups_of(processor, prompts, generator, 2), []
-    prepare("padded", engine.module.backbone)
+    use_layout("padded", engine.module.backbone)
     shapes = ({}, {"length_penalty": 0.3}, {"spread": 0.2})
     with Float64Islands():
         for shape in shapes:
             options = options_of(processor, layout="padded", **shape)
             found.append(discriminate(engine, groups, TokenBudget(WHOLE, notify=pytest.fail), learn=False, **options))
-    (plain, loss), (shorter, other), (same, more) = found
+    plain, shorter, same = found
     for side, texts in (("teacher", [g.teacher for g in groups]), ("student", [s for g in groups for s in g.students])):
         tokens = torch.tensor([[len(span) for span in text or ((), ())] for text in texts])
         expected = getattr(plain, side) - 0.3 * tokens.log1p()
@@ -210,12 +213,12 @@ def test_shaped_scores(processor, prompts, generator):
     group, valid = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([True, False, True, True, False, False])
     counts = {"denominator": 3, "l2_denominator": 12}
     direct = [discriminator_loss(x.teacher, x.student, group, valid, **counts)[0] for x in (plain, shorter)]
-    assert float(loss) == pytest.approx(float(direct[0]), rel=1e-6) != float(other)
+    assert plain.loss == pytest.approx(float(direct[0]), rel=1e-6) != shorter.loss
     # The penalised scores of invalid responses are 0 here and there: their squares count alike.
-    assert float(other) == pytest.approx(float(direct[1]), rel=1e-6)
+    assert shorter.loss == pytest.approx(float(direct[1]), rel=1e-6)
     assert torch.equal(same.student, plain.student)
     spread = discriminator_loss(plain.teacher, plain.student, group, valid, spread=0.2, **counts)[0] - direct[0]
-    assert float(more - loss) == pytest.approx(float(spread), rel=1e-5) and float(spread) > 0
+    assert same.loss - plain.loss == pytest.approx(float(spread), rel=1e-5) and float(spread) > 0
 
 
 @pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
@@ -225,15 +228,15 @@ def test_held_out_scores(processor, prompts, generator, layout):
     )
     groups = groups_of(processor, prompts, generator, 2)
     options = options_of(processor, layout=layout)
-    prepare(layout, engine.module.backbone)
+    use_layout(layout, engine.module.backbone)
     with Float64Islands():
-        (whole, loss), (cut, other) = (
+        whole, cut = (
             discriminate(engine, groups, TokenBudget(tokens, notify=pytest.fail), learn=False, **options)
             for tokens in (WHOLE, 1)
         )
     torch.testing.assert_close(cut.student, whole.student, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(cut.teacher, whole.teacher, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(loss, other, rtol=1e-12, atol=0)
+    assert whole.loss == pytest.approx(cut.loss, rel=1e-12)
     assert (whole.tokens == cut.tokens) == (layout == "padded") and whole.repeated == cut.repeated == 0
     assert all(p.grad is None for p in engine.module.parameters())
 
@@ -251,7 +254,7 @@ def test_policy(processor, prompts, dtype, generator, preset):
 
     def step(budget: TokenBudget, layout: str) -> None:
         options = policy_options(preset, max_response=20)
-        shared = {"pad_id": processor.pad_id, "device": torch.device("cpu"), "layout": layout}
+        shared = {"pad_id": processor.pad_id, "layout": layout}
         numbers.append(update_policy(engine, batch, options, temperature=0.8, budget=budget, **shared))
 
     compare(dtype, engine, step, both(130, 1))
@@ -272,9 +275,9 @@ def test_what_stands_in_the_padding_does_not_matter(processor, prompts, generato
         engine.discard()
         budget = TokenBudget(WHOLE, notify=pytest.fail)
         options = options_of(processor, pad_id=pad_id, aux_coef=aux_coef, layout="padded")
-        scores, loss = discriminate(engine, groups, budget, learn=True, **options)
+        scores = discriminate(engine, groups, budget, learn=True, **options)
         gradients = [p.grad.clone() for p in engine.module.parameters() if p.grad is not None]
-        found.append([scores.student, loss, *gradients])
+        found.append([scores.student, torch.tensor(scores.loss), *gradients])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 

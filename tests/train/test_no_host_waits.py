@@ -18,12 +18,13 @@ from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
+from prism_fast.models.token_budget import TokenBudget
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.rollout.protocol import Completion
-from prism_fast.train.discriminator_update import SpanGroup, discriminate
-from prism_fast.train.layouts import prepare
-from prism_fast.train.microbatch import TokenBudget
-from prism_fast.train.policy_update import PolicyBatch, update_policy
+from prism_fast.train.layouts import use_layout
+from prism_fast.train.policy_trainer import PolicyBatch
+from prism_fast.train.scored_group import ScoredGroup
+from tests.support.trainers import discriminate, update_policy
 
 PACKAGE = Path(prism_fast.__file__).parent
 # What a GPU would have to be waited for. `.cpu()` of a CPU tensor leaves no trace: the test on a card sees that.
@@ -88,7 +89,7 @@ def test_policy_update(setup, loss, device):
     processor, policy, prompts = setup
     device = torch.device(device)
     policy.to(device)
-    prepare("shared_prefix", policy)
+    use_layout("shared_prefix", policy)
     completions = [Completion(tuple(range(5, 5 + n)), (-1.0,) * n, 1.0, "stop") for n in (3, 9, 5, 1, 7, 4)]
     advantage = torch.tensor([0.5, -1.0, 0.0, 1.5, -0.3, 0.7])
     engine = LocalEngine(policy, OptimizerConfig(lr=1e-3))
@@ -101,7 +102,6 @@ def test_policy_update(setup, loss, device):
             temperature=1.3,
             pad_id=processor.pad_id,
             budget=budget,
-            device=device,
             layout="shared_prefix",
         )
         assert numbers["passes/policy_learned"] > 1 and not budget.reads.found
@@ -112,14 +112,14 @@ def test_discriminator_update(setup, device):
     processor, policy, prompts = setup
     device = torch.device(device)
     discriminator = build_discriminator(policy.cpu(), seed=1).to(device)
-    prepare("shared_prefix", discriminator.backbone)
+    use_layout("shared_prefix", discriminator.backbone)
     engine = LocalEngine(discriminator, OptimizerConfig(lr=1e-3))
     students = [((5, 6), (9,)), None, ((7,), (8, 9))]
-    groups = [SpanGroup(prompt, ((5, 6, 7), (8, 9)), students) for prompt in prompts]
+    groups = [ScoredGroup(prompt, ((5, 6, 7), (8, 9)), students) for prompt in prompts]
     budget = Watched(40, device)
     options = {"semantics": "prism_fast", "score_clip": 10.0, "score_reg": 0.001, "length_penalty": 0.1}
-    scores, _ = discriminate(
-        engine, groups, budget, learn=True, layout="shared_prefix", pad_id=processor.pad_id, device=device, **options
+    scores = discriminate(
+        engine, groups, budget, learn=True, layout="shared_prefix", pad_id=processor.pad_id, **options
     )
     assert scores.passes.learned > 1 and not budget.reads.found
 

@@ -10,7 +10,7 @@ import torch
 from prism_fast.config import OptimizerConfig, SftConfig
 from prism_fast.engine.finite import NonFiniteError
 from prism_fast.engine.local import LocalEngine
-from prism_fast.train.microbatch import by_tokens
+from prism_fast.models.token_budget import by_tokens
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.sft import PlateauDecay
 

@@ -11,11 +11,12 @@ from prism_fast.engine.local import LocalEngine
 from prism_fast.engine.protocol import Update
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor
+from prism_fast.models.token_budget import TokenBudget
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.rollout.protocol import Completion, Sampling
-from prism_fast.train.microbatch import TokenBudget
-from prism_fast.train.policy_update import PolicyBatch, update_policy
+from prism_fast.train.policy_trainer import PolicyBatch
 from tests.support.generation import generate
+from tests.support.trainers import update_policy
 
 TEMPERATURE = 1.3
 ADVANTAGE = torch.tensor([0.5, -1.0, 0.0, 1.5, -0.3, 0.7])
@@ -50,7 +51,6 @@ def update(setup, *, loss="prism", budget=10_000, layout="padded", **options):
         temperature=TEMPERATURE,
         pad_id=processor.pad_id,
         budget=TokenBudget(budget, notify=pytest.fail),
-        device=torch.device("cpu"),
         layout=layout,
         **options,
     )
@@ -72,12 +72,12 @@ def test_as_released_each_micro_batch_is_divided_by_its_own_counts(setup, loss):
     """On-policy, the loss of a row is minus its advantage per token (prism) or per response (gspo)."""
     lengths = torch.tensor([float(len(c.token_ids)) for c in setup[3]])
     whole = {"prism": -(ADVANTAGE * lengths).sum() / lengths.sum(), "gspo": -ADVANTAGE.mean()}[loss]
-    for released, budget, expected in (
+    for by_micro_batch, budget, expected in (
         (True, 10_000, whole),
         (True, 1, -ADVANTAGE.mean()),  # a row each: its own mean, one sixth of the weight
         (False, 10_000, whole),
         (False, 1, whole),
     ):
-        numbers, _ = update(setup, loss=loss, budget=budget, released=released)
-        assert numbers["policy/loss"] == pytest.approx(float(expected), abs=1e-5), (released, budget)
-        assert numbers["policy/rows"] == (6 if released else 5)
+        numbers, _ = update(setup, loss=loss, budget=budget, divide_by_micro_batch=by_micro_batch)
+        assert numbers["policy/loss"] == pytest.approx(float(expected), abs=1e-5), (by_micro_batch, budget)
+        assert numbers["policy/rows"] == (6 if by_micro_batch else 5)

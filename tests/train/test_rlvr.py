@@ -20,11 +20,11 @@ from prism_fast.report.figures import stage_curves
 from prism_fast.report.rundir import read_run
 from prism_fast.rewards import AnswerChecker, Reward
 from prism_fast.track.metrics import reproducible
-from prism_fast.train import rlvr as rlvr_module
 from prism_fast.train.pipeline import run_stages
-from prism_fast.train.rlvr import merge_updates, mini_batches
+from prism_fast.train.policy_trainer import PolicyTrainer
+from prism_fast.train.rlvr import mini_batches
 from prism_fast.train.rollout_log import RolloutReader, dump_path
-from prism_fast.train.rollouts import RolloutSource
+from prism_fast.train.rollouts import RolloutSource, StepRollouts
 from prism_fast.train.signals import Stopped
 from tests.train.conftest import SMALL, run_small
 
@@ -193,14 +193,14 @@ def test_equal_fractional_rewards_teach_nothing(score, rlvr_only, finished, tmp_
 
 
 def test_a_step_that_is_not_finite_leaves_its_rollouts(rlvr_only, tmp_path, monkeypatch):
-    update = rlvr_module.update_policy
+    accumulate = PolicyTrainer.accumulate
 
-    def poisoned(engine, *arguments, **options):
-        if engine.updates == 1:
-            engine.module.lm_head.weight.data[3, 5] = torch.nan
-        return update(engine, *arguments, **options)
+    def poisoned(trainer, batch):
+        if trainer.engine.updates == 1:
+            trainer.policy.lm_head.weight.data[3, 5] = torch.nan
+        return accumulate(trainer, batch)
 
-    monkeypatch.setattr(rlvr_module, "update_policy", poisoned)
+    monkeypatch.setattr(PolicyTrainer, "accumulate", poisoned)
     folder = tmp_path / "run"
     settings = [*DYNAMIC, "rlvr.steps=4", "dump_rollouts_every=100"]
     with pytest.raises(NonFiniteError, match=r"rlvr step 2.*last ones in .*rlvr\.jsonl\.zst"):
@@ -212,25 +212,18 @@ def test_a_step_that_is_not_finite_leaves_its_rollouts(rlvr_only, tmp_path, monk
     assert len(_steps(folder)) == 1
 
 
-def test_mini_batches_share_the_groups_out_and_know_what_is_stale():
+def test_mini_batches_share_the_groups_out_and_know_what_is_off_policy():
     def group(step: int):
         return SimpleNamespace(
             prompt=object(), completions=["a", "b"], origin=SimpleNamespace(step=step), splits=[], rewards=[]
         )
 
-    rollouts = rlvr_module.StepRollouts([group(step) for step in (6, 6, 7, 7, 7)])
+    rollouts = StepRollouts([group(step) for step in (6, 6, 7, 7, 7)])
     advantage = torch.arange(10.0)
     (whole,) = mini_batches(rollouts, advantage, 7, 1)
-    assert whole.stale == [True] * 4 + [False] * 6 and torch.equal(whole.advantage, advantage)
+    assert whole.off_policy == [True] * 4 + [False] * 6 and torch.equal(whole.advantage, advantage)
     parts = mini_batches(rollouts, advantage, 7, 3)
     assert [len(part.prompts) for part in parts] == [1, 2, 2]
     assert torch.equal(torch.cat([part.advantage for part in parts]), advantage)
-    assert [part.stale for part in parts] == [[True] * 2, [True] * 4, [True] * 4]
-    assert [part.stale for part in mini_batches(rollouts, advantage, 8, 9)] == [[True] * 2] * 5
-    assert merge_updates(
-        [{"policy/rows": 3, "policy/loss": 1.0, "x_max": 2.0}, {"policy/rows": 1, "policy/loss": 2.0}]
-    ) == {
-        "policy/rows": 4,
-        "policy/loss": 1.5,
-        "x_max": 2.0,
-    }
+    assert [part.off_policy for part in parts] == [[True] * 2, [True] * 4, [True] * 4]
+    assert [part.off_policy for part in mini_batches(rollouts, advantage, 8, 9)] == [[True] * 2] * 5

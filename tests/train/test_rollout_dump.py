@@ -7,8 +7,8 @@ import torch
 
 from prism_fast.engine.finite import NonFiniteError
 from prism_fast.report.html import write_report
-from prism_fast.train import align as align_module
-from prism_fast.train import rlvr as rlvr_module
+from prism_fast.train.discriminator_trainer import DiscriminatorTrainer
+from prism_fast.train.policy_trainer import PolicyTrainer
 from prism_fast.train.rollout_log import RolloutReader, dump_path
 from tests.train.conftest import SMALL, run_small
 
@@ -39,30 +39,33 @@ def _infinite_scores(engine):
     dropout.register_forward_hook(lambda module, inputs, output: output + torch.inf)
 
 
+TRAINERS = {
+    "policy": (PolicyTrainer, "accumulate"),
+    "discriminator": (DiscriminatorTrainer, "score_and_accumulate"),
+}
 INFINITE = "align step 2.*not finite: teacher_scores.*inf.*student_scores"  # the loss of clamped scores is finite
 CASES = [
-    ("align", "discriminate", _poison_critic, (), "align step 2, micro-batch 1 of"),
-    ("align", "discriminate", _infinite_scores, ("align.discriminator.score_reg=0",), INFINITE),
-    ("align", "update_policy", _poison_policy, (), "align step 2.*logp"),
-    ("align", "update_policy", _poison_gradient, (), "align step 2: the gradient norm is"),
-    ("rlvr", "update_policy", _poison_policy, (), "rlvr step 2.*logp"),
+    ("align", "discriminator", _poison_critic, (), "align step 2, micro-batch 1 of"),
+    ("align", "discriminator", _infinite_scores, ("align.discriminator.score_reg=0",), INFINITE),
+    ("align", "policy", _poison_policy, (), "align step 2.*logp"),
+    ("align", "policy", _poison_gradient, (), "align step 2: the gradient norm is"),
+    ("rlvr", "policy", _poison_policy, (), "rlvr step 2.*logp"),
 ]
 
 
-@pytest.mark.parametrize(("stage", "function", "poison", "settings", "message"), CASES)
+@pytest.mark.parametrize(("stage", "model", "poison", "settings", "message"), CASES)
 def test_the_rollouts_of_a_failed_step_are_kept(
-    stage, function, poison, settings, message, stages_behind_sft, tmp_path, monkeypatch
+    stage, model, poison, settings, message, stages_behind_sft, tmp_path, monkeypatch
 ):
-    module = {"align": align_module, "rlvr": rlvr_module}[stage]
-    inner, calls = getattr(module, function), []
+    trainer, method = TRAINERS[model]
+    inner = getattr(trainer, method)
 
-    def poisoned(engine, *arguments, **options):
-        calls.append(engine.where)
-        if calls[-1].endswith("step 2"):
-            poison(engine)
-        return inner(engine, *arguments, **options)
+    def poisoned(self, *arguments):
+        if self.engine.where.endswith("step 2"):
+            poison(self.engine)
+        return inner(self, *arguments)
 
-    monkeypatch.setattr(module, function, poisoned)
+    monkeypatch.setattr(trainer, method, poisoned)
     folder = tmp_path / "run"
     more = [f"stages=[{stage}]", "rlvr.dynamic_sampling.enabled=true"]
     with pytest.raises(NonFiniteError, match=f"{message}.*last ones in .*{stage}") as failure:
@@ -74,8 +77,8 @@ def test_the_rollouts_of_a_failed_step_are_kept(
     for record in records:
         assert len(record["token_ids"]) == len(record["logprobs"]) == record["tokens"] > 0
         assert record["finish"] in ("stop", "length") and record["reward"]["decided_by"]
-    if function == "update_policy":
+    if model == "policy":
         assert sum(record.get("advantage") is not None for record in records) == 8
-    if function == "update_policy" and stage == "align":
+    if model == "policy" and stage == "align":
         assert all(set(r["scores"]) == {"caption", "reasoning"} for r in records if r["valid"])
     assert write_report(folder).is_file(), "the report of a run that failed shows them"

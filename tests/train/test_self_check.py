@@ -18,14 +18,16 @@ from prism_fast.models import packing, shared_prefix
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.packing import PromptGroup, SharedImages
 from prism_fast.models.policy import build_tiny_policy
+from prism_fast.models.token_budget import TokenBudget
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train import layouts
-from prism_fast.train.discriminator_update import SpanGroup, discriminate, end_states
-from prism_fast.train.layouts import prepare
-from prism_fast.train.microbatch import TokenBudget
-from prism_fast.train.policy_update import PolicyBatch, response_states, update_policy
+from prism_fast.train.discriminator_trainer import end_states
+from prism_fast.train.layouts import use_layout
+from prism_fast.train.policy_trainer import PolicyBatch, response_states
+from prism_fast.train.scored_group import ScoredGroup
 from prism_fast.train.self_check import SPARSE_TOLERANCE, TOLERANCE, PackingError, check_packing, choose
 from tests.support.small_policy import SMALL
+from tests.support.trainers import discriminate, update_policy
 
 SIZE = dataclasses.replace(SMALL, num_layers=3)
 WHOLE = 10**6
@@ -60,7 +62,7 @@ def engine_of(processor, kind: str) -> LocalEngine:
     model = build_tiny_policy(processor, SIZE, seed=2)
     if kind == "discriminator":
         model = build_discriminator(model, seed=3, head_std=0.2)
-    prepare("shared_prefix", getattr(model, "backbone", model))
+    use_layout("shared_prefix", getattr(model, "backbone", model))
     return LocalEngine(model.train(), OptimizerConfig(lr=1e-3))
 
 
@@ -71,10 +73,10 @@ def backbone_of(engine: LocalEngine):
 KINDS = ("policy", "discriminator")
 
 
-def span_groups(groups) -> list[SpanGroup]:
+def span_groups(groups) -> list[ScoredGroup]:
     """Whole responses: the first branch is the teacher's. Of the groups with two or more: one alone shares nothing."""
     used = [g for g in groups if len(g.branches) > 1]
-    return [SpanGroup(g.prompt, (g.branches[0] or (7,),), [(x,) for x in g.branches[1:] if x]) for g in used]
+    return [ScoredGroup(g.prompt, (g.branches[0] or (7,),), [(x,) for x in g.branches[1:] if x]) for g in used]
 
 
 def checked(engine: LocalEngine, processor, groups, kind: str) -> float:
@@ -89,16 +91,15 @@ def checked(engine: LocalEngine, processor, groups, kind: str) -> float:
 def update(engine: LocalEngine, processor, groups, kind: str, budget: int = WHOLE) -> float | None:
     """A stage's update; the metric ``packing_error``."""
     shared = {"budget": TokenBudget(budget, notify=pytest.fail), "pad_id": processor.pad_id, "layout": "shared_prefix"}
-    shared["device"] = torch.device("cpu")
     if kind == "policy":
         rows = [(g, ids) for g, group in enumerate(groups) for ids in group.branches if ids is not None]
         completions = [Completion(ids, (-5.0,) * len(ids), 1.0, "stop") for _, ids in rows]
         prompts, advantage = [group.prompt for group in groups], torch.ones(len(rows))
         batch = PolicyBatch(prompts, [g for g, _ in rows], completions, advantage)
         numbers = update_policy(engine, batch, policy_options("grpo", max_response=20), temperature=1.0, **shared)
-        return numbers["policy/packing_error"]
+        return numbers.get("policy/packing_error")
     options = {"semantics": "prism_fast", "score_clip": 10.0, "score_reg": 0.001, "learn": True}
-    return discriminate(engine, span_groups(groups), **options, **shared)[0].packing_error
+    return discriminate(engine, span_groups(groups), **options, **shared).packing_error
 
 
 def test_checked_are_a_group_with_images_and_another(groups):
@@ -258,3 +259,29 @@ def test_a_wrong_packing_stops_the_update(processor, groups, monkeypatch, spoil,
         update(engine, processor, groups, kind)
     assert engine.updates == 0 and all(torch.equal(before[n], p) for n, p in engine.module.named_parameters())
     assert all(p.grad is None and p.requires_grad for p in engine.module.parameters())
+
+
+@pytest.mark.parametrize("stage", ["sft", "sft_continued", "warmup", "align", "rlvr"])
+def test_every_packed_stage_checks_before_it_learns(finished, run_again, tmp_path, monkeypatch, stage):
+    export = finished / "export"
+    stages = "[sft_continued,rlvr]" if stage == "sft_continued" else f"[{stage}]"
+    start = [f"model.policy={export / 'sft'}", f"stages={stages}", "data.eval=null"]
+    start += [f"model.discriminator={export / 'discriminator-warmup'}"] if stage == "align" else []
+    branches_see_each_other(monkeypatch)
+    with pytest.raises(PackingError):
+        run_again(tmp_path / "run", *start)
+
+
+def test_a_padded_run_is_not_checked(processor, groups, monkeypatch):
+    branches_see_each_other(monkeypatch)
+    engine = engine_of(processor, "policy")
+    numbers = update_policy(
+        engine,
+        PolicyBatch([groups[0].prompt], [0], [Completion((1, 2), (-5.0,) * 2, 1.0, "stop")], torch.ones(1)),
+        policy_options("grpo", max_response=20),
+        temperature=1.0,
+        budget=TokenBudget(WHOLE, notify=pytest.fail),
+        pad_id=processor.pad_id,
+        layout="padded",
+    )
+    assert "policy/packing_error" not in numbers and not engine.packing_checked

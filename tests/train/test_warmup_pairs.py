@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from prism_fast.config import OptimizerConfig
@@ -12,12 +11,12 @@ from prism_fast.data.samples import Pair
 from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import build_tiny_policy
-from prism_fast.train.discriminator_update import discriminate
-from prism_fast.train.layouts import prepare
-from prism_fast.train.microbatch import TokenBudget
+from prism_fast.models.token_budget import TokenBudget
+from prism_fast.train.layouts import use_layout
 from prism_fast.train.passes import Passes
 from prism_fast.train.warmup import group_pairs
 from tests.support.small_policy import SMALL
+from tests.support.trainers import discriminate
 
 
 def pair(uid: str, image: Image.Image, teacher: str, student: str, question: str = "what is it?") -> Pair:
@@ -50,16 +49,15 @@ def test_a_group_of_pairs_costs_its_prompt_its_teacher_and_its_students_once(pro
     pairs = [pair(str(n), pictures(1)[0], "1 2", text) for n, text in enumerate(texts)]
     (group,) = group_pairs(pairs, processor, "prism_fast", ("caption", "reasoning"))
     model = build_discriminator(build_tiny_policy(processor, SMALL, seed=2), seed=3, head_std=0.2)
-    prepare("shared_prefix", model.backbone)
+    use_layout("shared_prefix", model.backbone)
     engine = LocalEngine(model.train(), OptimizerConfig(lr=1e-3))
-    scores, _ = discriminate(
+    scores = discriminate(
         engine,
         [group],
         TokenBudget(10_000, notify=pytest.fail),
         learn=True,
         layout="shared_prefix",
         pad_id=processor.pad_id,
-        device=torch.device("cpu"),
         semantics="prism_fast",
         score_clip=10.0,
         score_reg=0.001,

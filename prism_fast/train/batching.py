@@ -1,0 +1,58 @@
+"""How a trainer cuts its steps into micro-batches: decided once, when the trainer is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from prism_fast.models.packing import PromptGroup
+from prism_fast.models.token_budget import TokenBudget
+from prism_fast.track.flops import forward_flops
+from prism_fast.track.metrics import Metrics
+from prism_fast.train.layouts import BatchPlan, Layout, longest_item, plan_batches
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batching:
+    """``budget``: tokens of a micro-batch. ``positions``: see ``models.forward.collate``. ``whole_groups``: a group's
+    continuations stay in one micro-batch of the padded layout whatever their size (packed rows: see
+    ``BatchPlan.bound``)."""
+
+    layout: Layout
+    budget: TokenBudget
+    pad_id: int
+    positions: str = "mrope"
+    whole_groups: bool = False
+
+    def plan(self, backbone: nn.Module, groups: Sequence[PromptGroup], tokens: int) -> BatchPlan:
+        """``groups`` in micro-batches of at most ``tokens`` tokens."""
+        return plan_batches(
+            self.layout,
+            backbone,
+            groups,
+            tokens,
+            pad_id=self.pad_id,
+            positions=self.positions,
+            whole_groups=self.whole_groups,
+        )
+
+    def work(self, config: PreTrainedConfig, groups: Sequence[PromptGroup], *, vocabulary: bool) -> Metrics:
+        """What one pass over ``groups`` needs: ``perf/tokens``, each prompt once and no padding, and
+        ``perf/forward_flops``, see ``track.flops.forward_flops``."""
+        metrics = Metrics()
+        for group in groups:
+            lengths = [len(branch) for branch in group.branches if branch is not None]
+            metrics.sum("perf/tokens", len(group.prompt.input_ids) + sum(lengths) if lengths else 0)
+        metrics.sum("perf/forward_flops", forward_flops(config, groups, vocabulary=vocabulary))
+        return metrics
+
+    def run(self, attempt: Callable[[int], T], groups: Sequence[PromptGroup], *, discard: Callable[[], None]) -> T:
+        """``attempt(tokens)`` within the budget; see ``TokenBudget.run``."""
+        longest = longest_item(self.layout, groups, whole_groups=self.whole_groups)
+        return self.budget.run(attempt, discard=discard, longest=longest)

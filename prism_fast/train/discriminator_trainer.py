@@ -1,0 +1,341 @@
+"""The discriminator's update: one forward gives the scores that reward the policy and the gradient that updates.
+
+A step costs P + all its spans' tokens per prompt: equal spans are computed once, the prompt and its image as well. The
+loss couples the spans of a group. A group whose rows do not fit into one micro-batch is therefore scored first without
+gradient; the loss of its head's inputs gives every row's gradient there, and the rows are computed again to send it
+on (`_Step.learn_in_two_passes`). ``disc/tokens_repeated`` counts those tokens; a larger token budget avoids them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prism_fast.algorithms.alignment_loss import as_scored, discriminator_loss
+from prism_fast.algorithms.semantics import SEMANTICS
+from prism_fast.config import Config
+from prism_fast.engine.protocol import Engine
+from prism_fast.models.discriminator import Discriminator, expert_choices, load_balance_loss
+from prism_fast.models.experts import chosen_experts
+from prism_fast.models.transfer import moved
+from prism_fast.ops import PairwiseStats
+from prism_fast.track.metrics import Metrics
+from prism_fast.train.batching import Batching
+from prism_fast.train.expert_shares import ExpertShares
+from prism_fast.train.layouts import BatchPlan, Ends, MicroBatch
+from prism_fast.train.passes import counted_passes
+from prism_fast.train.scored_group import ScoredGroup, Span, span_lengths
+from prism_fast.train.self_check import self_check
+
+
+@dataclass(frozen=True)
+class DiscriminatorLoss:
+    """Settings of the discriminator's loss.
+
+    ``score_clip``, ``score_reg``, ``spread``: of ``algorithms.alignment_loss``. ``length_penalty``: b in
+    score - b * log(1 + tokens of the span), of which the loss is taken and which rewards. ``aux_coef``: weight of the
+    load-balancing loss over the routers of all layers.
+    """
+
+    semantics: str = "prism_fast"
+    score_clip: float | None = 10.0
+    score_reg: float = 0.001
+    length_penalty: float = 0.0
+    spread: float = 0.0
+    aux_coef: float = 0.0
+
+
+def discriminator_loss_of(config: Config, *, warmup: bool = False) -> DiscriminatorLoss:
+    """The loss of a recipe: its numbers, and where it gives none those of its semantics."""
+    terms, given = SEMANTICS[config.semantics], config.align.discriminator
+    clip, reg = terms.score_clip, terms.score_reg
+    if warmup and not terms.warmup_shapes_scores:
+        clip, reg = None, 0.0
+    return DiscriminatorLoss(
+        semantics=config.semantics,
+        score_clip=clip if given.score_clip is None else given.score_clip,
+        score_reg=reg if given.score_reg is None else given.score_reg,
+        length_penalty=given.length_penalty,
+        spread=given.spread,
+        aux_coef=config.warmup.aux_coef if warmup and terms.warmup_balances else 0.0,
+    )
+
+
+class GroupScores(NamedTuple):
+    """Scores before the update, float32, on the CPU: ``student`` [B, K] (0 where the response is invalid), ``teacher``
+    [G, K]; ``metrics`` of the forward and of its pairs."""
+
+    student: Tensor
+    teacher: Tensor
+    metrics: Metrics
+
+
+def end_states(plan: BatchPlan, batch: MicroBatch) -> tuple[Tensor, list[int]]:
+    """For ``train.self_check``: what scores read of a forward, the last hidden state [M, H] of each span."""
+    hidden = plan.ends(batch).hidden
+    return hidden, [1] * len(hidden)
+
+
+class DiscriminatorTrainer:
+    """`score_and_accumulate` scores groups and adds the gradient of their loss, `step` updates the weights.
+
+    Scores, loss and gradient do not depend on the cut into micro-batches, but for semantics that divide by each one.
+
+    Args:
+        engine: of a ``Discriminator``.
+        spans: names of the K scores.
+        prefix: of the metrics' names, e.g. ``disc/``.
+    """
+
+    def __init__(
+        self, engine: Engine, batching: Batching, loss: DiscriminatorLoss, *, spans: Sequence[str], prefix: str
+    ) -> None:
+        self.engine, self.batching, self.loss = engine, batching, loss
+        self.spans, self.prefix = tuple(spans), prefix
+
+    def score_and_accumulate(self, groups: Sequence[ScoredGroup]) -> GroupScores:
+        """Score ``groups`` in train mode and add the gradient of their loss to the engine's.
+
+        Raises:
+            NonFiniteError: the loss or a score is NaN or infinite; the gradient is dropped.
+            StepTooLargeError: the largest piece that cannot be cut does not fit into memory.
+        """
+        self.engine.module.train()
+        packing_error = self._check(groups)
+        scores = self._run(groups, self.prefix, learn=True, poll=lambda: None)
+        computed = [group.computed() for group in groups]
+        work = self.batching.work(self.engine.module.backbone.config, computed, vocabulary=False)
+        scores = scores._replace(metrics=scores.metrics | work)
+        if packing_error is not None:
+            scores.metrics.last(f"{self.prefix}packing_error", packing_error)
+        return scores
+
+    def score(
+        self, groups: Sequence[ScoredGroup], *, prefix: str, poll: Callable[[], None] = lambda: None
+    ) -> GroupScores:
+        """Score ``groups`` in eval mode, without gradient. ``prefix`` of the metrics' names; ``poll`` is called before
+        each micro-batch and may raise to stop. Raises StepTooLargeError as above."""
+        self.engine.module.eval()
+        self._check(groups)
+        return self._run(groups, prefix, learn=False, poll=poll)
+
+    def step(self) -> Metrics:
+        """Update the weights. Raises NonFiniteError if the gradient norm is not finite; nothing was updated."""
+        update, metrics = self.engine.step(), Metrics()
+        metrics.mean(f"{self.prefix}grad_norm", update.grad_norm)
+        metrics.last(f"{self.prefix}lr", update.lr)
+        if (tokens := self.batching.budget.change()) is not None:
+            metrics.last(f"{self.prefix}token_budget", tokens)
+        return metrics
+
+    def _check(self, groups: Sequence[ScoredGroup]) -> float | None:
+        computed = [group.computed() for group in groups]
+        return self_check(self.engine, self.batching, self.engine.module.backbone, computed, end_states)
+
+    def _run(self, groups: Sequence[ScoredGroup], prefix: str, *, learn: bool, poll: Callable[[], None]) -> GroupScores:
+        backbone = self.engine.module.backbone
+        computed = [group.computed() for group in groups]
+
+        def attempt(tokens: int) -> tuple[_Step, Metrics]:
+            with counted_passes(backbone) as passes:
+                step = _Step(self, groups, self.batching.plan(backbone, computed, tokens), prefix, poll)
+                with torch.set_grad_enabled(learn):
+                    for bound in step.plan.bound():
+                        if learn and len(bound) > 1:
+                            step.learn_in_two_passes(bound)
+                        else:
+                            step.score(bound, learn=learn)
+            return step, passes.metrics("discriminator")
+
+        step, passes = self.batching.run(attempt, computed, discard=self.engine.discard)
+        self.engine.verify()  # before the scores reward anything
+        student, teacher = step.scores()
+        return GroupScores(student, teacher, step.metrics | passes)
+
+
+class _Step:
+    """One pass over the groups of a step. Until `scores` the host waits for nothing on the device."""
+
+    def __init__(
+        self,
+        trainer: DiscriminatorTrainer,
+        groups: Sequence[ScoredGroup],
+        plan: BatchPlan,
+        prefix: str,
+        poll: Callable[[], None],
+    ) -> None:
+        self.engine, self.loss, self.spans = trainer.engine, trainer.loss, trainer.spans
+        self.discriminator: Discriminator = trainer.engine.module
+        self.divide_by_micro_batch = SEMANTICS[self.loss.semantics].divide_by_micro_batch
+        self.groups, self.plan, self.prefix, self.poll = groups, plan, prefix, poll
+        self.device = self.discriminator.backbone.device
+        self.keys = [list(group.spans()) for group in groups]
+        self.columns = [list(group.spans().values()) for group in groups]
+        text = self.discriminator.backbone.config.text_config
+        self.experts = (text.num_experts, text.num_experts_per_tok)
+        self.shares = ExpertShares(self.spans, text.num_experts)
+        self.metrics = Metrics()
+        self.metrics.mean(f"{prefix}loss", 0.0, 1)  # the micro-batches add their shares of it
+        self.metrics.sum(f"{prefix}tokens_repeated", 0)
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}  # by group: rewards of the teacher [K], the students [n, K]
+        self._students = sum(len(group.students) for group in groups)
+        valid = sum(1 for group in groups for framed in group.students if framed)
+        # Divided by the counts of the whole step, so that the cut into micro-batches does not matter.
+        self.counts: dict[str, float] = {}
+        if not self.divide_by_micro_batch:
+            columns = len(self.spans)
+            self.counts = {"denominator": max(1, valid), "l2_denominator": columns * (len(groups) + valid)}
+        # The load-balancing loss is a product of means over the step. A micro-batch can add its share of the second
+        # mean, which has the gradient, only once the first is known: each expert's share of the choices.
+        self.choices = self._count_choices() if self.loss.aux_coef and len(plan.micro_batches) > 1 else None
+
+    def score(self, bound: Sequence[MicroBatch], *, learn: bool) -> None:
+        """Whole groups: one forward for their scores and, with ``learn``, their gradient."""
+        hidden, aux = self._forward(bound)
+        loss = self._loss(hidden, bound) + aux
+        self._add_loss(loss)
+        if learn:
+            self.engine.backward(loss, **self._seen)
+        for batch in bound:
+            self.plan.finish(batch, self.engine.backward if learn else None)
+
+    def learn_in_two_passes(self, bound: Sequence[MicroBatch]) -> None:
+        """Groups in several micro-batches. Their loss needs the scores of all: a pass without gradient gives these, the
+        loss's gradient at the ends of the spans is exact, and a second pass sends it on, micro-batch by micro-batch."""
+        self.plan.announce(bound)
+        with torch.no_grad():
+            hidden, _ = self._forward(bound)
+        hidden.requires_grad_()
+        loss = self._loss(hidden, bound)
+        self._add_loss(loss)
+        self.engine.backward(loss, **self._seen)
+        for batch, gradient in zip(bound, hidden.grad.split([len(b.branches) for b in bound]), strict=True):
+            self.poll()
+            computed = self._ends(self.plan, batch)
+            aux = self._balance(computed)
+            self.engine.backward((computed.hidden * gradient).sum() + aux)
+            self.plan.finish(batch, self.engine.backward)
+            if self.loss.aux_coef:
+                self._add_loss(aux)
+            self.metrics.sum(f"{self.prefix}tokens_repeated", batch.tokens)
+
+    def scores(self) -> tuple[Tensor, Tensor]:
+        """Rewards of the students [B, K] and of the teacher [G, K], float32, on the CPU; completes the metrics."""
+        order = range(len(self.groups))
+        teacher = torch.stack([self._found[g][0] for g in order]).cpu()
+        student = torch.cat([self._found[g][1] for g in order]).cpu()
+        self.shares.add_to(self.metrics, self.prefix)
+        return student, teacher
+
+    def _ends(self, plan: BatchPlan, batch: MicroBatch) -> Ends:
+        wanted = {"output_router_logits": True} if self.loss.aux_coef else {}
+        return self.engine.run(lambda: plan.ends(batch, **wanted))
+
+    def _forward(self, bound: Sequence[MicroBatch]) -> tuple[Tensor, Tensor | float]:
+        """Final hidden states [M, H] at the ends of the spans, and the share of the load-balancing loss."""
+        hidden, aux = [], 0.0
+        for batch in bound:
+            self.poll()
+            with chosen_experts(self.discriminator.backbone) as chosen:
+                computed = self._ends(self.plan, batch)
+            columns = [self.columns[g][k] for g, k in batch.branches]
+            self.shares.add(chosen, columns, computed.branch, computed.weight)
+            hidden.append(computed.hidden)
+            aux = aux + self._balance(computed)
+            self.metrics.sum(f"{self.prefix}tokens", batch.tokens)
+        return torch.cat(hidden), aux
+
+    def _balance(self, computed: Ends) -> Tensor | float:
+        """A micro-batch's share of the load-balancing loss, weighted; 0.0 where there is none."""
+        if not self.loss.aux_coef:
+            return 0.0
+        loss = load_balance_loss(computed.router_logits, *self.experts, computed.weight, choices=self.choices)
+        return self.loss.aux_coef * loss
+
+    @torch.no_grad()
+    def _count_choices(self) -> Tensor:
+        """[E] how often each expert is chosen for the tokens of the step: a pass without gradient."""
+        plan, counts = self.plan.copy(), []
+        for batch in self.plan.micro_batches:
+            computed = self._ends(plan, batch)
+            counts.append(expert_choices(computed.router_logits, *self.experts, computed.weight))
+        return torch.stack(counts).sum(0)
+
+    def _loss(self, hidden: Tensor, bound: Sequence[MicroBatch]) -> Tensor:
+        """0-d loss of the pairs of whole groups from the last hidden states [M, H] of their spans; keeps the scores."""
+        members = list(dict.fromkeys(g for batch in bound for g, _ in batch.branches))
+        groups = [self.groups[g] for g in members]
+        place = {(g, self.keys[g][k]): i for i, (g, k) in enumerate(key for b in bound for key in b.branches)}
+        learned, reward = self._scores(hidden, members, place)
+        group_of = moved(torch.tensor([i for i, group in enumerate(groups) for _ in group.students]), self.device)
+        valid = moved(torch.tensor([framed is not None for group in groups for framed in group.students]), self.device)
+        options: dict[str, object] = {}
+        if penalty := self.loss.length_penalty:
+            lengths = span_lengths(groups, self.device)
+            options = {"lengths": lengths, "length_penalty": penalty}
+            reward = [as_scored(score, n, penalty, None) for score, n in zip(reward, lengths, strict=True)]
+        loss, stats = discriminator_loss(
+            *learned,
+            group_of,
+            valid,
+            semantics=self.loss.semantics,
+            score_clip=self.loss.score_clip,
+            score_reg=self.loss.score_reg,
+            spread=self.loss.spread,
+            **self.counts,
+            **options,
+        )
+        if self.divide_by_micro_batch:  # divided by its own counts: weighted by its share of the students
+            loss = loss * (len(valid) / self._students)
+        self._seen = {"teacher_scores": learned[0], "student_scores": learned[1]}
+        self._add_pairs(stats)
+        students = reward[1].float().split([len(group.students) for group in groups])
+        for g, teacher, student in zip(members, reward[0].float(), students, strict=True):
+            self._found[g] = (teacher, student)
+        return loss
+
+    def _scores(
+        self, hidden: Tensor, members: Sequence[int], place: dict[tuple[int, Span], int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Teacher [G, K] and student [B, K] scores of the groups ``members``, whose span is row ``place`` of ``hidden``
+        [M, H]: those to learn from, and the rewards, without gradient and head dropout."""
+        teacher = [[place[g, span] for span in self.groups[g].teacher] for g in members]
+        invalid = [-1] * len(self.spans)
+        student = [
+            [place[g, span] for span in framed] if framed else invalid
+            for g in members
+            for framed in self.groups[g].students
+        ]
+
+        def gathered() -> list[Tensor]:
+            score = self.discriminator.score_hidden(hidden)  # [M]
+            index = moved(torch.tensor(student), score.device)
+            of_students = torch.where(index >= 0, score[index.clamp(min=0)], 0.0)
+            return [score[moved(torch.tensor(teacher), score.device)], of_students]
+
+        learned = self.engine.run(gathered)
+        if self.discriminator.training and self.discriminator.v_head[0].p > 0:
+            # The published head drops hidden units while it learns, never while it scores; the backbone is the same.
+            self.discriminator.v_head.eval()
+            with torch.no_grad():
+                reward = self.engine.run(gathered)
+            self.discriminator.v_head.train()
+            return learned, reward
+        return learned, [scores.detach() for scores in learned]
+
+    def _add_loss(self, loss: Tensor) -> None:
+        self.metrics.mean(f"{self.prefix}loss", loss.detach(), 0)
+
+    def _add_pairs(self, stats: PairwiseStats) -> None:
+        """Margin and accuracy of the pairs whose scores differ: equal texts tie exactly and tell nothing."""
+        differ = stats.pairs - stats.ties  # [K]
+        margin = torch.where(stats.pairs > 0, stats.margin * stats.pairs, 0.0)
+        for k, span in enumerate(self.spans):
+            self.metrics.mean(f"{self.prefix}margin_{span}", margin[k], differ[k])
+            self.metrics.mean(f"{self.prefix}acc_{span}", stats.correct[k], differ[k])
+            self.metrics.sum(f"{self.prefix}pairs_{span}", differ[k])
+            self.metrics.sum(f"{self.prefix}ties_{span}", stats.ties[k])

@@ -1,0 +1,292 @@
+"""The policy's update: the gradient of a step's rollouts in any number of micro-batches, then one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from prism_fast import ops
+from prism_fast.algorithms.denominators import loss_denominator
+from prism_fast.engine.finite import NonFiniteError, refuse_non_finite
+from prism_fast.engine.protocol import Engine
+from prism_fast.models.packing import PromptGroup
+from prism_fast.models.processor import EncodedPrompt
+from prism_fast.models.transfer import moved
+from prism_fast.ops import PolicyLossOptions
+from prism_fast.rollout.protocol import Completion
+from prism_fast.track.metrics import Metrics
+from prism_fast.train.batching import Batching
+from prism_fast.train.layouts import BatchPlan, Forward, MicroBatch
+from prism_fast.train.passes import counted_passes
+from prism_fast.train.rollouts import StepRollouts
+from prism_fast.train.self_check import self_check
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """The rollouts of one update: response b continues ``prompts[prompt_of[b]]``.
+
+    ``advantage`` [B] float32 on the CPU. ``off_policy``: which responses earlier weights sampled (None: none of them).
+    ``token_advantage``: where given, a tensor [n_b] for each response, float32 on the CPU, in place of its advantage.
+    """
+
+    prompts: Sequence[EncodedPrompt]
+    prompt_of: Sequence[int]
+    completions: Sequence[Completion]
+    advantage: Tensor
+    off_policy: Sequence[bool] | None = None
+    token_advantage: Sequence[Tensor] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        rollouts: StepRollouts,
+        advantage: Tensor,
+        token_advantage: Sequence[Tensor] | None = None,
+        off_policy: Sequence[bool] | None = None,
+    ) -> PolicyBatch:
+        """All responses of ``rollouts``, in their order."""
+        members = rollouts.group.tolist()
+        return cls(rollouts.prompts, members, rollouts.completions, advantage, off_policy, token_advantage)
+
+    def has_gradient(self) -> list[bool]:
+        """Of each response, whether any of its tokens has an advantage that is not 0."""
+        if self.token_advantage is None:
+            return (self.advantage != 0).tolist()
+        return [bool((tokens != 0).any()) for tokens in self.token_advantage]
+
+    def groups(self, computed: Sequence[bool]) -> tuple[list[PromptGroup], list[list[int]]]:
+        """The prompts with their responses, None for those not ``computed``; and each prompt's responses by number."""
+        members: list[list[int]] = [[] for _ in self.prompts]
+        for b, p in enumerate(self.prompt_of):
+            members[p].append(b)
+        groups = [
+            PromptGroup(prompt, [self.completions[b].token_ids if computed[b] else None for b in members[p]])
+            for p, prompt in enumerate(self.prompts)
+        ]
+        return groups, members
+
+
+def response_states(plan: BatchPlan, batch: MicroBatch) -> tuple[Tensor, list[int]]:
+    """What the update reads of a forward: hidden states [N, H] that predict response tokens, and the responses'
+    lengths."""
+    computed = plan.forward(batch)
+    return computed.hidden.index_select(0, computed.predict.index), computed.predict.cu_seqlens.diff().tolist()
+
+
+class PolicyTrainer:
+    """`accumulate` adds the gradient of rollouts, `step` updates the weights. No old-log-prob and no reference pass.
+
+    The ratio of an on-policy response is 1 by construction. An off-policy one is weighed against the log-probs it was
+    sampled with, inside the loss's clip range: taken as on-policy, its gradient would be that of another policy's
+    samples. A response without advantage has a gradient of exactly 0 and is not computed; it counts in the denominator.
+
+    Args:
+        engine: of a policy whose ``lm_head`` is a ``LogProbHead``.
+        temperature: that the responses are sampled with.
+        banned: tokens that are never sampled; without them the policy that learns would not be the one that sampled.
+        divide_by_micro_batch: as the published code does, compute every response, divide each micro-batch by its own
+            counts and weigh it by its share of the responses, so that the loss depends on the cut.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        batching: Batching,
+        loss: PolicyLossOptions,
+        *,
+        temperature: float,
+        banned: Sequence[int] = (),
+        divide_by_micro_batch: bool = False,
+    ) -> None:
+        self.engine, self.batching, self.loss = engine, batching, loss
+        self.temperature, self.banned = temperature, bool(banned)
+        self.divide_by_micro_batch = divide_by_micro_batch
+        self.policy = engine.module
+        self._has_gradient = False
+        if banned:
+            self.policy.lm_head.ban(banned)
+
+    def accumulate(self, batch: PolicyBatch) -> Metrics:
+        """Add the gradient of ``batch`` to the engine's.
+
+        Raises:
+            NonFiniteError: an advantage, a log-prob or the loss is NaN or infinite, or a token lies outside the
+                vocabulary; the gradient is dropped.
+            StepTooLargeError: the longest response alone does not fit into memory.
+        """
+        refuse_non_finite(self.engine.where, advantage=batch.advantage)
+        backbone = self.policy.model
+        has_gradient = batch.has_gradient()
+        computed = [True] * len(has_gradient) if self.divide_by_micro_batch else has_gradient
+        groups, members = batch.groups(computed)
+        lengths = torch.tensor([len(completion.token_ids) for completion in batch.completions])
+        denominator = self._denominator(lengths)
+        self.policy.train()
+
+        def attempt(tokens: int) -> Metrics:
+            metrics = Metrics()
+            with counted_passes(backbone) as passes:
+                plan = self.batching.plan(backbone, groups, tokens)
+                for micro_batch in plan.micro_batches:
+                    responses = [members[g][k] for g, k in micro_batch.branches]
+                    self._learn(plan, micro_batch, batch, responses, lengths, denominator, metrics)
+            return metrics | passes.metrics("policy")
+
+        packing_error = self_check(self.engine, self.batching, backbone, groups, response_states)
+        ops.bad_values(backbone.device)  # reset the counter
+        metrics = self.batching.run(attempt, groups, discard=self.engine.discard)
+        self._verify()
+        self._has_gradient = self._has_gradient or any(computed)
+        metrics |= self.batching.work(self.policy.config, groups, vocabulary=True)
+        metrics.sum("policy/rows", sum(computed))
+        metrics.mean("policy/loss", 0.0, 1)  # the micro-batches have added their shares of it
+        if packing_error is not None:
+            metrics.last("policy/packing_error", packing_error)
+        return metrics
+
+    def step(self) -> Metrics:
+        """Update the weights; without any response that has an advantage nothing is updated.
+
+        Raises:
+            NonFiniteError: the gradient norm is NaN or infinite; nothing was updated.
+        """
+        metrics = Metrics()
+        if self._has_gradient:
+            update = self.engine.step()
+            metrics.mean("policy/grad_norm", update.grad_norm)
+            metrics.last("policy/lr", update.lr)
+        self._has_gradient = False
+        metrics.sum("policy/bad_values", ops.bad_values(self.policy.device))
+        if (tokens := self.batching.budget.change()) is not None:
+            metrics.last("policy/token_budget", tokens)
+        return metrics
+
+    def _denominator(self, lengths: Tensor) -> Tensor:
+        """0-d on the device, of responses with these lengths."""
+        count = loss_denominator(self.loss.loss, lengths, aggregation=self.loss.aggregation)
+        return moved(count, self.policy.device)
+
+    def _learn(
+        self,
+        plan: BatchPlan,
+        micro_batch: MicroBatch,
+        batch: PolicyBatch,
+        responses: list[int],
+        lengths: Tensor,
+        denominator: Tensor,
+        metrics: Metrics,
+    ) -> None:
+        """Forward and backward of one micro-batch, which holds ``responses`` of ``batch`` in this order."""
+        if self.divide_by_micro_batch:
+            denominator = self._denominator(lengths[responses])
+        off_policy = [batch.off_policy is not None and batch.off_policy[b] for b in responses]
+
+        def losses() -> list[tuple[Tensor, Tensor]]:
+            forward = plan.forward(micro_batch)
+            found = []
+            for old in (False, True):
+                places = [k for k, is_old in enumerate(off_policy) if is_old == old]
+                if places:
+                    found.append(self._loss(forward, batch, responses, places, lengths, denominator, old, metrics))
+            return found
+
+        found = self.engine.run(losses)
+        loss = torch.stack([loss for loss, _ in found]).sum()
+        if self.divide_by_micro_batch:
+            loss = loss * (len(responses) / len(lengths))
+        self.engine.backward(loss, logp=torch.cat([logp for _, logp in found]))
+        plan.finish(micro_batch, self.engine.backward)
+        metrics.mean("policy/loss", loss.detach(), 0)
+        metrics.sum("policy/tokens", micro_batch.tokens)
+
+    def _loss(
+        self,
+        forward: Forward,
+        batch: PolicyBatch,
+        responses: list[int],
+        places: list[int],
+        lengths: Tensor,
+        denominator: Tensor,
+        off_policy: bool,
+        metrics: Metrics,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss 0-d and the log-probs [N] of the responses at ``places`` of a micro-batch."""
+        device = forward.hidden.device
+        hidden, target, cu_seqlens = rows_of(forward, lengths[responses].tolist(), places)
+        chosen = [responses[k] for k in places]
+        sampled = moved(torch.tensor([x for b in chosen for x in batch.completions[b].logprobs]), device)  # [N]
+        advantage: dict[str, Tensor | None] = {"advantage": moved(batch.advantage[chosen], device)}
+        if batch.token_advantage is not None:
+            tokens = torch.cat([batch.token_advantage[b] for b in chosen])
+            advantage = {"advantage": None, "token_advantage": moved(tokens, device)}
+        loss, stats, logp = self.policy.lm_head.policy_loss(
+            hidden,
+            target,
+            cu_seqlens=cu_seqlens,
+            options=self.loss,
+            old_logp=sampled if off_policy else None,
+            denominator=denominator,
+            temperature=self.temperature,
+            banned=self.banned,
+            borders=offsets(lengths[chosen].tolist()) if off_policy else None,
+            **advantage,
+        )
+        if batch.off_policy is not None and any(batch.off_policy):  # otherwise every ratio is 1
+            clipped = stats.clip_fraction_low + stats.clip_fraction_high
+            metrics.mean("policy/clip_fraction", clipped * stats.tokens, stats.tokens)
+            metrics.mean("policy/approx_kl", stats.approx_kl * stats.tokens, stats.tokens)
+            metrics.max("policy/ratio_max", stats.ratio_max)
+        if not off_policy:
+            gap = (logp - sampled).abs()
+            metrics.mean("rollout/logprob_gap_mean", gap.sum(dtype=torch.float64), gap.numel())
+            metrics.max("rollout/logprob_gap_max", gap.max())
+        return loss, logp
+
+    def _verify(self) -> None:
+        """As the engine does; where tokens outside the vocabulary are the cause, the error names them."""
+        try:
+            self.engine.verify()
+        except NonFiniteError as error:
+            bad = ops.bad_values(self.policy.device)
+            if not bad:
+                raise
+            raise NonFiniteError(
+                f"{error}: {bad} response tokens lie outside the {self.policy.lm_head.out_features} rows of the output "
+                "matrix; do tokenizer and model belong together?"
+            ) from None
+
+
+def offsets(lengths: Sequence[int]) -> list[int]:
+    """[0, l_0, l_0 + l_1, …]."""
+    return [0, *accumulate(lengths)]
+
+
+def rows_of(forward: Forward, lengths: Sequence[int], places: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a forward's continuations, ``lengths`` tokens each, those at ``places``: hidden states [N, H] that predict
+    their tokens, the tokens [N] and offsets [B+1] int32."""
+    predict = forward.predict
+    if len(places) == len(lengths):
+        return forward.hidden.index_select(0, predict.index), predict.target, predict.cu_seqlens
+    starts = offsets(lengths)
+    rows = moved(torch.tensor([i for k in places for i in range(starts[k], starts[k + 1])]), predict.index.device)
+    cu_seqlens = torch.tensor(offsets([lengths[k] for k in places]), dtype=torch.int32)
+    hidden = forward.hidden.index_select(0, predict.index[rows])
+    return hidden, predict.target[rows], moved(cu_seqlens, predict.index.device)
+
+
+def response_metrics(completions: Sequence[Completion]) -> Metrics:
+    """Lengths, entropy and the share of responses cut at the limit."""
+    metrics = Metrics()
+    for completion in completions:
+        length = len(completion.token_ids)
+        metrics.mean("response_length/mean", length)
+        metrics.max("response_length/max", length)
+        metrics.mean("response_length/clip_ratio", int(completion.finish_reason == "length"))
+        if completion.entropy is not None:
+            metrics.mean("policy/entropy", completion.entropy * length, length)
+    return metrics

@@ -65,6 +65,7 @@ def align(
             with state.timer.part("update", learns=True):
                 metrics |= policy_trainer.accumulate(PolicyBatch.of(rollouts, advantage, token_advantage))
                 metrics |= policy_trainer.step()
+            source.sync(policy_trainer.engine)
             metrics |= score_metrics(scores, rollouts, spans) | credit
             metrics |= rollouts.reward_metrics() | response_metrics(rollouts.completions)
         state.end_step(metrics, rollouts.time)

@@ -66,6 +66,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
                 for batch in mini_batches(rollouts, advantage, step, config.updates_per_step):
                     metrics |= trainer.accumulate(batch)
                     metrics |= trainer.step()
+            source.sync(trainer.engine)
             metrics |= sampled.metrics | group_metrics(advantage, rollouts)
             if sampled.generated.groups:
                 metrics |= generation_metrics(sampled.generated, config)

@@ -14,6 +14,7 @@ from torch import Tensor
 from prism_fast.config import SamplingConfig
 from prism_fast.data.grammar import ResponseSplit, split_tokens
 from prism_fast.data.samples import Task
+from prism_fast.engine.protocol import Engine
 from prism_fast.models.processor import EncodedPrompt, Processor
 from prism_fast.rewards import Reward, failures
 from prism_fast.rollout.protocol import Completion, Rollout, Sampling
@@ -112,6 +113,10 @@ class RolloutSource:
         columns = (indices, tasks, prompts, completions, splits, origins)
         groups = [RolloutGroup(*row) for row in zip(*columns, strict=True)]
         return StepRollouts(groups, {"time/generate": time.perf_counter() - started})
+
+    def sync(self, policy: Engine) -> None:
+        """Let the rollout engine sample from the weights that ``policy`` has now."""
+        self.engine.sync(policy.named_weights())
 
     def restore(self, records: Sequence[dict]) -> RolloutGroup:
         """A group of this stage from the records that a checkpoint kept.

@@ -17,7 +17,7 @@ from prism_fast.models.fused_trunk import use_fused_trunk
 from prism_fast.models.logprob_head import LogProbHead
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
 from prism_fast.models.policy import TinyPolicy, tiny_config
-from prism_fast.models.processor import EncodedPrompt
+from prism_fast.models.processor import Prompt
 from prism_fast.models.upcycle import sparse_config
 from prism_fast.models.vision_attention import use_batched_vision_attention
 
@@ -110,7 +110,7 @@ class Work:
 
     shape: Shape
     widths: Widths
-    prompt: EncodedPrompt
+    prompt: Prompt
     responses: list[tuple[int, ...]]
     teacher: tuple[int, ...]
     advantage: Tensor
@@ -142,7 +142,7 @@ def draw(shape: Shape, sizes: Widths) -> Work:
     return Work(
         shape,
         sizes,
-        EncodedPrompt(ids, pixels, grid),
+        Prompt(ids, pixels, grid),
         [text(shape.response) for _ in range(shape.rollouts)],
         text(shape.teacher),
         advantage,

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from prism_fast.models.family import trunk
 from prism_fast.models.positions import mrope_positions, text_positions
-from prism_fast.models.processor import EncodedPrompt
+from prism_fast.models.processor import Prompt
 from prism_fast.models.transfer import moved
 from prism_fast.models.vision import encode_images, place_images
 
@@ -66,7 +66,7 @@ class ResponseRows(NamedTuple):
 
 
 def collate(
-    prompts: Sequence[EncodedPrompt],
+    prompts: Sequence[Prompt],
     prompt_of_row: Sequence[int],
     continuations: Sequence[Sequence[int]],
     *,
@@ -102,7 +102,7 @@ def collate(
     position_ids = np.zeros((3, rows, width), dtype=np.int64)
     slots, features = [], []
     first_feature: dict[int, int] = {}  # of a prompt object, among the features of the whole batch
-    with_images: list[EncodedPrompt] = []
+    with_images: list[Prompt] = []
     encoded = 0
     for b, (p, continuation) in enumerate(zip(prompt_of_row, continuations, strict=True)):
         prompt, n, end = used[p], int(prompt_lengths[b]), int(lengths[b])
@@ -144,7 +144,7 @@ class PromptLayout:
 
 
 def lay_out_prompt(
-    index: int, prompt: EncodedPrompt, config: PreTrainedConfig, positions: Literal["mrope", "text"] = "mrope"
+    index: int, prompt: Prompt, config: PreTrainedConfig, positions: Literal["mrope", "text"] = "mrope"
 ) -> PromptLayout:
     """Check one prompt against a model's configuration and number its tokens.
 

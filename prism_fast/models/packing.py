@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from prism_fast.models.family import trunk
 from prism_fast.models.forward import PromptLayout, ResponseRows, continuation_ids, lay_out_prompt
-from prism_fast.models.processor import EncodedPrompt
+from prism_fast.models.processor import Prompt
 from prism_fast.models.shared_prefix import require_shared_prefix
 from prism_fast.models.transfer import moved
 from prism_fast.models.vision import ImageFeatures, encode_images, place_images
@@ -35,7 +35,7 @@ class PromptGroup:
     """A prompt and its continuations; ``None`` stands for one that is not computed (an invalid rollout, one whose
     gradient is zero), so that the numbers of the others stay."""
 
-    prompt: EncodedPrompt
+    prompt: Prompt
     branches: Sequence[Sequence[int] | None]
 
 
@@ -60,7 +60,7 @@ class PackedRow:
     span_end: Tensor
     branch: Tensor
     copies: Tensor
-    prompts: tuple[EncodedPrompt, ...]
+    prompts: tuple[Prompt, ...]
     image_slot: Tensor | None
     image_feature: Tensor | None
 
@@ -153,7 +153,7 @@ def _row(units: list[tuple[PromptGroup, PromptLayout, _Unit]], config: PreTraine
     branches: list[Branch] = []
     predict, target, counts, span_end = [], [], [], []
     first_feature: dict[int, int] = {}
-    prompts: list[EncodedPrompt] = []
+    prompts: list[Prompt] = []
     encoded = 0
     for group, prompt, unit in units:
         start, length = cu[-1], prompt.ids.size
@@ -290,7 +290,7 @@ def _join(parts: Sequence[ImageFeatures]) -> ImageFeatures:
     return ImageFeatures(torch.cat([part.features for part in parts]), tuple(torch.cat(level) for level in levels))
 
 
-def _encode(backbone: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device) -> list[ImageFeatures]:
+def _encode(backbone: nn.Module, prompts: Sequence[Prompt], device: torch.device) -> list[ImageFeatures]:
     """The features of each prompt, by one pass of the vision tower."""
     grids = torch.cat([prompt.image_grid_thw for prompt in prompts])
     pixels = torch.cat([prompt.pixel_values for prompt in prompts])

@@ -29,7 +29,7 @@ _QWEN3_VL_STD = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedPrompt:
+class Prompt:
     """One prompt as the models see it; made once, read by rollout engine and trainer.
 
     ``input_ids``: token ids, image placeholders already expanded to one id per merged patch, ending with the
@@ -154,7 +154,7 @@ class Processor:
 
     def encode_prompt(
         self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image], *, generation_prompt: bool = True
-    ) -> EncodedPrompt:
+    ) -> Prompt:
         """Render ``messages`` with the chat template, expand image placeholders, preprocess ``images``.
 
         ``messages``: ``{"role": str, "content": str | [{"type": "image"} | {"type": "text", "text": str}, …]}``;
@@ -165,7 +165,7 @@ class Processor:
         """
         ids = self._prompt_ids(messages, len(images), generation_prompt)
         if not images:
-            return EncodedPrompt(tuple(ids), None, None)
+            return Prompt(tuple(ids), None, None)
         features = self.image_processor(images=list(images), return_tensors="pt")
         grid: torch.Tensor = features["image_grid_thw"]
         repeats = iter((grid.prod(-1) // self.image_processor.merge_size**2).tolist())
@@ -175,7 +175,7 @@ class Processor:
                 expanded.extend([token] * next(repeats))
             else:
                 expanded.append(token)
-        return EncodedPrompt(tuple(expanded), features["pixel_values"], grid, tuple(images))
+        return Prompt(tuple(expanded), features["pixel_values"], grid, tuple(images))
 
     def prompt_tokens(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image]) -> int:
         """Length of ``encode_prompt(messages, images).input_ids`` without touching a pixel. Raises as it does."""

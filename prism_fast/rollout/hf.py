@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from prism_fast.models.family import trunk
 from prism_fast.models.forward import collate, language_outputs
-from prism_fast.models.processor import EncodedPrompt, Processor
+from prism_fast.models.processor import Processor, Prompt
 from prism_fast.models.token_budget import TokenBudget, by_tokens
 from prism_fast.rollout.protocol import Completion, Sampling, end_ids
 from prism_fast.rollout.sampling import draw, response_key, uniform
@@ -54,7 +54,7 @@ class HFRollout:
     @torch.no_grad()
     def generate(
         self,
-        prompts: Sequence[EncodedPrompt],
+        prompts: Sequence[Prompt],
         sampling: Sampling,
         seeds: Sequence[int],
         *,
@@ -94,7 +94,7 @@ class HFRollout:
 
     def _decode(
         self,
-        prompts: Sequence[EncodedPrompt],
+        prompts: Sequence[Prompt],
         prompt_of_row: Sequence[int],
         keys: Sequence[int],
         sampling: Sampling,

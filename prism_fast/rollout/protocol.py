@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
-from prism_fast.models.processor import EncodedPrompt, Processor
+from prism_fast.models.processor import Processor, Prompt
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Rollout(Protocol):
 
     def generate(
         self,
-        prompts: Sequence[EncodedPrompt],
+        prompts: Sequence[Prompt],
         sampling: Sampling,
         seeds: Sequence[int],
         *,

@@ -28,11 +28,11 @@ from prism_fast.train.discriminator_trainer import DiscriminatorTrainer, GroupSc
 from prism_fast.train.grading import Grader
 from prism_fast.train.layouts import use_layout
 from prism_fast.train.policy_trainer import PolicyBatch, PolicyTrainer, response_metrics
-from prism_fast.train.resume import StageState
 from prism_fast.train.rollout_dump import dumped
 from prism_fast.train.rollouts import RolloutSource, StepRollouts
 from prism_fast.train.scored_group import ScoredGroup
 from prism_fast.train.seeds import derive_seed
+from prism_fast.train.state import StageState
 
 
 def align(

@@ -14,7 +14,7 @@ from prism_fast.algorithms.denominators import loss_denominator
 from prism_fast.engine.finite import NonFiniteError, refuse_non_finite
 from prism_fast.engine.protocol import Engine
 from prism_fast.models.packing import PromptGroup
-from prism_fast.models.processor import EncodedPrompt
+from prism_fast.models.processor import Prompt
 from prism_fast.models.transfer import moved
 from prism_fast.ops import PolicyLossOptions
 from prism_fast.rollout.protocol import Completion
@@ -34,7 +34,7 @@ class PolicyBatch:
     ``token_advantage``: where given, a tensor [n_b] for each response, float32 on the CPU, in place of its advantage.
     """
 
-    prompts: Sequence[EncodedPrompt]
+    prompts: Sequence[Prompt]
     prompt_of: Sequence[int]
     completions: Sequence[Completion]
     advantage: Tensor

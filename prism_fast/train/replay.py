@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prism_fast.config import Config, load_config
 from prism_fast.data.samples import Task
-from prism_fast.models.processor import EncodedPrompt, Processor
+from prism_fast.models.processor import Processor, Prompt
 from prism_fast.train.context import grading_rules
 from prism_fast.train.rollout_log import RolloutLogError, RolloutReader, dump_path, image_digest
 from prism_fast.train.rollout_record import Origin, RolloutGroup, group_from_records
@@ -61,7 +61,7 @@ class Replay:
         self,
         indices: Sequence[int],
         tasks: Sequence[Task],
-        prompts: Sequence[EncodedPrompt],
+        prompts: Sequence[Prompt],
         origins: Sequence[Origin],
         processor: Processor,
     ) -> list[RolloutGroup]:

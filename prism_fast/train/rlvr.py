@@ -26,10 +26,10 @@ from prism_fast.train.grading import Grader
 from prism_fast.train.group_sampler import GroupSampler, length_penalty, training_reward
 from prism_fast.train.layouts import use_layout
 from prism_fast.train.policy_trainer import PolicyBatch, PolicyTrainer, response_metrics
-from prism_fast.train.resume import StageState
 from prism_fast.train.rollout_dump import dumped
 from prism_fast.train.rollouts import RolloutSource, StepRollouts
 from prism_fast.train.seeds import derive_seed
+from prism_fast.train.state import StageState
 
 
 def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:

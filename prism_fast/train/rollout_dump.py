@@ -10,10 +10,10 @@ from torch import Tensor
 
 from prism_fast.engine.finite import NonFiniteError
 from prism_fast.train.discriminator_trainer import GroupScores
-from prism_fast.train.resume import StageState
 from prism_fast.train.rollout_log import RolloutLog
 from prism_fast.train.rollout_record import RolloutGroup, training_records
 from prism_fast.train.rollouts import StepRollouts
+from prism_fast.train.state import StageState
 
 
 @dataclass

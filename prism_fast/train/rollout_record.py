@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from prism_fast.data.grammar import ResponseSplit, split_tokens
 from prism_fast.data.samples import Task
-from prism_fast.models.processor import EncodedPrompt, Processor
+from prism_fast.models.processor import Processor, Prompt
 from prism_fast.rewards import Reward
 from prism_fast.rollout.protocol import Completion
 
@@ -29,7 +29,7 @@ class RolloutGroup:
 
     index: int
     task: Task
-    prompt: EncodedPrompt
+    prompt: Prompt
     completions: Sequence[Completion]
     splits: Sequence[ResponseSplit]
     origin: Origin
@@ -57,7 +57,7 @@ def training_records(group: RolloutGroup) -> list[dict]:
 
 
 def group_from_records(
-    records: Sequence[dict], task: Task, prompt: EncodedPrompt, processor: Processor
+    records: Sequence[dict], task: Task, prompt: Prompt, processor: Processor
 ) -> RolloutGroup:
     """The group that was recorded, with its recorded rewards.
 
@@ -84,6 +84,6 @@ def group_from_records(
     return RolloutGroup(index, task, prompt, completions, splits, origin, rewards)
 
 
-def prompt_digest(prompt: EncodedPrompt) -> str:
+def prompt_digest(prompt: Prompt) -> str:
     """sha256 of the token ids."""
     return hashlib.sha256(",".join(map(str, prompt.input_ids)).encode()).hexdigest()

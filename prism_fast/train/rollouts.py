@@ -15,7 +15,7 @@ from prism_fast.config import SamplingConfig
 from prism_fast.data.grammar import ResponseSplit, split_tokens
 from prism_fast.data.samples import Task
 from prism_fast.engine.protocol import Engine
-from prism_fast.models.processor import EncodedPrompt, Processor
+from prism_fast.models.processor import Processor, Prompt
 from prism_fast.rewards import Reward, failures
 from prism_fast.rollout.protocol import Completion, Rollout, Sampling
 from prism_fast.track.metrics import Metrics
@@ -37,7 +37,7 @@ class StepRollouts:
         return [group.task for group in self.groups]
 
     @cached_property
-    def prompts(self) -> list[EncodedPrompt]:
+    def prompts(self) -> list[Prompt]:
         return [group.prompt for group in self.groups]
 
     @cached_property
@@ -131,7 +131,7 @@ class RolloutSource:
         prompt = self.processor.encode_prompt(task.messages, task.images)
         return group_from_records(records, task, prompt, self.processor)
 
-    def _generate(self, prompts: Sequence[EncodedPrompt], origins: Sequence[Origin]) -> list[list[Completion]]:
+    def _generate(self, prompts: Sequence[Prompt], origins: Sequence[Origin]) -> list[list[Completion]]:
         config, stop, seed = self.sampling, self.run.stop, self.run.config.seed
         return self.engine.generate(
             prompts,

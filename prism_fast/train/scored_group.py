@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prism_fast.models.packing import PromptGroup
-from prism_fast.models.processor import EncodedPrompt
+from prism_fast.models.processor import Prompt
 from prism_fast.models.transfer import moved
 
 Span = tuple[int, ...]
@@ -22,7 +22,7 @@ class ScoredGroup:
     K = 2 (caption, reasoning), or 1 where whole responses are scored.
     """
 
-    prompt: EncodedPrompt
+    prompt: Prompt
     teacher: tuple[Span, ...]
     students: Sequence[tuple[Span, ...] | None]
 

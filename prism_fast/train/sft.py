@@ -24,9 +24,9 @@ from prism_fast.train.context import Run
 from prism_fast.train.layouts import BatchPlan, MicroBatch, use_layout
 from prism_fast.train.passes import counted_passes
 from prism_fast.train.policy_trainer import response_states
-from prism_fast.train.resume import StageState
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.self_check import self_check
+from prism_fast.train.state import StageState
 
 
 def encode(demos: Sequence[Demonstration], processor: Processor) -> list[PromptGroup]:

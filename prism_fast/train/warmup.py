@@ -20,7 +20,7 @@ from prism_fast.data.readers import Samples
 from prism_fast.data.samples import Pair, Task
 from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import Discriminator, save_discriminator
-from prism_fast.models.processor import EncodedPrompt, Processor
+from prism_fast.models.processor import Processor, Prompt
 from prism_fast.rollout.protocol import Completion, Sampling
 from prism_fast.track.metrics import Metrics
 from prism_fast.train.batching import Batching
@@ -29,9 +29,9 @@ from prism_fast.train.context import Run
 from prism_fast.train.discriminator_trainer import DiscriminatorTrainer, discriminator_loss_of
 from prism_fast.train.layouts import use_layout
 from prism_fast.train.own_pairs import OwnPair
-from prism_fast.train.resume import StageState
 from prism_fast.train.scored_group import ScoredGroup
 from prism_fast.train.seeds import derive_seed
+from prism_fast.train.state import StageState
 
 
 class WarmupError(RuntimeError):
@@ -101,7 +101,7 @@ def group_pairs(pairs: Sequence[Pair], processor: Processor, semantics: str, spa
         texts = zip(spans, side_texts(pair, side, spans), strict=True)
         return tuple(frame_warmup(span, text, processor, semantics) for span, text in texts)
 
-    prompts: dict[tuple, EncodedPrompt] = {}
+    prompts: dict[tuple, Prompt] = {}
     students: dict[tuple, list] = {}
     for i in range(len(pairs)):
         pair = pairs[i]

@@ -18,7 +18,7 @@ from scipy.stats import chisquare
 from torch import Tensor, nn
 
 from prism_fast.models.forward import collate, hidden_states, response_rows
-from prism_fast.models.processor import EncodedPrompt, Processor
+from prism_fast.models.processor import Processor, Prompt
 from prism_fast.rollout.protocol import Completion, Rollout, Sampling, end_ids
 
 SEEDS = (11, 2**63 + 5, 0)
@@ -35,7 +35,7 @@ class Case:
     atol: float
 
     def __post_init__(self) -> None:
-        def prompt(text: str, *sizes: tuple[int, int]) -> EncodedPrompt:
+        def prompt(text: str, *sizes: tuple[int, int]) -> Prompt:
             rng = np.random.default_rng(len(text))
             images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
             content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
@@ -47,7 +47,7 @@ class Case:
             prompt("the sum of the digits is", (32, 96), (96, 32)),
         ]
 
-    def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, seeds: Sequence[int]):
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]):
         return self.engine.generate(prompts, sampling, seeds, poll=lambda: None)
 
     def push(self) -> None:
@@ -67,7 +67,7 @@ class Case:
             self.push()
 
     @torch.no_grad()
-    def scores(self, prompt: EncodedPrompt, ids: Sequence[int]) -> Tensor:
+    def scores(self, prompt: Prompt, ids: Sequence[int]) -> Tensor:
         """[tokens, V] float64 scores of the policy's forward over a whole response, banned ids at -inf."""
         batch = collate([prompt], [0], [ids], model_config=self.policy.config, pad_id=self.processor.pad_id).to(
             self.policy.device

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from prism_fast.models.policy import build_tiny_policy
-from prism_fast.models.processor import EncodedPrompt, Processor
+from prism_fast.models.processor import Processor, Prompt
 from prism_fast.models.tokenizer import train_tokenizer
 from tests.support.small_policy import SMALL
 
@@ -44,10 +44,10 @@ def rng(generator: torch.Generator) -> np.random.Generator:
 
 
 @pytest.fixture
-def make_prompt(processor: Processor, rng: np.random.Generator) -> Callable[..., EncodedPrompt]:
+def make_prompt(processor: Processor, rng: np.random.Generator) -> Callable[..., Prompt]:
     """``make_prompt((width, height), …, text=…)``: a prompt with one random image per size."""
 
-    def make(*sizes: tuple[int, int], text: str = "What is the sum?") -> EncodedPrompt:
+    def make(*sizes: tuple[int, int], text: str = "What is the sum?") -> Prompt:
         images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
         return processor.encode_prompt([{"role": "user", "content": content}], images)

@@ -10,10 +10,10 @@ from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeForCondition
 from prism_fast.models.discriminator import EXPERT_KEYS, HEAD_KEY, load_discriminator
 from prism_fast.models.forward import collate, language_outputs
 from prism_fast.models.policy import load_policy
-from prism_fast.models.processor import EncodedPrompt, Processor
+from prism_fast.models.processor import Processor, Prompt
 
 
-def stock_inputs(prompt: EncodedPrompt, config) -> dict[str, torch.Tensor]:
+def stock_inputs(prompt: Prompt, config) -> dict[str, torch.Tensor]:
     ids = torch.tensor([prompt.input_ids])
     return {
         "input_ids": ids,
@@ -25,7 +25,7 @@ def stock_inputs(prompt: EncodedPrompt, config) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def assert_policy_export(folder: Path, prompt: EncodedPrompt) -> None:
+def assert_policy_export(folder: Path, prompt: Prompt) -> None:
     """Every tensor bit for bit, logits bit for bit through the same modules, and to 1e-10 in float64 between the stock
     forward and ours (which computes the patch embedding as a matrix product and needs no mask)."""
     ours = load_policy(folder)
@@ -49,7 +49,7 @@ def assert_policy_export(folder: Path, prompt: EncodedPrompt) -> None:
 
 
 @torch.no_grad()
-def assert_discriminator_export(folder: Path, prompt: EncodedPrompt) -> None:
+def assert_discriminator_export(folder: Path, prompt: Prompt) -> None:
     """The same of the backbone; experts stand in the file as released checkpoints hold them."""
     ours = load_discriminator(folder)
     stock, info = Qwen3VLMoeForConditionalGeneration.from_pretrained(

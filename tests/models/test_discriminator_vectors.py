@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from prism_fast.models.discriminator import load_balance_loss, load_discriminator
 from prism_fast.models.forward import TokenBatch, collate, hidden_states
-from prism_fast.models.processor import EncodedPrompt
+from prism_fast.models.processor import Prompt
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 V = json.loads((GOLDEN / "discriminator_scores.json").read_text())
@@ -29,9 +29,9 @@ def kept(values: list[int], mask: list[int]) -> tuple[int, ...]:
     return tuple(v for v, m in zip(values, mask, strict=True) if m)
 
 
-def prompt(index: int) -> EncodedPrompt:
+def prompt(index: int) -> Prompt:
     ids = kept(V["prompt_ids"][index], V["prompt_mask"][index])
-    return EncodedPrompt(ids, torch.tensor(V["pixel_values"][index]), torch.tensor([V["image_grid_thw"][index]]))
+    return Prompt(ids, torch.tensor(V["pixel_values"][index]), torch.tensor([V["image_grid_thw"][index]]))
 
 
 def text(ids) -> str:
@@ -152,7 +152,7 @@ def test_published_index_is_wrong_exactly_when_the_first_row_is_the_longest():
 def test_warm_up_forward_with_the_published_choice_of_token(model, case):
     sequences = [kept(*x) for x in zip(case["input_ids"], case["attention_mask"], strict=True)]
     prompts = [
-        EncodedPrompt(ids, torch.tensor(V["pixel_values"][i]), torch.tensor([V["image_grid_thw"][i]]))
+        Prompt(ids, torch.tensor(V["pixel_values"][i]), torch.tensor([V["image_grid_thw"][i]]))
         for ids, i in zip(sequences, case["image_index"], strict=True)
     ]
     batch = collate(prompts, range(4), [()] * 4, model_config=model.backbone.config, pad_id=PAD)

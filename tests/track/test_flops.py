@@ -14,7 +14,7 @@ from transformers import (
 
 from prism_fast.models.packing import PromptGroup
 from prism_fast.models.policy import tiny_config
-from prism_fast.models.processor import EncodedPrompt
+from prism_fast.models.processor import Prompt
 from prism_fast.track.flops import (
     forward_flops,
     head_flops,
@@ -69,7 +69,7 @@ def test_experts():
 
 def group(prompt: int, branches: list, grid=None) -> PromptGroup:
     grids = None if grid is None else torch.tensor(grid)
-    return PromptGroup(EncodedPrompt((1,) * prompt, None, grids), branches)
+    return PromptGroup(Prompt((1,) * prompt, None, grids), branches)
 
 
 def test_groups_by_hand():

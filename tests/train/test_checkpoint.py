@@ -19,7 +19,7 @@ from prism_fast.engine.local import LocalEngine
 from prism_fast.models.writing import DiskFullError
 from prism_fast.train.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, read_checkpoint, save_checkpoint
 from prism_fast.train.record import RunRecord, read_resume
-from prism_fast.train.resume import StageState
+from prism_fast.train.state import StageState
 from tests.models.test_writing import CRASHED, DONE, die_at
 
 

@@ -57,6 +57,12 @@ class Metrics:
                 kept.counts += parts.counts
         return both
 
+    def only(self, *prefixes: str) -> Metrics:
+        """Those whose name begins with one of ``prefixes``."""
+        some = Metrics()
+        some._parts = {name: parts for name, parts in self._parts.items() if name.startswith(prefixes)}
+        return some
+
     def read(self, gather: Callable[[list[Row]], Iterable[list[Row]]] | None = None) -> dict[str, Number]:
         """The reduced values by name, without names that have no value. One transfer for all tensors of a device.
 

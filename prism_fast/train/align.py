@@ -118,12 +118,13 @@ def play(
     pairs = any(framed for group in groups for framed in group.students)
     if not (pairs or SEMANTICS[config.semantics].learns_without_pairs):
         scores = discriminator.score(groups, prefix="disc/")
-        return scores, scores.metrics
+        return scores, scores.metrics.only("disc/tokens", "disc/expert", "passes/")
     scores = discriminator.score_and_accumulate(groups)
     metrics = scores.metrics | discriminator.step()
     for _ in range(config.align.discriminator.updates - 1):
-        metrics |= discriminator.score_and_accumulate(groups).metrics
-        metrics |= discriminator.step()
+        again = discriminator.score_and_accumulate(groups)  # its pairs are scored by weights that have seen them
+        discriminator.step()
+        metrics |= again.metrics.only("disc/tokens", "passes/", "perf/")
     return scores, metrics
 
 

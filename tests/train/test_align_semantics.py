@@ -19,7 +19,7 @@ from prism_fast.report.rundir import read_rollouts
 from prism_fast.rewards import Reward
 from prism_fast.track.metrics import reproducible
 from prism_fast.train.align import step_advantage
-from prism_fast.train.discriminator_trainer import loss_options  # TODO
+from prism_fast.train.discriminator_trainer import DiscriminatorLoss, discriminator_loss_of
 from prism_fast.train.warmup import group_pairs
 
 CAPTION, REASONING = [1.0, 3.0, 14.0, 0.0, 2.0], [5.0, -2.0, 0.5, 0.0, 7.0]
@@ -36,7 +36,7 @@ def rollouts():
 
 
 def advantage(*overrides: str, columns=(CAPTION, REASONING)) -> torch.Tensor:
-    return step_advantage(load_config("digits", overrides), rollouts(), torch.tensor(columns).T)
+    return step_advantage(load_config("digits", overrides), rollouts(), torch.tensor(columns).T)[0]
 
 
 def standardised(values: torch.Tensor) -> torch.Tensor:
@@ -79,23 +79,15 @@ def test_equal_scores_teach_nothing(semantics):
 
 
 def test_the_recipe_may_give_what_the_semantics_leaves_open():
-    off = {"length_penalty": 0.0, "spread": 0.0}
-    ours = {"semantics": "prism_fast", "score_clip": 10.0, "score_reg": 0.001, **off}
-    assert loss_options(load_config("digits")) == ours
+    assert discriminator_loss_of(load_config("digits")) == DiscriminatorLoss("prism_fast", 10.0, 0.001)
     paper = load_config("digits", ["semantics=paper"])
-    assert loss_options(paper) == {"semantics": "paper", "score_clip": None, "score_reg": 0.0, **off}
+    assert discriminator_loss_of(paper) == DiscriminatorLoss("paper", None, 0.0)
     key = "align.discriminator"
     given = [f"{key}.score_clip=4", f"{key}.score_reg=0.5", f"{key}.length_penalty=0.1", "align.format_penalty=0.25"]
     for semantics in SEMANTICS:
-        options = loss_options(load_config("digits", [f"semantics={semantics}", *given]))
-        assert options == {
-            "semantics": semantics,
-            "score_clip": 4.0,
-            "score_reg": 0.5,
-            "length_penalty": 0.1,
-            "spread": 0,
-        }
-    assert loss_options(load_config("digits", [f"{key}.spread=0.2"]))["spread"] == 0.2
+        found = discriminator_loss_of(load_config("digits", [f"semantics={semantics}", *given]))
+        assert found == DiscriminatorLoss(semantics, 4.0, 0.5, length_penalty=0.1)
+    assert discriminator_loss_of(load_config("digits", [f"{key}.spread=0.2"])).spread == 0.2
     assert advantage("semantics=paper", *given)[3] == -0.25
 
 
@@ -105,8 +97,9 @@ def test_the_printed_loss_is_the_plain_one(generator):
     valid = torch.tensor([True, True, False, True, True, True])
     found = {}
     for semantics in SEMANTICS:
-        options = loss_options(load_config("digits", [f"semantics={semantics}"]))
-        found[semantics] = float(discriminator_loss(teacher, student, group, valid, **options)[0])
+        options = discriminator_loss_of(load_config("digits", [f"semantics={semantics}"]))
+        terms = {"semantics": semantics, "score_clip": options.score_clip, "score_reg": options.score_reg}
+        found[semantics] = float(discriminator_loss(teacher, student, group, valid, **terms)[0])
 
     def bradley_terry(clip: float) -> torch.Tensor:
         t, s = teacher.clamp(-clip, clip), student.clamp(-clip, clip)
@@ -194,8 +187,9 @@ def test_the_stage_runs_under_other_semantics(finished, run_again, tmp_path, sem
 def test_the_published_warm_up_has_no_clamp_no_regulariser_and_no_balance(finished, run_again, tmp_path):
     released, given = ["semantics=released"], ["align.discriminator.score_clip=3", "align.discriminator.score_reg=0.5"]
     for overrides, expected in ((released, (None, 0.0)), ([*released, *given], (3.0, 0.5)), ([], (10.0, 0.001))):
-        options = loss_options(load_config("digits", overrides), warmup=True)
-        assert (options["score_clip"], options["score_reg"]) == expected
+        options = discriminator_loss_of(load_config("digits", overrides), warmup=True)
+        assert (options.score_clip, options.score_reg) == expected
+        assert (options.aux_coef == 0.0) == ("semantics=released" in overrides)
     shared = [warm(finished)[0], "data.eval=null", "stages=[warmup]", *released]
     lines = []
     for coef in (0.0, 50.0):

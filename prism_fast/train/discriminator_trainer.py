@@ -196,10 +196,11 @@ class _Step:
     def score(self, bound: Sequence[MicroBatch], *, learn: bool) -> None:
         """Whole groups: one forward for their scores and, with ``learn``, their gradient."""
         hidden, aux = self._forward(bound)
-        loss = self._loss(hidden, bound) + aux
+        loss, scores = self._loss(hidden, bound)
+        loss = loss + aux
         self._add_loss(loss)
         if learn:
-            self.engine.backward(loss, **self._seen)
+            self.engine.backward(loss, **scores)
         for batch in bound:
             self.plan.finish(batch, self.engine.backward if learn else None)
 
@@ -210,9 +211,9 @@ class _Step:
         with torch.no_grad():
             hidden, _ = self._forward(bound)
         hidden.requires_grad_()
-        loss = self._loss(hidden, bound)
+        loss, scores = self._loss(hidden, bound)
         self._add_loss(loss)
-        self.engine.backward(loss, **self._seen)
+        self.engine.backward(loss, **scores)
         for batch, gradient in zip(bound, hidden.grad.split([len(b.branches) for b in bound]), strict=True):
             self.poll()
             computed = self._ends(self.plan, batch)
@@ -265,8 +266,9 @@ class _Step:
             counts.append(expert_choices(computed.router_logits, *self.experts, computed.weight))
         return torch.stack(counts).sum(0)
 
-    def _loss(self, hidden: Tensor, bound: Sequence[MicroBatch]) -> Tensor:
-        """0-d loss of the pairs of whole groups from the last hidden states [M, H] of their spans; keeps the scores."""
+    def _loss(self, hidden: Tensor, bound: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
+        """0-d loss of the pairs of whole groups from the last hidden states [M, H] of their spans, and by name the
+        scores that it is made of; keeps the rewards."""
         members = list(dict.fromkeys(g for batch in bound for g, _ in batch.branches))
         groups = [self.groups[g] for g in members]
         place = {(g, self.keys[g][k]): i for i, (g, k) in enumerate(key for b in bound for key in b.branches)}
@@ -278,6 +280,7 @@ class _Step:
             lengths = span_lengths(groups, self.device)
             options = {"lengths": lengths, "length_penalty": penalty}
             reward = [as_scored(score, n, penalty, None) for score, n in zip(reward, lengths, strict=True)]
+            self._add_length_penalty(penalty * lengths[1].log1p(), valid)
         loss, stats = discriminator_loss(
             *learned,
             group_of,
@@ -291,12 +294,11 @@ class _Step:
         )
         if self.divide_by_micro_batch:  # divided by its own counts: weighted by its share of the students
             loss = loss * (len(valid) / self._students)
-        self._seen = {"teacher_scores": learned[0], "student_scores": learned[1]}
         self._add_pairs(stats)
         students = reward[1].float().split([len(group.students) for group in groups])
         for g, teacher, student in zip(members, reward[0].float(), students, strict=True):
             self._found[g] = (teacher, student)
-        return loss
+        return loss, {"teacher_scores": learned[0], "student_scores": learned[1]}
 
     def _scores(
         self, hidden: Tensor, members: Sequence[int], place: dict[tuple[int, Span], int]
@@ -329,6 +331,12 @@ class _Step:
 
     def _add_loss(self, loss: Tensor) -> None:
         self.metrics.mean(f"{self.prefix}loss", loss.detach(), 0)
+
+    def _add_length_penalty(self, taken: Tensor, valid: Tensor) -> None:
+        """Of ``taken`` [B, K] off the students' scores, the mean over valid responses."""
+        total = torch.where(valid[:, None], taken, 0.0).sum(0)
+        for k, span in enumerate(self.spans):
+            self.metrics.mean(f"{self.prefix}length_penalty_{span}", total[k], valid.sum())
 
     def _add_pairs(self, stats: PairwiseStats) -> None:
         """Margin and accuracy of the pairs whose scores differ: equal texts tie exactly and tell nothing."""

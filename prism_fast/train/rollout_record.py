@@ -56,9 +56,7 @@ def training_records(group: RolloutGroup) -> list[dict]:
     ]
 
 
-def group_from_records(
-    records: Sequence[dict], task: Task, prompt: Prompt, processor: Processor
-) -> RolloutGroup:
+def group_from_records(records: Sequence[dict], task: Task, prompt: Prompt, processor: Processor) -> RolloutGroup:
     """The group that was recorded, with its recorded rewards.
 
     Raises:

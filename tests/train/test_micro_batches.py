@@ -210,6 +210,12 @@ def test_shaped_scores(processor, prompts, generator):
         tokens = torch.tensor([[len(span) for span in text or ((), ())] for text in texts])
         expected = getattr(plain, side) - 0.3 * tokens.log1p()
         torch.testing.assert_close(getattr(shorter, side), expected, rtol=1e-6, atol=1e-6)
+        if side == "student":
+            valid = [s is not None for g in groups for s in g.students]
+            mean = (0.3 * tokens.log1p())[valid].mean(0)
+            names = ("disc/length_penalty_caption", "disc/length_penalty_reasoning")
+            assert [shorter.metrics[name] for name in names] == pytest.approx(mean.tolist(), rel=1e-6)
+    assert "disc/length_penalty_caption" not in plain.metrics
     group, valid = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([True, False, True, True, False, False])
     counts = {"denominator": 3, "l2_denominator": 12}
     direct = [discriminator_loss(x.teacher, x.student, group, valid, **counts)[0] for x in (plain, shorter)]

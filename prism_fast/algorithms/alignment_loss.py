@@ -6,12 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from prism_fast.algorithms.scored import as_scored
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.ops import PairwiseStats, pairwise_loss
 from prism_fast.released import losses as released
-
-__all__ = ["as_scored", "discriminator_loss"]
 
 PER_MICRO_BATCH = {"released": released.discriminator_loss}
 """Semantics whose loss divides by the counts of its own micro-batch: another formula, not other options of ours."""

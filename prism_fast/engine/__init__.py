@@ -1,1 +1,1 @@
-"""Engines: who owns a model's weights while it learns, its optimizer, and what becomes joint over ranks."""
+"""Engines: each owns the weights and the optimizer of one model while it learns, and joins ranks."""

@@ -11,14 +11,14 @@ class NonFiniteError(RuntimeError):
 
 def refuse_non_finite(where: str, **tensors: Tensor) -> None:
     """Raise :class:`NonFiniteError` naming every tensor that holds a NaN or an infinity, with the first such place."""
-    found = []
+    faults = []
     for name, tensor in tensors.items():
         bad = ~tensor.detach().isfinite()
         if count := int(bad.sum()):
             first = bad.nonzero()[0].tolist()
             value = float(tensor.detach()[tuple(first)])
-            found.append(
+            faults.append(
                 f"{name} ({count} of {tensor.numel()}" + (f", first {value} at {first})" if first else f": {value})")
             )
-    if found:
-        raise NonFiniteError(f"{where}: not finite: {', '.join(found)}")
+    if faults:
+        raise NonFiniteError(f"{where}: not finite: {', '.join(faults)}")

@@ -40,9 +40,9 @@ class LocalEngine:
         self.updates = 0
         self.packing_checked = False  # set by train.self_check
         self.where = "an update"  # for errors; a stage puts its name and step here
-        self._seen: list[tuple[Tensor, dict[str, Tensor]]] = []  # per micro-batch: all finite (0-d bool), of what
+        self._seen: list[tuple[Tensor, dict[str, Tensor]]] = []  # per backward: whether all are finite (0-d), and them
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        #: what AdamW updates, by the parameter's name; ``.grad`` is the step's gradient
+        #: the tensors that AdamW updates, by the parameter's name; ``.grad`` is the step's gradient
         self.masters = {name: p if p.dtype.itemsize >= 4 else _master(p) for name, p in trainable.items()}
         self._rounded = {name: p for name, p in trainable.items() if self.masters[name] is not p}
         exempt = [name for name, p in trainable.items() if p.ndim < 2 or name.endswith("bias")]  # norms and biases
@@ -73,8 +73,8 @@ class LocalEngine:
 
     @contextmanager
     def _gradients_to_masters(self) -> Iterator[None]:
-        """Add every half-precision gradient to its master's as soon as it is whole, and drop it: at no time is there a
-        second set. Only within the block, because others may ask for gradients of the same parameters."""
+        """Add every half-precision gradient to its master's as soon as it is complete, and drop it: a second set of
+        gradients never exists. Only within the block, because other code may want gradients of these parameters."""
 
         def move(parameter: Tensor, master: Tensor) -> None:
             if master.grad is None:
@@ -107,7 +107,7 @@ class LocalEngine:
     def discard(self) -> None:
         self._seen.clear()
         self.optimizer.zero_grad(set_to_none=True)
-        for parameter in self._rounded.values():  # of a backward that broke off
+        for parameter in self._rounded.values():  # left by a backward that failed halfway
             parameter.grad = None
 
     def step(self) -> Update:
@@ -115,7 +115,7 @@ class LocalEngine:
         masters = self.masters.values()
         total = torch.nn.utils.get_total_norm([master.grad for master in masters if master.grad is not None])
         norm = float(total)
-        if not math.isfinite(norm):  # looked at before clipping, which would make every gradient NaN
+        if not math.isfinite(norm):  # checked before clipping, which would make every gradient NaN
             bad = [n for n, p in self.masters.items() if p.grad is not None and not p.grad.isfinite().all()]
             more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
             self.discard()
@@ -140,8 +140,8 @@ class LocalEngine:
     def agree(self, flag: bool) -> bool:
         return flag
 
-    def sum(self, numbers: Sequence[float]) -> list[float]:
-        return [float(number) for number in numbers]
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return [float(value) for value in values]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.module.named_parameters():
@@ -164,15 +164,15 @@ class LocalEngine:
         for name, p in weights.items():
             saved = tensors.get(f"model.{name}")
             if saved is None or saved.shape != p.shape:
-                found = "is missing" if saved is None else f"has shape {tuple(saved.shape)}, not {tuple(p.shape)}"
-                raise ValueError(f"the checkpoint does not belong to this model: {name} {found}")
+                fault = "is missing" if saved is None else f"has shape {tuple(saved.shape)}, not {tuple(p.shape)}"
+                raise ValueError(f"the checkpoint does not belong to this model: {name} {fault}")
         self.discard()
         self.optimizer.state.clear()
         self.updates = int(tensors["updates"])
         for name, p in weights.items():
             master = self.masters.get(name, p)
             master.detach().copy_(tensors[f"model.{name}"])
-            if f"step.{name}" in tensors:  # AdamW knows a parameter from its first gradient on
+            if f"step.{name}" in tensors:  # AdamW has no state for a parameter that never had a gradient
                 moments = {key: tensors[f"{key}.{name}"].to(master.device) for key in MOMENTS}
                 self.optimizer.state[master] = moments
         self._round()
@@ -184,13 +184,13 @@ class LocalEngine:
         self._move(next(self.module.parameters()).device)
 
     def _move(self, device: torch.device) -> None:
-        """All that the weights in use are not: a parameter that is its own master stays."""
+        """Move moments, gradients and separate masters; a parameter that is its own master stays, as it is in use."""
         tensors = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
         for name, master in self.masters.items():
             tensors += [master] if name in self._rounded else []
             tensors += [master.grad] if master.grad is not None else []
         for tensor in tensors:
-            tensor.data = tensor.data.to(device)  # the optimizer knows its tensors by identity
+            tensor.data = tensor.data.to(device)  # in place: the optimizer knows its tensors by identity
 
 
 def _master(parameter: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every engine takes, gives and promises. ``tests/contracts/engine.py`` holds an engine to it.
+"""The contract of engines; ``tests/contracts/engine.py`` checks whether an engine keeps it.
 
 An engine owns the weights of one model while it learns: their masters, gradients and optimizer. One step is::
 
@@ -7,9 +7,9 @@ An engine owns the weights of one model while it learns: their masters, gradient
         engine.backward(loss, logp=logp)
     update = engine.step()                  # or engine.discard()
 
-Ranks: a method marked *joint* is called by all ranks, in the same order; between two joint calls a rank does what its
-own data ask for. Losses are divided by denominators of the whole step over all ranks, so an engine adds gradients up
-and never scales: any cut into micro-batches, and any number of ranks, gives the same update.
+Ranks: all ranks call a method marked *joint*, in the same order; between two joint calls a rank makes as many other
+calls as its own data need. Losses are divided by denominators of the whole step over all ranks, so an engine adds up
+gradients and never scales them: any cut into micro-batches, and any number of ranks, gives the same update.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Update(NamedTuple):
-    """Of one update: norm of the whole gradient before clipping, and the learning rate it was made with."""
+    """Norm of the whole gradient before clipping, and learning rate of one update."""
 
     grad_norm: float
     lr: float
@@ -33,9 +33,9 @@ class Update(NamedTuple):
 class Engine(Protocol):
     """Attributes:
 
-    module: the model, as it was built. Weights are read inside :meth:`run` alone; outside they may be empty shards.
-    root: the module that :meth:`run` calls, with ``module`` inside. Hooks of sharding are on it.
-    updates: optimizer steps so far, of this run and of those it goes on from.
+    module: the model, as it was built. Read its weights only inside :meth:`run`; outside they may be empty shards.
+    root: the module that :meth:`run` calls; it holds ``module`` and carries the hooks of sharding.
+    updates: optimizer steps so far, those before a resume included.
     where: stage and step, for errors.
     """
 
@@ -45,70 +45,68 @@ class Engine(Protocol):
     where: str
 
     def run(self, fn: Callable[[], T]) -> T:
-        """``fn()`` within a forward of ``root``. What ``fn`` reads (weights, also as attributes) is whole in there."""
+        """Call ``fn()`` within a forward of ``root``: every weight that ``fn`` reads is whole there."""
 
     def backward(self, loss: Tensor, **made_of: Tensor) -> None:
-        """Add a loss's gradient (0-d) to those of the step, unscaled. Does not synchronise the host: whether the loss
-        and what it was ``made_of`` (any shapes) are finite is looked at by :meth:`verify`.
-
-        A loss may also be one that a later part of the same graph needs (a cut group's features): nothing about it is
-        divided, and it may come any number of times per step.
+        """Add the gradient of ``loss`` (0-d) to that of the step, unscaled, any number of times per step. Does not
+        synchronise the host: :meth:`verify` checks whether the loss and the tensors it is ``made_of`` (any shapes) are
+        finite.
         """
 
     def verify(self) -> None:
-        """Joint. Look once at everything that :meth:`backward` saw since the last look.
+        """Joint. Check everything that :meth:`backward` got since the last check.
 
         Raises:
-            NonFiniteError: something is NaN or infinite, on any rank; it names what and which micro-batch. The
-                gradients are dropped, the weights are untouched.
+            NonFiniteError: a tensor holds a NaN or an infinity, on any rank; the error names tensor and micro-batch.
+                The gradients are dropped, the weights are untouched.
         """
 
     def step(self) -> Update:
         """Joint. :meth:`verify`, clip the gradient to ``clip_norm``, update, clear the gradients.
 
-        A parameter without a gradient stays as it is. The learning rate is that of update ``updates`` (from 0): linear
+        A parameter without a gradient is not updated. The learning rate is that of update ``updates`` (from 0): linear
         warm-up ((t + 1) / warmup, never 0), then the schedule.
 
         Raises:
-            NonFiniteError: as `verify`, or the gradient's norm is NaN or infinite; it names parameters. The gradients
-                are dropped, the weights are untouched.
+            NonFiniteError: as `verify`, or the gradient's norm is NaN or infinite; the error names parameters. The
+                gradients are dropped, the weights are untouched.
         """
 
     def discard(self) -> None:
-        """Drop the accumulated gradients without an update, and what `verify` would have looked at."""
+        """Drop the accumulated gradients, and the tensors that `verify` would check, without an update."""
 
     def agree(self, flag: bool) -> bool:
         """Joint. Whether ``flag`` is true on every rank."""
 
-    def sum(self, numbers: Sequence[float]) -> list[float]:
-        """Joint. Sums over the ranks, place by place; float64."""
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Joint. Sum over the ranks of each of ``values``; float64."""
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Joint, to the end. Every parameter of ``module`` by name, whole and detached, in the dtype it is computed
-        with: what is exported, pushed to a rollout engine, and read by upcycling. A layer's parameters follow each
-        other. A tied parameter comes once, by its first name.
+        """Joint until exhausted. All parameters of ``module`` by name, whole and detached, in the dtype of the forward:
+        for exports, rollout engines and upcycling. Parameters of one layer are neighbours. A tied parameter comes once,
+        by its first name.
 
-        A tensor may be the weight itself: copy what must outlive the next one, and do not write to it.
+        A tensor may be the weight itself: do not write to it, and copy it if it must outlive the next one.
         """
 
     def save(self, folder: Path) -> None:
         """Joint. Write weights (masters where there are any), moments and ``updates`` into ``folder``, which exists.
-        The bits of :meth:`load` go on as if nothing had been in between. Gradients are not saved.
+        After :meth:`load` training continues with the same bits. Gradients are not saved.
 
         Raises:
             DiskFullError: there is no room.
         """
 
     def load(self, folder: Path) -> None:
-        """Joint. Take back what :meth:`save` wrote; gradients are dropped.
+        """Joint. Restore the state that :meth:`save` wrote; gradients are dropped.
 
         Raises:
             ValueError: a weight is missing or has another shape.
         """
 
     def offload(self) -> None:
-        """Move masters, moments and gradients to the CPU, so that a rollout engine has their memory. The weights that
-        :meth:`named_weights` gives stay. Until :meth:`reload`, nothing else but these two and :meth:`run` is called."""
+        """Move masters, moments and gradients to the CPU, so that a rollout engine has their memory. The weights of
+        :meth:`named_weights` stay. Until :meth:`reload`, call only :meth:`named_weights` and :meth:`run`."""
 
     def reload(self) -> None:
         """Undo :meth:`offload`."""

@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class Root(nn.Module):
-    """A model under a forward that calls what it is given.
+    """A model inside a module whose forward calls any function.
 
     Trainers call submodules of a model (trunk, vision tower, output head), never the model itself. Hooks that gather
-    sharded weights begin and end with the outermost module, so there must be one that is called around all of them.
+    sharded weights begin and end with the outermost module, so one module must be called around all of them.
     """
 
     def __init__(self, module: nn.Module):

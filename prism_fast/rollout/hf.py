@@ -2,7 +2,7 @@
 
 Responses are generated in chunks of a token budget. A chunk computes each of its prompts once and repeats the cache for
 the prompt's responses. Prompts of different length share a chunk: their cache is right-padded, the gap masked, every
-row continues at its own M-RoPE position. Rows that have ended leave the batch, so a long tail costs what it is long.
+row continues at its own M-RoPE position. Finished rows leave the batch, so a few long responses keep few rows busy.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from prism_fast.rollout.protocol import Completion, Sampling, end_ids
 from prism_fast.rollout.sampling import draw, response_key, uniform
 
 COMPACT_BELOW = 0.75  # share of unfinished rows below which finished ones leave the batch
-SCORES_AT_ONCE = 1 << 24  # scores of the vocabulary that exist together while tokens are drawn
+SCORES_AT_ONCE = 1 << 24  # logits that exist at once while tokens are drawn
 
 
 class HFRollout:
     """Samples from the trainer's own module (a ``Qwen3VLForConditionalGeneration``); see `protocol.Rollout`.
 
-    It has no weights of its own, so `sync` copies nothing and `sleep` has nothing to give back.
+    It has no weights of its own, so `sync` copies nothing and `sleep` frees nothing.
     """
 
     def __init__(self, policy: nn.Module, processor: Processor, budget: TokenBudget):
@@ -73,16 +73,16 @@ class HFRollout:
             return []
         n = sampling.n
         tokens_of = [len(prompt.input_ids) + sampling.max_new_tokens for prompt in prompts for _ in range(n)]
-        found: list[Completion | None] = [None] * len(tokens_of)
+        completions: list[Completion | None] = [None] * len(tokens_of)
 
         def attempt(budget: int) -> None:
-            waiting = [i for i, completion in enumerate(found) if completion is None]
+            waiting = [i for i, completion in enumerate(completions) if completion is None]
             for chunk in by_tokens([tokens_of[i] for i in waiting], budget):
                 responses = [waiting[k] for k in chunk]
                 keys = [response_key(seeds[i // n], i % n) for i in responses]
                 made = self._decode(prompts, [i // n for i in responses], keys, sampling, poll)
                 for i, completion in zip(responses, made, strict=True):
-                    found[i] = completion
+                    completions[i] = completion
 
         was_training = self._policy.training
         self._policy.eval()
@@ -90,7 +90,7 @@ class HFRollout:
             self._budget.run(attempt, discard=lambda: None, longest=max(tokens_of))
         finally:
             self._policy.train(was_training)
-        return [found[p * n : (p + 1) * n] for p in range(len(prompts))]
+        return [completions[p * n : (p + 1) * n] for p in range(len(prompts))]
 
     def _decode(
         self,
@@ -100,7 +100,7 @@ class HFRollout:
         sampling: Sampling,
         poll: Callable[[], None],
     ) -> list[Completion]:
-        """One response per row: to prompt ``prompt_of_row[b]`` with the random numbers of ``keys[b]``."""
+        """One response per row b: to prompt ``prompt_of_row[b]``, with the random numbers of ``keys[b]``."""
         model, limit, total = self._policy, sampling.max_new_tokens, len(keys)
         device = model.device
         used = list(dict.fromkeys(prompt_of_row))
@@ -121,13 +121,13 @@ class HFRollout:
         entropy = torch.zeros(total, device=device)  # summed over a response
         lengths = torch.zeros(total, dtype=torch.int64, device=device)
         finished = torch.zeros(total, dtype=torch.bool, device=device)
-        rows = torch.arange(total, device=device)  # the response that each row of the batch is
+        rows = torch.arange(total, device=device)  # the response of each row of the batch
         keys_of_row, ends = torch.tensor(keys, device=device), torch.tensor(self._ends, device=device)
         for t in range(limit):
-            token, logprob, spread = self._sample(last, sampling.temperature, uniform(keys_of_row, t))
+            token, logprob, token_entropy = self._sample(last, sampling.temperature, uniform(keys_of_row, t))
             growing = ~finished[rows]
             tokens[rows, t], logprobs[rows, t] = token, logprob  # of a finished row too: cut at its length below
-            entropy[rows] += torch.where(growing, spread, 0.0)
+            entropy[rows] += torch.where(growing, token_entropy, 0.0)
             lengths[rows] += growing
             finished[rows] |= torch.isin(token, ends)
             unfinished, broken = torch.stack([(~finished).sum(), (growing & ~logprob.isfinite()).sum()]).tolist()
@@ -155,7 +155,7 @@ class HFRollout:
         return [
             Completion(tuple(ids[:k]), tuple(lps[:k]), h / k, "stop" if stopped else "length")
             for ids, lps, k, h, stopped in zip(
-                *(found.tolist() for found in (tokens, logprobs, lengths, entropy, finished)), strict=True
+                *(column.tolist() for column in (tokens, logprobs, lengths, entropy, finished)), strict=True
             )
         ]
 
@@ -163,12 +163,11 @@ class HFRollout:
         """One token per row of ``hidden`` [B, H] by the uniform numbers ``at`` [B]; returns ids, their log-probs and
         the sampled distribution's entropy, each [B]."""
         at_once = max(1, SCORES_AT_ONCE // self._policy.config.text_config.vocab_size)
-        parts = zip(hidden.split(at_once), at.split(at_once), strict=True)
-        return tuple(
-            torch.cat(found) for found in zip(*(self._drawn(*part, temperature) for part in parts), strict=True)
-        )
+        chunks = zip(hidden.split(at_once), at.split(at_once), strict=True)
+        drawn = [self._draw(*chunk, temperature) for chunk in chunks]
+        return tuple(torch.cat(column) for column in zip(*drawn, strict=True))
 
-    def _drawn(self, hidden: Tensor, at: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _draw(self, hidden: Tensor, at: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         scores = self._policy.lm_head(hidden).float()  # [B, V]
         scores[:, list(self._processor.banned_ids)] = -torch.inf
         if temperature > 0:

@@ -52,8 +52,8 @@ class Completion:
 class Rollout(Protocol):
     """A rollout engine: one object for the life of a run, which samples for training, pairs and evaluation alike.
 
-    One rule for all engines: the ids sampled from are those of the prompts, nothing is tokenised again; a response ends
-    at every id of `end_ids` and that id belongs to it; `Processor.banned_ids` are never sampled.
+    Rules for all engines: a response continues the ids of its prompt, nothing is tokenised again; the first id of
+    `end_ids` ends a response and belongs to it; `Processor.banned_ids` are never sampled.
     """
 
     def generate(
@@ -67,8 +67,8 @@ class Rollout(Protocol):
         """``sampling.n`` completions for each prompt, in the order of the prompts.
 
         Args:
-            seeds: one per prompt, 0 or more and below 2**64. The random numbers of a response depend on the seed of its
-                prompt, its number among the n and the token's position alone: not on what else is generated with it.
+            seeds: one per prompt, 0 or more and below 2**64. The random numbers of a response depend only on its
+                prompt's seed, its number among the n and the token's position, not on the other responses.
             poll: called at least once per decoding step. It may raise: the call ends, the engine stays usable.
 
         Raises:
@@ -78,15 +78,15 @@ class Rollout(Protocol):
         ...
 
     def attach(self, policy: nn.Module, processor: Processor) -> None:
-        """Sample from ``policy`` from now on: a stage of the run has loaded its own."""
+        """Sample from ``policy`` from now on; each stage of a run attaches its own."""
         ...
 
     def sync(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """The policy's weights have changed: (name, whole tensor), as the training engine's ``named_weights`` gives."""
+        """Take the policy's new weights: (name, whole tensor), from the training engine's ``named_weights``."""
         ...
 
     def sleep(self) -> None:
-        """Give memory back until `wake`."""
+        """Free memory until `wake`."""
         ...
 
     def wake(self) -> None:
@@ -94,7 +94,7 @@ class Rollout(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of everything; may be called twice."""
+        """Free everything; may be called twice."""
         ...
 
 
@@ -105,11 +105,11 @@ def end_ids(policy: nn.Module, processor: Processor) -> tuple[int, ...]:
     Raises:
         ValueError: there is none, or the end-of-turn token that SFT teaches is not among them.
     """
-    found = policy.generation_config.eos_token_id
-    ids = sorted({found} if isinstance(found, int) else set(found or ()))
+    eos = policy.generation_config.eos_token_id
+    ids = sorted({eos} if isinstance(eos, int) else set(eos or ()))
     if processor.eos_id not in ids:
         raise ValueError(
-            f"the policy's generation_config.eos_token_id is {found}, but it must hold {processor.eos_id} "
+            f"the policy's generation_config.eos_token_id is {eos}, but it must hold {processor.eos_id} "
             "(<|im_end|>), with which SFT ends every response: add it to generation_config.json in the policy's folder"
         )
     return tuple(ids)

@@ -1,9 +1,10 @@
-"""Drawing tokens with random numbers that belong to a response, not to the batch it is generated in.
+"""Drawing tokens with random numbers that depend on the response, not on the batch it is generated in.
 
 A uniform number is SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators") of a key
-and the token's position; the key is made of the prompt's seed and the response's number. Integers alone, so CPU and
-CUDA agree to the bit. A token is drawn by inverting the cumulated distribution, whose probabilities are rounded down to
-multiples of 2**-52: sums of integers do not depend on their order, where CUDA's floating-point ``cumsum`` does.
+and the token's position; the key is made of the prompt's seed and the response's number. All of it is integer
+arithmetic, so CPU and CUDA agree to the bit. A token is drawn by inverting the cumulative distribution, with
+probabilities rounded down to multiples of 2**-52: a sum of integers does not depend on its order, as that of CUDA's
+floating-point ``cumsum`` does.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ def uniform(keys: Tensor, position: int) -> Tensor:
 
 
 def draw(probs: Tensor, at: Tensor) -> Tensor:
-    """[B] int64: the token of each row of ``probs`` [B, V] float32 in whose share of the cumulated distribution ``at``
-    [B] float64 in [0, 1) falls. A token of probability 0 is never drawn. Rows with NaN give some token."""
-    cumulated = (probs * 2.0**52).long().cumsum(dim=-1)  # exact: a float32 has 24 bits
-    whole = cumulated[:, -1]
+    """One token per row of ``probs`` [B, V] float32, [B] int64: the one whose interval of the cumulative distribution
+    holds ``at`` [B] float64 in [0, 1). A token of probability 0 is never drawn. A row with NaN gives an arbitrary one.
+    """
+    cumulative = (probs * 2.0**52).long().cumsum(dim=-1)  # exact: a float32 has 24 bits
+    whole = cumulative[:, -1]
     target = torch.minimum((at * whole.double()).long(), whole - 1)
-    token = torch.searchsorted(cumulated, target[:, None], right=True).squeeze(1)
-    return token.clamp_(max=probs.shape[1] - 1)  # behind the end with NaN alone
+    token = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
+    return token.clamp_(max=probs.shape[1] - 1)  # only NaN leads past the last token
 
 
 def _mix(z: int) -> int:

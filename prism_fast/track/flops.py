@@ -1,9 +1,9 @@
 """Floating-point operations that Qwen3-VL needs, from its configuration and the lengths of texts and images.
 
-Counted are products of matrices, two operations per multiply-add, and attention at the pairs of a query and a key that
-see each other. Norms, activations and the optimizer are left out, as usual for a model FLOPs utilisation (MFU; PaLM,
-arXiv 2204.02311, appendix B). A backward counts twice its forward; passes done again (gradient checkpointing, a prompt
-cut in two) do not count: they are no work that the step needs.
+Matrix products count, two operations per multiply-add, and attention where a query sees a key. Norms, activations and
+the optimizer do not, as usual for a model FLOPs utilisation (MFU; PaLM, arXiv 2204.02311, appendix B). A backward
+counts twice its forward. Repeated work (gradient checkpointing, a group cut in two) does not count: the step does not
+need it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from prism_fast.models.packing import PromptGroup
 
 # Dense matrix products per second in 1e12, bfloat16 with float32 sums and plain float32, as NVIDIA's data sheets give
-# them. The first line with all of its words in the card's name holds; a part of a card (MIG) is none of them.
+# them. The first line whose words are all in the card's name counts; a MIG slice of a card has no line.
 PEAKS: tuple[tuple[tuple[str, ...], float, float], ...] = (
     (("B200",), 2250.0, 75.0),
     (("H200", "NVL"), 835.5, 60.0),
@@ -33,14 +33,13 @@ PEAKS: tuple[tuple[tuple[str, ...], float, float], ...] = (
 
 
 def peak_flops(card: str, dtype: torch.dtype) -> float | None:
-    """Operations per second that ``card`` (as ``torch.cuda.get_device_name`` calls it) can reach at most in ``dtype``;
-    None where it is not known."""
+    """Peak operations per second of ``card`` (as ``torch.cuda.get_device_name`` calls it) in ``dtype``; None if not
+    known."""
     words = set(re.split(r"[\s-]+", card))
     columns = {torch.bfloat16: 1, torch.float32: 2}
     if "MIG" in words or dtype not in columns:
         return None
-    found = (line for line in PEAKS if words.issuperset(line[0]))
-    line = next(found, None)
+    line = next((line for line in PEAKS if words.issuperset(line[0])), None)
     return None if line is None else line[columns[dtype]] * 1e12
 
 
@@ -50,8 +49,8 @@ def mixing_weights(text: PreTrainedConfig) -> int:
 
 
 def mlp_weights(text: PreTrainedConfig) -> int:
-    """Entries of the matrices behind the attention that a token is multiplied with: router and chosen experts, or the
-    dense layer's three."""
+    """Entries of one layer's MLP matrices that a token is multiplied with: router and chosen experts, or the dense
+    layer's three."""
     experts = getattr(text, "num_experts", None)
     if experts is None:
         return 3 * text.hidden_size * text.intermediate_size
@@ -59,22 +58,22 @@ def mlp_weights(text: PreTrainedConfig) -> int:
 
 
 def trunk_flops(text: PreTrainedConfig, tokens: int, pairs: int) -> int:
-    """Of a forward through the language model's layers: ``tokens`` of them, ``pairs`` of a query and a key."""
+    """Of ``tokens`` tokens through the language model's layers, with ``pairs`` of a query and a key it sees."""
     attention = 4 * text.num_attention_heads * text.head_dim * pairs
     return text.num_hidden_layers * (2 * (mixing_weights(text) + mlp_weights(text)) * tokens + attention)
 
 
 def tower_flops(vision: PreTrainedConfig, grids: Iterable[Sequence[int]]) -> int:
-    """Of a forward through the vision tower: images of ``grids`` (frames, patches high, patches wide); the patches of
-    a frame all see each other."""
-    width, unit = vision.hidden_size, vision.spatial_merge_size**2
+    """Of images of ``grids`` (frames, patches high, patches wide) through the vision tower; the patches of a frame all
+    see each other."""
+    width, merged = vision.hidden_size, vision.spatial_merge_size**2
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     block = 4 * width**2 + 2 * width * vision.intermediate_size
-    mergers = (1 + len(vision.deepstack_visual_indexes)) * unit * width * (unit * width + vision.out_hidden_size)
+    mergers = (1 + len(vision.deepstack_visual_indexes)) * merged * width * (merged * width + vision.out_hidden_size)
     total = 0
     for frames, high, wide in grids:
         patches = high * wide
-        matrices = patches * (patch * width + vision.depth * block) + patches // unit * mergers
+        matrices = patches * (patch * width + vision.depth * block) + patches // merged * mergers
         total += frames * (2 * matrices + 4 * width * vision.depth * patches**2)
     return total
 
@@ -90,8 +89,8 @@ def visible_pairs(prompt: int, continuations: Iterable[int]) -> int:
 
 
 def forward_flops(config: PreTrainedConfig, groups: Sequence[PromptGroup], *, vocabulary: bool) -> int:
-    """Of one forward over ``groups``, each prompt and image once; continuations that are None do not count, nor does
-    a prompt without another.
+    """Of one forward over ``groups``, each prompt and image once. Continuations that are None do not count, nor does a
+    prompt whose continuations are all None.
 
     Args:
         config: of the whole model (``text_config`` and ``vision_config``).

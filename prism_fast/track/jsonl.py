@@ -14,14 +14,14 @@ Value = int | float | str | None
 
 
 class RecordError(RuntimeError):
-    """``metrics.jsonl`` of a run that is to go on is not what it was; the message says what to do."""
+    """``metrics.jsonl`` of a run to be resumed was changed; the message says what to do."""
 
 
 class Record:
-    """Appends lines, each of them whole or not at all. What is in it has been written."""
+    """Appends lines, each whole or not at all."""
 
     def __init__(self, folder: Path, *, keep_bytes: int = 0):
-        """``keep_bytes``: what a resumed run keeps of the file; the steps behind it are done again.
+        """``keep_bytes``: bytes of the file that a resumed run keeps; later steps are done again.
 
         Raises:
             RecordError: the file is shorter than that.
@@ -35,15 +35,15 @@ class Record:
             )
         with self.path.open("rb") as file:
             file.seek(keep_bytes)
-            self.dropped = sum(line.endswith(b"\n") for line in file)  # lines that will come again
+            self.dropped = sum(line.endswith(b"\n") for line in file)  # lines that will be written again
         os.truncate(self.path, keep_bytes)
 
     def append(self, stage: str, step: int, values: Mapping[str, Value]) -> dict[str, int | float | str]:
-        """Add a line, without the values that are None; returns what is in it.
+        """Add a line, without the values that are None; returns the line.
 
         Raises:
-            ValueError: a number is not finite.
-            DiskFullError: no room for it; the lines before it stay and nothing of it is left.
+            ValueError: a value is not finite.
+            DiskFullError: no room for it; the lines before it stay, and no part of it is left.
         """
         line: dict[str, int | float | str] = {"stage": stage, "step": step}
         for key, value in values.items():

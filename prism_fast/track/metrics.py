@@ -19,20 +19,20 @@ Row = tuple[str, str, list[Number], list[Number]]
 class Metrics:
     """Collects values and reduces them when they are read.
 
-    A value is an int, a float or a 0-d tensor on any device. A tensor is copied when it is given, so the metric keeps
-    the value of that moment; the host waits for no device before :meth:`read`. Sums are rounded once, so micro-batches
-    give the same bits in any order and on any number of ranks.
+    A value is an int, a float or a 0-d tensor on any device. A tensor is copied at once, so later writes to it do not
+    change the metric; the host waits for no device before :meth:`read`. Sums are rounded once, so micro-batches give
+    the same bits in any order and on any number of ranks.
     """
 
     def __init__(self) -> None:
-        self._parts: dict[str, _Parts] = {}
+        self._series: dict[str, _Series] = {}
 
     def sum(self, name: str, value: Number | Tensor) -> None:
         """Values add up. Integers stay integers."""
         self._add(name, "sum", value)
 
     def mean(self, name: str, total: Number | Tensor, count: Number | Tensor = 1) -> None:
-        """Reduced to sum(totals) / sum(counts), a float. Where the counts are 0 in sum there is no metric."""
+        """Reduced to sum(totals) / sum(counts), a float; absent where the counts sum to 0."""
         self._add(name, "mean", total, count)
 
     def max(self, name: str, value: Number | Tensor) -> None:
@@ -40,46 +40,46 @@ class Metrics:
         self._add(name, "max", value)
 
     def last(self, name: str, value: Number | Tensor) -> None:
-        """The value given last; over ranks that of the last rank which has one."""
+        """The newest value; over ranks that of the last rank which has one."""
         self._add(name, "last", value)
 
     def __or__(self, other: Metrics) -> Metrics:
-        """Both as one; ``other`` follows, and names keep the order in which they came first.
+        """All values of both, those of ``other`` last; names keep the order in which they came first.
 
         Raises:
             ValueError: a name has one reduction here and another one there.
         """
         both = Metrics()
         for metrics in (self, other):
-            for name, parts in metrics._parts.items():
-                kept = both._of(name, parts.reduction)
-                kept.values += parts.values
-                kept.counts += parts.counts
+            for name, series in metrics._series.items():
+                joined = both._of(name, series.reduction)
+                joined.values += series.values
+                joined.counts += series.counts
         return both
 
     def only(self, *prefixes: str) -> Metrics:
-        """Those whose name begins with one of ``prefixes``."""
+        """The metrics whose name begins with one of ``prefixes``."""
         some = Metrics()
-        some._parts = {name: parts for name, parts in self._parts.items() if name.startswith(prefixes)}
+        some._series = {name: series for name, series in self._series.items() if name.startswith(prefixes)}
         return some
 
     def read(self, gather: Callable[[list[Row]], Iterable[list[Row]]] | None = None) -> dict[str, Number]:
         """The reduced values by name, without names that have no value. One transfer for all tensors of a device.
 
         Args:
-            gather: on several ranks: gives each rank the :meth:`state` of all of them, in the order of the ranks.
-                Names may differ between ranks.
+            gather: on several ranks, returns the :meth:`state` of every rank, in the order of the ranks. Names may
+                differ between ranks.
         """
         state = self.state()
         joined = Metrics.joined([state] if gather is None else gather(state))
-        found = {name: _reduced(parts) for name, parts in joined._parts.items()}
-        return {name: value for name, value in found.items() if value is not None}
+        reduced = {name: _reduced(series) for name, series in joined._series.items()}
+        return {name: value for name, value in reduced.items() if value is not None}
 
     def state(self) -> list[Row]:
-        """Everything given so far as plain numbers, for other ranks."""
-        given = [value for parts in self._parts.values() for value in (*parts.values, *parts.counts)]
+        """All values so far as plain numbers, for other ranks and for checkpoints."""
+        values = [value for series in self._series.values() for value in (*series.values, *series.counts)]
         tensors: dict[torch.device, list[Tensor]] = {}
-        for value in given:
+        for value in values:
             if isinstance(value, _OnDevice):
                 tensors.setdefault(value.copy.device, []).append(value.copy)
         read = {device: iter(torch.stack(copies).tolist()) for device, copies in tensors.items()}
@@ -91,8 +91,8 @@ class Metrics:
             return int(number) if value.whole else number
 
         return [
-            (name, parts.reduction, [plain(v) for v in parts.values], [plain(c) for c in parts.counts])
-            for name, parts in self._parts.items()
+            (name, series.reduction, [plain(v) for v in series.values], [plain(c) for c in series.counts])
+            for name, series in self._series.items()
         ]
 
     @classmethod
@@ -105,25 +105,25 @@ class Metrics:
         metrics = cls()
         for rows in states:
             for name, reduction, values, counts in rows:
-                parts = metrics._of(name, reduction)
-                parts.values += values
-                parts.counts += counts
+                series = metrics._of(name, reduction)
+                series.values += values
+                series.counts += counts
         return metrics
 
     def _add(self, name: str, reduction: str, value: Number | Tensor, *counts: Number | Tensor) -> None:
-        values = [_taken(name, v) for v in (value, *counts)]  # both or neither are kept
-        parts = self._of(name, reduction)
-        parts.values.append(values[0])
-        parts.counts += values[1:]
+        values = [_checked(name, v) for v in (value, *counts)]  # both are checked before either is added
+        series = self._of(name, reduction)
+        series.values.append(values[0])
+        series.counts += values[1:]
 
-    def _of(self, name: str, reduction: str) -> _Parts:
-        parts = self._parts.setdefault(name, _Parts(reduction))
-        if parts.reduction != reduction:
+    def _of(self, name: str, reduction: str) -> _Series:
+        series = self._series.setdefault(name, _Series(reduction))
+        if series.reduction != reduction:
             raise ValueError(
-                f"metric {name!r} is reduced by {parts.reduction} in one place and by {reduction} in another; "
+                f"metric {name!r} is reduced by {series.reduction} in one place and by {reduction} in another; "
                 "give it one reduction or two names"
             )
-        return parts
+        return series
 
 
 def reproducible(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def reproducible(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if not name.startswith(WALL_CLOCK)}
 
 
-class _Parts:
+class _Series:
     """All values of one name, not reduced yet."""
 
     def __init__(self, reduction: str):
@@ -141,14 +141,14 @@ class _Parts:
 
 
 class _OnDevice:
-    """A 0-d tensor as it was when it was given, in float64, and whether it was a whole number."""
+    """A copy of a 0-d tensor in float64, and whether it was a whole number."""
 
     def __init__(self, value: Tensor):
         self.copy = value.detach().to(torch.float64, copy=True)
         self.whole = not value.is_floating_point()
 
 
-def _taken(name: str, value: Number | Tensor) -> Number | _OnDevice:
+def _checked(name: str, value: Number | Tensor) -> Number | _OnDevice:
     if isinstance(value, Tensor):
         if value.ndim or value.is_complex():
             raise ValueError(
@@ -163,16 +163,16 @@ def _taken(name: str, value: Number | Tensor) -> Number | _OnDevice:
     raise ValueError(f"metric {name!r} must be a number or a 0-d tensor, got {value!r}; leave out what has no value")
 
 
-def _reduced(parts: _Parts) -> Number | None:
-    """The value of plain parts; None for a mean over nothing."""
-    values = parts.values
-    if parts.reduction == "last":
+def _reduced(series: _Series) -> Number | None:
+    """The reduced value of plain numbers; None for a mean over nothing."""
+    values = series.values
+    if series.reduction == "last":
         return values[-1]
-    if parts.reduction == "max":
+    if series.reduction == "max":
         return next((v for v in values if math.isnan(v)), max(values))
-    if parts.reduction == "sum":
+    if series.reduction == "sum":
         return _total(values)
-    count = _total(parts.counts)
+    count = _total(series.counts)
     return _total(values) / count if count else None
 
 

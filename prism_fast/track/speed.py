@@ -1,4 +1,4 @@
-"""How fast a step was and what it took: seconds by part, tokens per second, MFU, peak memory."""
+"""Speed and memory of a step: seconds by part, tokens per second, MFU, peak memory."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from prism_fast.track.metrics import Metrics
 
 
 class StepTimer:
-    """Measures one step after the other of a stage. It makes the host wait for no device: a part ends when its code
-    has ended, which reads a result (rollouts, a gradient norm) and so has waited."""
+    """Measures the steps of a stage one by one, without making the host wait for the device: the code of a part ends
+    by reading a result (rollouts, a gradient norm), so it has waited already."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
-        """``dtype``: of the models' products, for the peak that MFU is measured by."""
+        """``dtype``: of the models' matrix products, for the card's peak in MFU."""
         self.device = device
         self.peak = peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
         self.begin()
 
     def begin(self) -> None:
-        """A step begins; what was measured before is forgotten."""
+        """Begin a step; earlier measurements are dropped."""
         self.seconds: dict[str, float] = {}
         self._learning, self._tokens, self._flops = 0.0, 0, 0
         self._started = time.perf_counter()
@@ -34,7 +34,7 @@ class StepTimer:
 
     @contextmanager
     def part(self, name: str, *, learns: bool = False) -> Iterator[None]:
-        """Time the block as ``time/<name>``; blocks of one name add up. ``learns``: MFU is measured over it."""
+        """Time the block as ``time/<name>``; blocks of one name add up. ``learns``: its seconds count for MFU."""
         started = time.perf_counter()
         try:
             yield
@@ -44,16 +44,16 @@ class StepTimer:
             self._learning += spent if learns else 0.0
 
     def learned(self, *, tokens: int, forward_flops: int) -> None:
-        """An update went through ``tokens`` (padding left out), whose forward takes ``forward_flops``."""
+        """Count an update over ``tokens`` (without padding), whose forward takes ``forward_flops``."""
         self._tokens += tokens
         self._flops += 3 * forward_flops
 
     def metrics(self) -> Metrics:
-        """Of the step so far. Over ranks: the slowest time, tokens of all, the mean MFU, the largest memory.
+        """Metrics of the step so far. Over ranks: the slowest time, tokens of all, the mean MFU, the largest memory.
 
-        ``perf/peak_memory_mib`` on CUDA: the most that PyTorch's tensors took in this step; on the CPU: the most that
-        the process took since it began. ``perf/mfu``: 3 x the forward's FLOPs over the seconds of the parts that learn
-        and the card's peak; absent where that is not known.
+        ``perf/peak_memory_mib``: on CUDA the peak of PyTorch's tensors in this step, on the CPU that of the process
+        since its start. ``perf/mfu``: 3 x the forward's FLOPs over the seconds of the parts that learn times the card's
+        peak; absent where the peak is not known.
         """
         metrics = Metrics()
         step = time.perf_counter() - self._started
@@ -68,8 +68,8 @@ class StepTimer:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """On CUDA since the last reset, on the CPU since the process began."""
+    """Peak on CUDA since the last reset, on the CPU since the process began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit

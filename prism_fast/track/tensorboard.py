@@ -21,10 +21,10 @@ class TensorBoard:
     name = "TensorBoard"
 
     def __init__(self, folder: Path, *, purge_from: int = 0):
-        """``purge_from``: TensorBoard forgets what earlier processes wrote at this step and later ones."""
+        """``purge_from``: TensorBoard drops the values of earlier processes at this step and later ones."""
         board = folder / "tensorboard"
         board.mkdir(exist_ok=True)
-        # TensorBoard reads the files in the order of their names, so each must come behind those that are there.
+        # TensorBoard reads the files in the order of their names, so a new one must sort after the others.
         older = [int(path.name.split(".")[3]) for path in board.glob("events.out.tfevents.*")]
         stamp = max([int(time.time()), *(number + 1 for number in older)])
         self._events = board / f"events.out.tfevents.{stamp}.{os.getpid()}"
@@ -37,10 +37,10 @@ class TensorBoard:
         self._add(Event(step=step, summary=Summary(value=shown)))
 
     def close(self, *, failed: bool) -> None:
-        """Every event is on its way to the disk already."""
+        """Nothing to do: every event is written at once."""
 
     def _add(self, event: Event) -> None:
-        # TensorBoard's own writer has a thread, whose errors on a full disk appear beside the one message of a run.
+        # TensorBoard's own writer has a thread that prints errors of its own on a full disk, beside the run's message.
         event.wall_time, framed = time.time(), io.BytesIO()
         RecordWriter(framed).write(event.SerializeToString())
         append_whole(self._events, framed.getvalue())

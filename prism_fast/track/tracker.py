@@ -15,13 +15,13 @@ from prism_fast.track.view import NOTES, GlobalStep, View, tagged
 
 
 class Tracker:
-    """Writes lines to ``metrics.jsonl`` and shows their numbers in TensorBoard and in further views.
+    """Writes lines to ``metrics.jsonl`` and shows their metrics in TensorBoard and in further views.
 
     Keys that begin with a prefix of :data:`prism_fast.track.metrics.WALL_CLOCK` depend on the machine's clock and
-    memory; the rest is equal, bit for bit, for equal seeds on one machine. A metric without a value on some step is
-    absent from its line: no placeholders.
+    memory; the rest is equal, bit for bit, for equal seeds on one machine. A metric without a value in a step is absent
+    from the line: no placeholders.
 
-    A view that fails does not end the run: it is told once, and tried again with the next line.
+    A view that fails does not end the run: its first failure is reported, and the next line is shown to it again.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class Tracker:
     ):
         """
         Args:
-            keep_bytes: of ``metrics.jsonl`` that a resumed run keeps. The lines behind it come again; TensorBoard
-                forgets them, and the further ``views``, which cannot, are not shown them a second time.
-            tell: hears of a view that fails.
+            keep_bytes: bytes of ``metrics.jsonl`` that a resumed run keeps. Later lines are written again: TensorBoard
+                drops the old ones; the further ``views`` cannot, so they do not get them a second time.
+            tell: called with a message when a view fails.
 
         Raises:
             RecordError: the file is shorter than that, or a line of it is not JSON.
@@ -44,7 +44,7 @@ class Tracker:
         self._record = Record(folder, keep_bytes=keep_bytes)
         self._step, self._tell, self._told = GlobalStep(), tell, set[str]()
         self._again, self._views = self._record.dropped, tuple(views)
-        newest: list[dict] = []  # lines at the last step: a purge takes all of a step or nothing of it
+        newest: list[dict] = []  # lines at the last step: a purge drops whole steps, so these are shown again
         for line in self._record.lines():
             before, at = self._step.value, self._step.advance(line["stage"], line["step"])
             newest = [*(newest if at == before else ()), line]
@@ -69,8 +69,8 @@ class Tracker:
         """Add a line.
 
         Raises:
-            ValueError: a number is not finite.
-            DiskFullError: no room for it; the lines before it stay and nothing of it is left.
+            ValueError: a value is not finite.
+            DiskFullError: no room for it; the lines before it stay, and no part of it is left.
         """
         line = self._record.append(stage, step, values)
         self._step.advance(stage, step)
@@ -123,10 +123,10 @@ def require_packages(*, wandb: bool, trackio: bool) -> None:
 def open_views(
     folder: Path, *, wandb: str | None, wandb_mode: str, trackio: str | None, config: Mapping[str, Any]
 ) -> list[View]:
-    """The views beside TensorBoard that are asked for by the name of their project.
+    """The views beside TensorBoard: those with the name of a project.
 
     Args:
-        config: the run's resolved configuration, for those who look.
+        config: the run's resolved configuration, which the views show.
 
     Raises:
         ValueError: a package is missing, or no run could be begun in the project.
@@ -145,7 +145,7 @@ def open_views(
 
 
 def _run_id(folder: Path) -> str:
-    """What names this run elsewhere, the same in every process that goes on with it."""
+    """The run's name in views, the same after a resume."""
     path = folder / "run_id"
     if not path.exists():
         write_whole(path, secrets.token_hex(4))

@@ -1,4 +1,4 @@
-"""trackio: a view on this machine or on a Hugging Face Space, for those who have the extra ``trackio``."""
+"""trackio: a view on this machine or on a Hugging Face Space; needs the extra ``trackio``."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 
 class Trackio:
-    """One trackio run per run directory, in trackio's own place (its ``TRACKIO_DIR``, ``TRACKIO_SPACE_ID`` count)."""
+    """One trackio run per run directory, stored where trackio's ``TRACKIO_DIR`` or ``TRACKIO_SPACE_ID`` says."""
 
     name = "trackio"
 
     def __init__(self, folder: Path, *, project: str, run_id: str, config: Mapping[str, Any]):
-        """``run_id`` is a part of the run's name, by which trackio finds it again.
+        """``run_id``: part of the run's name, by which trackio finds it again.
 
         Raises:
-            ValueError: trackio does not begin a run.
+            ValueError: trackio refuses to begin a run.
         """
         import trackio
 
@@ -34,4 +34,4 @@ class Trackio:
     def close(self, *, failed: bool) -> None:
         import trackio
 
-        trackio.finish()  # the run and what trackio would do about it when the process ends
+        trackio.finish()  # also cancels trackio's own hook at the end of the process

@@ -1,11 +1,11 @@
-"""What every view of the metrics gets: values under one tag each, on one axis of steps over all stages."""
+"""Views of the metrics: one tag per metric, on one axis of steps over all stages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Protocol
 
-NOTES = ("data", "stage")  # lines that are no step: what reading left out, and how long a stage took
+NOTES = ("data", "stage")  # lines that are no step: samples left out while reading, and seconds of a stage
 
 
 class View(Protocol):
@@ -14,22 +14,22 @@ class View(Protocol):
     name: str
 
     def show(self, step: int, values: Mapping[str, int | float]) -> None:
-        """``values`` by tag, at the global training step ``step``; steps never fall, and one may come twice."""
+        """Show ``values`` by tag at the global training step ``step``; steps never fall, and one may come twice."""
 
     def close(self, *, failed: bool) -> None:
         """The run ends, by an error where ``failed``."""
 
 
 class GlobalStep:
-    """Training steps since the run began. Each stage counts from 1 in the record; here it goes on where the stage
-    before it ended. An evaluation is at the step behind which it was made."""
+    """Training steps since the run began. In the record each stage counts from 1; here it continues the count of the
+    stage before it. An evaluation has the step after which it was made."""
 
     def __init__(self) -> None:
         self.value = 0
         self._stage, self._before = "", 0
 
     def advance(self, stage: str, step: int) -> int:
-        """The global step of a line of the record, of which this is the next one."""
+        """The global step of the record's next line."""
         if stage == "eval" or stage in NOTES:
             return self.value
         if stage != self._stage:
@@ -39,8 +39,8 @@ class GlobalStep:
 
 
 def tagged(line: Mapping[str, int | float | str]) -> dict[str, int | float]:
-    """The numbers of a line of the record by tag: the metric's own name, with the stage in front where the name does
-    not begin with it. Texts have no curve."""
+    """The metrics of a line of the record by tag: the metric's name, with the stage in front unless the name begins
+    with it. Texts are left out: they have no curve."""
     stage = str(line["stage"])
     return {
         name if name.startswith(f"{stage}/") else f"{stage}/{name}": value

@@ -1,4 +1,4 @@
-"""Weights & Biases: a view for those who have the extra ``wandb``."""
+"""Weights & Biases: a view; needs the extra ``wandb``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Wandb:
     name = "Weights & Biases"
 
     def __init__(self, folder: Path, *, project: str, mode: str, run_id: str, config: Mapping[str, Any]):
-        """``run_id``: a run with it goes on if there is one. ``mode``: online, or offline for ``wandb sync`` later.
+        """``run_id``: an existing run of this id is resumed. ``mode``: online, or offline for ``wandb sync`` later.
 
         Raises:
-            ValueError: W&B does not begin a run (not logged in, not reached).
+            ValueError: W&B refuses to begin a run (not logged in, not reached).
         """
         import wandb
 
@@ -25,7 +25,7 @@ class Wandb:
                 project=project,
                 name=folder.resolve().name,
                 id=run_id,
-                resume="allow" if mode == "online" else None,  # offline, the later sync joins what has one id
+                resume="allow" if mode == "online" else None,  # offline, the later sync joins runs of one id
                 mode=mode,
                 dir=folder,
                 config=dict(config),
@@ -36,7 +36,7 @@ class Wandb:
                 f"track.wandb.project={project}: no run could be begun ({error}); log in (`wandb login`), give "
                 "track.wandb.mode=offline, or track.wandb.project=null"
             ) from error
-        # W&B's own step may never fall and takes nothing at an old one; ours is a metric, the x axis of all others.
+        # W&B's own step accepts no second line at an old step; ours is a metric, the x axis of all others.
         self._run.define_metric("global_step")
         self._run.define_metric("*", step_metric="global_step")
 

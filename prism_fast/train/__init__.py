@@ -1,1 +1,1 @@
-"""The stages, the parallel engine, the run directory and its metrics."""
+"""The stages of a run, its trainers, and the run directory."""

@@ -58,7 +58,7 @@ def align(
         with dumped(state, rollouts, last_step=config.steps) as dump:
             groups = frame_groups(rollouts, processor, run.config.semantics, spans)
             with state.timer.part("discriminator", learns=True):
-                scores, metrics = play(discriminator_trainer, groups, run.config)
+                scores, metrics = update_discriminator(discriminator_trainer, groups, run.config)
             dump.note_scores(spans, scores)
             advantage, token_advantage, credit = step_advantage(run.config, rollouts, scores.student)
             dump.advantage = advantage
@@ -108,12 +108,12 @@ def alignment_trainers(
     )
 
 
-def play(
+def update_discriminator(
     discriminator: DiscriminatorTrainer, groups: Sequence[ScoredGroup], config: Config
 ) -> tuple[GroupScores, Metrics]:
-    """The scores before this step's updates of the discriminator, and those updates.
+    """Make this step's updates of the discriminator; returns the scores before them.
 
-    Without a valid response there is no pair and nothing to learn.
+    Without a valid response there is no pair, so nothing is learned.
     """
     pairs = any(framed for group in groups for framed in group.students)
     if not (pairs or SEMANTICS[config.semantics].learns_without_pairs):
@@ -131,20 +131,20 @@ def play(
 def step_advantage(
     config: Config, rollouts: StepRollouts, scores: Tensor
 ) -> tuple[Tensor, list[Tensor] | None, Metrics]:
-    """Advantages from the students' scores [B, K], in the configured form: [B]; with ``align.credit=span`` also one for
-    every token of each response; and metrics of these.
+    """Advantages [B] from the students' scores [B, K]; with ``align.credit=span`` also one for every token of each
+    response; and their metrics.
 
-    ``released``: an invalid response takes part with its group's lowest valid score minus 1, and a group without a
-    valid one is pushed down as a whole. ``prism_fast``: an invalid response stays out of its group's mean and deviation
-    and gets the format penalty; a group without a valid response has nothing to compare and gets 0. ``paper``: the
-    weighted sum of the scores is normalised, and there is no format penalty.
+    ``released``: an invalid response enters its group's mean and deviation with the lowest valid score minus 1, and a
+    group without a valid one gets a negative advantage as a whole. ``prism_fast``: an invalid response is left out of
+    its group's mean and deviation and gets the format penalty; a group without a valid response gets 0, because nothing
+    can be compared. ``paper``: the weighted sum of the scores is normalised, and there is no format penalty.
     """
-    align, terms, metrics = config.align, SEMANTICS[config.semantics], Metrics()
+    align, semantics, metrics = config.align, SEMANTICS[config.semantics], Metrics()
     clip = discriminator_loss_of(config).score_clip
     scores = scores if clip is None else scores.clamp(-clip, clip)
     valid = torch.tensor([split.valid for split in rollouts.splits])
     accuracy = torch.tensor([r.accuracy for r in rollouts.rewards])
-    shared = {"valid": valid, "eps": terms.eps, "invalid": terms.invalid, "singleton": terms.singleton}
+    shared = {"valid": valid, "eps": semantics.eps, "invalid": semantics.invalid, "singleton": semantics.singleton}
     shared["weights"] = (1.0,) if align.discriminate == "response" else tuple(align.weights)
     advantage = alignment_advantage(
         scores,
@@ -152,22 +152,22 @@ def step_advantage(
         accuracy=accuracy,
         format=torch.tensor([r.format for r in rollouts.rewards]),
         mode=align.advantage,
-        format_penalty=terms.format_penalty if align.format_penalty is None else align.format_penalty,
-        normalize=terms.normalize,
+        format_penalty=semantics.format_penalty if align.format_penalty is None else align.format_penalty,
+        normalize=semantics.normalize,
         **shared,
     )
-    if terms.all_invalid == "zero":
+    if semantics.all_invalid == "zero":
         any_valid = torch.zeros(len(rollouts.tasks), dtype=torch.int64).index_add(0, rollouts.group, valid.long()) > 0
         advantage = torch.where(any_valid[rollouts.group], advantage, 0.0)
     if align.credit == "response":
         return advantage, None, metrics
-    parts = alignment_terms(scores, rollouts.group, **shared)
-    answer = parts.sum(1)
+    score_advantages = alignment_terms(scores, rollouts.group, **shared)  # [B, K]
+    answer = score_advantages.sum(1)
     if align.answer_credit == "verifier":
-        answer = outcome_advantage(accuracy, rollouts.group, singleton=terms.singleton)
+        answer = outcome_advantage(accuracy, rollouts.group, singleton=semantics.singleton)
     sections = [(split.caption_tokens, split.think_tokens) if split.valid else None for split in rollouts.splits]
     lengths = [len(completion.token_ids) for completion in rollouts.completions]
-    credit = span_credit(parts, answer, advantage, lengths, sections)
+    credit = span_credit(score_advantages, answer, advantage, lengths, sections)
     for tokens, ends in zip(credit, sections, strict=True):
         if ends is not None:
             for name, section in zip(("caption", "think", "answer"), tokens.tensor_split(ends), strict=True):
@@ -176,7 +176,7 @@ def step_advantage(
 
 
 def score_metrics(scores: GroupScores, rollouts: StepRollouts, spans: Sequence[str]) -> Metrics:
-    """Mean of the valid responses' scores, and how far the scores of a prompt's responses lie apart."""
+    """Mean of the valid responses' scores, and the mean standard deviation of scores within a prompt."""
     metrics = Metrics()
     valid = torch.tensor([split.valid for split in rollouts.splits])
     for k, span in enumerate(spans):

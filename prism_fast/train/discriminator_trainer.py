@@ -1,9 +1,10 @@
-"""The discriminator's update: one forward gives the scores that reward the policy and the gradient that updates.
+"""The discriminator's update: one forward gives both the scores that reward the policy and the gradient.
 
-A step costs P + all its spans' tokens per prompt: equal spans are computed once, the prompt and its image as well. The
-loss couples the spans of a group. A group whose rows do not fit into one micro-batch is therefore scored first without
-gradient; the loss of its head's inputs gives every row's gradient there, and the rows are computed again to send it
-on (`_Step.learn_in_two_passes`). ``disc/tokens_repeated`` counts those tokens; a larger token budget avoids them.
+A prompt costs its own tokens plus those of its distinct spans: prompt, image and equal spans are computed once. The
+loss couples the spans of a group, so a group that does not fit into one micro-batch takes two passes: the first scores
+it without gradient and takes the loss's gradient at the head's inputs, the second computes the rows again and
+backpropagates it (`_Step.learn_in_two_passes`). ``disc/tokens_repeated`` counts those tokens; a larger token budget
+avoids them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prism_fast.algorithms.alignment_loss import as_scored, discriminator_loss
+from prism_fast.algorithms.alignment_loss import discriminator_loss
+from prism_fast.algorithms.scored import as_scored
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import Config
 from prism_fast.engine.protocol import Engine
@@ -37,7 +39,7 @@ class DiscriminatorLoss:
     """Settings of the discriminator's loss.
 
     ``score_clip``, ``score_reg``, ``spread``: of ``algorithms.alignment_loss``. ``length_penalty``: b in
-    score - b * log(1 + tokens of the span), of which the loss is taken and which rewards. ``aux_coef``: weight of the
+    score - b * log(1 + tokens of the span), which enters both loss and rewards. ``aux_coef``: weight of the
     load-balancing loss over the routers of all layers.
     """
 
@@ -50,24 +52,24 @@ class DiscriminatorLoss:
 
 
 def discriminator_loss_of(config: Config, *, warmup: bool = False) -> DiscriminatorLoss:
-    """The loss of a recipe: its numbers, and where it gives none those of its semantics."""
-    terms, given = SEMANTICS[config.semantics], config.align.discriminator
-    clip, reg = terms.score_clip, terms.score_reg
-    if warmup and not terms.warmup_shapes_scores:
+    """The loss of a recipe; settings that it leaves open come from its semantics."""
+    semantics, recipe = SEMANTICS[config.semantics], config.align.discriminator
+    clip, reg = semantics.score_clip, semantics.score_reg
+    if warmup and not semantics.warmup_shapes_scores:
         clip, reg = None, 0.0
     return DiscriminatorLoss(
         semantics=config.semantics,
-        score_clip=clip if given.score_clip is None else given.score_clip,
-        score_reg=reg if given.score_reg is None else given.score_reg,
-        length_penalty=given.length_penalty,
-        spread=given.spread,
-        aux_coef=config.warmup.aux_coef if warmup and terms.warmup_balances else 0.0,
+        score_clip=clip if recipe.score_clip is None else recipe.score_clip,
+        score_reg=reg if recipe.score_reg is None else recipe.score_reg,
+        length_penalty=recipe.length_penalty,
+        spread=recipe.spread,
+        aux_coef=config.warmup.aux_coef if warmup and semantics.warmup_balances else 0.0,
     )
 
 
 class GroupScores(NamedTuple):
-    """Scores before the update, float32, on the CPU: ``student`` [B, K] (0 where the response is invalid), ``teacher``
-    [G, K]; ``metrics`` of the forward and of its pairs."""
+    """Scores before the update, float32, on the CPU: ``student`` [B, K] (0 where the response is invalid) and
+    ``teacher`` [G, K]. ``metrics``: of the forward and of its pairs."""
 
     student: Tensor
     teacher: Tensor
@@ -75,7 +77,7 @@ class GroupScores(NamedTuple):
 
 
 def end_states(plan: BatchPlan, batch: MicroBatch) -> tuple[Tensor, list[int]]:
-    """For ``train.self_check``: what scores read of a forward, the last hidden state [M, H] of each span."""
+    """For ``train.self_check``: the hidden states [M, H] at the spans' ends, which are scored; one per span."""
     hidden = plan.ends(batch).hidden
     return hidden, [1] * len(hidden)
 
@@ -83,7 +85,8 @@ def end_states(plan: BatchPlan, batch: MicroBatch) -> tuple[Tensor, list[int]]:
 class DiscriminatorTrainer:
     """`score_and_accumulate` scores groups and adds the gradient of their loss, `step` updates the weights.
 
-    Scores, loss and gradient do not depend on the cut into micro-batches, but for semantics that divide by each one.
+    Scores, loss and gradient do not depend on the cut into micro-batches, except under semantics that divide by counts
+    of a micro-batch.
 
     Args:
         engine: of a ``Discriminator``.
@@ -102,7 +105,7 @@ class DiscriminatorTrainer:
 
         Raises:
             NonFiniteError: the loss or a score is NaN or infinite; the gradient is dropped.
-            StepTooLargeError: the largest piece that cannot be cut does not fit into memory.
+            StepTooLargeError: the largest indivisible item does not fit into memory.
         """
         self.engine.module.train()
         packing_error = self._check(groups)
@@ -117,14 +120,14 @@ class DiscriminatorTrainer:
     def score(
         self, groups: Sequence[ScoredGroup], *, prefix: str, poll: Callable[[], None] = lambda: None
     ) -> GroupScores:
-        """Score ``groups`` in eval mode, without gradient. ``prefix`` of the metrics' names; ``poll`` is called before
+        """Score ``groups`` in eval mode, without gradient. ``prefix``: of the metrics' names. ``poll`` is called before
         each micro-batch and may raise to stop. Raises StepTooLargeError as above."""
         self.engine.module.eval()
         self._check(groups)
         return self._run(groups, prefix, learn=False, poll=poll)
 
     def step(self) -> Metrics:
-        """Update the weights. Raises NonFiniteError if the gradient norm is not finite; nothing was updated."""
+        """Update the weights. Raises NonFiniteError if the gradient norm is not finite; nothing is updated then."""
         update, metrics = self.engine.step(), Metrics()
         metrics.mean(f"{self.prefix}grad_norm", update.grad_norm)
         metrics.last(f"{self.prefix}lr", update.lr)
@@ -158,7 +161,7 @@ class DiscriminatorTrainer:
 
 
 class _Step:
-    """One pass over the groups of a step. Until `scores` the host waits for nothing on the device."""
+    """One pass over the groups of a step. The host does not wait for the device before `scores`."""
 
     def __init__(
         self,
@@ -179,22 +182,22 @@ class _Step:
         self.experts = (text.num_experts, text.num_experts_per_tok)
         self.shares = ExpertShares(self.spans, text.num_experts)
         self.metrics = Metrics()
-        self.metrics.mean(f"{prefix}loss", 0.0, 1)  # the micro-batches add their shares of it
+        self.metrics.mean(f"{prefix}loss", 0.0, 1)  # the micro-batches add their totals with count 0
         self.metrics.sum(f"{prefix}tokens_repeated", 0)
-        self._found: dict[int, tuple[Tensor, Tensor]] = {}  # by group: rewards of the teacher [K], the students [n, K]
+        self._rewards: dict[int, tuple[Tensor, Tensor]] = {}  # by group: of the teacher [K], of the students [n, K]
         self._students = sum(len(group.students) for group in groups)
         valid = sum(1 for group in groups for framed in group.students if framed)
-        # Divided by the counts of the whole step, so that the cut into micro-batches does not matter.
+        # The loss is divided by counts of the whole step, so that the cut into micro-batches does not matter.
         self.counts: dict[str, float] = {}
         if not self.divide_by_micro_batch:
             columns = len(self.spans)
             self.counts = {"denominator": max(1, valid), "l2_denominator": columns * (len(groups) + valid)}
-        # The load-balancing loss is a product of means over the step. A micro-batch can add its share of the second
-        # mean, which has the gradient, only once the first is known: each expert's share of the choices.
+        # The load-balancing loss is a product of two means over the step. The first, each expert's share of the
+        # choices, must be known before a micro-batch can add its part of the second, which carries the gradient.
         self.choices = self._count_choices() if self.loss.aux_coef and len(plan.micro_batches) > 1 else None
 
     def score(self, bound: Sequence[MicroBatch], *, learn: bool) -> None:
-        """Whole groups: one forward for their scores and, with ``learn``, their gradient."""
+        """Score whole groups with one forward per micro-batch; with ``learn`` add their gradient."""
         hidden, aux = self._forward(bound)
         loss, scores = self._loss(hidden, bound)
         loss = loss + aux
@@ -205,8 +208,9 @@ class _Step:
             self.plan.finish(batch, self.engine.backward if learn else None)
 
     def learn_in_two_passes(self, bound: Sequence[MicroBatch]) -> None:
-        """Groups in several micro-batches. Their loss needs the scores of all: a pass without gradient gives these, the
-        loss's gradient at the ends of the spans is exact, and a second pass sends it on, micro-batch by micro-batch."""
+        """Learn from groups that are cut over several micro-batches. Their loss needs the scores of all of them: a pass
+        without gradient gives the scores and the exact gradient of the loss at the spans' ends; a second pass
+        backpropagates it, micro-batch by micro-batch."""
         self.plan.announce(bound)
         with torch.no_grad():
             hidden, _ = self._forward(bound)
@@ -227,8 +231,8 @@ class _Step:
     def scores(self) -> tuple[Tensor, Tensor]:
         """Rewards of the students [B, K] and of the teacher [G, K], float32, on the CPU; completes the metrics."""
         order = range(len(self.groups))
-        teacher = torch.stack([self._found[g][0] for g in order]).cpu()
-        student = torch.cat([self._found[g][1] for g in order]).cpu()
+        teacher = torch.stack([self._rewards[g][0] for g in order]).cpu()
+        student = torch.cat([self._rewards[g][1] for g in order]).cpu()
         self.shares.add_to(self.metrics, self.prefix)
         return student, teacher
 
@@ -237,7 +241,7 @@ class _Step:
         return self.engine.run(lambda: plan.ends(batch, **wanted))
 
     def _forward(self, bound: Sequence[MicroBatch]) -> tuple[Tensor, Tensor | float]:
-        """Final hidden states [M, H] at the ends of the spans, and the share of the load-balancing loss."""
+        """Final-norm hidden states [M, H] at the spans' ends, and these micro-batches' load-balancing loss."""
         hidden, aux = [], 0.0
         for batch in bound:
             self.poll()
@@ -251,7 +255,7 @@ class _Step:
         return torch.cat(hidden), aux
 
     def _balance(self, computed: Ends) -> Tensor | float:
-        """A micro-batch's share of the load-balancing loss, weighted; 0.0 where there is none."""
+        """A micro-batch's part of the load-balancing loss, times ``aux_coef``; 0.0 without that loss."""
         if not self.loss.aux_coef:
             return 0.0
         loss = load_balance_loss(computed.router_logits, *self.experts, computed.weight, choices=self.choices)
@@ -259,7 +263,7 @@ class _Step:
 
     @torch.no_grad()
     def _count_choices(self) -> Tensor:
-        """[E] how often each expert is chosen for the tokens of the step: a pass without gradient."""
+        """How often each expert is chosen for the step's tokens, [E]; takes a pass without gradient."""
         plan, counts = self.plan.copy(), []
         for batch in self.plan.micro_batches:
             computed = self._ends(plan, batch)
@@ -267,8 +271,8 @@ class _Step:
         return torch.stack(counts).sum(0)
 
     def _loss(self, hidden: Tensor, bound: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
-        """0-d loss of the pairs of whole groups from the last hidden states [M, H] of their spans, and by name the
-        scores that it is made of; keeps the rewards."""
+        """The loss 0-d of whole groups from the hidden states [M, H] at their spans' ends, and the scores that it is
+        made of, by name; stores the rewards."""
         members = list(dict.fromkeys(g for batch in bound for g, _ in batch.branches))
         groups = [self.groups[g] for g in members]
         place = {(g, self.keys[g][k]): i for i, (g, k) in enumerate(key for b in bound for key in b.branches)}
@@ -292,19 +296,19 @@ class _Step:
             **self.counts,
             **options,
         )
-        if self.divide_by_micro_batch:  # divided by its own counts: weighted by its share of the students
+        if self.divide_by_micro_batch:  # divided by its own counts, so weighted by its share of the students
             loss = loss * (len(valid) / self._students)
         self._add_pairs(stats)
         students = reward[1].float().split([len(group.students) for group in groups])
         for g, teacher, student in zip(members, reward[0].float(), students, strict=True):
-            self._found[g] = (teacher, student)
+            self._rewards[g] = (teacher, student)
         return loss, {"teacher_scores": learned[0], "student_scores": learned[1]}
 
     def _scores(
         self, hidden: Tensor, members: Sequence[int], place: dict[tuple[int, Span], int]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Teacher [G, K] and student [B, K] scores of the groups ``members``, whose span is row ``place`` of ``hidden``
-        [M, H]: those to learn from, and the rewards, without gradient and head dropout."""
+        """Teacher [G, K] and student [B, K] scores of the groups ``members``, twice: to learn from, and as rewards,
+        without gradient and head dropout. ``place``: the row of ``hidden`` [M, H] of each span."""
         teacher = [[place[g, span] for span in self.groups[g].teacher] for g in members]
         invalid = [-1] * len(self.spans)
         student = [
@@ -321,7 +325,7 @@ class _Step:
 
         learned = self.engine.run(gathered)
         if self.discriminator.training and self.discriminator.v_head[0].p > 0:
-            # The published head drops hidden units while it learns, never while it scores; the backbone is the same.
+            # The published head has dropout, which must not act on rewards; the backbone has none.
             self.discriminator.v_head.eval()
             with torch.no_grad():
                 reward = self.engine.run(gathered)
@@ -332,14 +336,14 @@ class _Step:
     def _add_loss(self, loss: Tensor) -> None:
         self.metrics.mean(f"{self.prefix}loss", loss.detach(), 0)
 
-    def _add_length_penalty(self, taken: Tensor, valid: Tensor) -> None:
-        """Of ``taken`` [B, K] off the students' scores, the mean over valid responses."""
-        total = torch.where(valid[:, None], taken, 0.0).sum(0)
+    def _add_length_penalty(self, penalty: Tensor, valid: Tensor) -> None:
+        """Add the mean over valid responses of ``penalty`` [B, K], which is subtracted from the students' scores."""
+        total = torch.where(valid[:, None], penalty, 0.0).sum(0)
         for k, span in enumerate(self.spans):
             self.metrics.mean(f"{self.prefix}length_penalty_{span}", total[k], valid.sum())
 
     def _add_pairs(self, stats: PairwiseStats) -> None:
-        """Margin and accuracy of the pairs whose scores differ: equal texts tie exactly and tell nothing."""
+        """Add margin and accuracy of the pairs whose scores differ: equal texts tie exactly and tell nothing."""
         differ = stats.pairs - stats.ties  # [K]
         margin = torch.where(stats.pairs > 0, stats.margin * stats.pairs, 0.0)
         for k, span in enumerate(self.spans):

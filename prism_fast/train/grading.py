@@ -1,4 +1,4 @@
-"""Rollouts to rewards: responses, scored by the reward functions of their data sources."""
+"""Rewards of rollouts, by the reward functions of their data sources."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class Grader:
         self._checker = checker
 
     def grade(self, rollouts: StepRollouts) -> StepRollouts:
-        """The same rollouts with a reward each. Groups that have theirs (of a dump or a checkpoint) keep them."""
+        """The same rollouts, each with a reward. Groups with rewards (of a dump or a checkpoint) keep theirs."""
         started = time.perf_counter()
-        waiting = [group for group in rollouts.groups if group.rewards is None]
-        if not waiting:
+        ungraded = [group for group in rollouts.groups if group.rewards is None]
+        if not ungraded:
             return rollouts
         rewards = iter(
             self.score(
-                [group.task for group in waiting for _ in group.splits],
-                [split.text for group in waiting for split in group.splits],
+                [group.task for group in ungraded for _ in group.splits],
+                [split.text for group in ungraded for split in group.splits],
             )
         )
         groups = [

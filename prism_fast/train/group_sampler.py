@@ -1,4 +1,4 @@
-"""The groups an RLVR step trains on: one round of generation, or with dynamic sampling as many as it takes."""
+"""The groups an RLVR step trains on: from one round of generation, or with dynamic sampling from several."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class NoUsefulGroupError(RuntimeError):
 
 @dataclass(frozen=True)
 class SampledGroups:
-    """A step's groups: those it trains on, and all that were generated in it (``unused``: not trained on now)."""
+    """A step's groups: those it trains on, and all that it generated (``unused``: those it does not train on)."""
 
     trained: StepRollouts
     generated: StepRollouts
@@ -38,12 +38,12 @@ class SampledGroups:
 
 
 def training_reward(rollouts: StepRollouts, config: RlvrConfig) -> Tensor:
-    """[B] float32: the checked reward, less the punishment of responses close to the length limit if there is one."""
+    """The checked reward plus `length_penalty`, [B] float32."""
     return torch.tensor([reward.score for reward in rollouts.rewards]) + length_penalty(rollouts, config)
 
 
 def length_penalty(rollouts: StepRollouts, config: RlvrConfig) -> Tensor:
-    """[B] float32, 0 or less; 0 where ``overlong_buffer`` is 0."""
+    """Penalty of responses close to the length limit, [B] float32, 0 or less; 0 where ``overlong_buffer`` is 0."""
     length = torch.tensor([len(completion.token_ids) for completion in rollouts.completions])
     if config.overlong_buffer == 0:
         return torch.zeros(len(length))
@@ -56,23 +56,24 @@ def length_penalty(rollouts: StepRollouts, config: RlvrConfig) -> Tensor:
 
 
 class GroupSampler:
-    """Takes a step's groups from ``source``, tasks in the order of ``order``, and has them graded by ``grader``.
+    """Samples a step's groups from ``source``, takes tasks from ``order``, and grades with ``grader``.
 
-    With dynamic sampling a step has ``prompts`` useful groups. Useful ones that a round gave beyond that are kept and
-    go first into the next step: they were paid for. By then the policy has moved on, so they are trained on with their
-    importance ratio (see ``update_policy``). None waits long: a step generates only when less than a step's worth is
-    kept, and at most ``max_oversampling`` steps' worth at once.
+    With dynamic sampling a step has ``prompts`` useful groups. Surplus useful groups are kept and go first into the
+    next step, because generating them was expensive. They are off-policy by then (see ``PolicyTrainer``), but never by
+    many steps: a step generates only if fewer than ``prompts`` groups are kept, and at most ``max_oversampling`` times
+    ``prompts`` at once.
 
-    The kept groups and the running share are the state, for checkpoints.
+    Checkpoints hold the surplus groups and the running share of useful ones.
     """
 
     def __init__(self, source: RolloutSource, grader: Grader, order: SampleOrder, config: RlvrConfig):
         self.source, self.grader, self.order, self.config = source, grader, order, config
-        self.kept: list[RolloutGroup] = []
+        self.surplus: list[RolloutGroup] = []
         self.share = UsefulShare()
 
     def take(self, step: int) -> SampledGroups:
-        """
+        """The groups of a step.
+
         Raises:
             NoUsefulGroupError: dynamic sampling found no useful group at all.
         """
@@ -80,13 +81,13 @@ class GroupSampler:
             rollouts = self._graded(self.config.prompts, step=step)
             return SampledGroups(rollouts, rollouts, Metrics())
         wanted, dynamic = self.config.prompts, self.config.dynamic_sampling
-        useful, rounds = self.kept, []
+        useful, rounds = self.surplus, []
         while len(useful) < wanted and len(rounds) < dynamic.max_rounds:
             count = min(self.share.to_generate(wanted - len(useful)), int(dynamic.max_oversampling * wanted))
             rounds.append(self._graded(count, step=step, round=len(rounds)))
-            found = self._useful(rounds[-1])
-            self.share.observe(count, len(found))
-            useful = [*useful, *found]
+            new = self._useful(rounds[-1])
+            self.share.observe(count, len(new))
+            useful = [*useful, *new]
         generated = join(rounds)
         if not useful:
             raise NoUsefulGroupError(
@@ -94,16 +95,16 @@ class GroupSampler:
                 "the rewards differ: every answer right, or every answer wrong. Take harder or easier tasks, more "
                 "rollouts per prompt (rlvr.rollout.n), or more rounds (rlvr.dynamic_sampling.max_rounds)"
             )
-        trained, self.kept = useful[:wanted], useful[wanted:]
-        new = len([group for group in useful if group.origin.step == step])
+        trained, self.surplus = useful[:wanted], useful[wanted:]
+        sampled_now = sum(group.origin.step == step for group in useful)
         ages = [step - group.origin.step for group in trained]
         metrics = Metrics()
         metrics.sum("sampling/generated", len(generated.groups))
-        metrics.mean("sampling/useful_share", new, len(generated.groups))
+        metrics.mean("sampling/useful_share", sampled_now, len(generated.groups))
         metrics.mean("sampling/expected_share", self.share.share)
         metrics.max("sampling/rounds", len(rounds))
         metrics.sum("sampling/missing", wanted - len(trained))
-        metrics.sum("sampling/banked", len(self.kept))
+        metrics.sum("sampling/banked", len(self.surplus))
         metrics.mean("sampling/age_mean", sum(ages), len(ages))
         metrics.max("sampling/age_max", max(ages))
         return SampledGroups(StepRollouts(trained), generated, metrics)
@@ -117,13 +118,14 @@ class GroupSampler:
         return [group for group, keep in zip(rollouts.groups, useful, strict=True) if keep]
 
     def state_dict(self) -> dict:
-        """A text per kept group, not nested lists: cheap to copy before every step."""
-        return {"share": self.share.state_dict(), "kept": [json.dumps(training_records(group)) for group in self.kept]}
+        """One JSON text per surplus group instead of nested lists: it is copied before every step."""
+        texts = [json.dumps(training_records(group)) for group in self.surplus]
+        return {"share": self.share.state_dict(), "kept": texts}
 
     def load_state_dict(self, state: dict) -> None:
-        """ValueError if a kept group's task is not in the data any more."""
+        """Raises ValueError if the task of a surplus group is not in the data any more."""
         self.share.load_state_dict(state["share"])
-        self.kept = [self.source.restore(json.loads(text)) for text in state["kept"]]
+        self.surplus = [self.source.restore(json.loads(text)) for text in state["kept"]]
 
 
 def join(rounds: Sequence[StepRollouts]) -> StepRollouts:

@@ -54,13 +54,14 @@ class PolicyBatch:
         return cls(rollouts.prompts, members, rollouts.completions, advantage, off_policy, token_advantage)
 
     def has_gradient(self) -> list[bool]:
-        """Of each response, whether any of its tokens has an advantage that is not 0."""
+        """Whether each response has a token whose advantage is not 0."""
         if self.token_advantage is None:
             return (self.advantage != 0).tolist()
         return [bool((tokens != 0).any()) for tokens in self.token_advantage]
 
     def groups(self, computed: Sequence[bool]) -> tuple[list[PromptGroup], list[list[int]]]:
-        """The prompts with their responses, None for those not ``computed``; and each prompt's responses by number."""
+        """The prompts with their responses, None for those not ``computed``; and the indices of each prompt's
+        responses."""
         members: list[list[int]] = [[] for _ in self.prompts]
         for b, p in enumerate(self.prompt_of):
             members[p].append(b)
@@ -72,8 +73,7 @@ class PolicyBatch:
 
 
 def response_states(plan: BatchPlan, batch: MicroBatch) -> tuple[Tensor, list[int]]:
-    """What the update reads of a forward: hidden states [N, H] that predict response tokens, and the responses'
-    lengths."""
+    """For ``train.self_check``: the hidden states [N, H] that predict response tokens, and the responses' lengths."""
     computed = plan.forward(batch)
     return computed.hidden.index_select(0, computed.predict.index), computed.predict.cu_seqlens.diff().tolist()
 
@@ -81,16 +81,16 @@ def response_states(plan: BatchPlan, batch: MicroBatch) -> tuple[Tensor, list[in
 class PolicyTrainer:
     """`accumulate` adds the gradient of rollouts, `step` updates the weights. No old-log-prob and no reference pass.
 
-    The ratio of an on-policy response is 1 by construction. An off-policy one is weighed against the log-probs it was
-    sampled with, inside the loss's clip range: taken as on-policy, its gradient would be that of another policy's
-    samples. A response without advantage has a gradient of exactly 0 and is not computed; it counts in the denominator.
+    The ratio of an on-policy response is 1 by construction. That of an off-policy one is taken to the log-probs it was
+    sampled with, inside the loss's clip range: without it the gradient would be biased to the older policy's samples. A
+    response without advantage has a gradient of exactly 0 and is not computed; it counts in the denominator.
 
     Args:
         engine: of a policy whose ``lm_head`` is a ``LogProbHead``.
-        temperature: that the responses are sampled with.
-        banned: tokens that are never sampled; without them the policy that learns would not be the one that sampled.
+        temperature: of sampling.
+        banned: tokens that are never sampled; log-probs must leave them out as sampling does.
         divide_by_micro_batch: as the published code does, compute every response, divide each micro-batch by its own
-            counts and weigh it by its share of the responses, so that the loss depends on the cut.
+            counts and weigh it by its share of the responses. The loss then depends on the cut.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class PolicyTrainer:
         self._has_gradient = self._has_gradient or any(computed)
         metrics |= self.batching.work(self.policy.config, groups, vocabulary=True)
         metrics.sum("policy/rows", sum(computed))
-        metrics.mean("policy/loss", 0.0, 1)  # the micro-batches have added their shares of it
+        metrics.mean("policy/loss", 0.0, 1)  # the micro-batches have added their totals with count 0
         if packing_error is not None:
             metrics.last("policy/packing_error", packing_error)
         return metrics
@@ -167,7 +167,7 @@ class PolicyTrainer:
         return metrics
 
     def _denominator(self, lengths: Tensor) -> Tensor:
-        """0-d on the device, of responses with these lengths."""
+        """The loss's denominator for responses of these lengths, 0-d on the device."""
         count = loss_denominator(self.loss.loss, lengths, aggregation=self.loss.aggregation)
         return moved(count, self.policy.device)
 
@@ -188,18 +188,18 @@ class PolicyTrainer:
 
         def losses() -> list[tuple[Tensor, Tensor]]:
             forward = plan.forward(micro_batch)
-            found = []
+            computed = []
             for old in (False, True):
                 places = [k for k, is_old in enumerate(off_policy) if is_old == old]
                 if places:
-                    found.append(self._loss(forward, batch, responses, places, lengths, denominator, old, metrics))
-            return found
+                    computed.append(self._loss(forward, batch, responses, places, lengths, denominator, old, metrics))
+            return computed
 
-        found = self.engine.run(losses)
-        loss = torch.stack([loss for loss, _ in found]).sum()
+        computed = self.engine.run(losses)
+        loss = torch.stack([loss for loss, _ in computed]).sum()
         if self.divide_by_micro_batch:
             loss = loss * (len(responses) / len(lengths))
-        self.engine.backward(loss, logp=torch.cat([logp for _, logp in found]))
+        self.engine.backward(loss, logp=torch.cat([logp for _, logp in computed]))
         plan.finish(micro_batch, self.engine.backward)
         metrics.mean("policy/loss", loss.detach(), 0)
         metrics.sum("policy/tokens", micro_batch.tokens)
@@ -248,7 +248,7 @@ class PolicyTrainer:
         return loss, logp
 
     def _verify(self) -> None:
-        """As the engine does; where tokens outside the vocabulary are the cause, the error names them."""
+        """The engine's check; where tokens outside the vocabulary are the cause, the error counts them."""
         try:
             self.engine.verify()
         except NonFiniteError as error:
@@ -267,8 +267,8 @@ def offsets(lengths: Sequence[int]) -> list[int]:
 
 
 def rows_of(forward: Forward, lengths: Sequence[int], places: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a forward's continuations, ``lengths`` tokens each, those at ``places``: hidden states [N, H] that predict
-    their tokens, the tokens [N] and offsets [B+1] int32."""
+    """The rows of a forward's continuations at ``places``: hidden states [N, H] that predict their tokens, the tokens
+    [N] and offsets [B+1] int32. ``lengths``: tokens of all its continuations."""
     predict = forward.predict
     if len(places) == len(lengths):
         return forward.hidden.index_select(0, predict.index), predict.target, predict.cu_seqlens

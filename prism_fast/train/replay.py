@@ -1,4 +1,4 @@
-"""Rollouts of another run in place of new ones: the same steps again, without generating or checking answers."""
+"""Replay: the rollouts and rewards of another run in place of new ones, so nothing is generated or graded."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from prism_fast.train.rollout_record import Origin, RolloutGroup, group_from_rec
 
 
 def check_replay(config: Config) -> None:
-    """Raise RolloutLogError if the run that ``config.replay`` names cannot stand in for a stage of this one."""
+    """Raise RolloutLogError if the run that ``config.replay`` names cannot be replayed in a stage of this one."""
     for stage in ("align", "rlvr"):
         if config.replay is not None and stage in config.stages:
             Replay(Path(config.replay), stage, config)
 
 
 def _grading(config: Config) -> dict[str, object]:
-    """What decides whether an answer is right. Limits of time and memory do not: a recorded timeout is replayed."""
+    """The settings that decide whether an answer is right. Limits of time and memory are not among them: a recorded
+    timeout is replayed."""
     reward = config.reward
     judge = (reward.judge.url, reward.judge.model)
     return {
@@ -33,7 +34,7 @@ def _grading(config: Config) -> dict[str, object]:
 
 
 class Replay:
-    """The groups that the run in ``folder`` sampled in a stage, by step, round and place."""
+    """The groups that the run in ``folder`` sampled in a stage, by origin."""
 
     def __init__(self, folder: Path, stage: str, config: Config):
         """``config``: of the run that replays.
@@ -80,7 +81,7 @@ class Replay:
                 f"{where}: round {round} holds {len(recorded)} groups where this run has {len(origins)}: "
                 "other prompts per step or other sampling of groups"
             )
-        found = []
+        groups = []
         for index, task, prompt, origin in zip(indices, tasks, prompts, origins, strict=True):
             records = recorded[origin]
             if len(records) != self.sampling.n:
@@ -91,11 +92,11 @@ class Replay:
                 raise RolloutLogError(f"{where}: {error}") from error
             if group.index != index or records[0]["images"] != [image_digest(image) for image in task.images]:
                 raise RolloutLogError(f"{where}: uid {task.uid!r} has another row or another image in this run's data")
-            found.append(group)
-        return found
+            groups.append(group)
+        return groups
 
     def _of_round(self, step: int, round: int) -> dict[Origin, list[dict]]:
-        """Records by origin; those that were sampled in an earlier step and kept for this one are left out."""
+        """Records by origin, without groups that an earlier step sampled and this one only trained on."""
         groups: dict[Origin, list[dict]] = {}
         for record in self._records:
             origin = Origin(**record["sampled"])

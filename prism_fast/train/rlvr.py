@@ -77,7 +77,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
 def mini_batches(rollouts: StepRollouts, advantage: Tensor, step: int, count: int) -> list[PolicyBatch]:
     """A step's groups in their order, in ``count`` batches of nearly equal size (fewer where there are fewer groups).
 
-    Off-policy are the responses of all batches but the first, and of groups kept from an earlier step.
+    The responses of all batches but the first are off-policy, and so are those of groups kept from an earlier step.
     """
     groups = len(rollouts.groups)
     count = min(count, groups)
@@ -92,7 +92,7 @@ def mini_batches(rollouts: StepRollouts, advantage: Tensor, step: int, count: in
 
 
 def group_metrics(advantage: Tensor, rollouts: StepRollouts) -> Metrics:
-    """Of the groups trained on."""
+    """Metrics of the groups trained on."""
     metrics = Metrics()
     carries = torch.zeros(len(rollouts.groups)).index_add(0, rollouts.group, (advantage != 0).float())
     metrics.sum("advantage/zero_groups", int((carries == 0).sum()))
@@ -100,7 +100,7 @@ def group_metrics(advantage: Tensor, rollouts: StepRollouts) -> Metrics:
 
 
 def generation_metrics(rollouts: StepRollouts, config: RlvrConfig) -> Metrics:
-    """Of all rollouts generated in the step, those not trained on as well: what the current policy does."""
+    """Metrics of all rollouts generated in the step, trained on or not: they describe the current policy."""
     metrics = rollouts.reward_metrics() | response_metrics(rollouts.completions)
     if config.overlong_buffer:
         penalty = length_penalty(rollouts, config)

@@ -1,4 +1,4 @@
-"""What a step leaves of its rollouts: dumped when its turn comes, and always when the step fails on its numbers."""
+"""Dumps of rollouts: every few steps, and always when a step fails with a NaN or an infinity."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from prism_fast.train.state import StageState
 
 @dataclass
 class Findings:
-    """What a step has found out about its rollouts; filled in as it goes."""
+    """Results of a step about its rollouts, filled in as it computes them."""
 
     advantage: Tensor | None = None  # [B]
     scores: dict[str, Tensor] | None = None  # by span, [B]
     teacher_scores: dict[str, Tensor] | None = None  # by span, [G]
 
     def note_scores(self, spans: Sequence[str], scores: GroupScores) -> None:
-        """The discriminator's scores."""
+        """Set the discriminator's scores."""
         self.scores = dict(zip(spans, scores.student.unbind(dim=1), strict=True))
         self.teacher_scores = dict(zip(spans, scores.teacher.unbind(dim=1), strict=True))
 
@@ -34,14 +34,14 @@ class Findings:
 def dumped(
     state: StageState, rollouts: StepRollouts, *, last_step: int, also: Sequence[RolloutGroup] = ()
 ) -> Iterator[Findings]:
-    """Dump the rollouts behind the block if the step is the first, the last or due, and always on NonFiniteError.
+    """Dump the rollouts after the block if the step is the first, the last or due, and always on NonFiniteError.
 
     Args:
         rollouts: those that the step trains on.
-        also: groups that the step sampled and does not train on; they belong to a replay.
+        also: groups that the step sampled but does not train on; a replay needs them.
 
     Raises:
-        NonFiniteError: the block's, with the file that holds the rollouts.
+        NonFiniteError: that of the block, with the path of the dump.
     """
     findings = Findings()
     try:
@@ -56,7 +56,7 @@ def dumped(
 def write_step(
     log: RolloutLog, step: int, rollouts: StepRollouts, findings: Findings, also: Sequence[RolloutGroup] = ()
 ) -> None:
-    """Append a step: the groups it trains on in their order, then ``also``."""
+    """Append the records of a step: those of ``rollouts`` in their order, then ``also``."""
     records = [record for g, group in enumerate([*rollouts.groups, *also]) for record in _shown(group, g, log)]
     for b in range(len(rollouts.completions)):
         g = int(rollouts.group[b])
@@ -70,7 +70,7 @@ def write_step(
 
 
 def _shown(group: RolloutGroup, g: int, log: RolloutLog) -> list[dict]:
-    """The training records of a group with what a reader of the report wants to see beside them."""
+    """The training records of a group, with the fields that the report shows."""
     task = group.task
     shared = {
         "group": g,

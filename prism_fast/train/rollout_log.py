@@ -1,4 +1,4 @@
-"""Files of rollout dumps: one zstd frame per step, images by content hash, and the strict reader for replay."""
+"""Files of rollout dumps (one zstd frame per step, images by content hash), and the strict reader for replay."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from prism_fast.models.writing import append_whole, write_whole
 
 
 class RolloutLogError(ValueError):
-    """A dump is missing, damaged, or does not hold what is asked of it; the message names the file and the step."""
+    """A dump is missing, damaged, or lacks a step or a task; the message names the file and the step."""
 
 
 def dump_path(folder: Path, stage: str) -> Path:
-    """Where a run in ``folder`` keeps the rollouts of a stage."""
+    """The file with a stage's rollouts, of the run in ``folder``."""
     return folder / "rollouts" / f"{stage}.jsonl.zst"
 
 
@@ -32,7 +32,7 @@ class RolloutLog:
     """Appends to ``rollouts/<stage>.jsonl.zst``, one zstd frame per step: a killed run loses at most its last step."""
 
     def __init__(self, folder: Path, stage: str, *, keep_bytes: int = 0):
-        """``keep_bytes``: what a resumed run keeps of the file; the steps behind it are done again."""
+        """``keep_bytes``: bytes of the file that a resumed run keeps; later steps are done again."""
         self.path = dump_path(folder, stage)
         self._images = self.path.parent / "images"
         self._images.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ class RolloutLog:
         if not path.exists():
             png = io.BytesIO()
             image.save(png, format="PNG")
-            write_whole(path, png.getvalue())  # half a file would count as stored for ever
+            write_whole(path, png.getvalue())  # a partial file would count as stored
         return digest
 
     def size(self) -> int:
@@ -63,7 +63,7 @@ class RolloutReader:
     """Reads a dump's steps in ascending order, holding one step in memory."""
 
     def __init__(self, path: Path):
-        """RolloutLogError if there is no such file."""
+        """Raises RolloutLogError if the file does not exist."""
         if not path.is_file():
             raise RolloutLogError(f"{path} does not exist: that run has no rollouts of this stage")
         self.path = path
@@ -76,10 +76,10 @@ class RolloutReader:
         Raises:
             RolloutLogError: the step is not in the dump, or the dump is damaged before it.
         """
-        for found, records in self._steps:
-            if found == step:
+        for recorded_step, records in self._steps:
+            if recorded_step == step:
                 return records
-            if found > step:
+            if recorded_step > step:
                 break
         raise RolloutLogError(
             f"{self.path} does not hold step {step}; a run that is to be replayed keeps every step: "
@@ -114,4 +114,4 @@ class RolloutReader:
                 data = data or file.read(1 << 20)
 
     def _damaged(self, reason: str) -> RolloutLogError:
-        return RolloutLogError(f"{self.path} is damaged behind step {self._last}: {reason}")
+        return RolloutLogError(f"{self.path} is damaged after step {self._last}: {reason}")

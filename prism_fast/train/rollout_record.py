@@ -1,4 +1,4 @@
-"""A group of rollouts and its record: everything that training on it again needs, as plain JSON."""
+"""A group of rollouts and its record in plain JSON, which is enough to train on it again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prism_fast.rollout.protocol import Completion
 
 @dataclass(frozen=True, order=True)
 class Origin:
-    """When a group was sampled: the step, the round of generation in it, the place in that round."""
+    """When a group was sampled: the step, the step's round of generation, the place in that round."""
 
     step: int
     round: int
@@ -24,7 +24,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """The n responses to one prompt, sampled together; ``index`` is the task's in the stage's data. ``rewards`` is None
+    """The n responses to one prompt, sampled together. ``index``: of the task in the stage's data. ``rewards`` is None
     until the group is graded."""
 
     index: int
@@ -37,8 +37,7 @@ class RolloutGroup:
 
 
 def training_records(group: RolloutGroup) -> list[dict]:
-    """One record per rollout of a graded group with what :func:`group_from_records` needs. JSON keeps each float to the
-    last bit."""
+    """One record per rollout of a graded group, for :func:`group_from_records`. JSON keeps every bit of a float."""
     task = group.task
     return [
         {
@@ -57,7 +56,7 @@ def training_records(group: RolloutGroup) -> list[dict]:
 
 
 def group_from_records(records: Sequence[dict], task: Task, prompt: Prompt, processor: Processor) -> RolloutGroup:
-    """The group that was recorded, with its recorded rewards.
+    """The recorded group, with its recorded rewards.
 
     Raises:
         ValueError: the records belong to another task or another prompt, or lack a field.

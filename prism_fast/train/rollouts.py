@@ -27,7 +27,7 @@ from prism_fast.train.seeds import derive_seed
 
 @dataclass(frozen=True)
 class StepRollouts:
-    """The groups of a step. Flat views hold B = groups x n rollouts, those of one group side by side."""
+    """The groups of a step. Flat views hold the B = groups x n rollouts, group by group."""
 
     groups: Sequence[RolloutGroup]
     time: dict[str, float] = field(default_factory=dict)
@@ -73,8 +73,8 @@ class StepRollouts:
 
 
 class RolloutSource:
-    """Where a stage's rollouts come from: the policy as it is when asked, or with ``replay`` another run's dump. They
-    are not graded, but that recorded ones have their recorded rewards."""
+    """Gives a stage its rollouts: sampled from the current policy, or with ``replay`` read from another run's dump.
+    Sampled ones have no rewards yet; replayed ones have those of the dump."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class RolloutSource:
         tasks: Sequence[Task],
         sampling: SamplingConfig,
     ):
-        """``engine``: the run's, attached to the stage's policy.
+        """``engine``: the run's rollout engine, attached to the stage's policy.
 
         Raises:
             RolloutLogError: ``replay`` names a run without rollouts of this stage, or with other sampling or grading.
@@ -115,14 +115,14 @@ class RolloutSource:
         return StepRollouts(groups, {"time/generate": time.perf_counter() - started})
 
     def sync(self, policy: Engine) -> None:
-        """Let the rollout engine sample from the weights that ``policy`` has now."""
+        """Give the rollout engine the current weights of ``policy``."""
         self.engine.sync(policy.named_weights())
 
     def restore(self, records: Sequence[dict]) -> RolloutGroup:
-        """A group of this stage from the records that a checkpoint kept.
+        """A group of this stage from its records in a checkpoint.
 
         Raises:
-            ValueError: the data has another task in that place.
+            ValueError: the data has another task at that index.
         """
         index = records[0]["index"]
         if index >= len(self.tasks):

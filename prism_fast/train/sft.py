@@ -30,7 +30,7 @@ from prism_fast.train.state import StageState
 
 
 def encode(demos: Sequence[Demonstration], processor: Processor) -> list[PromptGroup]:
-    """Demonstrations as groups of one response each (they seldom share a prompt), which ends with the end token."""
+    """Each demonstration as a group of one response, which ends with the end token; prompts are seldom shared."""
     return [
         PromptGroup(
             processor.encode_prompt(demo.messages, demo.images),
@@ -73,7 +73,7 @@ class SftTrainer:
 
         packing_error = self_check(self.engine, self.batching, backbone, groups, response_states)
         metrics = self.batching.run(attempt, groups, discard=self.engine.discard)
-        metrics.mean("sft/loss", 0.0, 1)  # the micro-batches have added their shares of it
+        metrics.mean("sft/loss", 0.0, 1)  # the micro-batches have added their totals with count 0
         metrics |= self.batching.work(self.policy.config, groups, vocabulary=True)
         metrics.sum("sft/tokens", tokens)
         if packing_error is not None:
@@ -95,8 +95,8 @@ class SftTrainer:
 
     @torch.no_grad()
     def validate(self, groups: Sequence[PromptGroup], *, poll: Callable[[], None]) -> float:
-        """Nats per response token, response tokens of all demonstrations counting the same. ``poll`` is called before
-        each micro-batch and may raise to stop."""
+        """Nats per response token, over all tokens alike. ``poll`` is called before each micro-batch and may raise to
+        stop."""
         self.policy.eval()
 
         def attempt(limit: int) -> float:
@@ -111,7 +111,7 @@ class SftTrainer:
         return self.batching.run(attempt, groups, discard=lambda: None) / response_tokens(groups)
 
     def _nats(self, plan: BatchPlan, batch: MicroBatch, **reduced: float | str) -> Tensor:
-        """Cross entropy of a micro-batch's response tokens, 0-d: no other row reaches the output head."""
+        """Cross entropy of a micro-batch's response tokens, 0-d; no other row goes through the output head."""
 
         def loss() -> Tensor:
             forward = plan.forward(batch)
@@ -138,7 +138,7 @@ class PlateauDecay:
         self.best, self.stale, self.decay_start, self.end = (state[k] for k in ("best", "stale", "decay_start", "end"))
 
     def observe(self, updates: int, validation_loss: float) -> None:
-        """Take a validation loss; begins the decay after ``patience`` evaluations without improvement."""
+        """Record a validation loss; the decay begins after ``patience`` evaluations without improvement."""
         if self.decay_start is not None:
             return
         improved = validation_loss < self.best * (1 - self.config.min_improvement)
@@ -173,7 +173,7 @@ def train_sft(
     state, trainer = _prepare(run, "sft", engine, order, processor, decay)
     shown = {"loss": "sft/loss", "val_loss": "sft/val_loss", "lr": "sft/lr"}
     for step in state.steps(config.max_updates, done=lambda: state.step >= decay.end, shown=shown):
-        metrics = state.held  # a run that was stopped during a validation goes on with that validation
+        metrics = state.held  # set where a stop interrupted the validation of this step
         if metrics is None:
             groups = encode([demos[i] for i in order.next_indices(config.batch)], processor)
             with state.timer.part("update", learns=True):
@@ -189,7 +189,7 @@ def train_sft(
 
 
 def continue_sft(run: Run, model, processor: Processor, demos: Sequence[Demonstration], updates: int) -> Path:
-    """The control: as many further SFT updates on the same mixture as alignment and RLVR take, decayed to zero."""
+    """The control: as many more SFT updates on the same mixture as alignment and RLVR take, decayed to zero."""
     config = run.config.sft
     engine = LocalEngine(
         model, config.optimizer, schedule=lambda update: config.continued_lr_scale * (1.0 - update / updates)

@@ -1,7 +1,7 @@
 """Discriminator warm-up on teacher-student pairs, until it tells unseen pairs apart by a set margin.
 
-A cold discriminator is fooled within a few alignment steps and drags the policy down with it, so the stage ends on what
-the discriminator can do on held-out prompts, and fails loudly when it never gets there.
+A cold discriminator is fooled within a few alignment steps and drags the policy down with it. The stage therefore ends
+when the margin on held-out prompts reaches its target, and fails if it never does.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class WarmupError(RuntimeError):
 
 
 def pair_log(run: Run, tasks: Sequence[Task]) -> ChunkLog:
-    """Where a run keeps what it has sampled so far, until the pairs are written."""
+    """The log of responses sampled so far; needed until the pairs are written."""
     made_with = {"seed": run.config.seed, "batch": _pair_batch(run), "prompts": len(tasks)}
     for key in ("pairs_per_prompt", "temperature", "max_new_tokens"):
         made_with[key] = getattr(run.config.warmup, key)
@@ -52,9 +52,9 @@ def _pair_batch(run: Run) -> int:
 
 
 def sample_pairs(run: Run, model, processor: Processor, tasks: Samples[Task], log: ChunkLog) -> list[OwnPair]:
-    """Let the policy answer the alignment prompts: its valid responses, to be paired with the teacher's.
+    """Sample responses to the alignment prompts; the valid ones are to be paired with the teacher's.
 
-    ``log``: see :func:`pair_log`; a stop loses the batch that is being generated.
+    ``log``: see :func:`pair_log`; a stop loses only the batch that is being generated.
 
     Raises:
         WarmupError: no response was valid.
@@ -83,7 +83,7 @@ def sample_pairs(run: Run, model, processor: Processor, tasks: Samples[Task], lo
 
 
 def _student_texts(completion: Completion, processor: Processor) -> dict[str, str] | None:
-    """The student's side of a pair; None if the response is not valid or spells out a control token."""
+    """The student's texts of a pair; None if the response is invalid or spells out a control token."""
     split = split_tokens(completion.token_ids, processor.tokenizer)
     if not split.valid or holds_control_token(split.text):
         return None
@@ -121,15 +121,15 @@ class HeldOut:
         self.margins: dict[str, float] = {}
 
     def observe(self, metrics: Metrics) -> Metrics:
-        """Take the metrics of scored held-out pairs; returns those of the pairs alone."""
-        found, kept = metrics.read(), Metrics()
+        """Record the metrics of a scoring of the held-out pairs; returns those of margin, accuracy and pairs."""
+        values, recorded = metrics.read(), Metrics()
         self.margins = {}
         for kind in ("margin", "acc", "pairs"):
             for name in (f"{kind}_{span}" for span in self.spans):
-                if f"warmup/heldout_{name}" in found:
-                    self.margins[name] = found[f"warmup/heldout_{name}"]
-                    kept.last(f"warmup/heldout_{name}", self.margins[name])
-        return kept
+                if f"warmup/heldout_{name}" in values:
+                    self.margins[name] = values[f"warmup/heldout_{name}"]
+                    recorded.last(f"warmup/heldout_{name}", self.margins[name])
+        return recorded
 
     def enough(self, target: float) -> bool:
         return all(self.margins.get(f"margin_{span}", -math.inf) >= target for span in self.spans)
@@ -145,7 +145,7 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs:
     """Train the discriminator on pairs; returns the folder of its export.
 
     Raises:
-        WarmupError: ``warmup.max_updates`` passed without the held-out margin, or too few pairs to hold some out.
+        WarmupError: the held-out margin was not reached in ``warmup.max_updates``, or the pairs have a single prompt.
     """
     config, spans = run.config.warmup, SPANS[run.config.align.discriminate]
     groups = group_pairs(pairs, processor, run.config.semantics, spans)
@@ -174,7 +174,7 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs:
 
     shown = {"loss": "warmup/loss", **{f"heldout_{span}": f"warmup/heldout_margin_{span}" for span in spans}}
     for step in state.steps(config.max_updates, done=enough, shown=shown):
-        metrics = state.held  # a run that was stopped while it scored held-out pairs goes on with them
+        metrics = state.held  # set where a stop interrupted the scoring of held-out pairs
         if metrics is None:
             chunk = [training[i] for i in order.next_indices(config.prompts)]
             with state.timer.part("update", learns=True):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prism_fast.algorithms.alignment_loss import as_scored, discriminator_loss
+from prism_fast.algorithms.alignment_loss import discriminator_loss
+from prism_fast.algorithms.scored import as_scored
 from tests.ops.golden import DTYPES, load
 
 VECTORS = load("discriminator_loss")

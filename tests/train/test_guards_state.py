@@ -21,7 +21,7 @@ from prism_fast.config import load_config
 from prism_fast.data.readers import read_tasks
 from prism_fast.models.processor import Processor
 from prism_fast.track.metrics import reproducible
-from prism_fast.train import context, resume
+from prism_fast.train import context, state
 from prism_fast.train.checkpoint import read_checkpoint
 from prism_fast.train.pipeline import run_eval, run_stages
 from prism_fast.train.record import RunRecord
@@ -39,7 +39,7 @@ def _metrics(folder: Path, stages: tuple[str, ...]) -> list[dict]:
 def test_no_global_generator_decides_anything(finished, small_run, tmp_path, monkeypatch):
     """The stages behind SFT again, with Python's, NumPy's and PyTorch's generators in another state at every step."""
     steps = 0
-    original = resume.StageState.steps
+    original = state.StageState.steps
 
     def begun(state, total, **options):
         nonlocal steps
@@ -50,7 +50,7 @@ def test_no_global_generator_decides_anything(finished, small_run, tmp_path, mon
             torch.manual_seed(steps)
             yield step
 
-    monkeypatch.setattr(resume.StageState, "steps", begun)
+    monkeypatch.setattr(state.StageState, "steps", begun)
     overrides = [f"model.policy={finished / 'export/sft'}", "stages=[warmup,align,rlvr]", "eval.limit=1"]
     config = load_config("digits", [*small_run, *overrides, f"out={tmp_path / 'run'}"])
     run_stages(config, Console(quiet=True))

@@ -142,7 +142,7 @@ def test_what_does_not_match_names_step_and_uid(recorded, both_stages, tmp_path,
 def test_damage_is_found_and_told_with_the_last_whole_step(recorded, both_stages, tmp_path, forbidden):
     broken = _broken(recorded, tmp_path / "broken", "align", lambda data: data[:-1])
     with pytest.raises(
-        RolloutLogError, match=r"align\.jsonl\.zst is damaged behind step 1: the file ends inside a step"
+        RolloutLogError, match=r"align\.jsonl\.zst is damaged after step 1: the file ends inside a step"
     ):
         run_small(tmp_path / "again", [*both_stages, "stages=[align]", f"replay={broken}"])
 
@@ -209,7 +209,7 @@ def test_a_flipped_bit_or_missing_byte_anywhere_is_found_or_changes_nothing(tmp_
             try:
                 assert RolloutReader(path).step(3) == written  # a few bits of a frame's header mean nothing here
             except RolloutLogError as error:
-                assert "damaged behind step 1" in str(error)
+                assert "damaged after step 1" in str(error)
                 found += 1
     assert found > 0.97 * tried
 
@@ -217,5 +217,5 @@ def test_a_flipped_bit_or_missing_byte_anywhere_is_found_or_changes_nothing(tmp_
 def test_a_file_that_ends_inside_a_step_is_told(tmp_path):
     path, ends = _log(tmp_path)
     path.write_bytes(path.read_bytes()[: ends[1] - 1])
-    with pytest.raises(RolloutLogError, match="damaged behind step 1: the file ends inside a step"):
+    with pytest.raises(RolloutLogError, match="damaged after step 1: the file ends inside a step"):
         RolloutReader(path).step(3)

@@ -101,7 +101,7 @@ def test_surplus_is_kept_and_goes_first_oldest_before_newer():
     sampler = _sampler(source)
     first = sampler.take(1)
     surplus = [source.calls[0][2][place] for place in (4, 5, 6)]
-    assert first.numbers["sampling/banked"] == 3 and [g.index for g in sampler.kept] == surplus
+    assert first.numbers["sampling/banked"] == 3 and [g.index for g in sampler.surplus] == surplus
     assert {g.index for g in first.unused} >= set(surplus), "a replay of this step needs the kept ones too"
     second = sampler.take(2)
     assert _indices(second.trained)[:3] == surplus
@@ -115,7 +115,7 @@ def test_a_step_that_the_kept_groups_fill_generates_nothing():
     sampler = _sampler(source, prompts=3)
     sampler.share.observe(1000, 100)  # expects few, so it asks for as many as it may, and finds plenty
     sampler.take(1)
-    assert len(sampler.kept) == 6
+    assert len(sampler.surplus) == 6
     second = sampler.take(2)
     assert len(source.calls) == 1 and second.generated.groups == [] and second.unused == []
     assert second.numbers["sampling/rounds"] == 0 and second.numbers["sampling/useful_share"] is None

@@ -1,9 +1,9 @@
-"""Tiles of the expert products: each product of a mixture-of-experts layer alone, at every tile worth a try.
+"""Tiles of the expert products: each product of a mixture-of-experts layer by itself, at several tiles.
 
-Tells whether another tile or a deeper pipeline would be faster than the table's (kernels/moe/tiles.py; its line stands
-first): beside ours stands torch.mm, expert by expert on rows that are gathered already, without the activation or the
-routing weights that ours computes along. Providers take turns in one process and are checked against float64 in the
-same run; exit code 1 if one is wrong.
+Shows whether another tile or a deeper pipeline would be faster than the table's (kernels/moe/tiles.py; its line comes
+first). torch.mm is measured beside ours, expert by expert on rows that are already gathered, without the activation
+that ours computes too. Providers take turns in one process and are checked against float64 in the same run; exit code 1
+if one is wrong.
 
     python3 -m prism_fast.bench.expert_tiles                      32,768 tokens, H 2048, I 6144, 4 experts, top-2
     python3 -m prism_fast.bench.expert_tiles --product up --shape 32768x2048x768x128x8
@@ -63,7 +63,7 @@ def milliseconds(call: Callable[[], object], device: str) -> float:
 
 
 def ceiling_of(device: str) -> float | None:
-    """TFLOP/s of a large product in bf16 in this process; None on the CPU, where the figures mean nothing."""
+    """TFLOP/s of a large product in bf16 in this process; None on the CPU, where the kernels are only interpreted."""
     return None if device == "cpu" else measured_ceiling(device, {torch.bfloat16})["TFLOP/s bfloat16"]
 
 
@@ -111,8 +111,8 @@ def make_layer(shape: tuple[int, ...], device: str) -> Layer:
 
 
 class Product(NamedTuple):
-    """One product: ``pairs()`` the operands per expert, ``ours(tile)`` what is timed and compared with
-    ``exact(plain)``, where ``plain`` holds the products of the pairs in float64. ``tile``: its name in the table."""
+    """One product. ``pairs()``: the operands per expert; ``ours(tile)``: the call that is timed. Its result is compared
+    with ``exact(plain)``, where ``plain`` holds the products of the pairs in float64. ``tile``: a field of `Tiles`."""
 
     flop: float
     pairs: Callable[[], list[tuple[Tensor, Tensor]]]
@@ -161,7 +161,7 @@ def products(x: Layer) -> dict[str, Product]:
 
 
 def candidates(tile) -> list:
-    """The table's tile, and those that differ from it in one thing."""
+    """The table's tile, and tiles that differ from it in one field."""
     found = [tile]
     for stages in (tile.stages - 1, tile.stages + 1, tile.stages + 2):
         found.append(tile._replace(stages=max(2, stages)))
@@ -188,7 +188,7 @@ def measure(name: str, product: Product, tile, device: str, rounds: int, ceiling
         try:
             found = call()
         except Exception as error:
-            # Too large for the card, or refused by the compiler: expected of a tile that is tried, not of the table's.
+            # Another tile may be too large for the card or the compiler; the table's must run.
             if "CUDA error" in str(error) or provider == own:
                 raise
             row.status, row.note = "unsupported", f"{type(error).__name__}: {error}".splitlines()[0]

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="JSON the section may have written itself")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
-    # 124 and 137 are what `timeout` returns when it ends the command, gently or not.
+    # `timeout` returns 124 or 137 when it ends the command.
     status = {0: "ok", 124: "cut", 137: "cut"}.get(a.exit_code, "failed")
     result = {
         "section": a.section,
@@ -34,7 +34,7 @@ def main() -> None:
     }
     text = json.dumps(result, indent=1) + "\n"
     a.out.write_text(text)
-    if result["machine"]["card"] and result["data"]:  # measured on a card: this is what gets committed
+    if result["machine"]["card"] and result["data"]:  # measured on a card: a file of record
         card = re.sub(r"[^a-z0-9]+", "_", result["machine"]["card"].lower())
         (a.out.parent / f"record-{a.section}-{card}-{result['machine']['date']}.json").write_text(text)
     print(f"{a.section:<9} {status:<7} {result['seconds']:>6} s of {a.cap:.0f} s   {a.out.name}")

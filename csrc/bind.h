@@ -1,5 +1,5 @@
-// What the bindings of all ops share. Tensors come as addresses and strides, the CUDA stream as an integer: no torch headers,
-// so one binary serves every torch version. Shapes and dtypes were checked by the Python caller.
+// Helpers of the bindings of all ops. Tensors come as addresses and strides, the CUDA stream as an integer: no torch headers, so
+// one binary serves every torch version. The Python caller has checked shapes and dtypes.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -28,14 +28,14 @@ P* at(Address address) {
 template <size_t count>
 using Addresses = std::array<Address, count>;
 
-// A number of the host (address 0) or a 0-d tensor of a dtype that ScalarKind names: (address, kind, number).
+// (address, kind, number): a number on the host (address 0) or a 0-d tensor of a dtype in ScalarKind.
 using Number = std::tuple<Address, int, double>;
 inline Scalar scalar(const Number& x) {
     const auto [address, kind, number] = x;
     return {at<const void>(address), static_cast<ScalarKind>(address == 0 ? 0 : kind), number};
 }
 
-// Runs the CPU twin where `stream` is None, otherwise the CUDA form on that stream.
+// Runs the CPU twin if `stream` is None, else the CUDA kernel on that stream.
 template <class Cpu, class Cuda>
 void dispatch(const py::object& stream, Cpu cpu, [[maybe_unused]] Cuda cuda) {
     if (stream.is_none()) {

@@ -11,7 +11,7 @@
 
 namespace {
 
-// Kernels that `call` enqueues, without enqueuing them: every address and stream may be anything then.
+// Number of kernels that `call` would enqueue. Nothing is enqueued, so addresses and streams may be arbitrary.
 int64_t count_launches(const pybind11::function& call) {
     struct Dry {
         Dry() { prism::launch_count() = {true, 0}; }
@@ -25,7 +25,7 @@ int64_t count_launches(const pybind11::function& call) {
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled kernels of prism_fast; called through prism_fast.ops.native.";
-    // Raised whenever a signature below changes, so that a stale build in a checkout is named as such.
+    // Increased whenever a signature below changes, so that Python recognises a stale build.
     module.attr("interface") = 13;
 #ifdef PRISM_FAST_CUDA
     module.attr("cuda_built") = true;

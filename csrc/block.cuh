@@ -1,4 +1,4 @@
-// Sums and maxima over a block, known to every thread, in an order fixed by the number of threads.
+// Sums and maxima over a block, returned to every thread, in an order fixed by the number of threads.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,13 +15,13 @@ struct Add {
     __device__ T operator()(T a, T b) const { return a + b; }
 };
 
-// Maximum that does not lose a NaN.
+// Maximum, NaN if either is NaN.
 struct Larger {
     template <class T>
     __device__ T operator()(T a, T b) const { return b > a || b != b ? b : a; }
 };
 
-// Minimum that does not lose a NaN.
+// Minimum, NaN if either is NaN.
 struct Lower {
     template <class T>
     __device__ T operator()(T a, T b) const { return b < a || b != b ? b : a; }
@@ -44,7 +44,7 @@ template <class T, class Op>
 __device__ __forceinline__ T block_all(T value, T neutral, T* shared, Op op) {
     value = warp_all(value, op);
     const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-    __syncthreads();  // what an earlier call left has been read by everyone
+    __syncthreads();  // every thread has read the result of an earlier call
     if (lane == 0) shared[threadIdx.x / kWarp] = value;
     __syncthreads();
     return warp_all(lane < warps ? shared[lane] : neutral, op);

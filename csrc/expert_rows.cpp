@@ -116,7 +116,7 @@ void swiglu_backward(const SwigluGradientArguments<S>& a, int threads) {
 
 template <class S>
 void add_rows(const AddRowsArguments<S>& a, int threads) {
-    // A router of somebody else's may have chosen one expert twice for a token: rows of one token stay on one thread.
+    // Another router may have chosen one expert twice for a token: rows of one token stay on one thread.
     const auto border = [&](int64_t row) {
         while (row > 0 && row < a.rows && a.token(row) == a.token(row - 1)) ++row;
         return row;
@@ -141,7 +141,7 @@ void prefer_huge_pages([[maybe_unused]] void* address, [[maybe_unused]] int64_t 
     constexpr uintptr_t page = uintptr_t{1} << 21;
     const auto start = reinterpret_cast<uintptr_t>(address);
     const uintptr_t begin = (start + page - 1) / page * page, end = (start + static_cast<uintptr_t>(bytes)) / page * page;
-    // A wish: a system that does not grant it gives small pages, and the same numbers.
+    // Only advice: without it the system gives small pages, and the results are the same.
     if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

@@ -1,10 +1,10 @@
-// What the experts do between their matrix products, one pass over memory each: SwiGLU, its gradient with that of the routing
-// weights, and the weighted sum of the experts' rows by token. For the CPU; on a GPU the products' epilogues do this.
+// Steps of the experts between their matrix products, one pass over memory each: SwiGLU, its gradient with that of the routing
+// weights, and the weighted sum of the experts' rows by token. For the CPU alone.
 //
 // Meaning: prism_fast/ops/moe_experts.py; executable specification: prism_fast/ops/reference/moe_experts.py.
 //
-// S is the type of the rows, T the one they are computed in. `assignment` is a part of a plan's permutation: assignment a is
-// choice a % top_k of token a / top_k, and a / top_k never falls within an expert.
+// S is the type of the rows, T that of the computation. `assignment` is a part of a plan's permutation: assignment a is choice
+// a % top_k of token a / top_k, and tokens do not descend within an expert.
 #pragma once
 
 #include "half.h"
@@ -20,8 +20,8 @@ struct SwigluArguments {
     S* act;  // [rows, inner] dense
 };
 
-// With g = d_act and w the routing weight: d_pre = w g d(act)/d(pre), d_weights = sum g act, and act takes the place of g,
-// times w: d_down is the product of it with the upstream rows as they came.
+// With g = d_act and w the routing weight: d_pre = w g d(act)/d(pre), d_weights = sum g act, and w act overwrites g: d_down is
+// its product with the upstream rows.
 template <class S, class T = typename ComputedIn<S>::type>
 struct SwigluGradientArguments {
     const S* pre;
@@ -29,7 +29,7 @@ struct SwigluGradientArguments {
     int64_t rows, inner;
     const int64_t* assignment;  // [rows]
     const T* weights;           // by assignment
-    S* d_act;                   // [rows, inner] dense; in: upstream row times down; out: w act
+    S* d_act;                   // [rows, inner] dense; read: upstream row times down; written: w act
     S* d_pre;                   // [rows, 2 inner] dense, or null: not wanted
     T* d_weights;               // by assignment, or null: not wanted
 };
@@ -55,7 +55,7 @@ void swiglu_backward(const SwigluGradientArguments<S>& a, int threads);
 template <class S>
 void add_rows(const AddRowsArguments<S>& a, int threads);
 
-// Asks the system to back the whole pages of 2 MiB within [address, address + bytes) as such, where it knows how.
+// Asks the system, if it supports this, for pages of 2 MiB within [address, address + bytes).
 void prefer_huge_pages(void* address, int64_t bytes);
 
 }  // namespace prism

@@ -1,4 +1,4 @@
-// CPU twin of the group-advantage kernel: rows are sorted by group (stable), groups are shared among threads.
+// CPU twin of the group-advantage kernel: rows are sorted by group (stable), and threads share the groups.
 #include "group_advantage.h"
 
 #include <algorithm>

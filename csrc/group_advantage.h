@@ -2,7 +2,7 @@
 //
 // Meaning: prism_fast/ops/group_advantage.py; executable specification: prism_fast/ops/reference/group_advantage.py.
 //
-// A *team* walks over the rows of one group: on the CPU one thread with a list, on the GPU a warp. It offers
+// A *team* walks over the rows of one group: on the CPU one thread with a list, on the GPU a warp. Its functions are
 //     each(f)            f(row) for every row of the group; a row is always visited by the same member of the team
 //     scan(f)            every member calls f(row) for every row of the group
 //     sum(f), lowest(f)  the sum and the minimum of f(row), known to every member, added in an order fixed by the rows alone

@@ -1,4 +1,4 @@
-// Numbers of 16 bits as they lie in memory, converted without branches so that loops over them vectorise.
+// Numbers of 16 bits in memory, converted without branches so that loops over them vectorise.
 #pragma once
 
 #include "numeric.h"

@@ -11,8 +11,8 @@ constexpr int kLanes = 16;
 
 constexpr int whole_lanes(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// Sum of f(0) .. f(n - 1) in the type of f, n a multiple of kLanes. Sixteen running sums, folded in double in the order of a
-// tree; over a chunk of some hundred elements each adds some ten numbers, so a float loses next to nothing.
+// Sum of f(0) .. f(n - 1), n a multiple of kLanes: sixteen running sums in the type of f, added up in double in the order of a
+// tree. In a chunk of some hundred elements each adds some ten numbers, so a float loses almost nothing.
 template <class F>
 PRISM_INLINE double lane_sum(int n, F f) {
     using T = decltype(f(0));

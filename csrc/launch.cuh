@@ -9,7 +9,7 @@
 
 namespace prism {
 
-// Whether this launch is to happen; counts it.
+// Counts the launch; returns whether to enqueue it.
 inline bool launching() {
     ++launch_count().launches;
     return !launch_count().dry;

@@ -1,5 +1,5 @@
-// How many kernels an op enqueues, countable on a machine without a GPU: every launch in csrc/ goes through launch.cuh, and
-// launch.cuh counts. In a dry run it counts only, so that the host code of an op runs to its end with nothing enqueued.
+// Counts the kernels that an op enqueues, also on a machine without a GPU: every launch in csrc/ goes through launch.cuh, which
+// counts it. A dry run only counts: the host code of an op runs to its end with nothing enqueued.
 #pragma once
 
 #include <cstdint>

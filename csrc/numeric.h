@@ -1,5 +1,5 @@
-// Scalar functions that mean the same on host and device, written so that a compiler can vectorise loops over them:
-// no calls, no branches, selections only. NaN arguments give NaN.
+// Scalar functions that are the same on host and device. A compiler can vectorise loops over them, because they have no calls
+// and no branches, only selections. NaN arguments give NaN.
 #pragma once
 
 #include <cfloat>
@@ -13,8 +13,8 @@
 #define PRISM_HD
 #endif
 
-// Loops that are worth more than the baseline instruction set are compiled twice; the loader picks one. Only gcc
-// with glibc does this reliably. Results do not depend on the choice: the code forbids contraction and fixes every order.
+// Loops that gain from newer instructions are compiled twice; the loader picks one version. Only gcc with glibc does this
+// reliably. Both give the same results: the build forbids contraction, and the code fixes every order.
 #if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__) && defined(__x86_64__) && defined(__gnu_linux__)
 #define PRISM_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
 #define PRISM_INLINE inline __attribute__((always_inline))
@@ -49,7 +49,7 @@ PRISM_HD PRISM_INLINE To bits_as(From from) {
     return to;
 }
 
-// 1 or 0 by a mask of bits. Compilers vectorise loops over this; selections between constants they turn into jumps first.
+// 1 or 0 by a mask of bits. Compilers vectorise loops over this, but turn selections between constants into jumps.
 template <class T>
 PRISM_HD PRISM_INLINE T flag(bool yes) {
     if constexpr (sizeof(T) == sizeof(int32_t)) {
@@ -59,7 +59,7 @@ PRISM_HD PRISM_INLINE T flag(bool yes) {
     }
 }
 
-// Minimum that does not lose a NaN.
+// Minimum, NaN if either is NaN.
 PRISM_HD inline double lower(double a, double b) { return a < b || a != a ? a : b; }
 
 // e^x on the host, ExpLimits low <= x <= high: x = n ln 2 + r with |r| <= ln 2 / 2, the Taylor series of e^r to rounding
@@ -102,7 +102,7 @@ PRISM_HD PRISM_INLINE double host_exp(double x) {
     return (p + 1.0) * bits_as<double>(power + (uint64_t{1023} << 52));
 }
 
-// e^x for arguments that a clamp keeps within ExpLimits, the hardware's on a GPU.
+// e^x for arguments that a clamp keeps within ExpLimits; the CUDA library's function on a GPU.
 template <class T>
 PRISM_HD PRISM_INLINE T exponential_within(T x) {
 #ifdef __CUDA_ARCH__

@@ -1,5 +1,5 @@
-// CUDA kernel of the pairwise loss: one launch of one block. A batch holds some hundred rows, so the launch is what it costs;
-// sums over all rows are the block's, what concerns one group is one warp's.
+// CUDA kernel of the pairwise loss: one launch of one block. A batch has some hundred rows, so the launch takes most of the
+// time. The block sums over all rows; one warp computes a group.
 #include "launch.cuh"
 #include "pairwise_loss.h"
 #include "teams.cuh"

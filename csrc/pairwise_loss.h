@@ -1,8 +1,8 @@
 // Bradley-Terry loss of one teacher row against its group of student rows, with L2 and spread terms: the arithmetic, once, for
 // the CPU twin and the CUDA kernel. Everything is computed in double; the inputs are small.
 //
-// Meaning: prism_fast/ops/pairwise_loss.py; executable specification: prism_fast/ops/reference/pairwise_loss.py. What a team
-// is: group_advantage.h.
+// Meaning: prism_fast/ops/pairwise_loss.py; executable specification: prism_fast/ops/reference/pairwise_loss.py. Teams are
+// defined in group_advantage.h.
 #pragma once
 
 #include "scalar.h"
@@ -37,7 +37,7 @@ struct PairwiseArguments {
     PRISM_HD double& pair_slope(int64_t row, int column) const { return workspace[row * columns + column]; }
 };
 
-// A score as the loss sees it: shortened by its length penalty (`plain`), then clamped.
+// A score in the loss: minus its length penalty (`plain`), then clamped.
 struct Score {
     double plain, value;
     bool passes;  // the clamp lets the gradient through
@@ -60,7 +60,7 @@ PRISM_HD inline Score student_of(const PairwiseArguments<T>& a, int64_t row, int
 }
 
 // Quantile of the standard normal distribution, 0 < p < 1: an approximation to 4.5e-4 (Abramowitz and Stegun, 26.2.23), then
-// two steps of Halley's method on the distribution function, after which rounding is all that is left.
+// two steps of Halley's method on the distribution function, which leave only rounding errors.
 PRISM_HD inline double normal_quantile(double p) {
     const double tail = p < 0.5 ? p : 1.0 - p;
     const double t = sqrt(-2.0 * log(tail));
@@ -74,7 +74,7 @@ PRISM_HD inline double normal_quantile(double p) {
     return p < 0.5 ? x : p > 0.5 ? -x : 0.0;
 }
 
-// What the scalars of the whole call are.
+// Scalars of the whole call.
 struct PairwiseScales {
     double pairs, share, l2_share;
 };
@@ -102,7 +102,7 @@ PRISM_HD double pair_column(
     auto teacher_row = [&](int64_t row) { return a.known(row) ? a.group[row] : 0; };
     auto rival = [&](int64_t row) { return a.groups == 0 ? unknown : teacher_of(a, teacher_row(row), column).value; };
     auto margin = [&](int64_t row) { return (a.known(row) ? rival(row) : unknown) - student_of(a, row, column).value; };
-    // Who is ahead is decided before the clamp, which makes scores beyond it equal.
+    // Compared before the clamp, which makes scores beyond its bounds equal.
     auto ahead = [&](int64_t row) { return a.known(row) ? teacher_of(a, a.group[row], column).plain : unknown; };
     const double loss = rows.sum([&](int64_t row) {
         const bool use = a.use(row);
@@ -162,7 +162,7 @@ PRISM_HD double group_column(
     const double n = team.sum([&](int64_t row) { return a.use(row) ? 1.0 : 0.0; });
     if (n < 2.0) return 0.0;
     const double mean = team.sum([&](int64_t row) { return a.use(row) ? student_of(a, row, column).value : 0.0; }) / n;
-    // Equal scores rank in the order of their rows. The pairs' slopes have been read: their place takes the distances.
+    // Equal scores rank in the order of their rows. The distances overwrite the pairs' slopes, which are no longer needed.
     auto distance = [&](int64_t row) {
         if (!a.use(row)) return 0.0;
         const double s = student_of(a, row, column).value;
@@ -180,7 +180,7 @@ PRISM_HD double group_column(
         team.each([&](int64_t row) {
             if (!a.use(row) || !student_of(a, row, column).passes) return;
             T& gradient = a.student_gradient[row * a.columns + column];
-            // The mean moves with every score, but the distances add up to 0: nothing comes back through it.
+            // The mean depends on every score, but the distances add up to 0: the gradient through the mean is 0.
             const double more = 2.0 * a.spread * scales.share * a.pair_slope(row, column);
             gradient = static_cast<T>(static_cast<double>(gradient) + more);
         });

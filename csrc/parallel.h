@@ -1,4 +1,4 @@
-// Splits independent work over threads. Results never depend on the number of threads: each index is one thread's alone.
+// Splits independent work over threads. Results never depend on the number of threads: one thread computes each index.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,8 @@ namespace prism {
 // GOMP_parallel of an OpenMP library: f(data) on each of a team of `threads`, the caller among them.
 using TeamCall = void (*)(void (*f)(void*), void* data, unsigned threads, unsigned flags);
 
-// Of the OpenMP library that PyTorch computes with, or null. Its threads stand by between two products, spinning: threads of
-// our own would fight with them for the processors, and have to be started.
+// GOMP_parallel of the OpenMP library that PyTorch uses, or null. That library's threads wait between two products by spinning:
+// threads of our own would have to be started, and would compete with them for the processors.
 inline TeamCall& team_call() {
     static TeamCall call = nullptr;
     return call;
@@ -24,7 +24,7 @@ inline TeamCall& team_call() {
 // Runs f() on `threads` threads, the caller among them.
 template <class F>
 void on_team(int threads, F f) {
-    // Always all of PyTorch's threads: OpenMP ends those that a smaller team leaves out, and starts them again later.
+    // Always as many as PyTorch uses: OpenMP ends the threads that a smaller team leaves out, and has to start them again.
     if (TeamCall call = team_call()) {
         call([](void* data) { (*static_cast<F*>(data))(); }, &f, static_cast<unsigned>(threads), 0);
         return;
@@ -37,7 +37,7 @@ void on_team(int threads, F f) {
 }
 
 // Calls f(begin, end) on disjoint ranges that cover [0, n), from at most `threads` threads. `work` is a rough count of
-// elementary operations in all of it: small work stays on the caller's thread. An exception in f is thrown again here.
+// elementary operations of all calls together: small work stays on the caller's thread. Rethrows an exception of f.
 template <class F>
 void parallel_for(int64_t n, int64_t work, int threads, F f) {
     constexpr int64_t work_per_thread = 1 << 15;
@@ -45,7 +45,7 @@ void parallel_for(int64_t n, int64_t work, int threads, F f) {
         if (n > 0) f(int64_t{0}, n);
         return;
     }
-    // Whoever is free takes the next part: threads that are late, or share their processor, hold nobody up.
+    // A thread that is free takes the next part, so that slow threads delay no other.
     const int64_t parts = std::min<int64_t>({n, int64_t{4} * threads, work / (work_per_thread / 4)});
     std::atomic<int64_t> next{0};
     std::exception_ptr failure;

@@ -1,5 +1,5 @@
-// CPU twin of the policy-loss kernel: sequences are shared among threads; a sequence is worked through in chunks that stay in
-// the first-level cache, each step a plain loop over a chunk that the compiler vectorises.
+// CPU twin of the policy-loss kernel: threads share the sequences. A thread processes a sequence in chunks that stay in the
+// first-level cache; each step is a plain loop over a chunk, which the compiler vectorises.
 #include "policy_loss.h"
 
 #include <algorithm>
@@ -19,8 +19,8 @@ template <class T>
 struct Chunk {
     T active[kChunk], fresh[kChunk], old[kChunk], advantage[kChunk], weight[kChunk], other[kChunk];
     T loss[kChunk], slope[kChunk], ratio[kChunk], measured[kChunk], low[kChunk], high[kChunk], dual[kChunk];
-    T moving[kChunk], value[kChunk], lean[kChunk];  // value and its slope: of the divergence
-    T moved[kChunk];                                // what the slope of the ratio is multiplied by
+    T moving[kChunk], value[kChunk], lean[kChunk];  // value and lean: the divergence and its slope
+    T moved[kChunk];                                // factor of the ratio's slope
 };
 
 template <class T>
@@ -106,7 +106,7 @@ PRISM_INLINE void diverge(Chunk<T>& c, const PolicyArguments<T>& a, int64_t at, 
     }
 }
 
-// `mean`: of the sequence, where the ratio is the sequence's.
+// `mean`: of the estimates of the sequence, used with one ratio per sequence.
 template <class T>
 PRISM_INLINE void weigh_by_ratio(Chunk<T>& c, bool sequence_ratio, T mean, int n) {
     if (sequence_ratio) {
@@ -121,7 +121,7 @@ PRISM_INLINE void weigh_by_ratio(Chunk<T>& c, bool sequence_ratio, T mean, int n
     }
 }
 
-// Ratios are not negative and those of inactive tokens are 0. NaN is overlooked: the sum of the ratios tells of it.
+// Ratios are not negative and those of inactive tokens are 0. The maximum ignores NaN; the sum of the ratios shows it.
 template <class T>
 PRISM_INLINE double largest(const T* ratio, int n, double so_far) {
     T lanes[kLanes] = {};
@@ -248,7 +248,7 @@ PRISM_PASSES(double)
 
 template <class T>
 void policy_loss_cpu(PolicyArguments<T> a, int threads) {
-    thread_local std::vector<double> own;  // the caller's: kept, because memory fresh from the system costs page faults
+    thread_local std::vector<double> own;  // kept between calls, because fresh memory costs page faults
     if (a.workspace == nullptr) {
         own.resize(std::max<size_t>(own.size(), a.sequences * kPartials));
         a.workspace = own.data();
@@ -263,7 +263,7 @@ void policy_loss_cpu(PolicyArguments<T> a, int threads) {
     }
     const double inverse = inverse_denominator(a, tokens, sequences, ordered);
     *a.bad += !ordered;
-    // Some thousand tokens are done before a second thread has begun.
+    // One thread finishes some thousand tokens before a second one has started.
     parallel_for(a.sequences, a.tokens * 4, threads, [&](int64_t begin, int64_t end) {
         for (int64_t sequence = begin; sequence < end; ++sequence) sequence_pass(a, sequence, inverse);
     });

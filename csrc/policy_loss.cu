@@ -1,5 +1,5 @@
 // CUDA kernel of the policy losses: one cooperative launch. A block takes whole sequences, so that lengths and the sequence
-// ratios of GSPO need no exchange between blocks; after a barrier over the grid one block folds the sums of all sequences.
+// ratios of GSPO need no exchange between blocks; after a barrier over the grid one block adds up the sums of all sequences.
 #include <cooperative_groups.h>
 
 #include <initializer_list>
@@ -79,7 +79,7 @@ __device__ __forceinline__ KlTerms<T> kl_of(T fresh, T ref, Divergence divergenc
     }
 }
 
-// Estimate and slope of one token as the options have them, before the ratio.
+// KL estimate of one token by the options, and its slope, before the factor of the ratio.
 template <class T>
 __device__ __forceinline__ KlTerms<T> kl_as(T fresh, T ref, const PolicyOptions<T>& o) {
     KlTerms<T> kl = kl_of(fresh, ref, o.divergence);

@@ -3,9 +3,9 @@
 // Meaning: prism_fast/ops/policy_loss.py; executable specification: prism_fast/ops/reference/policy_loss.py.
 //
 // The forward pass writes the loss, the statistics and, per token, the *slope*: the derivative of the loss with respect to
-// logp (and entropy), on a GPU times the denominator. There only backward divides by it, when it multiplies with the upstream
-// gradient anyway (scale.h), so no token waits for a count over the whole batch. The CPU twin counts first, which costs it
-// next to nothing: its slopes are the gradient where the upstream gradient is 1, and backward has nothing left to do.
+// logp (and entropy), on a GPU times the denominator. Backward divides by it there, together with the multiplication by the
+// upstream gradient (scale.h), so that no token waits for a count over the whole batch. The CPU twin counts first, which takes
+// it almost no time: its slopes are the final gradient for an upstream gradient of 1.
 #pragma once
 
 #include "scalar.h"
@@ -18,12 +18,12 @@ enum class Aggregation : int { token_mean, seq_mean_token_mean, seq_mean_token_s
 enum class Divergence : int { k1, k2, k3, abs };
 enum class MaskKind : int { none, boolean, number };  // `number`: of the computing type, 0 = inactive
 
-// Statistics in the order of PolicyStats, then what the slopes still have to be multiplied by.
+// Statistics in the order of PolicyStats, then the factor of the slopes in backward.
 enum Stat : int {
     stat_tokens, stat_sequences, stat_policy_loss, stat_clip_low, stat_clip_high, stat_dual, stat_ratio_mean, stat_ratio_max,
     stat_approx_kl, stat_kl, stat_entropy, stat_slope_factor, stat_count
 };
-// What is known of one sequence, summed over its active tokens, before its weight.
+// Sums over the active tokens of one sequence, before its weight.
 enum Sum : int { sum_loss, sum_kl, sum_entropy, sum_ratio, sum_measured, sum_low, sum_high, sum_dual, sum_tokens, sum_count };
 // Per sequence in the workspace: the sums, then the largest ratio.
 constexpr int kPartials = sum_count + 1;
@@ -86,7 +86,7 @@ struct PolicyArguments {
     PRISM_HD int64_t inside(int64_t token) const { return token < 0 ? 0 : token > tokens ? tokens : token; }
 };
 
-// What the policy term sees of one token: 0 where it is inactive.
+// Inputs of the policy term for one token; 0 if the token is inactive.
 template <class T>
 struct Token {
     T fresh, old, advantage;
@@ -100,7 +100,7 @@ struct TokenTerms {
     T low, high, dual;        // 0 or 1
 };
 
-// What is the same for a whole sequence in the family `sequence`.
+// Ratio of a whole sequence, in the family `sequence`.
 template <class T>
 struct SequenceRatio {
     T ratio, moving;  // moving: the ratio where its clamp lets the gradient pass, else 0
@@ -141,7 +141,7 @@ PRISM_HD PRISM_INLINE TokenTerms<T> token_terms(const Token<T>& x, const PolicyO
         out.high = flag<T>(ratio > top);
         return out;
     }
-    // Truth values are numbers here: loops over products of 0 and 1 vectorise, loops over boolean logic do not.
+    // Booleans are the numbers 0 and 1 here: loops over their products vectorise, loops over boolean logic do not.
     const T plain = -a * ratio, bounded = -a * clipped;
     const T holds = flag<T>(bounded > plain);  // never inside the range
     const T shared = flag<T>(bounded == plain) * flag<T>(clipped != ratio);  // equal by rounding or by A = 0
@@ -166,7 +166,7 @@ struct KlTerms {
     T value, slope;
 };
 
-// What a straight-through estimate has instead of its own derivative.
+// The derivative of a straight-through estimate: that of k2.
 template <class T>
 PRISM_HD PRISM_INLINE T k2_slope(T fresh, T ref) {
     return fresh - ref;
@@ -183,19 +183,19 @@ PRISM_HD PRISM_INLINE KlTerms<T> kl_terms(T fresh, T ref) {
     const T k = raw < -limit ? -limit : raw > limit ? limit : raw;
     const T e = exponential_within(k);
     const T value = e - k - T(1);
-    // The value is not negative, and beyond the limit of k it is beyond its own: one comparison stands for both clamps.
+    // The value is not negative, and exceeds its limit wherever k exceeds its own: one comparison serves both clamps.
     const bool passes = value <= top;
     return {value > top ? top : value, passes ? T(1) - e : T(0)};
 }
 
-// The estimate times the ratio, by the product rule. `mean`: the estimate itself, or its mean over the sequence where the ratio
-// is a sequence's, each token of which moves it alike.
+// The estimate times the ratio, by the product rule. `mean`: the estimate itself; with one ratio per sequence its mean over the
+// sequence, because every token contributes equally to that ratio.
 template <class T>
 PRISM_HD PRISM_INLINE KlTerms<T> times_ratio(const KlTerms<T>& kl, T ratio, T moving, T mean) {
     return {kl.value * ratio, kl.slope * ratio + mean * moving};
 }
 
-// What is not a number has no derivative that is one: who watches gradients alone must see it.
+// A NaN value gets a NaN derivative, so that gradients alone show it.
 template <class T>
 PRISM_HD PRISM_INLINE T shown(T loss, T slope) {
     return loss != loss ? loss : slope;
@@ -217,7 +217,7 @@ PRISM_HD inline SequenceRatio<T> sequence_ratio(double drift_sum, double active)
     return {ratio, drift <= top ? ratio : T(0)};
 }
 
-// Largest value; a NaN wins over everything.
+// Largest value; NaN if any value is NaN.
 template <class T>
 PRISM_HD PRISM_INLINE T larger(T a, T b) {
     return (b > a) | (b != b) ? b : a;
@@ -252,7 +252,7 @@ PRISM_HD inline void add_sequence(Totals& t, const PolicyArguments<T>& a, int64_
     t.ordered = t.ordered && a.ordered(sequence);
 }
 
-// 1 / denominator. With bad offsets nobody knows whose a token is: everything becomes NaN.
+// 1 / denominator. With bad offsets the sequence of a token is unknown: everything becomes NaN.
 template <class T>
 PRISM_HD inline double inverse_denominator(const PolicyArguments<T>& a, double tokens, double sequences, bool ordered) {
     const bool by_token = a.options.aggregation == Aggregation::token_mean;

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kBlockRows = 256, kBlockColumns = 512;
 
-// gemm of BLAS, on matrices that lie column by column.
+// gemm of BLAS, on matrices stored by columns.
 template <class T>
 using Gemm = void (*)(const char* turn_a, const char* turn_b, const int* m, const int* n, const int* k, const T* alpha, const T* a,
                       const int* lda, const T* b, const int* ldb, const T* beta, T* c, const int* ldc);
@@ -24,7 +24,7 @@ Gemm<T>& gemm() {
     return call;
 }
 
-// How many threads the library may use for calls from this thread; returns the number before, 0 for none of its own.
+// Sets how many threads the library may use for calls from this thread; returns the previous number, 0 if none was set.
 using SetThreads = int (*)(int);
 SetThreads set_threads = nullptr;
 
@@ -39,7 +39,7 @@ void block(const ProductArguments<T>& a, int64_t row, int64_t column) {
     const int columns = static_cast<int>(std::min(kBlockColumns, a.columns - column)), depth = static_cast<int>(a.depth);
     const int a_line = static_cast<int>(a.a_line), b_line = static_cast<int>(a.b_line), c_line = static_cast<int>(a.c_line);
     const T one = T(1), zero = T(0);
-    // Read column by column, c is its transpose: that of b times that of a.
+    // Read by columns, the memory of c holds its transpose: the transpose of b times the transpose of a.
     gemm<T>()(
         a.b_turned ? "T" : "N", a.a_turned ? "T" : "N", &columns, &rows, &depth, &one,
         a.b + column * (a.b_turned ? a.b_line : 1), &b_line, a.a + row * (a.a_turned ? 1 : a.a_line), &a_line, &zero,

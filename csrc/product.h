@@ -1,14 +1,14 @@
-// Matrix products whose bits do not depend on the number of threads. PyTorch's product shares a result among all threads, takes
-// its kernels by the shares, and with them the last bits; here a result is cut into blocks of a fixed size, each computed by one
-// thread, with the same library.
+// Matrix products whose bits do not depend on the number of threads. PyTorch's product divides a result among all threads; the
+// size of a share decides the library's kernel, and the kernel the last bits. Here one thread computes each block of a fixed
+// size, with the same library.
 #pragma once
 
 #include <cstdint>
 
 namespace prism {
 
-// c = a b: rows x depth times depth x columns. An operand lies row by row, or column by column where it is `turned`; `a_line` and
-// `b_line` are the distances between its lines. The rows of c are dense.
+// c = a b: rows x depth times depth x columns. An operand is stored by rows, or by columns if `turned`; `a_line` and `b_line` are
+// the distances between these rows or columns, in elements. The rows of c are dense.
 template <class T>
 struct ProductArguments {
     const T* a;
@@ -22,8 +22,8 @@ struct ProductArguments {
     int64_t rows, columns, depth;
 };
 
-// Makes `product` use the gemm of the shared library at `path`, loaded already. Whether it has one that can be told to compute on
-// its caller's thread alone.
+// Makes `product` use the gemm of the shared library at `path`, which is already loaded. Returns whether it has one that can be
+// restricted to its caller's thread.
 bool use_products_of(const char* path);
 
 // On at most `threads` threads. Needs `use_products_of`.

@@ -1,4 +1,4 @@
-// CPU twins of the routing kernels: chunks of rows are shared among threads; a second walk hands out the places.
+// CPU twins of the routing kernels: threads share chunks of rows; a second pass assigns the places.
 #include "route_experts.h"
 
 #include <algorithm>
@@ -10,13 +10,13 @@
 namespace prism {
 namespace {
 
-// Rows that are computed side by side, each in a lane of its own: loops over them vectorise whatever the number of experts.
+// Rows computed at once, one per lane: loops over lanes vectorise for any number of experts.
 constexpr int kRows = 32;
 static_assert(kChunk % kRows == 0, "chunks are whole blocks");
 
 constexpr int kPartialSums = 8;
 
-// Counters that neighbouring rows take in turn: the next addition to one waits for the last.
+// Counters that neighbouring rows use in turn, because an addition to a counter waits for the previous one.
 constexpr int kChains = 4;
 
 template <class T>
@@ -76,7 +76,7 @@ struct Block {
         for (int k = 1; k < experts; ++k) {
             for (int r = 0; r < kRows; ++r) top[r] = x[k][r] > top[r] ? x[k][r] : top[r];
         }
-        // Several partial sums: one alone would lose a bit for every few experts.
+        // Several partial sums lose fewer bits than one.
         T sum[kPartialSums][kRows] = {};
         for (int k = 0; k < experts; ++k) {
             for (int r = 0; r < kRows; ++r) e[k][r] = exponential(x[k][r] - top[r]);
@@ -87,8 +87,8 @@ struct Block {
     PRISM_INLINE T log_sum_exp(int r) const { return top[r] + log_of_sum(total[r]); }
 };
 
-// The top_k largest of each row in descending order, the lower expert first among equals: every logit goes down the list of
-// those held so far and changes places with each smaller one. Rows without a softmax take the first experts.
+// The top_k largest of each row in descending order, the lower expert first among equals: every logit goes down the list so far
+// and changes places with each smaller one. Rows with a NaN softmax take the first experts.
 template <class T>
 struct Choices {
     using Bits = typename LogSeries<T>::Bits;
@@ -111,7 +111,7 @@ struct Choices {
                     const T held = value[j][r], comer = moving[r];
                     const Bits holder = expert[j][r], visitor = from[r];
                     const bool ahead = (comer > held) | ((comer == held) & (visitor < holder)) | (holder < 0);
-                    // Exchanged by their bits: a selection would become stores under a mask, which are slow.
+                    // Exchanged by their bits: compilers turn a selection into masked stores, which are slow.
                     const Bits swap = -static_cast<Bits>(ahead);
                     const Bits values = (bits_as<Bits>(held) ^ bits_as<Bits>(comer)) & swap;
                     const Bits names = (holder ^ visitor) & swap;

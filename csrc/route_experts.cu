@@ -22,7 +22,7 @@ int lanes_per_row(int experts) {
     return lanes;
 }
 
-// Combines over the lanes of a group, known to all of them; every lane of the warp calls this.
+// Combines over the lanes of a group and gives the result to all of them; every lane of the warp calls this.
 template <class T, class Op>
 __device__ __forceinline__ T group_all(T value, int lanes, Op op) {
     for (int step = lanes / 2; step > 0; step /= 2) value = op(value, __shfl_xor_sync(kAllLanes, value, step));
@@ -89,7 +89,7 @@ __device__ SpreadRow<T> my_share(int experts, int lanes) {
     return row;
 }
 
-// Experts and weights of the rows of a chunk, and the chunk's sums for the statistics.
+// Experts and weights of the rows of a chunk, and the chunk's sums for load and z_stat.
 template <class S, class T>
 __device__ void choose_chunk(const RouteArguments<S, T>& a, int64_t chunk, int lanes, double (*folded)[kMaxExperts + 1]) {
     const int experts = a.plan.experts, top_k = a.plan.top_k;
@@ -112,7 +112,7 @@ __device__ void choose_chunk(const RouteArguments<S, T>& a, int64_t chunk, int l
         }
         unsigned taken = 0;
         T weight[kMaxChosen];
-        double sum = 0.0;  // as in the twin on the CPU
+        double sum = 0.0;  // as in the CPU twin
         int expert[kMaxChosen];
 #pragma unroll
         for (int j = 0; j < kMaxChosen; ++j) {
@@ -160,7 +160,7 @@ struct Choice {
             expert[j] = j < a.top_k && row < a.rows ? static_cast<int>(a.chosen[row * a.top_k + j]) : -1;
         }
     }
-    // How often it chose this one. A router chooses an expert once per row; a finished plan may name one twice.
+    // How often it chose this one. Our router chooses an expert once per row; a plan of another may name one twice.
     __device__ int times(int e) const {
         int n = 0;
 #pragma unroll
@@ -187,7 +187,7 @@ __device__ void count_chunk(const Choice& choice, int experts, int (*counted)[kM
     for (int e = 0; e < experts; ++e) {
         const int times = choice.times(e);
         int all = 0;
-        // Almost always nobody chose an expert twice, and counting ballots is enough.
+        // Almost always no row chose an expert twice, and counting ballots is enough.
         if (__any_sync(kAllLanes, times > 1)) {
             before(times, all);
         } else {
@@ -209,7 +209,7 @@ __device__ void store_counts(const PlanArguments& a, int64_t chunk, int (*counte
     }
 }
 
-// Counts become first places within their expert, and the totals stand behind them. A warp per expert.
+// Turns each chunk's counts into first places within their expert; the totals follow the last chunk. A warp per expert.
 __device__ void scan_counts(const PlanArguments& a, int expert) {
     const int64_t chunks = chunks_of(a.rows);
     const int lane = threadIdx.x % kWarp;
@@ -225,7 +225,7 @@ __device__ void scan_counts(const PlanArguments& a, int expert) {
     if (lane == 0) a.count(chunks, expert) = total;
 }
 
-// Where the assignments of each expert begin, in shared memory.
+// First place of each expert's assignments, in shared memory.
 __device__ void start_of_experts(const PlanArguments& a, int* start, int* of_warp) {
     static_assert(kThreads >= kMaxExperts, "an expert per thread");
     const int e = threadIdx.x, warp = threadIdx.x / kWarp;
@@ -265,7 +265,7 @@ __device__ void place_chunk(const PlanArguments& a, int64_t chunk, const int* st
     }
 }
 
-// What follows the counts of all chunks; `also` runs in a warp per item of [experts, items).
+// The steps after the counts of all chunks; `also` runs in a warp per item of [experts, items).
 template <class Also>
 __device__ void finish_plan(const PlanArguments& a, int (*counted)[kMaxExperts], int items, Also also) {
     __shared__ int start[kMaxExperts], of_warp[kWarps];
@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const RouteGradientA
     if (!there) return;
     for (int j = 0; j < a.top_k; ++j) {
         const int expert = static_cast<int>(a.chosen[row * a.top_k + j]);
-        // As in the twin on the CPU: without renormalisation the chosen expert's slope is formed anew.
+        // As in the CPU twin: without renormalisation the chosen expert's slope is computed anew.
         const T through = a.renormalize ? a.through_weight(row, j)
                                         : a.through_softmax(a.weights[row * a.top_k + j], a.load_upstream(expert), mean_load,
                                                             z_slope, mean - a.upstream(row, j));

@@ -2,9 +2,9 @@
 //
 // Meaning: prism_fast/ops/route_experts.py; executable specification: prism_fast/ops/reference/routing.py.
 //
-// Rows are cut into chunks of kChunk. A chunk gives the number of its assignments per expert and its sums for the statistics;
-// running sums over the chunks, in their order, give every assignment its place. Chunks do not depend on the number of
-// threads or multiprocessors, hence neither do the results.
+// Rows are cut into chunks of kChunk. Each chunk counts its assignments per expert and sums load and z_stat; running sums over
+// the chunks, in their order, give every assignment its place. Neither chunks nor results depend on the number of threads or
+// multiprocessors.
 #pragma once
 
 #include "half.h"
@@ -17,7 +17,7 @@ constexpr int kMaxChosen = 8;
 
 PRISM_HD inline int64_t chunks_of(int64_t rows) { return (rows + kChunk - 1) / kChunk; }
 
-// What the plan reads and writes. An assignment is a pair (row, j), numbered row * top_k + j.
+// Tensors of the plan. An assignment is a pair (row, j), numbered row * top_k + j.
 struct PlanArguments {
     int64_t* chosen;  // [rows, top_k] expert of each assignment
     int64_t rows;
@@ -36,7 +36,7 @@ struct PlanArguments {
     }
 };
 
-// S is the type of the logits, T the one they are computed in.
+// S is the type of the logits, T that of the computation.
 template <class S, class T = typename ComputedIn<S>::type>
 struct RouteArguments {
     PlanArguments plan;
@@ -49,7 +49,7 @@ struct RouteArguments {
     double* sums;   // workspace [chunks, experts + 1]: load and z_stat of each chunk
 };
 
-// `index` [rows, top_k] and `given` [rows, top_k] are what another router decided.
+// `index` [rows, top_k] and `given` [rows, top_k] are the experts and weights that another router chose.
 template <class T>
 struct GivenArguments {
     PlanArguments plan;
@@ -89,8 +89,7 @@ struct RouteGradientArguments {
         for (int j = 0; j < top_k; ++j) mean += weights[row * top_k + j] * upstream(row, j);
         return mean;
     }
-    // Gradient of a row's logits before their own part of it where the softmax is not needed: 0, and NaN with the weights
-    // of a row without a softmax.
+    // Common term of the gradients of a row's logits if the softmax is not needed: 0, or NaN for a row whose weights are NaN.
     PRISM_HD T untouched(int64_t row) const { return T(0) * weights[row * top_k]; }
     // With p the softmax, w the weights, g, G, Z the gradients of weights, load and z_stat, the gradient of logit e is
     //     p_e (G_e - sum p G + 2 Z log-sum-exp) + ( w_j (g_j - sum w g)         where e was chosen as j, renormalised
@@ -98,8 +97,8 @@ struct RouteGradientArguments {
     PRISM_HD T through_softmax(T p, T upstream_of_load, T mean_load, T z_slope, T mean) const {
         return p * (upstream_of_load - mean_load + z_slope - (renormalize ? T(0) : mean));
     }
-    // Renormalised weights sum to 1, so g_j - sum w g = sum w (g_j - g): differences first, for one weight near 1 leaves
-    // nothing of the others in a sum that is subtracted afterwards.
+    // Renormalised weights sum to 1, so g_j - sum w g = sum w (g_j - g). Differences come first: beside one weight near 1, the
+    // others would be lost in a sum that is subtracted afterwards.
     PRISM_HD T through_weight(int64_t row, int j) const {
         const T own = upstream(row, j);
         if (!renormalize) return weights[row * top_k + j] * own;
@@ -109,7 +108,7 @@ struct RouteGradientArguments {
     }
 };
 
-// CPU twins, on at most `threads` threads. They bring their own workspace.
+// CPU twins, on at most `threads` threads. They allocate their own workspace.
 template <class S>
 void route_experts_cpu(RouteArguments<S> a, int threads);
 template <class T>

@@ -1,11 +1,11 @@
-// Numbers that the host may know or not.
+// Numbers on the host or on the device.
 #pragma once
 
 #include "numeric.h"
 
 namespace prism {
 
-// A number that the host knows, or a 0-d tensor on the device.
+// A number on the host, or a 0-d tensor on the device.
 enum class ScalarKind : int { host, float32, float64, int32, int64 };
 struct Scalar {
     const void* address;

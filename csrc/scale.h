@@ -1,4 +1,4 @@
-// Gradients that the forward pass wrote, times the upstream gradient: what remains of backward.
+// Multiplies gradients that the forward pass wrote by the upstream gradient: the whole backward pass of the losses.
 #pragma once
 
 #include "numeric.h"
@@ -25,7 +25,7 @@ bool scale_is_one(const T* upstream, const T* factor) {
     return *upstream * (factor == nullptr ? T(1) : *factor) == T(1);
 }
 
-// CPU twin. It moves memory and nothing else, so it stays on the caller's thread.
+// CPU twin, on the caller's thread: memory limits it.
 template <class T>
 void scale_cpu(const ScaleArguments<T>& a);
 

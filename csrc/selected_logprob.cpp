@@ -1,4 +1,4 @@
-// CPU twins of the log-probability kernels: rows are shared among threads and read once each, in chunks.
+// CPU twins of the log-probability kernels: threads share the rows and read each once, in chunks.
 #include "selected_logprob.h"
 
 #include <algorithm>
@@ -35,14 +35,14 @@ PRISM_INLINE void forward_row(const LogprobArguments<S>& a, int64_t row) {
         return;
     }
     const S* logits = a.logits + row * a.row_stride;
-    const T heat = a.heat_of(row), inverse = T(1) / heat;
+    const T temperature = a.temperature_of(row), inverse = T(1) / temperature;
     RowSums<double> sums = RowSums<double>::none();
     T x[kChunk], z[kChunk], e[kChunk];
     for (int64_t at = 0; at < a.vocabulary; at += kChunk) {
         const int n = static_cast<int>(std::min<int64_t>(kChunk, a.vocabulary - at)), whole = whole_lanes(n);
         load(x, logits + at, n, -static_cast<T>(INFINITY));
         sums.bad = sums.bad || lane_sum(whole, [&](int i) { return flag<T>(x[i] != x[i]); }) != 0.0;
-        sums.raise(static_cast<double>(chunk_top(x, whole)), static_cast<double>(heat));
+        sums.raise(static_cast<double>(chunk_top(x, whole)), static_cast<double>(temperature));
         if (!(sums.top > -INFINITY)) continue;
         const T top = static_cast<T>(sums.top);
         for (int i = 0; i < whole; ++i) {
@@ -61,7 +61,7 @@ PRISM_INLINE void forward_row(const LogprobArguments<S>& a, int64_t row) {
 
 template <bool with_entropy, class T>
 PRISM_INLINE void slopes(T* x, int n, const RowSlope<T>& r) {
-    const T top = r.top, inverse = T(1) / r.heat, log_sum = r.log_sum, entropy = r.entropy, g = r.g, h = r.h;
+    const T top = r.top, inverse = T(1) / r.temperature, log_sum = r.log_sum, entropy = r.entropy, g = r.g, h = r.h;
     for (int i = 0; i < n; ++i) x[i] = logit_slope<with_entropy>(x[i], top, inverse, log_sum, entropy, g, h);
 }
 
@@ -83,7 +83,7 @@ PRISM_INLINE void backward_row(const LogprobArguments<S>& a, int64_t row) {
         } else {
             slopes<false>(x, n, r);
         }
-        if (r.target >= at && r.target < at + n) x[r.target - at] += r.g / r.heat;
+        if (r.target >= at && r.target < at + n) x[r.target - at] += r.g / r.temperature;
         for (int i = 0; i < n; ++i) narrow(x[i], gradient[at + i]);
     }
 }

@@ -1,7 +1,7 @@
 // CUDA kernels of the log-probability from logits: one block per row, the row read once in forward and once in backward.
 //
-// Bound by instructions, not by memory, if one is careless: the loops over whole vectors test nothing per score, exponentials
-// are powers of two of arguments that carry the factor 1 / ln 2, and NaN is left to find its way into the sums.
+// To be limited by memory and not by instructions, the loops over whole vectors test nothing per score, exponentials are powers
+// of two of arguments that include the factor 1 / ln 2, and NaN propagates into the sums by itself.
 #include "block.cuh"
 #include "launch.cuh"
 #include "selected_logprob.h"
@@ -13,7 +13,7 @@ namespace {
 constexpr int kThreads = 512;
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// 2^x; 0 where that is not a normal number. The instruction of the hardware is off by up to 2^-22 of the result.
+// 2^x; 0 where that is not a normal number. The hardware's instruction has a relative error of up to 2^-22.
 __device__ __forceinline__ float power_of_two(float x) {
 #ifdef __CUDA_ARCH__
     float result;
@@ -25,14 +25,14 @@ __device__ __forceinline__ float power_of_two(float x) {
 }
 __device__ __forceinline__ double power_of_two(double x) { return x < -1022.0 ? 0.0 : exp2(x); }
 
-// The power of two that stands for 0: x times 2^x is NaN at minus infinity.
+// The exponent used for 2^x = 0: x times 2^x would be NaN at minus infinity.
 template <class T>
 __device__ __forceinline__ T not_below_low(T x) {
     constexpr T low = static_cast<T>(ExpLimits<T>::low * kLog2e);
     return x < low ? low : x;
 }
 
-// A row as it is accessed: vectors of 16 bytes, and up to kWide - 1 elements before and behind them, one per thread.
+// The accesses to a row: vectors of 16 bytes, and up to kWide - 1 elements before and after them, one per thread.
 template <class S>
 struct Parts {
     int64_t head, vectors, edge;  // elements before the vectors; vectors; elements outside of them
@@ -65,8 +65,8 @@ __device__ __forceinline__ void for_vectors(int64_t vectors, Two two, One one) {
     if (vector < vectors) one(vector);
 }
 
-// Sums over part of a row: top is its maximum, NaN overlooked; total of 2^z and weighted of z 2^z, z = (x - top) scale, are NaN
-// where one of the logits is NaN or plus infinity.
+// Sums over part of a row: top is its maximum, ignoring NaN; total of 2^z and weighted of z 2^z, z = (x - top) scale, are NaN
+// if a logit is NaN or plus infinity.
 template <class T, bool with_entropy>
 struct Sums {
     T scale;  // 1 / (temperature ln 2)
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const LogprobArgument
     }
     const S* logits = a.logits + row * a.row_stride;
     const Parts<S> parts(logits, a.vocabulary);
-    Sums<T, with_entropy> sums(static_cast<T>(kLog2e) / a.heat_of(row));
+    Sums<T, with_entropy> sums(static_cast<T>(kLog2e) / a.temperature_of(row));
     if (threadIdx.x < parts.edge) {
         const T x[1] = {widen(logits[parts.edge_element(threadIdx.x)])};
         sums.add(x);
@@ -137,15 +137,15 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const LogprobArgument
     if (!a.known(a.target_of(row))) count_one(a.bad);
 }
 
-// What logit_slope computes, with everything that is the same for a whole row in two factors.
+// The slopes of logit_slope, with all terms that are the same for a whole row in two factors.
 template <class T, bool with_entropy>
 struct Slopes {
     T top, scale, log_sum, slope, entropy_slope;
 
     __device__ explicit Slopes(const RowSlope<T>& r)
-        : top(r.top), scale(static_cast<T>(kLog2e) / r.heat), log_sum(r.log_sum * static_cast<T>(kLog2e)),
-          slope(-(with_entropy ? r.g + r.h * r.entropy : r.g) / r.heat),
-          entropy_slope(-r.h * static_cast<T>(kLn2) / r.heat) {}
+        : top(r.top), scale(static_cast<T>(kLog2e) / r.temperature), log_sum(r.log_sum * static_cast<T>(kLog2e)),
+          slope(-(with_entropy ? r.g + r.h * r.entropy : r.g) / r.temperature),
+          entropy_slope(-r.h * static_cast<T>(kLn2) / r.temperature) {}
 
     __device__ __forceinline__ T of(T x) const {
         const T log_p = (x - top) * scale - log_sum, p = power_of_two(log_p);
@@ -157,7 +157,7 @@ template <class S, class T, bool with_entropy>
 __device__ void row_gradient(const LogprobArguments<S, T>& a, const RowSlope<T>& r, const S* logits, S* gradient) {
     const Parts<S> parts(logits, a.vocabulary);
     const Slopes<T, with_entropy> slopes(r);
-    const T of_target = r.g / r.heat;
+    const T of_target = r.g / r.temperature;
     auto one = [&](int64_t i) {
         const T slope = slopes.of(widen(logits[i]));
         narrow(i == r.target ? slope + of_target : slope, gradient[i]);

@@ -4,8 +4,8 @@
 //
 // With z_j = (x_j - top) / temperature, S = sum_j e^z_j and U = sum_j e^z_j z_j:
 //     logp = z_target - log S,   H = log S - U / S,   d / dx_j = ([j = target] g - p_j (g + h (log p_j + H))) / temperature
-// where g and h are the upstream gradients of logp and H. The row's maximum `top` and log S are kept apart: their sum, rounded
-// to one number, would lose what distinguishes two logits of 10,000.
+// where g and h are the upstream gradients of logp and H. The row's maximum `top` and log S stay two numbers: their sum, rounded
+// to one number, would lose the difference between two logits near 10,000.
 #pragma once
 
 #include "half.h"
@@ -40,11 +40,13 @@ struct LogprobArguments {
     PRISM_HD int64_t target_of(int64_t row) const {
         return target_is_64 ? static_cast<const int64_t*>(target)[row] : static_cast<const int32_t*>(target)[row];
     }
-    PRISM_HD T heat_of(int64_t row) const { return temperature == nullptr ? one_temperature : temperature[row * temperature_stride]; }
+    PRISM_HD T temperature_of(int64_t row) const {
+        return temperature == nullptr ? one_temperature : temperature[row * temperature_stride];
+    }
     PRISM_HD bool known(int64_t token) const { return token >= 0 && token < vocabulary; }
 };
 
-// Sums over the row so far, relative to `top`. NaN logits are counted apart: comparisons overlook them.
+// Sums over the row so far, relative to `top`. `bad` records NaN logits, which comparisons ignore.
 template <class T>
 struct RowSums {
     T top;
@@ -54,10 +56,10 @@ struct RowSums {
     PRISM_HD static RowSums none() { return {-static_cast<T>(INFINITY), T(0), T(0), false}; }
 
     // Makes the sums relative to a new, not smaller maximum.
-    PRISM_HD void raise(T higher, T heat) {
+    PRISM_HD void raise(T higher, T temperature) {
         if (higher > top) {
             if (total != T(0)) {
-                const T shift = (top - higher) / heat, factor = exponential(shift);
+                const T shift = (top - higher) / temperature, factor = exponential(shift);
                 const T held = shift < ExpLimits<T>::low ? ExpLimits<T>::low : shift;
                 weighted = factor * (weighted + held * total);
                 total *= factor;
@@ -67,7 +69,7 @@ struct RowSums {
     }
 };
 
-// Log-probability (and entropy) of a row from its sums. A row that holds NaN or +infinity, or nothing above -infinity, is NaN.
+// Log-probability (and entropy) of a row from its sums; NaN for a row with NaN or +infinity, or with -infinity alone.
 template <class S, class T, class Sum>
 PRISM_HD inline void finish_row(const LogprobArguments<S, T>& a, int64_t row, T top, Sum total, Sum weighted, bool bad) {
     const int64_t token = a.target_of(row);
@@ -82,23 +84,23 @@ PRISM_HD inline void finish_row(const LogprobArguments<S, T>& a, int64_t row, T 
         return;
     }
     const Sum x = widen(a.logits[row * a.row_stride + token]);
-    Sum z = (x - static_cast<Sum>(top)) / static_cast<Sum>(a.heat_of(row));
+    Sum z = (x - static_cast<Sum>(top)) / static_cast<Sum>(a.temperature_of(row));
     constexpr Sum lowest = ExpLimits<T>::lowest;
     z = z < lowest ? lowest : z;  // a banned token has the lowest log-probability, not minus infinity
     a.logp[row] = static_cast<T>(z - log_sum < lowest ? lowest : z - log_sum);
 }
 
-// Rows to ignore: not even read.
+// Results of an ignored row, whose logits are not read.
 template <class S, class T>
 PRISM_HD inline void finish_ignored(const LogprobArguments<S, T>& a, int64_t row) {
     a.logp[row] = a.top[row] = a.log_sum[row] = T(0);
     if (a.entropy != nullptr) a.entropy[row] = T(0);
 }
 
-// What backward needs to know of a row.
+// The numbers of a row that backward needs.
 template <class T>
 struct RowSlope {
-    T g, h, heat, top, log_sum, entropy;
+    T g, h, temperature, top, log_sum, entropy;
     int64_t target;  // -1: none
     bool idle;       // the whole row is exactly 0
 };
@@ -113,7 +115,7 @@ PRISM_HD inline RowSlope<T> row_slope(const LogprobArguments<S, T>& a, int64_t r
     r.h = a.entropy_grad == nullptr ? T(0) : a.entropy_grad[row * a.entropy_grad_stride];
     if (!a.known(token) && r.g != T(0)) r.g = static_cast<T>(NAN);
     r.idle = r.g == T(0) && r.h == T(0);
-    r.heat = a.heat_of(row);
+    r.temperature = a.temperature_of(row);
     r.top = a.top[row];
     r.log_sum = a.log_sum[row];
     r.entropy = a.entropy_grad == nullptr ? T(0) : a.entropy[row];
@@ -121,14 +123,14 @@ PRISM_HD inline RowSlope<T> row_slope(const LogprobArguments<S, T>& a, int64_t r
     return r;
 }
 
-// Gradient with respect to one logit, the target's own share left out.
+// Gradient with respect to one logit, without the term g of the target.
 template <bool with_entropy, class T>
-PRISM_HD PRISM_INLINE T logit_slope(T x, T top, T inverse_heat, T log_sum, T entropy, T g, T h) {
-    const T log_p = (x - top) * inverse_heat - log_sum;
+PRISM_HD PRISM_INLINE T logit_slope(T x, T top, T inverse_temperature, T log_sum, T entropy, T g, T h) {
+    const T log_p = (x - top) * inverse_temperature - log_sum;
     const T p = exponential(log_p);
-    if (!with_entropy) return -p * g * inverse_heat;
+    if (!with_entropy) return -p * g * inverse_temperature;
     const T held = log_p < ExpLimits<T>::low ? ExpLimits<T>::low : log_p;  // p is 0 there, and 0 * infinity is NaN
-    return -p * (g + h * (held + entropy)) * inverse_heat;
+    return -p * (g + h * (held + entropy)) * inverse_temperature;
 }
 
 // CPU twins, on at most `threads` threads.

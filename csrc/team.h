@@ -2,8 +2,8 @@
 
 namespace prism {
 
-// Makes parallel_for use the OpenMP threads that the shared library at `path`, loaded already, computes with. Whether it has
-// any that are understood here; without, parallel_for starts threads of its own.
+// Makes parallel_for use the OpenMP threads of the shared library at `path`, which is already loaded. Returns whether it has
+// usable ones; if not, parallel_for starts threads of its own.
 bool share_threads_of(const char* path);
 
 }  // namespace prism

@@ -1,4 +1,4 @@
-// Teams of threads that walk over rows; group_advantage.h says what a team offers.
+// Teams of threads that walk over rows, as defined in group_advantage.h.
 #pragma once
 
 #include "block.cuh"
@@ -7,7 +7,7 @@ namespace prism {
 
 constexpr int kListed = 512;  // rows of a group that fit the list; a larger group scans the ids on every walk
 
-// A warp over the rows of one group, in whatever order they lie.
+// A warp over the rows of one group, which may be anywhere in the batch.
 struct WarpTeam {
     const int64_t* ids;
     int64_t rows, group;

@@ -1,4 +1,4 @@
-"""What the model says of the Triton kernels: `python3 -m prism_fast.bench.model`. Exit code 1 if it misses a goal."""
+"""Prints the model of the Triton kernels: `python3 -m prism_fast.bench.model`. Exit code 1 if it misses a goal."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What the model takes an H200 to be, and how long a kernel runs on it. Clocks are those of one multiprocessor.
+"""The model's assumptions about an H200, and the time of a kernel on it. Clocks are those of one multiprocessor.
 
 A tile's step occupies the matrix units for a known number of clocks; its instructions compete for the schedulers' issue
-slots; its operands pass the port between L2 and the multiprocessor. The longest of the three is the step. A tile's
-epilogue is added to its steps: nothing of it runs beside the next tile's products, which is what Triton compiles today.
-Banks of registers and barriers are not modelled. What L2 gives to all multiprocessors at once is not published for this
-card: `SHARED` is what the card before it gives per clock, shared out, and stands beside `PORT` as the worse case.
+slots; its operands pass the port between L2 and the multiprocessor. The longest of the three is the time of the step. A
+tile's epilogue adds to its steps: as Triton compiles it today, no part of it overlaps with the next tile's products.
+Register banks and barriers are not modelled. The rate of L2 for all multiprocessors at once is not published for this
+card: `SHARED`, that of the card before it per multiprocessor, is the worse case beside `PORT`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ PROCESSORS = 132
 SCHEDULERS = 4  # per multiprocessor, each issues an instruction of a warp per clock at most
 MULTIPLY_ADDS = 2048  # per clock, dense, bfloat16
 PORT = 64  # bytes per clock from L2, at most
-SHARED = 5120 / PROCESSORS  # the same where all ask at once
+SHARED = 5120 / PROCESSORS  # the same when all multiprocessors load at once
 PEAK = 790e12  # FLOP/s that cuBLAS reached on the reference card at 8192 x 8192 x 8192, random bfloat16
-BUSY = 0.93  # of its clocks, the share in which it keeps the matrix units busy
+BUSY = 0.93  # share of its clocks in which that product keeps the matrix units busy
 CLOCK = PEAK / (2 * MULTIPLY_ADDS * PROCESSORS * BUSY)  # per second, under that load
-BOOST = 1.98e9  # clocks per second where the matrix units rest
+BOOST = 1.98e9  # clocks per second while the matrix units are idle
 COPY = 4.3e12  # bytes/s that a copy reads and writes there
 GROUPED = 650e12  # FLOP/s of CUTLASS's grouped products, as published for experts of 4096 x 2048 on such a card
-ISSUE = 0.65  # of the issue slots, the share that steps of dependent instructions fill
+ISSUE = 0.65  # share of the issue slots that steps of dependent instructions fill
 ISSUE_SOFTMAX = 0.75  # the same between the products of attention
-PIPELINED = 900  # clocks per tile beside its instructions, where the next tile's loads run already
-FILL = 1800  # the same where they begin with the tile
+PIPELINED = 900  # further clocks per tile, if the loads of the next tile run ahead
+FILL = 1800  # the same, if the loads begin with the tile
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Tile:
 
     @property
     def products(self) -> float:
-        """Clocks that a step occupies the matrix units."""
+        """Clocks in which a step occupies the matrix units."""
         return self.m * self.n * self.k / MULTIPLY_ADDS
 
     @property
@@ -54,24 +54,24 @@ class Tile:
         return instructions * self.warps / SCHEDULERS / share
 
     def clocks(self, depth: int, beside: int, port: float = PORT) -> float:
-        """Of a whole tile over a sum of ``depth`` numbers; ``beside``: `PIPELINED` or `FILL`."""
+        """Clocks of a whole tile over a sum of ``depth`` numbers; ``beside``: `PIPELINED` or `FILL`."""
         step = max(self.products / BUSY, self.issue(self.step, ISSUE), self.products * self.traffic / port)
         return ceil(depth / self.k) * step + self.issue(self.epilogue) + beside
 
     def share(self, depth: int, beside: int, tiles: int, port: float = PORT) -> float:
-        """Of `PEAK`, with ``tiles`` of them walked over by one program per multiprocessor."""
+        """Share of `PEAK`, with one program per multiprocessor for ``tiles`` of them."""
         rounds = ceil(tiles / PROCESSORS) * PROCESSORS
         useful = tiles * ceil(depth / self.k) * self.products / BUSY
         return useful / (rounds * self.clocks(depth, beside, port))
 
 
 def pass_seconds(size: float, instructions: float = 0.0, warps: float = 0.0) -> float:
-    """Of a pass over ``size`` bytes of memory, or of issuing ``instructions`` in each of ``warps`` warps."""
+    """Seconds of a pass over ``size`` bytes, or of issuing ``instructions`` in each of ``warps`` warps if longer."""
     return max(size / COPY, instructions * warps / (PROCESSORS * SCHEDULERS * ISSUE * BOOST))
 
 
 def makespan(programs: list[float], slots: int = PROCESSORS) -> float:
-    """When the last program ends, each started in order on the slot that is free first."""
+    """The time when the last program ends; programs start in order, each on the slot that is free first."""
     from heapq import heapify, heapreplace
 
     free = [0.0] * slots

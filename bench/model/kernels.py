@@ -1,4 +1,4 @@
-"""Lines of the model: a kernel or a layer at a shape, its share of what the card could do, and the goal."""
+"""Lines of the model: a kernel or a layer at a shape, its share of the card's peak, and the goal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LAYER = Layer(32_768, 2048, 6144, 4, 2)
 
 
 class Line(NamedTuple):
-    """``worse``: the share if L2 gives each multiprocessor no more than `SHARED`, where that matters."""
+    """``worse``: the share at the L2 rate `SHARED` per multiprocessor, for kernels that it may limit."""
 
     kernel: str
     shape: str
@@ -48,12 +48,12 @@ class Line(NamedTuple):
 
 
 def read(path: Path = TABLE) -> dict[str, dict]:
-    """The table as `python -m tests.kernels.compile_forms --write` leaves it."""
+    """The table that `python -m tests.kernels.compile_forms --write` writes."""
     return json.loads(path.read_text())
 
 
 def entry(table: dict[str, dict], form: str, kernel: str) -> dict:
-    """The H200's line of a kernel under the form that names it; there must be one alone."""
+    """The H200's only line of a kernel under a form. Raises KeyError for none or several."""
     name = f"sm_90 {form}: {kernel}"
     found = [table[name]] if name in table else [row for key, row in table.items() if key.startswith(name)]
     if len(found) != 1:
@@ -62,7 +62,7 @@ def entry(table: dict[str, dict], form: str, kernel: str) -> dict:
 
 
 def tile(row: dict, names: tuple[str, str, str], factor: int = 1) -> Tile:
-    """Of a table's line; ``names`` of its rows, columns and depth, ``factor`` tiles of columns side by side."""
+    """The tile of a table's line; ``names`` of its rows, columns and depth; ``factor`` column tiles per step."""
     m, n, k = (row["sizes"][name] for name in names)
     (step,) = row["steps"]
     return Tile(m, factor * n, k, row["warps"], step, row["epilogue"])
@@ -111,7 +111,7 @@ def own_experts(table: dict[str, dict]) -> list[Line]:
 
 
 def default_experts(table: dict[str, dict]) -> list[Line]:
-    """A layer forward and backward as it is served by default: the library's grouped products, our passes between."""
+    """A layer forward and backward by the default backend: the library's grouped products, our passes between."""
     x = LAYER
     row, wide, out = 2.0 * x.slots * x.width, 2.0 * x.slots * x.inner, 2.0 * x.tokens * x.width  # bytes
     passes = {  # bytes read and written, how often

@@ -1,4 +1,4 @@
-"""Shared-prefix attention: how busy its loops keep the matrix units, how evenly the work of a prefix is shared out."""
+"""Shared-prefix attention: how busy its loops keep the matrix units, how evenly programs share the work of a prefix."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ WIDTH = 128  # of a head
 PRODUCTS = {"attend_kernel": 2, "queries_kernel": 3, "keys_kernel": 4}  # of tiles, in a step
 # Prompt, response, branches, heads, key heads: the 4B policy's, the discriminator's.
 SHAPES = ((1024, 1024, 16, 32, 8), (2048, 512, 16, 16, 8))
-EVEN = 1.1  # goal: of the time that the work would take if it could be shared out at will
+EVEN = 1.1  # goal: at most so many times the time of work that is divided evenly
 
 
 def step(row: dict, products: int) -> tuple[float, float]:
-    """(clocks of the matrix units, clocks in all) of a step. Softmax waits for products and products for it."""
+    """(clocks of the matrix units, clocks in all) of a step, in which softmax and products take turns."""
     matrix = products * row["sizes"]["queries"] * row["sizes"]["keys"] * WIDTH / MULTIPLY_ADDS
     return matrix, matrix / BUSY + max(row["steps"]) * row["warps"] / SCHEDULERS / ISSUE_SOFTMAX
 
@@ -32,8 +32,8 @@ def loops(table: dict[str, dict]) -> list[Line]:
 
 
 def schedule(table: dict[str, dict]) -> list[Line]:
-    """The keys' gradient of one packed row: the launch's own lists of programs, started in their order, and the sums of
-    the parts afterwards, in units of the same work shared out evenly."""
+    """The keys' gradient of one packed row: the programs of the launch's own lists in their order, then the sums of the
+    parts, relative to the time of the same work divided evenly."""
     import torch
 
     from prism_fast.kernels.attention import TILES, lists

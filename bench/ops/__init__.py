@@ -1,1 +1,1 @@
-"""Micro-benchmarks: ours per backend beside what else can be installed, checked against float64 in the same run."""
+"""Micro-benchmarks: our backends beside other packages, checked against float64 in the same run."""

@@ -1,8 +1,8 @@
-"""Shared-prefix attention, plain attention over as much work beside it, and the attention of the vision tower.
+"""Shared-prefix attention, plain attention with as much work, and the attention of the vision tower.
 
 The first two have the same shapes, prompt x response x branches x heads x key heads x head width, so that their TFLOP/s
-stand next to each other: ``plain varlen`` runs causal sequences of prompt + response tokens, as many of them as make
-about the same number of (query, key) pairs. Work counts only pairs that somebody sees.
+are comparable: ``plain varlen`` runs causal sequences of prompt + response tokens, as many as give about the same
+number of (query, key) pairs. Work counts only pairs that the mask allows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .losses import noise
 from .op import Inputs, Op, Provider, Unsupported, require
 
 HALF = (torch.bfloat16, torch.float16)
-REFERENCE_TOKENS = 1024  # it computes every pair of tokens, seen or not
+REFERENCE_TOKENS = 1024  # the reference computes every pair of tokens, also masked ones
 PREFIXED = "shared_prefix_attention"
 PLAIN = f"{PREFIXED} (plain varlen)"
 
@@ -82,8 +82,8 @@ def eager_attention(x: Inputs) -> tuple[Tensor, ...]:
 
 
 def repeated(attention: Callable[..., Tensor]) -> Provider:
-    """What one does without a shared prefix: the prompt copied in front of every response, outputs of the copies left
-    out. ``attention(q, k, v, sequences, length)`` on ``[sequences · length, heads, D]``, causal."""
+    """The usual way without a shared prefix: the prompt copied in front of every response, and all but one copy's
+    outputs dropped. ``attention(q, k, v, sequences, length)`` on ``[sequences · length, heads, D]``, causal."""
 
     def run(x: Inputs) -> tuple[Tensor, ...]:
         (prompt, _), *rest = x["segments"].tolist()
@@ -106,7 +106,7 @@ def plain(attention: Callable[..., Tensor]) -> Provider:
 
 
 def sdpa(*backends: SDPBackend) -> Callable[..., Tensor]:
-    """Sequences of one length as a batch: what PyTorch's kernels like best."""
+    """Sequences of one length as a batch, the fastest form for PyTorch's kernels."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, count: int, length: int) -> Tensor:
         q, k, v = (t.view(count, length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))

@@ -27,7 +27,7 @@ def routing_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> I
 
 
 def eager_routing(x: Inputs) -> tuple[Tensor, ...]:
-    """What transformers runs between a router's logits and its grouped products."""
+    """The operations of transformers between a router's logits and its grouped products."""
     logits = x["logits"]
     wide = torch.promote_types(logits.dtype, torch.float32)
     weights, chosen = torch.topk(torch.softmax(logits, -1, dtype=wide), x["top_k"].shape[0], -1)
@@ -127,7 +127,7 @@ WEIGHTED = ("hidden", "gate_up", "down")
 
 
 def expert_flop(shape: tuple[int, ...], dtype: torch.dtype, mode: str) -> float:
-    """Three products of T · top_k rows forward, six backward; what recomputing repeats does not count."""
+    """Three products of T · top_k rows forward, six backward; recomputed products do not count."""
     tokens, hidden, inner, _, top_k = shape
     forward = 6.0 * tokens * top_k * hidden * inner
     return forward * {"inference": 1, "forward": 1, "backward": 2, "full": 3}[mode]

@@ -24,7 +24,7 @@ CHUNK = 1024
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Inputs:
-    """Hidden states [N, H] and weight [V, H] whose scores spread over a few nats; four sequences of equal length."""
+    """Hidden states [N, H] and weight [V, H] whose scores differ by a few nats; four sequences of equal length."""
     n, h, v = shape
     generator = torch.Generator(device).manual_seed(n + h + v)
 
@@ -51,7 +51,7 @@ def materialised(x: Inputs, entropy: bool) -> tuple[Tensor, ...]:
 
 
 def chunked(x: Inputs, entropy: bool) -> tuple[Tensor, ...]:
-    """Slices of rows, each formed again in backward: what trainers do in plain PyTorch."""
+    """Slices of rows, each computed again in backward, as trainers do in plain PyTorch."""
 
     def part(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         return materialised({"hidden": hidden, "weight": weight, "target": target}, entropy)
@@ -115,7 +115,7 @@ def policy(x: Inputs, logp: Tensor, backend: str | None = None) -> tuple[Tensor,
 
 
 def policy_of(logp: Callable[[Inputs, bool], tuple[Tensor, ...]]) -> Provider:
-    """The loss itself is the same for everybody who gives log-probabilities."""
+    """The same loss for every provider of log-probabilities."""
     return lambda x: policy(x, logp(x, False)[0])
 
 
@@ -132,7 +132,7 @@ def ours_policy(backend: str) -> Provider:
 
 
 def exact_logp(x: Inputs, entropy: bool) -> tuple[Tensor, ...]:
-    """The specification in float64, in waves of rows: fits beside the operands on a card too."""
+    """The specification in float64, in waves of rows, so that it fits a card's memory beside the operands."""
     found = ops.linear_logprob(
         x["hidden"], x["weight"], x["target"], entropy=entropy, save="recompute", backend="reference"
     )

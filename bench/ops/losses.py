@@ -1,7 +1,7 @@
-"""What follows the head: log-probabilities from logits, advantages with the policy loss, the discriminator's loss.
+"""Ops after the head: log-probabilities from logits, advantages with the policy loss, the discriminator's loss.
 
-``eager`` writes a loss as trainers do, on padded [B, T] tensors with a mask and with the statistics they log (``eager
-bare``: without); all sequences are full here, so padding costs it nothing.
+``eager`` computes a loss as trainers do, on padded [B, T] tensors with a mask and with the statistics that they log
+(``eager bare``: without). All sequences have full length here, so padding costs it nothing.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def only_advantage(backend: str) -> Provider:
 
 
 def in_graph(provider: Provider) -> Provider:
-    """The provider as a CUDA graph, captured at the first call with these inputs: what is timed is a replay."""
-    held: list = []  # the inputs, whose addresses the graph knows, the graph, its results
+    """The provider as a CUDA graph, captured at the first call with these inputs; later calls replay it."""
+    held: list = []  # the inputs, whose addresses the graph holds, the graph, its results
 
     def run(x: Inputs) -> tuple[Tensor, ...]:
         if x["scores"].device.type != "cuda":
@@ -151,7 +151,7 @@ def ours_policy(mode: str, backend: str) -> Provider:
 
 
 def eager_advantage(x: Inputs) -> Tensor:
-    """[B]: per group of any rows the format rule, then z-scores of each score, then their weighted sum."""
+    """[B]: per group the rule for invalid formats, then z-scores of each score, then their weighted sum."""
     scores, group, valid = x["scores"], x["group"], x["valid"]
     rows, columns = scores.shape
     slot = group.unsqueeze(-1).expand(-1, columns)
@@ -163,8 +163,8 @@ def eager_advantage(x: Inputs) -> Tensor:
     blank = torch.zeros_like(scores)
     size = scores.new_zeros(rows).index_add(0, group, torch.ones_like(scores[:, 0])).unsqueeze(-1)
     centered = scores - (blank.index_add(0, group, scores) / size.clamp(min=1))[group]
-    spread = (blank.index_add(0, group, centered.square()) / (size - 1).clamp(min=1)).sqrt()
-    advantage = (centered / (spread[group] + EPS) * x["weights"]).sum(-1)
+    deviation = (blank.index_add(0, group, centered.square()) / (size - 1).clamp(min=1)).sqrt()
+    advantage = (centered / (deviation[group] + EPS) * x["weights"]).sum(-1)
     return advantage - PENALTY * (~valid).to(scores.dtype)
 
 

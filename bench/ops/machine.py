@@ -1,4 +1,4 @@
-"""What numbers belong to: card or processor, versions, commit."""
+"""Description of the machine for results: card or processor, versions, commit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def machine() -> dict:
         "cuda": torch.version.cuda,
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
-        "load": os.getloadavg()[0],  # of a machine that is busy with something else: no place for absolute times
+        "load": os.getloadavg()[0],  # absolute times of a machine with other work mean little
     }
     return found | {name: _version(name) for name in RIVALS}
 

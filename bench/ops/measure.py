@@ -1,4 +1,4 @@
-"""Check and time the providers of one op. They take turns in one process, on the same inputs."""
+"""Checks and times the providers of one op. They take turns in one process, on the same inputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def in_float64(x: Inputs, leaves: tuple[str, ...]) -> Inputs:
 
 
 def errors(op: Op, found: tuple, exact: tuple) -> dict[str, float]:
-    """Normwise relative error of every result and gradient. A scalar is a mean of terms of size 1: absolute below 1."""
+    """Normwise relative error of every result and gradient; of a scalar below 1 the absolute error, because it is a
+    mean of terms of size 1."""
     names = [f"result {i}" for i in range(len(exact[0]))] + [f"d_{leaf}" for leaf in op.leaves]
     result = {}
     for name, a, b in zip(names, (*found[0], *found[1]), (*exact[0], *exact[1]), strict=True):
@@ -57,8 +58,8 @@ def check(op: Op, provider: Provider, x: Inputs, exact: tuple, device: str) -> t
 
 
 def attempt(op: Op, name: str, provider: Provider, x: Inputs, exact: tuple, device: str, limit: float) -> dict:
-    """Fields of the provider's rows that do not depend on the mode: status, note, errors, memory. ``limit``: of the
-    errors."""
+    """Fields of the provider's rows that do not depend on the mode: status, note, errors, memory. An error above
+    ``limit`` makes the status ``wrong``."""
     try:
         found, peak = check(op, provider, x, exact, device)
     except Absent as error:
@@ -67,10 +68,10 @@ def attempt(op: Op, name: str, provider: Provider, x: Inputs, exact: tuple, devi
         return {"status": "unsupported", "note": str(error)}
     except torch.cuda.OutOfMemoryError as error:
         return {"status": "oom", "note": str(error).splitlines()[0]}
-    except Exception as error:  # somebody else's code refuses in many ways; ours must not fail at all
+    except Exception as error:  # other packages refuse in many ways; ours must not fail
         note = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         if "CUDA error" in note:
-            raise  # the context is broken: nothing after it would mean anything
+            raise  # the CUDA context is broken, and all later results would be meaningless
         return {"status": "wrong" if name.startswith(OURS) else "unsupported", "note": note}
     worst = max(found.values())
     bad = not worst <= limit  # NaN is bad
@@ -84,7 +85,7 @@ def attempt(op: Op, name: str, provider: Provider, x: Inputs, exact: tuple, devi
 
 
 def timed(call: Callable[[], object], device: str, cold: torch.Tensor | None) -> tuple[float, object]:
-    """(milliseconds of a call with everything it enqueues, its value). What the caches held before is swept out."""
+    """(milliseconds of a call with everything that it enqueues, its value). ``cold`` overwrites the caches first."""
     if cold is not None:
         cold.zero_()
     synchronise(device)
@@ -119,7 +120,7 @@ def measure(
     ceiling: dict[str, float],
     only: Callable[[str], bool] = lambda name: True,
 ) -> list[Row]:
-    """Rows of every provider in every mode. ``seconds`` bounds the timed rounds, which are at least three."""
+    """Rows of every provider in every mode. Timed rounds end after ``seconds``; there are at least three."""
     x = op.inputs(shape, dtype, device)
     exact = op.run(op.exact, in_float64(x, op.leaves))
     chosen = {name: provider for name, provider in op.providers.items() if only(name)}
@@ -168,7 +169,8 @@ def percentiles(spent: list[float]) -> tuple[float, float, float]:
 
 
 def measured_ceiling(device: str, dtypes: set[torch.dtype]) -> dict[str, float]:
-    """What this machine reaches in this process: a large product per dtype, a copy (bytes read and written)."""
+    """Rates that this machine reaches in this process: of a large product per dtype, and of a copy (bytes read and
+    written)."""
     size, copied = (8192, 1 << 30) if device == "cuda" else (768, 1 << 26)
     found = {}
     for dtype in dtypes:

@@ -28,7 +28,7 @@ def peak_on_cpu(op: str, provider: str, shape: tuple[int, ...], dtype: torch.dty
 
 
 def print_peak(op: str, provider: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """What `peak_on_cpu` runs in its process."""
+    """The program of the process that `peak_on_cpu` starts."""
     chosen = OPS[op]
     run = chosen.providers[provider]
     chosen.run(run, chosen.inputs(chosen.shapes["small"][0], dtype, "cpu"))  # libraries load and start their threads
@@ -40,6 +40,6 @@ def print_peak(op: str, provider: str, shape: tuple[int, ...], dtype: torch.dtyp
 
 
 def _resident(field: str) -> float:
-    """MiB of this process: VmRSS now, VmHWM at its highest."""
+    """MiB of this process: VmRSS is the current size, VmHWM the largest."""
     line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(field))
     return int(line.split()[1]) / 1024

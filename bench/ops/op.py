@@ -1,4 +1,4 @@
-"""What one benchmarked op is, and what one line of a result holds."""
+"""A benchmarked op, and a line of a result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prism_fast.ops import native
 MODES = ("inference", "forward", "backward", "full")
 STATUSES = ("ok", "wrong", "oom", "unsupported", "absent")
 Inputs = dict[str, Tensor]
-# Results in a fixed order, differentiable; a provider takes the inputs and gives them.
+# Gives differentiable results in a fixed order.
 Provider = Callable[[Inputs], tuple[Tensor, ...]]
 
 
@@ -26,7 +26,7 @@ class Unsupported(Exception):
 
 
 def require(backend: str, like: Tensor) -> None:
-    """Raises Absent or Unsupported where our ``backend`` is missing or cannot run on the device of ``like``."""
+    """Raises Absent or Unsupported if our ``backend`` is missing or cannot run on the device of ``like``."""
     cuda = like.device.type == "cuda"
     if backend == "triton" and not cuda:
         raise Unsupported("Triton's interpreter is no benchmark: needs CUDA tensors")
@@ -36,12 +36,12 @@ def require(backend: str, like: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Op:
-    """An op with its inputs, its exact results and everybody who computes it.
+    """An op with its inputs, its exact results and its providers.
 
     ``inputs`` gets (shape, dtype, device), seeded by the shape. ``exact`` gets them in float64. Results with a tensor
     ``upstream[i]`` among the inputs are differentiated with it, scalars with 1; an op without ``leaves`` has no
-    backward, and its one mode is ``full``. ``work`` gives FLOP or bytes of (shape, dtype, mode) that the mathematics
-    needs, whatever a provider spends.
+    backward, and its only mode is ``full``. ``work`` gives the FLOP or bytes of (shape, dtype, mode) that the
+    mathematics needs, not those that a provider spends.
     """
 
     name: str
@@ -75,8 +75,8 @@ class Op:
         return torch.autograd.grad(results, [x[name] for name in self.leaves], upstream)
 
 
-# Error of a result or gradient, relative to the norm of the exact one, above which a provider is wrong. Rivals round
-# more often than we do; what is beyond these bounds is a mistake, not rounding.
+# A provider is wrong if the error of a result or gradient, relative to the norm of the exact one, exceeds this. Rivals
+# round more often than we do; a larger error is a mistake, not rounding.
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
@@ -95,9 +95,8 @@ class Row:
     ms_p50: float | None = None
     ms_p80: float | None = None
     runs: int = 0
-    of_eager: float | None = (
-        None  # median over the rounds of this time / eager's in the same round: outlives a busy machine
-    )
+    # Median over the rounds of this time / eager's in the same round: meaningful on a busy machine too.
+    of_eager: float | None = None
     rate: float | None = None
     unit: str = ""
     ceiling_percent: float | None = None

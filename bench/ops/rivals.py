@@ -1,4 +1,4 @@
-"""Other people's implementations. Each function imports its package when called and says `Absent` if there is none."""
+"""Implementations of other packages. Each function imports its package when called, and raises `Absent` without it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cuda_only(x: Inputs, key: str) -> None:
 
 
 def verl_linear_cross_entropy() -> Any:
-    """verl's kernel from its two files: importing verl itself would ask for Ray and more."""
+    """verl's kernel from its two files, because an import of verl itself needs Ray and more."""
     if "verl" not in sys.modules:
         spec = importlib.util.find_spec("verl")
         if spec is None or not spec.submodule_search_locations:
@@ -49,7 +49,7 @@ def verl_triton(x: Inputs, entropy: bool) -> tuple[Tensor, ...]:
 
 
 def trl_chunked(x: Inputs, entropy: bool) -> tuple[Tensor, ...]:
-    """TRL's head; its tiles of 32,768 columns are what its trainers use."""
+    """TRL's head with tiles of 32,768 columns, as its trainers use it."""
     function = package("trl.kernels.chunked_logprob", "trl").ChunkedLogProbFunction
     outputs = ("entropy",) if entropy else ()
     found = function.apply(x["hidden"], x["weight"], None, x["target"], 1.0, 32768, None, 1.0, outputs)

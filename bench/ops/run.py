@@ -1,4 +1,4 @@
-"""Run the chosen ops, write the result as JSON, print a table."""
+"""Runs the chosen ops, writes the result as JSON, prints a table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(
     out: Path | None = None,
     show: Callable[[str], object] = print,
 ) -> list[Row]:
-    """``size``: which of an op's shapes, "cuda", "cpu" or "small". Raises NothingToDo, naming what there is."""
+    """``size``: "cuda", "cpu" or "small", a key of an op's shapes. Raises NothingToDo, which lists the known names."""
     chosen = select(ops, shape, size)
     known = {name for op in chosen for name in op.providers}
     if providers and not any(part in name for part in providers for name in known):

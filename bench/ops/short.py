@@ -1,10 +1,10 @@
-"""The few lines of a result that one looks at first. Needs the rows as they stand in the file, and nothing else."""
+"""A summary of a result in a few lines, from the rows of its file alone."""
 
 from __future__ import annotations
 
 
 def short(rows: list[dict]) -> list[str]:
-    """Per op and shape: our fastest forward and backward together, the fastest other, and who did not run."""
+    """Per op and shape: our fastest forward and backward together, the fastest other, providers that did not run."""
     lines = []
     for key in dict.fromkeys((row["op"], row["shape"], row["dtype"]) for row in rows):
         full = [row for row in rows if (row["op"], row["shape"], row["dtype"]) == key and row["mode"] == "full"]

@@ -1,4 +1,4 @@
-"""What every column of the step does, and what it leaves to be compared."""
+"""A column of the step, and its results to be compared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PHASES = ("score", "discriminator", "policy")
 
 class Outcome(NamedTuple):
     """Of one step: scores before the update (``student`` [n, 2], ``teacher`` [2], float32, CPU), both losses, and the
-    largest distance in nats between a response token's log-prob and the one that was sampled with."""
+    largest difference in nats between a response token's log-prob and its log-prob when sampled."""
 
     student: Tensor
     teacher: Tensor
@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
 
 
 class Engine(LocalEngine):
-    """The trainer's engine; ``gradient``: a copy of what the last update was made of, while ``keep`` is set."""
+    """The trainer's engine; ``gradient``: a copy of the gradients of the last update with ``keep`` set."""
 
     keep = False
     gradient: dict[str, Tensor]
@@ -47,7 +47,7 @@ class Column(ABC):
         self.name, self.work = name, work
         self.policy, self.discriminator = models
         self.device = next(self.policy.parameters()).device
-        self.policy_engine, self.critic_engine = (Engine(model, OptimizerConfig()) for model in models)
+        self.policy_engine, self.discriminator_engine = (Engine(model, OptimizerConfig()) for model in models)
 
     @abstractmethod
     def score(self) -> None: ...
@@ -66,7 +66,7 @@ class Column(ABC):
         return zip(PHASES, (self.score, self.update_discriminator, self.update_policy), strict=True)
 
     def engines(self) -> dict[str, Engine]:
-        return {"discriminator": self.critic_engine, "policy": self.policy_engine}
+        return {"discriminator": self.discriminator_engine, "policy": self.policy_engine}
 
     def models(self) -> tuple[tuple[nn.Module, nn.Module | None], ...]:
         """Backbone and output matrix of both."""

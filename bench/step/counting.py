@@ -1,4 +1,4 @@
-"""What really passes through the models of a step: tokens, forwards, images, and the FLOP that they need."""
+"""Counts the tokens, forwards and images that pass through the models of a step, and the FLOP that they need."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .column import Column
 
 @dataclass
 class Count:
-    """Of one phase: tokens (padding included), forwards and image encodes, those with a graph for the backward and
-    those without. ``flop``: products of matrices and attention at the pairs that see each other; a backward counts
-    twice its forward, gradient checkpointing one forward more."""
+    """Of one phase: tokens (padding included), forwards and image encodes, counted apart with a graph for backward and
+    without. ``flop``: matrix products, and attention at the pairs that see each other; a backward counts twice its
+    forward, gradient checkpointing one forward more."""
 
     tokens: int = 0
     tokens_no_grad: int = 0
@@ -36,7 +36,7 @@ class Count:
 
 @contextmanager
 def counted(column: Column) -> Iterator[Count]:
-    """What passes through both models while the context is open."""
+    """Counts both models while the context is open."""
     count = Count()
     handles = []
     for backbone, head in column.models():
@@ -55,7 +55,7 @@ def counted(column: Column) -> Iterator[Count]:
 
 
 def units(again: bool) -> int:
-    """Forwards that a forward costs together with its backward."""
+    """The work of a forward together with its backward, in forwards."""
     return (4 if again else 3) if torch.is_grad_enabled() else 1
 
 
@@ -75,7 +75,7 @@ def _language(count: Count, again: bool):
 
 
 def packed_pairs(layout) -> int:
-    """Queries and keys that see each other in a packed row."""
+    """Pairs of a query and a key that it sees in a packed row."""
     lengths = [b - a for a, b in pairwise(layout.cu_branch.tolist())]
     prefixes = layout.prefix_len.tolist()
     return sum(

@@ -1,4 +1,4 @@
-"""Compares the columns of one shape, then times them in turn."""
+"""Compares the columns of one shape, then times them; they take turns."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .work import Shape, Weights, Widths, Work, build, draw, with_logprobs
 
 STOCK, KERNELS, OURS = "published, stock kernels", "published, our kernels", "prism_fast"
 STATUSES = ("ok", "wrong", "oom")
-# Relative difference from the first column in float32: of the scores and of every parameter's gradient (of tensors
-# whose gradient is tiny: relative to a thousandth of the largest), of the losses where they exceed 1, in nats of the
-# log-probs. A token at a near-tie may meet another expert, which moves that expert's gradient by its share.
+# Largest difference from the first column in float32: relative for the scores, every parameter's gradient (a tiny one
+# relative to a thousandth of the largest) and losses above 1, in nats for the log-probs. A token at a near-tie may go
+# to another expert, which changes that expert's gradient by the token's share.
 TOLERANCE = 1e-3
 SMALL = 1e-3
 WARM_UP = 1
@@ -32,8 +32,8 @@ WARM_UP = 1
 @dataclass
 class Row:
     """One column of one shape. Times in milliseconds per phase (and ``step``), counts per phase, memory of a step
-    beyond weights and optimizer states; ``of_stock`` and ``of_kernels``: how many times as long the published schedule
-    takes with stock and with our kernels, the median of the rounds' ratios."""
+    beyond weights and optimizer states. ``of_stock`` and ``of_kernels``: time of the published schedule with stock and
+    with our kernels divided by this column's, the median over the rounds."""
 
     column: str
     prompt: int
@@ -57,8 +57,8 @@ class Row:
 def columns(
     work: Work, sizes: Widths, weights: Weights, *, dtype: torch.dtype, checkpointing: bool
 ) -> tuple[list[Column], Work]:
-    """The three, each with models and optimizers of its own, and the rollouts with the log-probs of the stock
-    policy."""
+    """(the three columns, each with models and optimizers of its own; the rollouts with the log-probs of the stock
+    policy)."""
 
     def models(stock: bool):
         return build(sizes, weights, stock=stock, dtype=dtype, checkpointing=checkpointing)
@@ -144,7 +144,7 @@ def measure(
     checkpointing: bool,
     rounds: int,
 ) -> list[Row]:
-    """Compared in float32 whatever ``dtype`` is timed. A wrong column is not timed; ``rounds=0``: nothing is."""
+    """Compares in float32 and times in ``dtype``, without wrong columns; ``rounds=0`` times nothing."""
     work = draw(shape, sizes)
     found, work = columns(work, sizes, weights, dtype=torch.float32, checkpointing=checkpointing)
     size = asdict(shape)
@@ -208,7 +208,7 @@ def _fill(row: Row, turns: list[dict[str, float]], spent: dict[str, list[dict[st
 
 
 def _peak(column: Column, device: str) -> float | None:
-    """MiB that a step needs beyond what stands before it; None where the system does not tell."""
+    """MiB that a step needs beyond the memory in use before it; None if the system does not tell."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -219,7 +219,7 @@ def _peak(column: Column, device: str) -> float | None:
     status = Path("/proc/self/status")
     if not status.is_file():
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept of earlier columns would hide what this one asks for
+    ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator kept from earlier columns would hide this one's
     before = _resident(status, "VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     _step(column, device)

@@ -17,14 +17,14 @@ from .work import Models, Work
 
 
 class Ours(Column):
-    """A whole group is one row: the budget is what it needs."""
+    """A whole group is one row, and the token budget is its length."""
 
     def __init__(self, name: str, models: Models, work: Work) -> None:
         super().__init__(name, models, work)
         for model in (self.policy, self.discriminator.backbone):
             use_layout("shared_prefix", model)
         for engine in self.engines().values():
-            engine.packing_checked = True  # the comparison of the columns is this check, and it is not to be counted
+            engine.packing_checked = True  # the comparison of the columns checks it, without forwards to be counted
         shape = work.shape
         tokens = shape.prompt + shape.rollouts * shape.response + shape.teacher
         budget = TokenBudget(tokens, notify=print)
@@ -36,7 +36,7 @@ class Ours(Column):
         ]
         self.batch = PolicyBatch([work.prompt], [0] * shape.rollouts, completions, work.advantage)
         self.discriminator_trainer = DiscriminatorTrainer(
-            self.critic_engine,
+            self.discriminator_engine,
             Batching("shared_prefix", budget, work.widths.pad_id, whole_groups=True),
             DiscriminatorLoss(score_clip=CLIP, score_reg=L2),
             spans=("caption", "reasoning"),
@@ -50,7 +50,7 @@ class Ours(Column):
         )
 
     def score(self) -> None:
-        """The forward of the update gives the scores."""
+        """Nothing: the forward of the update computes the scores."""
 
     def update_discriminator(self) -> None:
         self.scores = self.discriminator_trainer.score_and_accumulate(self.groups)

@@ -1,9 +1,9 @@
-"""The published schedule, written out over our models.
+"""The published schedule on our models.
 
-Every rollout's two spans are scored by forwards of their own. The update computes four sequences per rollout, the
-teacher's two among them, and so computes again what was just scored. The policy runs twice over prompt and response of
-every rollout, the first time for log-probs that the update replaces by its own. Each row encodes its image. Batches are
-laid out beforehand, on the device: the published data loader does that elsewhere.
+Each of a rollout's two spans is scored by a forward of its own. The update computes four sequences per rollout, two of
+them the teacher's, and so computes the same scores again. The policy runs twice over prompt and response of every
+rollout; the update replaces the log-probs of the first run by its own. Each row encodes its image. Batches are made
+beforehand on the device, because the published data loader makes them outside of the step.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Published(Column):
         ).to(self.device)
 
     def _scores(self, batch: TokenBatch) -> Tensor:
-        """[rows] float32, with the graph where gradients are on."""
+        """[rows] float32, with a graph if gradients are enabled."""
         hidden = language_outputs(self.discriminator.backbone, batch).last_hidden_state
         last = hidden[torch.arange(len(hidden), device=self.device), batch.lengths - 1]
         return self.discriminator.score_hidden(last)
@@ -84,14 +84,14 @@ class Published(Column):
             student = torch.stack([self._scores(batch) for batch in students], 1)  # [rows, 2]
             teacher = torch.stack([self._scores(batch) for batch in teachers], 1)  # [rows, 2]
             loss = self._pairs(teacher, student)
-            self.critic_engine.backward(loss)
+            self.discriminator_engine.backward(loss)
             self.discriminator_loss += float(loss.detach())
         self.teacher = teacher[0].detach()
-        self.critic_engine.step()
+        self.discriminator_engine.step()
 
     def _pairs(self, teacher: Tensor, student: Tensor) -> Tensor:
         """Divided by counts of the whole step, so that the cut into micro-batches does not matter. A teacher's score
-        stands here once per rollout and counts once in the mean square."""
+        occurs once per rollout here and counts once in the mean square."""
         n = self.work.shape.rollouts
         clamped = [score.clamp(-CLIP, CLIP) for score in (teacher, student)]
         squares = L2 * (clamped[0].square().sum() / n + clamped[1].square().sum()) / (2 * (1 + n))
@@ -157,7 +157,7 @@ class Published(Column):
 
 
 def _clipped_loss(logp: Tensor, advantage: Tensor, options) -> Tensor:
-    """Sum over tokens [rows · R]; as published, the log-probs of the update stand in for the old ones."""
+    """Sum over tokens [rows · R]; as published, the update's own log-probs replace the old ones."""
     a = advantage.repeat_interleave(len(logp) // len(advantage))
     ratio = (logp - logp.detach()).clamp(-20.0, 20.0).exp()
     low, high = options.clip

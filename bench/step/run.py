@@ -53,7 +53,7 @@ def run(
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Per column: median times of the phases, how much longer the published schedule takes, what passed through."""
+    """Per column: median times of the phases, ratios to the published schedule, tokens, images, FLOP, memory, error."""
     first = rows[0]
     head = f"prompt {first.prompt}, response {first.response}, teacher {first.teacher}, {first.rollouts} rollouts"
     times = "".join(f"{name:>15}" for name in (*PHASES, "step ms"))
@@ -68,13 +68,14 @@ def table(rows: list[Row]) -> list[str]:
             f"{value:>{width}.2f}" if value is not None else " " * width
             for value, width in ((row.of_stock, 11), (row.of_kernels, 12))
         )
-        critic = _total(row, ("score", "discriminator"), "tokens")
+        discriminator = _total(row, ("score", "discriminator"), "tokens")
         policy = _total(row, ("policy",), "tokens")
         images = _total(row, PHASES, "images")
         flop = sum(count["flop"] for count in row.counts.values()) / 1e12
         peak = f"{row.peak_mib:9.0f}" if row.peak_mib is not None else " " * 9
         lines.append(
-            f"  {row.column:<54}{spent}{ratios}{critic:10.0f}{policy:15.0f}{images:8.0f}{flop:8.3f}{peak}  {error:.1e}"
+            f"  {row.column:<54}{spent}{ratios}{discriminator:10.0f}{policy:15.0f}{images:8.0f}{flop:8.3f}{peak}"
+            f"  {error:.1e}"
         )
     return lines
 

@@ -1,4 +1,4 @@
-"""What the columns of a step get: the sizes, one prompt with an image, its rollouts and the teacher's response."""
+"""Inputs of the columns of a step: sizes, weights, one prompt with an image, its rollouts, the teacher's response."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ class Widths:
 
 
 def widths(depth: int | None) -> Widths:
-    """The tiny models of the built-in task (``depth`` None), or the layers of the 4B policy and of the 2B model with
-    four experts, ``depth`` of them and as many of the vision tower in proportion (36 and 28 to 24 are whole)."""
+    """The tiny models of the built-in task (``depth`` None), or ``depth`` layers of the 4B policy and of the 2B model
+    with four experts, and two vision layers for three of these (the whole models have 36, 28 and 24)."""
     ids = _TINY if depth is None else _REAL
     special = ids["first_special"]
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
@@ -105,8 +105,8 @@ def widths(depth: int | None) -> Widths:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """``advantage`` [n] float32 belongs to the rollouts: formed from each column's own scores it would enlarge their
-    rounding by the division by the group's deviation. ``logprobs`` [n][R]: of the sampled tokens."""
+    """``advantage`` [n] float32 is given with the rollouts: computed from each column's own scores, it would enlarge
+    their rounding errors, because it divides by the group's deviation. ``logprobs`` [n][R]: of the sampled tokens."""
 
     shape: Shape
     widths: Widths
@@ -123,7 +123,7 @@ class Work:
 
 
 def draw(shape: Shape, sizes: Widths) -> Work:
-    """Random text and pixels, the same for the same arguments."""
+    """Random text and pixels, equal for equal arguments."""
     generator = torch.Generator().manual_seed(SEED)
 
     def text(n: int) -> tuple[int, ...]:
@@ -135,7 +135,7 @@ def draw(shape: Shape, sizes: Widths) -> Work:
     grid = torch.tensor([[1, side * vision.spatial_merge_size, side * vision.spatial_merge_size]])
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     pixels = torch.rand((int(grid.prod()), patch), generator=generator) * 2 - 1
-    # The image stands inside of the text: what is left of the prompt before and behind it.
+    # The image is inside of the text: the rest of the prompt comes before and after it.
     left = shape.prompt - len(image)
     ids = (*text(left // 2), *image, *text(left - left // 2))
     advantage = torch.randn(shape.rollouts, generator=generator)
@@ -155,7 +155,7 @@ class Models(NamedTuple):
 
 
 class StockDiscriminator(nn.Module):
-    """transformers' backbone as it comes and the published head."""
+    """transformers' unchanged backbone with the published head."""
 
     def __init__(self, backbone: Qwen3VLMoeModel, head: Tensor) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class StockDiscriminator(nn.Module):
 
 
 class Weights(NamedTuple):
-    """Float32, drawn once; every column computes with copies."""
+    """Float32, drawn once; every column has its own copies."""
 
     policy: dict[str, Tensor]
     backbone: dict[str, Tensor]
@@ -194,7 +194,7 @@ def draw_weights(sizes: Widths, device: str) -> Weights:
 
 
 def build(sizes: Widths, weights: Weights, *, stock: bool, dtype: torch.dtype, checkpointing: bool) -> Models:
-    """Models of one column: transformers' own with ``stock``, otherwise with our parts put in."""
+    """Models of one column: transformers' own with ``stock``, else with our parts."""
     with torch.device(weights.head.device):
         policy = Qwen3VLForConditionalGeneration._from_config(
             copy.deepcopy(sizes.policy), dtype=dtype, attn_implementation="sdpa"

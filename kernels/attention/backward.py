@@ -1,9 +1,10 @@
 """Gradients of shared-prefix attention, from the output and its log-sum-exp.
 
 With p = exp(score − lse) and δ = Σ dout·out per query: dv = pᵀ·dout, ds = p·(dout·vᵀ − δ), dq = ds·k, dk = dsᵀ·q, the
-last two times the scale. One kernel owns tiles of queries (dq, and δ on the way), the other tiles of keys, or parts of
-their work: those of a prefix walk over the tiles of all queries that see them, found in a sorted list. The sums of
-parts are added up in order by a third kernel. No atomics, so bits repeat.
+last two times the scale. A program of `queries_kernel` owns a tile of queries and computes dq and δ. A program of
+`keys_kernel` owns a tile of keys, or a part of its work: for keys of a prefix it walks over the tiles of all queries
+that see the prefix, which it finds in a sorted list. `sums_kernel` adds the parts up in order. No atomics, so bits
+repeat.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from prism_fast.kernels.attention.lists import plan_for, view_lists
 from prism_fast.kernels.attention.tiles import Tile, tile_for
 from prism_fast.kernels.launch import on_device
 
-SUM_ROWS = 16  # keys of one program that adds up parts
+SUM_ROWS = 16  # keys per program of `sums_kernel`
 
 
 @triton.jit
@@ -25,7 +26,7 @@ def absorb_keys(
     dq, q, do, lse, delta, k_ptr, v_ptr, row, at, stop, k_stride, v_stride, scale,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq (without the scale) plus what the tile of keys [at, stop) adds."""
+    """dq (without the scale) plus the part of the keys [at, min(at + KEYS, stop))."""
     column = at + tl.arange(0, KEYS)
     k = load_rows(k_ptr, column, stop, k_stride, D, BLOCK_D)
     v = load_rows(v_ptr, column, stop, v_stride, D, BLOCK_D)
@@ -62,7 +63,7 @@ def queries_kernel(
     do = load_rows(do_ptr + head * do_head, row, stop, do_row, D, BLOCK_D)
     out = load_rows(out_ptr + head * D, row, stop, HEADS * D, D, BLOCK_D)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
-    # An infinite sum makes the probabilities of rows outside 0, in both kernels.
+    # An infinite log-sum-exp gives rows outside the probability 0, in both kernels.
     lse = tl.load(lse_ptr + head * T + row, inside, other=float("inf")) * 1.4426950408889634
     sums_ptr += (head * tl.num_programs(0) + tl.program_id(0)) * (2 * QUERIES) + tl.arange(0, QUERIES)
     tl.store(sums_ptr, lse)
@@ -93,8 +94,8 @@ def absorb_queries(
     dk, dv, k, v, q_ptr, do_ptr, sums_ptr, row, stop, ahead, q_row, do_row, scale,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """dk (without the scale) and dv plus what one tile of queries of one head adds; its first row stands ``ahead``
-    tokens behind the first key."""
+    """dk (without the scale) and dv plus the part of one tile of queries of one head, whose first row comes ``ahead``
+    tokens after the first key."""
     row += tl.arange(0, QUERIES)
     q = load_rows(q_ptr, row, stop, q_row, D, BLOCK_D)
     do = load_rows(do_ptr, row, stop, do_row, D, BLOCK_D)
@@ -139,18 +140,18 @@ def keys_kernel(
     v = load_rows(v_ptr + head.to(tl.int64) * v_head, begin + row, stop, v_row, D, BLOCK_D)
     dk = tl.zeros((KEYS, BLOCK_D), tl.float32)
     dv = tl.zeros((KEYS, BLOCK_D), tl.float32)
-    # Queries abreast of the keys.
+    # Queries at the same tokens as the keys.
     diagonal, first, last = tl.load(part_ptr + 2), tl.load(part_ptr + 3), tl.load(part_ptr + 4)
     for member in range(GROUP):
         query_head = (head * GROUP + member).to(tl.int64)
-        for i in tl.range(first, last, num_stages=1):  # two tiles: a pipeline costs registers and gains nothing
+        for i in tl.range(first, last, num_stages=1):  # two tiles: a pipeline would cost registers and gain nothing
             sums_at = (query_head * tiles + diagonal + i) * (2 * QUERIES)
             dk, dv = absorb_queries(
                 dk, dv, k, v, q_ptr + query_head * q_head, do_ptr + query_head * do_head, sums_ptr + sums_at,
                 begin + i * QUERIES, stop, i * QUERIES, q_row, do_row, scale,
                 CAUSAL=True, PRECISION=PRECISION, D=D, BLOCK_D=BLOCK_D, QUERIES=QUERIES,
             )  # fmt: skip
-    # Those that see all of the keys: of branches, and of the own segment behind them.
+    # Queries that see all of the keys: those of branches, and later ones of the own segment.
     first, last, slot = tl.load(part_ptr + 5), tl.load(part_ptr + 6), tl.load(part_ptr + 7)
     for member in range(GROUP):
         query_head = (head * GROUP + member).to(tl.int64)
@@ -184,7 +185,7 @@ def sums_kernel(
     S,
     KEY_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of key tiles whose work was cut: the sums of the parts, in order."""
+    """The gradients of key tiles whose work was cut into parts: the sums of the parts, in order."""
     tile_ptr += tl.program_id(0) * 4
     number = tl.load(tile_ptr)
     if number >= S:
@@ -223,7 +224,7 @@ def gradients(
     *,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, contiguous, 0 on padding, NaN where the lists say that the layout does not fit the row.
+    """Gradients of q, k and v, contiguous, 0 on padding, and NaN if the lists say that the layout does not fit the row.
 
     ``lists``, ``out`` and ``lse`` as for and from :func:`attend`; ``do`` [T, Hq, D] with heads of stride 1. Takes at
     most ``lists.PARTIAL_BYTES`` of memory for sums of parts.

@@ -1,8 +1,8 @@
 """Output and log-sum-exp of shared-prefix attention.
 
-A program owns a tile of queries of one segment and one head. It walks over two ranges of keys, each of them two
-scalars: the whole prefix of its segment, then its own segment up to the diagonal, which alone needs a mask of two
-dimensions.
+A program owns a tile of queries of one segment and one head. It walks over two ranges of keys, each given by two
+scalars: the whole prefix of its segment, then its own segment up to the diagonal. Only tiles around the diagonal need a
+mask of two dimensions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOG2E = 1.4426950408889634
 
 @triton.jit
 def segment_of(number, S, cu_ptr, prefix_start_ptr, prefix_len_ptr, branch_prefix_ptr):
-    """(first token, past the last, first token of the prefix, past its last); equal where there is no prefix."""
+    """(first token, past the last, first token of the prefix, past its last); no prefix: the last two are equal."""
     start = tl.load(cu_ptr + number)
     stop = tl.load(cu_ptr + number + 1)
     prefix = tl.load(branch_prefix_ptr + number)
@@ -32,7 +32,7 @@ def segment_of(number, S, cu_ptr, prefix_start_ptr, prefix_len_ptr, branch_prefi
 
 @triton.jit
 def load_rows(ptr, row, stop, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D] of one head; 0 outside."""
+    """[rows, BLOCK_D] of one head; 0 for rows from ``stop`` on and columns from D on."""
     d = tl.arange(0, BLOCK_D)
     return tl.load(
         ptr + row.to(tl.int64)[:, None] * stride + d[None, :], (row < stop)[:, None] & (d < D)[None, :], other=0.0
@@ -41,9 +41,10 @@ def load_rows(ptr, row, stop, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def tile_of(i, prefixes, first, last, start, stop, KEYS: tl.constexpr):
-    """(first key, past the last) of the i-th tile that all rows see: ``prefixes`` of the prefix, then the segment's."""
-    other = i < prefixes
-    return tl.where(other, first + i * KEYS, start + (i - prefixes) * KEYS), tl.where(other, last, stop)
+    """(first key, end of its range) of the i-th tile that all rows see: ``prefixes`` tiles of the prefix [first, last),
+    then those of the own segment [start, stop)."""
+    in_prefix = i < prefixes
+    return tl.where(in_prefix, first + i * KEYS, start + (i - prefixes) * KEYS), tl.where(in_prefix, last, stop)
 
 
 @triton.jit
@@ -51,7 +52,7 @@ def absorb(
     q, top, total, out, k_ptr, v_ptr, row, at, stop, k_stride, v_stride, scale,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax with the tile of keys [at, stop): returns the new maximum, sum and unnormalised output."""
+    """One step of the online softmax, keys [at, min(at + KEYS, stop)): new maximum, sum and unnormalised output."""
     column = at + tl.arange(0, KEYS)
     k = load_rows(k_ptr, column, stop, k_stride, D, BLOCK_D)
     s = tl.dot(q, k.T, input_precision=PRECISION) * scale  # in units of log 2
@@ -59,7 +60,7 @@ def absorb(
     if CAUSAL:
         seen = seen & (column[None, :] <= row[:, None])
     s = tl.where(seen, s, float("-inf"))
-    # The first key of the first tile is seen by every row, so the maximum is finite from there on.
+    # Every row sees the first key of the first tile, so its maximum is finite from there on.
     new = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - new[:, None])
     shrink = tl.exp2(top - new)
@@ -139,7 +140,7 @@ def attend(
     *,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [T, Hq, D] in the dtype of ``q`` and log-sum-exp [Hq, T] float32; both 0 on padding, NaN where the lists
+    """Output [T, Hq, D] in the dtype of ``q`` and log-sum-exp [Hq, T] float32; both 0 on padding, and NaN if the lists
     say that the layout does not fit the row.
 
     q [T, Hq, D], k and v [T, Hk, D] with rows of heads of stride 1, D <= 128; the layout as in ``PrefixLayout``,
@@ -161,12 +162,12 @@ def attend(
 
 
 def poisoned(like: Tensor, lists: Lists, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """What a result is where no program writes: 0, or NaN everywhere where the layout does not fit the row."""
+    """An output before any program writes to it: 0, or NaN if the layout does not fit the row."""
     return like.new_empty(shape, dtype=dtype).copy_(torch.where(lists.bad[0] != 0, torch.nan, 0.0))
 
 
 def shapes(q: Tensor, k: Tensor) -> dict[str, object]:
-    """What every kernel here is compiled for."""
+    """Compile-time arguments that all kernels here share. Raises NotImplementedError for heads wider than MAX_WIDTH."""
     heads, width = q.shape[1:]
     if width > MAX_WIDTH:
         raise NotImplementedError(f"shared-prefix attention: heads of {width}, at most {MAX_WIDTH} are supported")

@@ -1,4 +1,4 @@
-"""What every kernel launch needs: the card and its current device, scratch memory, the order of tiles."""
+"""Helpers of every kernel launch: the card, the current device, scratch memory, the order of tiles."""
 
 from prism_fast.kernels.launch.device import card, on_device, scratch
 from prism_fast.kernels.launch.raster import tile_position

@@ -1,7 +1,7 @@
 """The card a launch runs on.
 
-Triton launches on the current device and on its current stream, and its allocator is asked for memory without being
-told for which card. Both are right only inside `on_device`.
+Triton launches on the current device and its current stream, and asks its allocator for memory without naming a card.
+Both are right only inside `on_device`.
 """
 
 from __future__ import annotations
@@ -27,5 +27,5 @@ def card(device: torch.device) -> tuple[int, int]:
 
 
 def scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    """Triton's allocator for descriptors that are made in a kernel; on the current device, see `on_device`."""
+    """Triton's allocator for descriptors made inside a kernel; on the current device, see `on_device`."""
     return torch.empty(size, dtype=torch.int8, device="cuda" if torch.cuda.is_available() else "cpu")

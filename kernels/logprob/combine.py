@@ -1,13 +1,13 @@
-"""Joins what each slice of the vocabulary knows about a row into the row's log-probability and entropy.
+"""Joins the partial results of each slice of the vocabulary into a row's log-probability and entropy.
 
-For slice j with raw scores x, which softcap/temperature = f scales, a kernel leaves, per row,
+With f = softcap/temperature, the factor of the raw scores x, `scores_kernel` writes for each row and each slice j
     m_j = max x,   s_j = Σ exp((x − m_j)·f),   u_j = Σ exp((x − m_j)·f)·(x − m_j)·f.
 Then, with M = max_j m_j and d_j = (m_j − M)·f,
     S = Σ_j exp(d_j)·s_j,   U = Σ_j exp(d_j)·(u_j + d_j·s_j),
     log p(target) = (x_target − M)·f − log S,   entropy = log S − U/S.
 Everything is relative to the maximum, so no large numbers are subtracted from each other; the maximum and the log of
-the sum stay two numbers. The order of summation is fixed by the number of slices: the result does not depend on the
-launch. A whole vocabulary has some hundred slices, so they are read in blocks, not one by one.
+the sum stay two numbers. The number of slices alone fixes the order of summation: the result does not depend on the
+launch. A whole vocabulary has some hundred slices, so the kernel reads them in blocks, not one by one.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ class Combined(NamedTuple):
     entropy: torch.Tensor
 
 
-@triton.jit(do_not_specialize=["N", "SPLITS", "heat_stride"], do_not_specialize_on_alignment=["heat_ptr"])
+@triton.jit(do_not_specialize=["N", "SPLITS", "temperature_stride"], do_not_specialize_on_alignment=["temperature_ptr"])
 def combine_kernel(
     m_ptr,  # [SPLITS, N]
     s_ptr,  # [SPLITS, N]
     u_ptr,  # [SPLITS, N]
     own_ptr,  # [N] raw score of the target
-    heat_ptr,  # [N] or [1]
+    temperature_ptr,  # [N] or [1]
     row_max_ptr,
     log_sum_ptr,
     logp_ptr,
     entropy_ptr,
     N,
     SPLITS,
-    heat_stride,
+    temperature_stride,
     softcap,
     BLOCK: tl.constexpr,
     SLICES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < N
-    factor = softcap / tl.load(heat_ptr + row * heat_stride, inside, other=1.0)
-    # An empty slice has m = -inf, s = 0; a row whose every slice is empty comes out as NaN, not as a plausible number.
+    factor = softcap / tl.load(temperature_ptr + row * temperature_stride, inside, other=1.0)
+    # An empty slice has m = -inf and s = 0. A row with empty slices alone gives NaN, not a plausible number.
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     for first in range(0, SPLITS, SLICES):
         j = first + tl.arange(0, SLICES)
@@ -87,20 +87,21 @@ def combine_partials(
     s: torch.Tensor,
     u: torch.Tensor,
     own: torch.Tensor,
-    heat: torch.Tensor,
+    temperature: torch.Tensor,
     softcap: float | None = None,
 ) -> Combined:
-    """Join slices ``m, s, u [SPLITS,N]`` and the target's ``own [N]`` (float32, contiguous) as the module's head says.
+    """Join slices ``m, s, u [SPLITS,N]`` and the target's raw score ``own [N]`` by the formulas above.
 
-    ``heat`` [N] or [1] float32. A NaN in ``own`` (a target outside the vocabulary) gives a NaN log-probability and
-    leaves the entropy alone. Raises ValueError for other shapes, dtypes or layouts.
+    ``temperature`` [N] or [1]; all of them float32 and contiguous. A NaN in ``own`` (a target outside the vocabulary)
+    gives a NaN log-probability and leaves the entropy alone. Raises ValueError for other shapes, dtypes or layouts.
     """
     if m.ndim != 2 or m.shape[0] == 0 or s.shape != m.shape or u.shape != m.shape or own.shape != m.shape[1:]:
         shapes = [tuple(x.shape) for x in (m, s, u, own)]
         raise ValueError(f"combine_partials: shapes {shapes} are not three [SPLITS,N] with SPLITS >= 1 and one [N]")
-    if tuple(heat.shape) not in ((1,), tuple(own.shape)):
-        raise ValueError(f"combine_partials: heat {tuple(heat.shape)} is neither [1] nor [{own.shape[0]}]")
-    for name, x in (("m", m), ("s", s), ("u", u), ("own", own), ("heat", heat)):
+    if tuple(temperature.shape) not in ((1,), tuple(own.shape)):
+        shape = tuple(temperature.shape)
+        raise ValueError(f"combine_partials: temperature {shape} is neither [1] nor [{own.shape[0]}]")
+    for name, x in (("m", m), ("s", s), ("u", u), ("own", own), ("temperature", temperature)):
         if x.dtype != torch.float32 or not x.is_contiguous():
             raise ValueError(f"combine_partials: {name} must be contiguous float32, not {x.dtype} with {x.stride()}")
     splits, n = m.shape
@@ -108,7 +109,7 @@ def combine_partials(
     if n:
         grid = (triton.cdiv(n, BLOCK_ROWS),)
         combine_kernel[grid](
-            m, s, u, own, heat, *out, n, splits, 0 if heat.numel() == 1 else 1, 1.0 if softcap is None else softcap,
-            BLOCK=BLOCK_ROWS, SLICES=BLOCK_SLICES, num_warps=4,
+            m, s, u, own, temperature, *out, n, splits, 0 if temperature.numel() == 1 else 1,
+            1.0 if softcap is None else softcap, BLOCK=BLOCK_ROWS, SLICES=BLOCK_SLICES, num_warps=4,
         )  # fmt: skip
     return out

@@ -1,13 +1,13 @@
 """Scores, their statistics and (on request) their exponentials in one pass over the output matrix.
 
-A program computes tiles of hidden·Wᵀ with fp32 accumulators and takes everything from them before a single bit is
-rounded: per row and tile the maximum, Σ e and Σ e·(z−m) of e = exp(z−m), and the score of the target where it falls
-into the tile. `combine` joins the tiles. What backward needs is kept as e, relative to the tile's own maximum: its
-relative error is that of one rounding to the operands' dtype, whatever the size of the scores.
+A program computes tiles of hidden·Wᵀ with fp32 accumulators and derives everything from them before it rounds: per row
+and tile the maximum m, Σ e and Σ e·(z−m) of e = exp(z−m), and the score of the target if the tile holds its column.
+`combine` joins the tiles. Backward needs e, kept relative to the tile's own maximum: its relative error is that of one
+rounding to the operands' dtype, whatever the size of the scores.
 
-Scores are compared and subtracted raw, as x = product + bias, or x = tanh((product + bias) / softcap). The difference
-alone is scaled, z−m = (x−m)·softcap/heat: that is a multiplication less per score, and the slope of the soft cap is
-found again from x without rounding it twice.
+The kernel compares and subtracts raw scores, x = product + bias, or x = tanh((product + bias) / softcap), and scales
+only the difference, z−m = (x−m)·softcap/temperature. That saves a multiplication per score, and backward finds the
+slope of the soft cap from x without a second rounding.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from prism_fast.kernels.logprob.combine import Combined, combine_partials
 from prism_fast.kernels.logprob.tiles import FEW_ROWS, Tile, retune, tile_for
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-# Stands for -inf (a column outside the matrix, a banned token): finite, also after scaling, so that no inf - inf and
-# no 0 · inf can arise.
+# Replaces -inf (a column outside the matrix, a banned token): finite, also after scaling, so that no inf - inf and no
+# 0 · inf can arise.
 LOWEST = tl.constexpr(-1e25)
 
 
 class Scores(NamedTuple):
-    """What forward knows about ``n`` rows. float32 ``[n]`` unless said otherwise."""
+    """Statistics of ``n`` rows, for backward too. float32 ``[n]`` unless said otherwise."""
 
     row_max: torch.Tensor  # of the raw scores
     log_sum: torch.Tensor  # log Σ exp(z - max z)
     logp: torch.Tensor  # of the target; NaN where the target is no column of the matrix
     entropy: torch.Tensor  # nats
     own: torch.Tensor  # raw score of the target, or NaN
-    kept: torch.Tensor | None  # [n, >= V] in the operands' dtype, e^(z - tile max); what stands past V means nothing
+    kept: torch.Tensor | None  # [n, >= V] in the operands' dtype, e^(z - tile max); columns past V mean nothing
     tile_max: torch.Tensor  # [tiles, n] of the raw scores
     width: int  # columns of a tile
 
 
 @triton.jit
 def tanh(x):
-    """From the exponential, and near 0, where that cancels, from a polynomial (relative error 3e-9 below 0.6)."""
+    """By the exponential; near 0, where that cancels, by a polynomial (relative error 3e-9 below 0.6)."""
     t = x * x
     p = -0.33333298002 + t * (0.13331924125 + t * (-0.05378383015 + t * (0.02079597127 - t * 0.00589515766)))
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    far = 1.0 - 2.0 * e / (1.0 + e)  # near 1 rounded once: what is subtracted is small
+    far = 1.0 - 2.0 * e / (1.0 + e)  # near 1 only this subtraction rounds: the quotient is small
     return tl.where(t < 0.36, x + x * t * p, tl.where(x < 0, -far, far))
 
 
@@ -96,14 +96,16 @@ def exponentials(x, m, factor, kept, n, v, ENTROPY: tl.constexpr, BASE2: tl.cons
     return total, moment
 
 
-# Waves begin at any row: what is read once per row must not be compiled for each alignment.
-@triton.jit(do_not_specialize=["N", "heat_stride"], do_not_specialize_on_alignment=["target_ptr", "heat_ptr"])
+# Waves begin at any row: Triton must not compile the kernel anew for each alignment of the tensors by row.
+@triton.jit(
+    do_not_specialize=["N", "temperature_stride"], do_not_specialize_on_alignment=["target_ptr", "temperature_ptr"]
+)
 def scores_kernel(
     hidden_ptr,  # [N, H]
     weight_ptr,  # [V, H]
     bias_ptr,  # [V]
     target_ptr,  # [N]
-    heat_ptr,  # [N] or [1] float32 temperature
+    temperature_ptr,  # [N] or [1] float32 temperature
     kept_ptr,  # [N, V]
     m_ptr,  # [tiles, N], also s, u
     s_ptr,
@@ -115,9 +117,9 @@ def scores_kernel(
     hidden_stride,
     weight_stride,
     kept_stride,
-    heat_stride,  # 0 for a scalar
+    temperature_stride,  # 0 for a scalar
     softcap,  # 1 without
-    inverse,  # of it
+    inverse,  # 1 / softcap
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -150,13 +152,13 @@ def scores_kernel(
 
         row = n + tl.arange(0, BLOCK_N)
         inside = row < N
-        factor = softcap / tl.load(heat_ptr + row * heat_stride, inside, other=1.0)
-        # With a bias a number per row: the constant cost the one register more that is not there.
+        factor = softcap / tl.load(temperature_ptr + row * temperature_stride, inside, other=1.0)
+        # The bound of `raw` where there is a bias, a number per row: `LOWEST` itself costs one register too many there.
         low = tl.maximum(LOWEST / factor, -3e38)
         target = tl.load(target_ptr + row, inside, other=-1)
         target = tl.where((target >= v) & (target < v + BLOCK_V) & (target < V), target - v, -1).to(tl.int32)
         if SPLIT:
-            # One half after the other: the exponentials of a whole tile beside its scores would spill registers.
+            # One half after the other: the scores of a whole tile and their exponentials together spill registers.
             halves = tl.permute(tl.reshape(z, (BLOCK_N, 2, PART)), (0, 2, 1))
             left, right = tl.split(halves)
             left = raw(left, bias_ptr, v, V, inverse, low, HAS_BIAS, SOFTCAP, PART)
@@ -186,7 +188,7 @@ def scores(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     target: torch.Tensor,
-    heat: torch.Tensor,
+    temperature: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
@@ -194,18 +196,20 @@ def scores(
     keep: torch.Tensor | bool = False,
     tile: Tile | None = None,
 ) -> Scores:
-    """Statistics of the rows ``cap(hidden [n,H] @ weight [V,H].T + bias) / heat``.
+    """Statistics of the rows ``cap(hidden [n,H] @ weight [V,H].T + bias) / temperature``.
 
     ``hidden`` and ``weight`` in bf16, fp16 or fp32 with rows that start at multiples of 16 bytes; ``target`` [n] int64
-    or int32; ``heat`` [n] or [1] float32, contiguous. ``keep=True`` allocates the exponentials, a tensor from
-    `keep_buffer` receives them. ``tile`` defaults to the table of the card. Raises ValueError or NotImplementedError.
+    or int32; ``temperature`` [n] or [1] float32, contiguous. ``keep``: whether to keep the exponentials, or a tensor of
+    `keep_buffer` to write them to. ``tile`` defaults to the table of the card.
+
+    Raises ValueError for rows that the kernel cannot address, NotImplementedError for a dtype or card it does not know.
     """
     for name, x in (("hidden", hidden), ("weight", weight)):
         _addressable(name, x)
     n = hidden.shape[0]
     programs, capability = card(hidden.device)
     kept = keep_buffer(n, weight.shape[0], hidden) if keep is True else (None if keep is False else keep)
-    operands = (hidden, weight, target, heat, bias, softcap, entropy, kept, programs)
+    operands = (hidden, weight, target, temperature, bias, softcap, entropy, kept, programs)
     if tile is None:
         rich = softcap is not None
         if n and hidden.is_cuda:
@@ -214,12 +218,14 @@ def scores(
     m, s, u, own = _launch(*operands, tile)
     if n == 0:
         return Scores(*(own.clone() for _ in range(5)), kept, m, tile.v)
-    joined: Combined = combine_partials(m, s, u, own, heat, softcap)
+    joined: Combined = combine_partials(m, s, u, own, temperature, softcap)
     return Scores(*joined, own, kept, m, tile.v)
 
 
-def _launch(hidden, weight, target, heat, bias, softcap, entropy, kept, programs, tile) -> tuple[torch.Tensor, ...]:
-    """(m, s, u [tiles, n], raw score of the target [n]); without entropy u is s and means nothing."""
+def _launch(
+    hidden, weight, target, temperature, bias, softcap, entropy, kept, programs, tile
+) -> tuple[torch.Tensor, ...]:
+    """(m, s, u [tiles, n], raw score of the target [n]); without entropy u is s, a placeholder."""
     (n, width), vocabulary = hidden.shape, weight.shape[0]
     tiles = triton.cdiv(vocabulary, tile.v)
     fresh = {"dtype": torch.float32, "device": hidden.device}
@@ -232,9 +238,9 @@ def _launch(hidden, weight, target, heat, bias, softcap, entropy, kept, programs
     cap = 1.0 if softcap is None else softcap
     triton.set_allocator(scratch)
     scores_kernel[(min(programs, count),)](
-        hidden, weight, hidden if bias is None else bias, target, heat, hidden if kept is None else kept,
+        hidden, weight, hidden if bias is None else bias, target, temperature, hidden if kept is None else kept,
         m, s, u, own, n, vocabulary, width, hidden.stride(0), weight.stride(0),
-        width if kept is None else kept.stride(0), 0 if heat.numel() == 1 else 1, cap, 1.0 / cap,
+        width if kept is None else kept.stride(0), 0 if temperature.numel() == 1 else 1, cap, 1.0 / cap,
         HAS_BIAS=bias is not None, SOFTCAP=softcap is not None, ENTROPY=entropy, KEEP=kept is not None,
         # The default would round fp32 operands to ten bits.
         PRECISION="ieee" if hidden.dtype == torch.float32 else "tf32",
@@ -245,13 +251,13 @@ def _launch(hidden, weight, target, heat, bias, softcap, entropy, kept, programs
 
 
 def keep_buffer(n: int, vocabulary: int, like: torch.Tensor) -> torch.Tensor:
-    """[n, >= vocabulary] for kept exponentials; rows start at multiples of 128 bytes: tensor copies and cuBLAS ask."""
+    """[n, >= vocabulary] for kept exponentials; rows start at multiples of 128 bytes, for tensor copies and cuBLAS."""
     unit = 128 // like.element_size()
     return like.new_empty((n, triton.cdiv(vocabulary, unit) * unit))
 
 
 def tile_width(hidden: torch.Tensor, rich: bool) -> int:
-    """Columns of a tile that `scores` uses on this card, whatever the rows; ``rich``: with a soft cap."""
+    """Columns of a tile of `scores` on this card, for any number of rows; ``rich``: with a soft cap."""
     return tile_for(card(hidden.device)[1], FEW_ROWS + 1, hidden.dtype, rich).v
 
 

@@ -1,10 +1,10 @@
-"""Kept exponentials become the gradient of the raw scores, in place, one read and one write.
+"""Turns kept exponentials into the gradient of the raw scores, in place: one read and one write.
 
 With z = x·softcap/temperature of raw scores x, p = E·exp(max z of the tile − max z − log_sum), and g and h the upstream
 gradients of log-probability and entropy H,
     dz_j = ( g·[j = target] − p_j·(g + h·(log p_j + H)) ) / temperature · slope of the soft cap.
-At the target p comes from the fp32 log-probability, because 1 − p cancels there when the policy is sure of itself, and
-the slope from its own score, because its gradient does not vanish where E underflows.
+At the target p comes from the fp32 log-probability, because 1 − p cancels there where p is close to 1; the slope comes
+from the target's own score, because the gradient there does not vanish where E underflows.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import triton.language as tl
 from prism_fast.kernels.logprob.forward import LN2, Scores
 
 BLOCK_ROWS = 16
-# A normal float32: Triton types a smaller constant as float64, and the logarithm would be computed in that.
+# A normal float32: Triton takes a smaller constant for float64 and would compute the logarithm in float64.
 TINY = tl.constexpr(1.2e-38)
 
 
 @triton.jit(
-    do_not_specialize=["N", "heat_stride"],
-    do_not_specialize_on_alignment=["target_ptr", "heat_ptr", "g_ptr", "h_ptr"],  # waves begin at any row
+    do_not_specialize=["N", "temperature_stride"],
+    do_not_specialize_on_alignment=["target_ptr", "temperature_ptr", "g_ptr", "h_ptr"],  # waves begin at any row
 )
 def gradient_kernel(
     kept_ptr,  # [N, V]
     tile_max_ptr,  # [tiles, N]
-    row_max_ptr,  # [N] and so on
+    row_max_ptr,  # [N], like the next ones
     log_sum_ptr,
     logp_ptr,
     entropy_ptr,
     own_ptr,
     target_ptr,
-    heat_ptr,
+    temperature_ptr,
     g_ptr,
     h_ptr,
     q_ptr,
@@ -41,7 +41,7 @@ def gradient_kernel(
     N,
     V,
     kept_stride,
-    heat_stride,
+    temperature_stride,
     softcap,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -71,11 +71,11 @@ def gradient_kernel(
     row_max = tl.load(row_max_ptr + row, inside, other=0.0)
     log_sum = tl.load(log_sum_ptr + row, inside, other=0.0)
     logp = tl.load(logp_ptr + row, inside, other=0.0)
-    heat = tl.load(heat_ptr + row * heat_stride, inside, other=1.0)
+    temperature = tl.load(temperature_ptr + row * temperature_stride, inside, other=1.0)
     target = tl.load(target_ptr + row, inside, other=-1)
     target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
     hit = column[None, :] == target[:, None]
-    factor = softcap / heat
+    factor = softcap / temperature
     shift = (tile_max - row_max) * factor - log_sum  # log p = log E + shift
     p = tl.where(hit, tl.exp(logp)[:, None], e * tl.exp(shift)[:, None])
     dz = tl.where(hit, g[:, None], 0.0)
@@ -83,17 +83,17 @@ def gradient_kernel(
         log_e = tl.log2(tl.maximum(e, TINY)) * LN2
     if ENTROPY:
         entropy = tl.load(entropy_ptr + row, inside, other=0.0)
-        # h·(log p + H), what belongs to the row apart
+        # g + h·(log p + H) without the term h·log E, which differs from column to column
         of_row, of_target = q + h * (shift + entropy), q + h * (logp + entropy)
         dz -= p * tl.where(hit, of_target[:, None], of_row[:, None] + h[:, None] * log_e)
     else:
         dz -= p * q[:, None]
     if APART:
         dz += s[:, None]
-    dz *= (1.0 / heat)[:, None]
+    dz *= (1.0 / temperature)[:, None]
     if SOFTCAP:
         own = tl.load(own_ptr + row, inside, other=0.0)
-        x = tl.where(hit, own[:, None], tile_max[:, None] + log_e * (heat / softcap)[:, None])
+        x = tl.where(hit, own[:, None], tile_max[:, None] + log_e * (temperature / softcap)[:, None])
         x = tl.minimum(tl.maximum(x, -1.0), 1.0)  # a banned token lies far below
         dz *= 1.0 - x * x
     dz = tl.where(idle[:, None], 0.0, dz)
@@ -103,7 +103,7 @@ def gradient_kernel(
 def gradient_(
     found: Scores,
     target: torch.Tensor,
-    heat: torch.Tensor,
+    temperature: torch.Tensor,
     g: torch.Tensor,
     h: torch.Tensor | None,
     vocabulary: int,
@@ -113,7 +113,7 @@ def gradient_(
 ) -> torch.Tensor:
     """Turn ``found.kept`` into the gradient of the raw scores and return it as a view [n, vocabulary].
 
-    ``target``, ``heat``, ``softcap`` as in `scores`; ``g``, ``h`` [n] float32, contiguous: upstream gradients of
+    ``target``, ``temperature``, ``softcap`` as in `scores`; ``g``, ``h`` [n] float32, contiguous: upstream gradients of
     log-probability and entropy (None: no entropy). Rows where both are 0 become exact zeros whatever they hold.
     ``apart``: (q, s) [n] float32 each, dz_j = ( g·[j = target] − q·p_j + s ) / temperature · slope, for losses of more
     than the log-probability; rows are then idle where all three are 0.
@@ -124,8 +124,8 @@ def gradient_(
         return kept[:, :vocabulary]
     tiles = found.tile_max.shape[0]
     gradient_kernel[(triton.cdiv(n, BLOCK_ROWS) * tiles,)](
-        kept, found.tile_max, found.row_max, found.log_sum, found.logp, found.entropy, found.own, target, heat, g,
-        g if h is None else h, *(apart or (g, g)), n, vocabulary, kept.stride(0), 0 if heat.numel() == 1 else 1,
+        kept, found.tile_max, found.row_max, found.log_sum, found.logp, found.entropy, found.own, target, temperature,
+        g, g if h is None else h, *(apart or (g, g)), n, vocabulary, kept.stride(0), int(temperature.numel() > 1),
         1.0 if softcap is None else softcap, SOFTCAP=softcap is not None, ENTROPY=h is not None,
         APART=apart is not None, ROWS=BLOCK_ROWS, BLOCK_V=found.width, num_warps=4,
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Tile sizes of the scores kernel per card and shape, and how to find them again.
+"""Tile sizes of the scores kernel per card and shape, and how to measure them anew.
 
-The table is written down, not searched for at start-up. PRISM_FAST_AUTOTUNE=1 measures `candidates` on the shapes as
-they come, once per bucket and process, and logs each winner in the form of a table entry.
+The table is fixed; nothing is searched for at start-up. PRISM_FAST_AUTOTUNE=1 measures `candidates` at the first shape
+of each bucket in a process, and logs each winner as a table entry.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ FEW_ROWS = 64
 
 class Tile(NamedTuple):
     """Tile of ``n`` rows × ``v`` columns, depth ``h`` per step, tile rows per raster group, pipeline stages, warps,
-    and whether the epilogue takes one half of the columns after the other (fewer registers where accumulators lie in
-    registers; on Blackwell they lie in a memory of their own and splitting them is dear)."""
+    and whether the epilogue takes one half of the columns after the other. That needs fewer registers where these hold
+    the accumulators; on Blackwell a memory of their own holds them, and splitting them is expensive."""
 
     n: int
     v: int
@@ -33,15 +33,15 @@ class Tile(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """What decides about a tile."""
+    """What a tile depends on."""
 
     capability: int  # × 10
     bytes: int  # of an operand's element
     few: bool  # at most `FEW_ROWS` rows
-    rich: bool  # a soft cap: more arithmetic per score, so a smaller tile keeps out of spilling
+    rich: bool  # with a soft cap: more arithmetic per score, so that only a smaller tile does not spill
 
 
-# The width does not depend on the number of rows: exponentials that one launch kept are read back in the same tiles.
+# The width does not depend on the number of rows: backward reads kept exponentials in the tiles of forward.
 TILES = {
     Bucket(80, 2, few=False, rich=False): Tile(128, 128, 32, 8, 3, 8, False),
     Bucket(80, 2, few=False, rich=True): Tile(128, 128, 32, 8, 3, 8, False),
@@ -51,7 +51,7 @@ TILES = {
     Bucket(90, 2, few=False, rich=True): Tile(128, 128, 64, 8, 4, 8, True),
     Bucket(90, 2, few=True, rich=False): Tile(64, 256, 64, 8, 3, 4, True),
     Bucket(90, 2, few=True, rich=True): Tile(64, 128, 64, 8, 4, 4, True),
-    # Two registers too many at depth 64 where scores are kept without entropy.
+    # Depth 64 takes two registers too many where scores are kept without entropy.
     Bucket(100, 2, few=False, rich=False): Tile(128, 256, 32, 8, 4, 8, False),
     Bucket(100, 2, few=False, rich=True): Tile(128, 128, 64, 8, 4, 8, False),
     Bucket(100, 2, few=True, rich=False): Tile(64, 256, 64, 8, 3, 8, False),
@@ -95,7 +95,7 @@ def retune(capability: int, rows: int, dtype: torch.dtype, rich: bool, launch: C
     for tile in candidates(bucket):
         try:
             times[tile] = triton.testing.do_bench(lambda tile=tile: launch(tile))
-        except triton.runtime.errors.OutOfResources:  # the candidate is too large for this card: no result, no winner
+        except triton.runtime.errors.OutOfResources:  # the candidate is too large for this card
             continue
     _measured[bucket] = best = min(times, key=times.get)
     logging.getLogger(__name__).warning("    %r: %r,  # %.3f ms", bucket, best, times[best])

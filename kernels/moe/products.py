@@ -1,11 +1,11 @@
 """Products of tokens with the weights of their experts, over slots: assignments sorted by expert.
 
 Slot s belongs to token ``tokens[s]``, assignment (t, j) to slot ``slots[t, j]``, and expert e owns the slots
-``offsets[e]`` to ``offsets[e + 1]``. The offsets are read on the device; launches are sized by the card. Every program
-walks over the tiles of all experts in one order. Rows are gathered while they are loaded; those past an expert's last
-read its first one again and are not stored. Columns past the end are masked: an index that wraps would hide from the
-compiler that neighbours lie side by side, and every load would fetch one number (seen in the machine code, as spilled
-registers).
+``offsets[e]`` to ``offsets[e + 1]``. The kernels read the offsets on the device; the card decides the number of
+programs, and every program walks over the tiles of all experts in one order. Loads gather the rows. A tile's rows past
+the last slot of an expert load its first slot again and are not stored. Columns past the end are masked: an index that
+wraps around would hide from the compiler that neighbours are adjacent in memory, and every load would fetch one number
+(seen in the machine code, as spilled registers).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def up_kernel(
     PROGRAMS: tl.constexpr,
     RASTER: tl.constexpr,
 ):
-    """pre = x @ weightᵀ, act = silu(gate) · up: the gate and up columns of a tile lie in one program."""
+    """pre = x @ weightᵀ, act = silu(gate) · up: one program computes the gate and up columns of a tile."""
     columns = tl.cdiv(inner, BLOCK_N)
     tile = tl.program_id(0)
     first = 0  # tiles of earlier experts
@@ -172,7 +172,7 @@ def up_product(
     pre: torch.Tensor | None,
     act: torch.Tensor | None,
 ) -> None:
-    """Write ``pre`` [M, 2I] and ``act`` [M, I], by slot and dense, as far as given. x [T, H], weight [E, 2I, H]."""
+    """Write ``pre`` [M, 2I] and ``act`` [M, I], by slot and dense, whichever is given. x [T, H], weight [E, 2I, H]."""
     depth, inner, experts = x.shape[1], weight.shape[1] // 2, weight.shape[0]
     some = pre if act is None else act
     programs = card(x.device)[0]
@@ -202,5 +202,5 @@ def rows_product(
 
 
 def precision(x: torch.Tensor) -> str:
-    """How ``tl.dot`` multiplies fp32 numbers; half-precision products are exact in either."""
+    """How ``tl.dot`` multiplies fp32 numbers; products of half-precision numbers are exact both ways."""
     return "ieee" if x.dtype == torch.float32 else "tf32"

@@ -1,4 +1,4 @@
-"""What the experts do between their products: one pass over memory each, in fp32, whatever computes the products.
+"""The steps of the experts between their products: one pass over memory each, in fp32, for every backend of products.
 
 ``tokens``, ``slots`` and ``permutation`` are a plan's (`prism_fast.ops.results.Routing`). Rows by slot are dense.
 """
@@ -55,7 +55,7 @@ def swiglu_kernel(
 
 @triton.jit(do_not_specialize=["slots"])
 def swiglu_gradient_kernel(
-    d_ptr,  # [M, I] in: upstream rows times the down-projection; out: weighted activations
+    d_ptr,  # [M, I] read: upstream rows times the down-projection; written: weighted activations
     pre_ptr,  # [M, 2I]
     weights_ptr,  # [M] routing weights by assignment
     permutation_ptr,  # the assignment of a slot
@@ -66,8 +66,8 @@ def swiglu_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """With d, gate and up of a slot and its routing weight w:
-    gradient of gate w·d·up·silu'(gate), of up w·d·silu(gate), of w Σ d·silu(gate)·up; w·silu(gate)·up takes d's place.
+    """With d, gate and up of a slot and its routing weight w, the gradients are
+    w·d·up·silu'(gate) of gate, w·d·silu(gate) of up, Σ d·silu(gate)·up of w; w·silu(gate)·up overwrites d.
     """
     s = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     here = s < slots
@@ -163,7 +163,7 @@ def swiglu(pre: torch.Tensor) -> torch.Tensor:
 def swiglu_gradient(
     d: torch.Tensor, pre: torch.Tensor, weights: torch.Tensor, permutation: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gradient of ``pre`` [M, 2I], gradient of ``weights``); the weighted activations [M, I] take the place of ``d``.
+    """(gradient of ``pre`` [M, 2I], gradient of ``weights``); the weighted activations [M, I] overwrite ``d``.
 
     d [M, I]: upstream rows times the down-projection, before the routing weight. weights [T, top_k] fp32, dense.
     """
@@ -189,7 +189,7 @@ def combine_rows(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor 
 
 
 def clear_idle(out: torch.Tensor, offsets: torch.Tensor) -> None:
-    """Zeros in ``out`` [E, R, N], a matrix of dense memory per expert, for experts without slots."""
+    """Zeros in ``out`` [E, R, N] for experts without slots; each expert's [R, N] is dense in memory."""
     size, block = out.shape[1] * out.shape[2], 4096
     programs = min(64, triton.cdiv(size, block))
     clear_idle_kernel[(out.shape[0], programs)](out, offsets, size, BLOCK=block, num_warps=8)

@@ -20,7 +20,7 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """One tile per product. ``up`` counts gate and up columns apart: its tile holds ``n`` of each."""
+    """One tile per product. The tile of ``up`` holds ``n`` gate and ``n`` up columns."""
 
     up: Tile
     rows: Tile
@@ -37,9 +37,9 @@ _AMPERE = Tiles(
     rows=Tile(128, 128, 32, 4, 8),
     weights=Tile(128, 128, 32, 4, 8),
 )
-# One register too many with the hub's orientation at depth 64.
+# Depth 64 takes one register too many with weights in the checkpoint's orientation [E, H, 2I].
 _BLACKWELL = _HALF._replace(up=Tile(128, 128, 32, 4, 8))
-# fp32 products run on the plain arithmetic units: small tiles, one number at a time.
+# fp32 products run on the plain arithmetic units, one number at a time: small tiles.
 _FLOAT32 = Tiles(up=Tile(64, 32, 16, 2, 8), rows=Tile(64, 64, 16, 2, 8), weights=Tile(64, 64, 16, 2, 8))
 # By (compute capability, bytes per number).
 TILES = {
@@ -53,7 +53,10 @@ TILES = {
 
 
 def tiles_for(x: torch.Tensor) -> Tiles:
-    """Of the newest card in the table that is not newer than the one ``x`` is on. NotImplementedError before Ampere."""
+    """The tiles of the newest card in the table that is not newer than that of ``x``.
+
+    Raises NotImplementedError for a card older than the table's.
+    """
     capability = card(x.device)[1]
     known = [c for c, size in TILES if size == x.element_size() and c <= capability]
     if not known:

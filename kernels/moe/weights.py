@@ -39,7 +39,7 @@ def slot_columns_kernel(
     PROGRAMS: tl.constexpr,
     RASTER: tl.constexpr,
 ):
-    """out[e] = Σ over the slots of expert e of aᵀ b, in fp32, slots in order; zeros where there are none."""
+    """out[e] = Σ over the slots of expert e of aᵀ b, in fp32, slots in order; zeros for an expert without slots."""
     rows = tl.cdiv(R, BLOCK_M)
     columns = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), experts * rows * columns, PROGRAMS):
@@ -53,7 +53,7 @@ def slot_columns_kernel(
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in range(tl.cdiv(end - begin, BLOCK_K)):
             slot = begin + step * BLOCK_K + tl.arange(0, BLOCK_K)
-            a_mask = (slot < end)[None, :]  # b repeats the last slot there: the zeros of a are enough
+            a_mask = (slot < end)[None, :]  # b repeats the last slot past the end: the zeros of a suffice
             slot = tl.minimum(slot, end - 1).to(tl.int64)
             a_row, b_row = slot, slot
             if GATHER_A:
@@ -81,7 +81,7 @@ def weight_gradient(
     gather_a: bool,
     gather_b: bool,
 ) -> torch.Tensor:
-    """[E, R, N] in the strides of ``like``: a [M, R] by slot (or [T, R], gathered) and b [M, N] likewise."""
+    """[E, R, N] in the strides of ``like``, of a [M, R] by slot (with ``gather_a`` [T, R]) and b [M, N] likewise."""
     experts, rows, width = like.shape
     out, programs = torch.empty_like(like), card(a.device)[0]
     slot_columns_kernel[(programs,)](
@@ -89,7 +89,7 @@ def weight_gradient(
         GATHER_A=gather_a, GATHER_B=gather_b, EVEN_R=rows % tile.m == 0, EVEN_N=width % tile.n == 0,
         PRECISION=precision(a), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, PROGRAMS=programs, RASTER=RASTER,
         num_warps=tile.warps,
-        # Every other stage is spent on the tokens, whose loads come before those of the rows.
+        # Loads of the tokens come before those of the gathered rows and take every other stage.
         num_stages=2 * tile.stages - 1 if gather_a or gather_b else tile.stages,
     )  # fmt: skip
     return out

@@ -117,8 +117,8 @@ class LogProbHead(nn.Linear):
             )
         if not isinstance(found, ops.LogProb):
             return found
-        spread = found.entropy.view(labels.shape) if found.entropy.shape == found.logp.shape else found.entropy
-        return ops.LogProb(found.logp.view(labels.shape), spread)
+        entropies = found.entropy.view(labels.shape) if found.entropy.shape == found.logp.shape else found.entropy
+        return ops.LogProb(found.logp.view(labels.shape), entropies)
 
     def policy_loss(
         self,

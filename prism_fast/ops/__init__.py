@@ -1,4 +1,4 @@
-"""Fused ops of group-relative training. Needs torch alone; compiled backends load when an op first asks for one."""
+"""Fused ops of group-relative training. They need torch alone; a compiled backend loads when an op first needs it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _STOCK = ("shared_prefix_attention", "moe_experts")
 
 
 def available() -> dict[str, tuple[str, ...]]:
-    """Backends that each op can run on this machine. Loads the compiled module to find out."""
+    """The backends that this machine can run, for each op. Loads the compiled module to find out."""
     from . import triton
 
     compiled = _COMPILED if native_runs_here() else ()

@@ -1,9 +1,9 @@
-"""Which implementation of an op runs.
+"""The choice of the implementation that an op runs.
 
-``reference`` is plain PyTorch and runs anywhere; ``native`` is C++/CUDA from ``prism_fast._C``; ``triton`` comes from
-``prism_fast.kernels``; ``stock`` is composed of PyTorch's own fused kernels. An explicit ``backend=`` wins, then the
-environment variable PRISM_FAST_BACKEND, then the op's default. Nothing falls back: a backend that an op or this machine
-lacks is an error.
+``reference`` is plain PyTorch and runs anywhere; ``native`` is C++/CUDA from ``prism_fast._C``; ``triton`` means the
+kernels of ``prism_fast.kernels``; ``stock`` is composed of PyTorch's own fused kernels. An explicit ``backend=`` wins,
+then the environment variable PRISM_FAST_BACKEND, then the op's default. Nothing falls back: a backend that the op or
+this machine lacks is an error.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ CURE = "run `prism-fast doctor` to see what is missing, or pass backend='referen
 
 
 def choose(op: str, has: tuple[str, ...], requested: str | None, tensor: Tensor, default: str | None = None) -> str:
-    """Name of the backend to run for ``op``, which has implementations ``has``, on the device of ``tensor``.
+    """Name of the backend that runs ``op``, which has the implementations ``has``, on the device of ``tensor``.
 
-    ``default`` is taken where neither the caller nor the environment asks for one. Without it, where an op has both,
-    ``native`` is for the CPU and ``triton`` for CUDA, and ``stock`` is for the CPU where there is no ``native``.
+    ``default`` is used if neither the caller nor the environment names one. Without a default, an op that has both uses
+    ``native`` on the CPU and ``triton`` on CUDA; an op without ``native`` uses ``stock`` on the CPU.
 
-    Raises ValueError for an unknown name or one the op does not have, RuntimeError for one this machine cannot run.
+    Raises ValueError for an unknown name or one that the op lacks, RuntimeError for one that this machine cannot run.
     """
     source = "backend"
     if requested is None:
@@ -78,13 +78,13 @@ def _native_or_default(op: str, requested: str | None, tensor: Tensor) -> str:
     if tensor.device.type == "cpu":
         if native.available():
             return "native"
-        if requested is None:  # an uninstalled checkout: the portable implementation is the documented default
+        if requested is None:  # a checkout that is not installed: the reference is the documented default
             return "reference"
         raise RuntimeError(f"{op}: backend='native' is not available: {native.why_not()}; {CURE}")
     if tensor.device.type == "cuda":
         if native.available() and native.has_cuda():
             return "native"
-        # Silently running many small kernels on a GPU is the kind of surprise this package refuses.
+        # Not the reference: its many small kernels would be slow on a GPU, and nobody would notice why.
         raise RuntimeError(
             f"{op}: got CUDA tensors, but the native CUDA kernels are missing: {native.why_not()}; {CURE}"
         )

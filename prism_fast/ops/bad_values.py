@@ -1,7 +1,7 @@
-"""Values that an op cannot refuse, because looking at them would make the host wait: counted on the device instead.
+"""Counts bad values on the device. An op cannot refuse them, because looking at them would make the host wait.
 
-A target outside the vocabulary gives NaN where it is used, and adds one to a counter of its device; so do offsets that
-cut no sequences. Whoever reads metrics reads the counter with them.
+A target outside the vocabulary gives NaN in its row and adds one to a counter of its device; so do offsets that do not
+delimit sequences. Code that reads metrics reads the counter with them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ def bad_values(device: torch.device | str = "cpu") -> int:
     """Targets outside the vocabulary, and calls with bad ``cu_seqlens``, that ops have met on ``device`` since the last
     call. Waits for the device.
 
-    Counted by each forward pass (a replayed CUDA graph too): targets by linear_logprob, selected_logprob and
-    linear_policy_loss; offsets that do not ascend from 0 to at most N by policy_loss and importance_weights, and by
-    linear_policy_loss once per wave and once more. The counter comes into being with the first such call, which must
-    not be a capture.
+    Each forward pass counts, a replayed CUDA graph too. linear_logprob, selected_logprob and linear_policy_loss count
+    targets; policy_loss and importance_weights count offsets that do not ascend from 0 to at most N, and
+    linear_policy_loss counts these once per wave and once more. The first such call makes the counter; it must not
+    happen while a CUDA graph is captured.
     """
     count = counter(torch.device(device))
     found = int(count.item())
@@ -43,8 +43,8 @@ def counter(device: torch.device) -> Tensor:
 
 
 def counted(bad: Tensor) -> Tensor:
-    """``bad`` [N] bool itself, its true entries added to the counter."""
-    # Transforms of torch.func let nothing captured be written to; an operator gets the plain tensor below them.
+    """Returns ``bad`` [N] bool after adding its true entries to the counter."""
+    # torch.func transforms forbid writes to captured tensors; an operator gets the plain tensor below them.
     hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return _operator(bad) if hidden else _counted(bad)
 
@@ -55,7 +55,7 @@ def _counted(bad: Tensor) -> Tensor:
     return bad
 
 
-# The counter is no argument, so compilers see a function without side effects; its result is used, so they keep it.
+# The counter is no argument, so compilers see no side effect; the result is used, so they keep the call.
 @torch.library.custom_op("prism_fast::count_bad_values", mutates_args=())
 def _operator(bad: Tensor) -> Tensor:
     return _counted(bad).clone()

@@ -1,7 +1,7 @@
 """Argument checks shared by the public ops.
 
-Only what the host knows is checked: dtypes, shapes, devices and options. Looking at values would synchronise a GPU.
-Every message names the op, the argument, what it got and what is allowed.
+They check only what the host knows: dtypes, shapes, devices and options. Looking at values would synchronise a GPU.
+Every message names the op, the argument, its value and the allowed ones.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def tensor(
         raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}{cure}")
     sizes = value.shape
     if sizes == shape and value.dtype in dtypes and (like is None or value.device == like.device):
-        return  # these checks run on every call
+        return  # the usual case first: these checks run on every call
     right = len(sizes) == len(shape)
     if right:
         for have, want in zip(sizes, shape, strict=True):
@@ -56,7 +56,7 @@ def tensor(
 
 
 def rows(op: str, like: Tensor, count: int, **values: Tensor | None) -> None:
-    """`tensor` for floating columns [count] that may be missing. Raises ValueError."""
+    """`tensor` for floating tensors [count], None allowed. Raises ValueError."""
     shape, device = (count,), like.device
     for name, value in values.items():
         if value is not None and not (

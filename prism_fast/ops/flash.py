@@ -1,15 +1,15 @@
-"""Which attention serves packed rows on a card, and whose FlashAttention its calls are: one table, one choice.
+"""The choice of the attention that serves packed rows on a card, and of the FlashAttention that it calls.
 
-Sequences of any length are computed by one of
+Kernels for sequences of different lengths come from one of
 
-- ``torch``: what is compiled into PyTorch (FlashAttention 2 in half precision on cards of 8.0 and newer, the
-  memory-efficient kernel for float32 and older cards);
-- ``flash_attn``: the package flash-attn 2, by the operators that its ``flash_attn_varlen_func`` is made of;
+- ``torch``: PyTorch's own (FlashAttention 2 in half precision on cards of 8.0 and newer, the memory-efficient kernel
+  for float32 and older cards);
+- ``flash_attn``: the package flash-attn 2, by the operators that its ``flash_attn_varlen_func`` calls;
 - ``fa3``, ``fa4``: FlashAttention 3 (``flash_attn_interface``) and 4 (``flash_attn.cute``), which PyTorch itself puts
   in the place of its own kernels (``torch.nn.attention.activate_flash_attention_impl``).
 
-A choice holds for the process, because PyTorch's own switch does, and changes the bits of results. Nothing is switched
-by an import: without :func:`use_attention` the calls are PyTorch's.
+A choice holds for the whole process, as PyTorch's own switch does, and changes the bits of results. An import switches
+nothing: outside of :func:`use_attention` the calls are PyTorch's.
 """
 
 from __future__ import annotations
@@ -29,27 +29,26 @@ TRITON_WIDTH = 128  # widest head of the Triton kernels
 
 
 class Card(NamedTuple):
-    """``packed``: the backend of ``shared_prefix_attention`` in half precision; ``flash``: whose kernels ``auto``
-    means, the first that is installed."""
+    """``packed``: the backend of ``shared_prefix_attention`` in half precision; ``flash``: the kernels that ``auto``
+    tries in this order, taking the first that is installed."""
 
     packed: str
     flash: tuple[str, ...]
 
 
-# By major compute capability. Not measured yet; what decides until it is:
-# - 9.x, 10.x: two calls of a library and a join. Both directions take the same products as plain attention (5 in
-#   backward, ours forms the scores twice and takes 7), and FlashAttention 3 and 4 overlap softmax and products with
-#   groups of warps that Triton does not offer.
+# By major compute capability. Not measured yet; until then these reasons decide:
+# - 9.x, 10.x: two library calls and a join. Their backward takes 5 matrix products, ours computes the scores twice and
+#   takes 7; and FlashAttention 3 and 4 overlap softmax and products by specialised warps, which Triton does not offer.
 # - elsewhere our kernels: one launch forward, two backward, no join, bits that always repeat.
-# In float32 packed rows are the Triton kernels' on every card: the library's kernel knows no grouped heads and would
-# read the keys once for each member of a group.
+# In float32 the Triton kernels serve packed rows on every card: the library's kernel does not support grouped heads and
+# would read the keys once for each member of a group.
 CARDS = {9: Card("stock", ("fa3", "torch")), 10: Card("stock", ("fa4", "torch"))}
 OTHERS = Card("triton", ("torch",))
 
 
 class Package(NamedTuple):
     module: str
-    operators: tuple[str, str]  # namespace, and what must be registered or defined there
+    operators: tuple[str, str]  # namespace ("": the module), and the names that must exist there
     majors: tuple[int, ...]  # compute capabilities
     cure: str
 
@@ -74,8 +73,8 @@ PACKAGES = {
 
 
 class _Force(NamedTuple):
-    """``package``: the calls go to flash-attn's own operators; ``packed``: the backend of packed rows, None: the
-    table's."""
+    """``package``: whether calls go to flash-attn's own operators; ``packed``: the backend of packed rows, None for
+    the table's."""
 
     package: bool
     packed: str | None
@@ -85,7 +84,7 @@ _force = _Force(False, None)
 
 
 def in_force() -> str:
-    """Whose kernels compute sequences of any length in this process."""
+    """The attention in use in this process, one of `Attention` without "auto"."""
     if _force.package:
         return "flash_attn"
     active = _active()
@@ -93,7 +92,7 @@ def in_force() -> str:
 
 
 def _active() -> str | None:
-    """What stands in the place of PyTorch's own kernels."""
+    """The name of the implementation that replaces PyTorch's own kernels, or None."""
     return switch.current_flash_attention_impl() if hasattr(switch, "current_flash_attention_impl") else None
 
 
@@ -105,7 +104,7 @@ def packed_backend(q: torch.Tensor, v: torch.Tensor) -> str | None:
 
 
 def packed_default(major: int, dtype: torch.dtype, width: int, value_width: int) -> str:
-    """The same by compute capability ``major``.x and shapes."""
+    """The same, from compute capability ``major``.x, dtype and widths."""
     if _force.packed is not None:
         return _force.packed
     triton_takes = width == value_width <= TRITON_WIDTH
@@ -121,10 +120,10 @@ def _major(device: torch.device) -> int:
 
 
 def resolve(choice: Attention, device: torch.device, dtype: torch.dtype) -> str:
-    """Whose kernels ``choice`` means for models of this device and dtype.
+    """The attention that ``choice`` means for models of this device and dtype; "auto" becomes a name.
 
     Raises:
-        ValueError: what was asked for by name cannot run here, or ``choice`` is unknown.
+        ValueError: a ``choice`` that cannot run here, or is unknown.
     """
     if choice not in get_args(Attention):
         raise ValueError(f"model.attention must be one of {', '.join(get_args(Attention))}, got {choice!r}")
@@ -139,7 +138,7 @@ def resolve(choice: Attention, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``name`` cannot compute models of this device and dtype; None: it can."""
+    """The reason why ``name`` cannot serve models of this device and dtype; None: it can."""
     if name == "torch":
         return None
     if device.type != "cuda":
@@ -158,7 +157,7 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 @lru_cache(maxsize=8)
 def missing(name: str) -> str | None:
-    """What the package behind ``name`` lacks, with the cure; None: it can be called. Imports it."""
+    """The reason why the package of ``name`` cannot be called, with the cure; None: it can. Imports the package."""
     package = PACKAGES[name]
     namespace, wanted = package.operators
     try:
@@ -175,9 +174,9 @@ def missing(name: str) -> str | None:
 
 @contextmanager
 def use_attention(choice: Attention, device: torch.device, dtype: torch.dtype) -> Iterator[str]:
-    """Compute as ``choice`` says inside the block, process-wide, and as before behind it. Gives whose kernels they are.
+    """Use ``choice`` inside the block, in the whole process; yields the name of the attention in use.
 
-    Named explicitly, they serve packed rows too, in the place of the table's backend.
+    If ``choice`` is a name and not "auto", it serves packed rows too, instead of the table's backend.
 
     Raises:
         ValueError: as :func:`resolve`.
@@ -212,8 +211,8 @@ SHOWN = {
 
 
 def describe(choice: Attention, device: torch.device, dtype: torch.dtype, packed: str | None = None) -> str:
-    """What ``choice`` means for models of this device and dtype, in words: whose kernels, and the backend of packed
-    rows (``packed``: one that was asked for). Raises as :func:`resolve`."""
+    """``choice`` for models of this device and dtype in words: the kernels, and the backend of packed rows (``packed``:
+    an explicit one). Raises as :func:`resolve`."""
     name = resolve(choice, device, dtype)
     if device.type != "cuda":
         return f"{name}: PyTorch's on the {device.type}; packed rows: {packed or 'stock'}"

@@ -1,6 +1,6 @@
-"""An op with gradients in its two forms, from one piece of code: called directly, or an operator that compilers trace.
+"""Two forms of an op with gradients, from one implementation: a direct call, and an operator that compilers trace.
 
-The dispatcher of operators costs an eager call tens of microseconds, so ordinary tensors take the direct form.
+The dispatcher adds tens of microseconds to an eager call of an operator, so ordinary tensors take the direct form.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ class TwoForms:
     """``run`` with gradients for its first ``leading`` arguments; differentiable once, in reverse mode.
 
     Args:
-        name: of the operator, ``prism_fast::...``.
-        backend: of the op, for messages; the operator's name is the op's, or the op's and the backend's.
-        run: (*arguments) -> tuple of tensors, annotated, by position. The first ``results`` tensors carry gradients.
+        name: the operator's name, ``prism_fast::<op>`` or ``prism_fast::<op>_<backend>``.
+        backend: the op's backend, for messages.
+        run: (*arguments) -> tuple of tensors; annotated, called by position. The first ``results`` tensors have
+            gradients.
         fake: the same from shapes alone.
-        save: (ctx, arguments, outputs), keeps what ``gradients`` needs.
-        gradients: (ctx, traced, *upstream of the results) -> gradients of the leading arguments, None where there is
-            none. An upstream gradient may be None, not all of them. ``traced``: inside a compiled graph.
+        save: (ctx, arguments, outputs) keeps on ctx what ``gradients`` needs.
+        gradients: (ctx, traced, *upstream of the results) -> gradients of the leading arguments, None for one without.
+            Some upstream gradients may be None, never all. ``traced``: inside a compiled graph.
     """
 
     def __init__(
@@ -58,9 +59,9 @@ class TwoForms:
         self.operator.register_autograd(lambda ctx, *g: (*backward(ctx, True, g), *rest), setup_context=keep)
 
         class Eager(torch.autograd.Function):
-            """What gets no gradient comes and leaves in one list: each tensor beside it costs its bookkeeping."""
+            """Arguments and outputs without gradient pass in one list: autograd's bookkeeping costs time per tensor."""
 
-            boxed_grads_call = False  # the default; a class without it has the engine raise and drop an AttributeError
+            boxed_grads_call = False  # the default; without it, the engine raises and catches an AttributeError
 
             @staticmethod
             def forward(ctx, *given):
@@ -77,7 +78,7 @@ class TwoForms:
         self._eager = Eager.apply
 
     def __call__(self, *arguments) -> Sequence[Tensor]:
-        """All outputs; those beyond the results are without gradient. Raises NotImplementedError as `refuse_duals`."""
+        """All outputs; those beyond the results have no gradient. Raises NotImplementedError as `refuse_duals`."""
         first = arguments[: self.leading]
         if not plain(first[0]):
             outputs = self.operator(*arguments)
@@ -93,24 +94,24 @@ class TwoForms:
 
 
 def saved_once(ctx, op: str, cure: str) -> tuple[Tensor | None, ...]:
-    """``ctx.saved_tensors`` of an op whose backward uses them up. Raises RuntimeError the second time."""
+    """``ctx.saved_tensors`` of an op whose backward overwrites them. Raises RuntimeError the second time."""
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            f"{op}: a second backward, but the first wrote over what forward had kept; {cure}"
+            f"{op}: a second backward, but the first overwrote the tensors that forward had kept; {cure}"
         ) from error
 
 
 def plain(x: Tensor) -> bool:
-    """Whether ``x`` is an ordinary tensor outside of compilation: then the dispatcher has nothing to add to a call."""
+    """Whether ``x`` is an ordinary tensor outside of compilation, so that a call can bypass the dispatcher."""
     kind = type(x)
     return (kind is Tensor or kind is torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
-# Ops whose reference is composed of torch operations, with every derivative that these have.
+# Ops whose reference is composed of torch operations and has all of their derivatives.
 COMPOSED = (
     "group_advantage",
     "moe_experts",
@@ -123,7 +124,7 @@ COMPOSED = (
 
 
 def refuse_duals(op: str, backend: str, *tensors: Tensor | None) -> None:
-    """Refuse what carries derivatives that ``backend`` would drop. Raises NotImplementedError."""
+    """Refuse tensors with derivatives that ``backend`` would drop. Raises NotImplementedError."""
     dropped = torch._C._are_functorch_transforms_active()
     for x in tensors:
         dropped = dropped or (x is not None and forward_ad.unpack_dual(x).tangent is not None)
@@ -135,8 +136,10 @@ def refuse_duals(op: str, backend: str, *tensors: Tensor | None) -> None:
 
 
 def refuse_graph(op: str, backend: str) -> None:
-    """For a backward whose gradients have no gradients: refuse to be part of a graph (``create_graph=True``), where
-    these would be missing in silence. Raises NotImplementedError."""
+    """Refuse ``create_graph=True`` in a backward whose gradients have no gradients: they would be missing silently.
+
+    Raises NotImplementedError.
+    """
     if torch.is_grad_enabled():
         raise NotImplementedError(
             f"{op}: backend={backend!r} has no gradient of its gradient, which create_graph=True asks for; {_cure(op)}"

@@ -59,12 +59,12 @@ def group_advantage(
             ``batch``: (x - group mean) / (unbiased std over the whole call + eps) (arXiv 2508.08221).
             A group of exactly equal scores gives exactly 0.
         eps: added to the standard deviation, >= 0.
-        invalid: what a response with ``valid = False`` scores. ``below_min``: the group's smallest valid score - 1, or
-            -1 where no response is valid. ``exclude``: it takes no part in the group's statistics and gets GN = 0.
+        invalid: the score of a response with ``valid = False``. ``below_min``: the group's smallest valid score - 1, or
+            -1 if the group has no valid response. ``exclude``: the group's statistics ignore it, and its GN is 0.
             ``as_is``: its own score.
         invalid_penalty: subtracted from the advantage of invalid responses.
-        singleton: GN in a group with one counted response. ``zero``: 0. ``identity``: mean taken as 0 and the group's
-            standard deviation as 1, as published.
+        singleton: GN in a group with one counted response. ``zero``: 0. ``identity``: as if its mean were 0 and its
+            standard deviation 1, as published.
         power: z -> sign(z) |z|^power, normalised again within the group (GRGC's PGM, arXiv 2609.39757); only with
             ``per_score`` and ``combined``.
         per_score: return the gated and weighted terms [B, K] before their sum (for per-span credit).
@@ -75,7 +75,7 @@ def group_advantage(
 
     Raises:
         ValueError: wrong shape, dtype, device or option; ``per_score`` with ``combined``, ``offset`` or
-            ``invalid_penalty`` (they belong to the sum).
+            ``invalid_penalty``, which are defined for the sum alone.
         RuntimeError: the backend is missing on this machine.
 
     Source: GRPO (arXiv 2402.03300, section 4.1.2); the six alignment advantages of PRISM (arXiv 2604.28123,
@@ -140,7 +140,7 @@ def _check_options(
 
 
 def _weights(weights: Tensor | Sequence[float], columns: int, scores: Tensor) -> Tensor:
-    """[K] tensor on the scores' device. Pass a tensor where a CUDA graph is captured: a list is copied each call."""
+    """[K] tensor on the scores' device. A CUDA graph needs a tensor: a list is copied from the host in each call."""
     if not isinstance(weights, Tensor):
         if not isinstance(weights, Sequence) or isinstance(weights, str):
             raise ValueError(

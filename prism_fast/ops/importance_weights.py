@@ -27,7 +27,7 @@ def importance_weights(
     """Factors for ``policy_loss(is_weight=...)`` from the ratio of trainer to rollout probability, without gradient.
 
     Args:
-        rollout_logp: [N] floating, what the rollout engine reported for its sampled tokens, nats.
+        rollout_logp: [N] floating, log-probabilities of the sampled tokens as the rollout engine reported them, nats.
         logp: [N] floating, the trainer's log-probabilities of the same tokens under the same weights.
         cu_seqlens: [B+1] int32 offsets; tokens past the last offset are padding and get weight 0.
         mode: ``token_*``: ratio exp(clamp(logp - rollout_logp, -20, 20)) per token. ``sequence_*``: one ratio per

@@ -1,4 +1,4 @@
-"""Cross entropy straight from hidden states and the output matrix, with label smoothing and z-loss."""
+"""Cross entropy from hidden states and the output matrix, with label smoothing and z-loss."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def linear_cross_entropy(
     Args:
         hidden [N, H], weight [V, H], target [N], bias, softcap, ignore_index: as in ``linear_logprob``; rows with
             ``ignore_index`` do not count.
-        reduction: "mean" over the rows that count, or "sum". No "none": backward could not weigh rows any more; use
-            ``linear_logprob``.
+        reduction: "mean" over the rows that count, or "sum". There is no "none": gradients are computed in forward,
+            before backward could weigh the rows; use ``linear_logprob``.
         denominator: number or 0-d tensor instead of the number of rows that count, for "mean": the *global* count, so
             that any micro-batching gives the same gradient. 0 counts as 1.
-        label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``: that share of the target is spread
-            evenly over the vocabulary. Not with ``softcap``.
-        z_loss: coefficient >= 0 of the squared log-sum-exp of a row's scores, reduced as the loss.
-        weight_grad_out: as in ``linear_policy_loss``: added to by this call, backward takes the gradient 1 alone.
+        label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``: the share of the target that goes
+            evenly to the whole vocabulary. Not with ``softcap``.
+        z_loss: coefficient >= 0 of the squared log-sum-exp of a row's scores, reduced like the loss.
+        weight_grad_out: as in ``linear_policy_loss``: this call adds to it, and backward takes the gradient 1 alone.
         backend: None, "reference" or "triton", as in ``linear_logprob``.
 
-    Gradients are formed inside the forward, wave after wave of rows, as in ``linear_policy_loss``: 3 matrix passes and
-    one wave of scores in memory; backward may be called again. Under ``torch.compile`` ``linear_logprob`` and plain
-    PyTorch are composed instead (4 passes; no ``weight_grad_out`` with ``label_smoothing`` or ``z_loss``).
+    Forward computes the gradients too, wave after wave of rows, as in ``linear_policy_loss``: 3 matrix passes and one
+    wave of scores in memory; backward may be called again. Under ``torch.compile`` the op composes ``linear_logprob``
+    and plain PyTorch instead (4 passes; no ``weight_grad_out`` with ``label_smoothing`` or ``z_loss``).
 
     Returns:
         The loss, 0-d, float32 (float64 for float64 input); NaN with "mean" and no row that counts, as in PyTorch.
@@ -82,8 +82,8 @@ def linear_cross_entropy(
             checks.number(OP, "denominator", denominator, low=0.0)
     kind = waves.wide(hidden)
     kept = target != ignore_index
-    share = _share(kept, reduction, denominator, kind)  # 0-d: what a row weighs
-    average = None  # ([H], 0-d or None) of the matrix' rows and the bias
+    share = _share(kept, reduction, denominator, kind)  # 0-d: the weight of a row
+    average = None  # ([H] mean row of the matrix, 0-d mean of the bias or None)
     if label_smoothing != 0.0:
         mean = weight.to(hidden.dtype).mean(0, dtype=kind)
         average = mean, None if bias is None else bias.mean(dtype=kind)
@@ -122,7 +122,7 @@ def linear_cross_entropy(
                     of_lse = torch.where(kept[block], (label_smoothing + 2.0 * z_loss * lse) * weighs, 0.0)
                     apart = g - of_lse, -label_smoothing / vocabulary * weighs
                 head.backward(block, found, g, apart=apart)
-            del found  # its memory serves the next wave
+            del found  # the next wave reuses its memory
         return (total * share,)
 
     return waves.run(OP, chosen, hidden, weight, bias, rows, walk, weight_grad_out)[0]
@@ -145,7 +145,7 @@ def _each(
     label_smoothing: float,
     z_loss: float,
 ) -> Tensor:
-    """[n] losses of rows."""
+    """[n] losses of the rows."""
     each = -(1.0 - label_smoothing) * logp
     if average is not None:
         mean, of_bias = average
@@ -158,7 +158,7 @@ def _each(
 def _own_score(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, target: Tensor, kept: Tensor
 ) -> Tensor:
-    """[N] score of the target; of any column where it is none."""
+    """[N] score of the target; where it is no column, the score of some other column."""
     kind = waves.wide(hidden)
     column = torch.where(kept, target, 0).clamp(0, weight.shape[0] - 1)
     score = (hidden.to(kind) * weight[column].to(hidden.dtype).to(kind)).sum(-1)

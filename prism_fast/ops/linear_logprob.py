@@ -34,8 +34,8 @@ def linear_logprob(
 
     Args:
         hidden: [N, H] floating.
-        weight: [V, H], dtype of ``hidden``, or float32 beside half-precision ``hidden`` (autocast): it is then rounded
-            for the products, and its gradient is float32.
+        weight: [V, H], dtype of ``hidden``, or float32 with half-precision ``hidden`` (autocast): the products then
+            round it, and its gradient is float32.
         target: [N] int64 or int32 in [0, V), or ``ignore_index``. Ignored rows give logp 0, entropy 0 and no gradient;
             any other value outside [0, V) gives NaN and is counted, see ``prism_fast.ops.bad_values``.
         bias: [V], dtype of ``hidden`` or float32, added in float32. -inf bans a token, also under a soft cap.
@@ -43,18 +43,18 @@ def linear_logprob(
         softcap: cap(z) = softcap * tanh(z / softcap), before the temperature.
         entropy: also compute the entropy of each row, differentiable.
         save: ``logits`` keeps the exponentials of the scaled scores [N, V], in the inputs' dtype with "triton" (3
-            matrix passes); ``recompute`` forms them again, in waves of rows (4 passes); ``auto`` keeps them if they fit
-            in ``save_limit_bytes``: a function of shapes and the card, never of free memory.
+            matrix passes); ``recompute`` computes them again, in waves of rows (4 passes); ``auto`` keeps them if they
+            fit in ``save_limit_bytes``: shapes and the card decide, never free memory.
         save_limit_bytes: for ``auto``, bytes; None is 4 GiB on a GPU of 80 GB or more, 1 GiB elsewhere.
-        weight_grad_out: [V, H] float32 or float64; the weight's gradient is added to it and ``weight.grad`` stays as it
-            is.
+        weight_grad_out: [V, H] float32 or float64; backward adds the weight's gradient to it and leaves ``weight.grad``
+            alone.
         backend: None, "reference" or "triton" (CUDA; bfloat16, float16 or float32; H divisible by 16). None is "triton"
             on CUDA and "reference" elsewhere.
 
     Returns:
         LogProb(logp [N], entropy [N], or [0] without ``entropy``), nats, float32 (float64 for float64 input).
-        Row maximum and log-sum are kept apart, so logp is exact to rounding also for large scores. Rows whose upstream
-        gradient is exactly 0 add nothing. Kept scores are overwritten by backward: a second backward raises.
+        Row maximum and log-sum stay two numbers, so logp is exact to rounding also for large scores. Rows whose
+        upstream gradient is exactly 0 add nothing. Backward overwrites kept scores: a second backward raises.
 
     Raises:
         ValueError: wrong shape, dtype, device or option.
@@ -99,7 +99,7 @@ def validate(
     weight_grad_out: Tensor | None,
     ignore_index: int,
 ) -> None:
-    """Refuse operands of a head that do not fit together. Raises ValueError."""
+    """Refuse operands of a head that do not fit together. Raises ValueError, NotImplementedError on device meta."""
     checks.whole(op, "ignore_index", ignore_index)
     checks.tensor(op, "hidden", hidden, shape=(None, None))
     checks.memory(op, hidden)
@@ -128,11 +128,11 @@ def validate(
 
 
 def _keeps(save: str, limit: int, hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> bool:
-    """Whether something per score is kept for backward."""
+    """Whether forward keeps the exponentials [N, V] for backward."""
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
         return False
     if save == "auto":
-        # The reference computes half-precision inputs in float32, the kernels keep exponentials in their dtype.
+        # The reference keeps exponentials in float32 or wider, the kernels in the inputs' dtype.
         size = hidden.element_size() if backend == "triton" else max(4, hidden.element_size())
         return hidden.shape[0] * weight.shape[0] * size <= limit
     return save == "logits"

@@ -1,4 +1,4 @@
-"""Policy loss straight from hidden states: ``linear_logprob`` and ``policy_loss`` as one op."""
+"""Policy loss from hidden states: ``linear_logprob`` and ``policy_loss`` as one op."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .results import PolicyStats
 
 OP = "linear_policy_loss"
 BACKENDS = ("reference", "triton")
-WHOLE = ("gspo", "gspo_token")  # their ratio is a sequence's, so a wave holds whole sequences
+WHOLE = ("gspo", "gspo_token")  # one ratio per sequence, so a wave holds whole sequences
 
 
 @spelled_out
@@ -52,25 +52,23 @@ def linear_policy_loss(
 
     Args:
         hidden [N, H], weight [V, H], target [N], bias, temperature, softcap, ignore_index: as in
-            ``linear_logprob``; rows with ``ignore_index`` are inactive, beside those that ``mask`` excludes.
+            ``linear_logprob``; rows with ``ignore_index`` are inactive, like those that ``mask`` excludes.
         entropy: report the mean entropy; ``entropy_coef`` != 0 computes it in any case.
-        All others: as in ``policy_loss``.
-        weight_grad_out: [V, H] float32 or float64; the weight's gradient is added by this call, not by backward.
-            Without it the gradient of a half-precision weight is collected in a float32 matrix of the op's own.
-            Backward must then be called with the gradient 1 (scale the loss through ``denominator``); any other gives
-            NaN.
+        weight_grad_out: [V, H] float32 or float64; this call, not backward, adds the weight's gradient to it. Backward
+            must then be called with the gradient 1 (scale the loss through ``denominator``); any other gives NaN.
+            Without it the op collects the gradient of a half-precision weight in a float32 matrix of its own.
         logp_out: [N] float32 or float64, receives the log-probabilities of the rows, as ``linear_logprob`` gives them,
             without gradient.
-        borders: the offsets of ``cu_seqlens`` as Python numbers. Needed on a GPU by gspo and gspo_token with
-            ``old_logp``; on the CPU they are read from ``cu_seqlens``.
+        borders: the offsets of ``cu_seqlens`` as Python numbers. gspo and gspo_token with ``old_logp`` need them on a
+            GPU; on the CPU the op reads them from ``cu_seqlens``.
+        All others: as in ``policy_loss``.
         backend: None, "reference" or "triton", as in ``linear_logprob``. None lets ``policy_loss`` choose its own.
 
-    Gradients are formed inside the forward, wave after wave of rows: 3 matrix passes, and one wave of scores in memory
-    (2.5 GiB on a GPU of 80 GB or more, 320 MiB on others, 64 MiB or 256 rows on a CPU; at least the longest sequence
-    for gspo with ``old_logp``). Backward only scales them, so it may be called again; in float16 a gradient beyond
-    65504 is infinite before that (a larger ``denominator`` prevents it). Under ``torch.compile`` the two
-    ops are composed in one graph instead, the scores are formed again in backward (4 passes), and ``weight_grad_out``
-    is added to there.
+    Forward computes the gradients too, wave after wave of rows: 3 matrix passes, and one wave of scores in memory (2.5
+    GiB on a GPU of 80 GB or more, 320 MiB on others, 64 MiB or 256 rows on a CPU; at least the longest sequence for
+    gspo with ``old_logp``). Backward only scales them, so it may be called again; a float16 gradient beyond 65504 is
+    already infinite by then (a larger ``denominator`` prevents it). Under ``torch.compile`` one graph composes the two
+    ops instead; backward then computes the scores again (4 passes) and adds to ``weight_grad_out``.
 
     Returns:
         (loss 0-d, PolicyStats), as ``policy_loss``.
@@ -126,7 +124,7 @@ def linear_policy_loss(
     rows, step = waves.open_rows(chosen, hidden, weight, bias, target, temperature, softcap, with_entropy, ignore_index)
     whole = _borders(borders, cu_seqlens, hidden.shape[0]) if options.loss in WHOLE and old_logp is not None else None
     walk = waves.policy_walk(
-        lambda logp, spread: policy(logp, advantage, cu_seqlens, entropy=spread),
+        lambda logp, entropies: policy(logp, advantage, cu_seqlens, entropy=entropies),
         waves.cuts(hidden.shape[0], step, whole),
         target,
         weight.shape[0],

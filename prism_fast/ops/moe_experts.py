@@ -12,9 +12,9 @@ from .results import Routing
 
 OP = "moe_experts"
 BACKENDS = ("reference", "native", "triton", "stock")
-# Default on CUDA by (major compute capability, dtype). A card that is not listed gets Triton, which refuses by name
-# what it cannot serve; so does what grouped_mm cannot address (`stock.moe_experts.refusal`). Until a card has measured
-# both, products of a library where there is one.
+# Default on CUDA by (major compute capability, dtype). Triton serves a card that is not listed, or refuses it by name;
+# it also serves operands that grouped_mm cannot address (`stock.moe_experts.refusal`). Until both are measured on a
+# card, a library's products are preferred where they exist.
 ON_CUDA = {
     (8, torch.bfloat16): "triton",
     (8, torch.float16): "triton",
@@ -50,10 +50,10 @@ def moe_experts(
             a checkpoint that stores [E, H, 2I] passes ``.transpose(1, 2)``; shapes are never guessed.
         down: [E, H, I], dtype of ``hidden``.
         routing: of ``route_experts`` or ``plan_experts`` over the same T tokens and E experts.
-        recompute: keep only the inputs for backward and form the products again.
+        recompute: keep only the inputs for backward and compute the products again.
         backend: None, "reference" (a loop over experts; on a GPU and in a graph every expert computes every token),
-            "native" (PyTorch's products and compiled passes between them, the default on the CPU where the compiled
-            module is built, without it "reference" is), "triton" (CUDA) or "stock"
+            "native" (PyTorch's products and compiled passes between them; the default on the CPU, if the compiled
+            module is built, else "reference" is), "triton" (CUDA) or "stock"
             (``torch.nn.functional.grouped_mm``; on CUDA bfloat16 on compute capability 9.x and 10.x alone, with our
             kernels between the products; on the CPU all but float64; H and I multiples of 16 bytes). On CUDA the
             default is the entry of ``ON_CUDA`` for the card and dtype: "stock" for bfloat16 on 9.x and 10.x where it
@@ -61,9 +61,9 @@ def moe_experts(
 
     Returns:
         [T, H] in the dtype of ``hidden``; differentiable in hidden, gate_up, down and routing.weights. Products run in
-        the dtype of ``hidden``, also under autocast, the weighted sum in float32 or wider; its order is fixed. On the
-        CPU the bits of ``native`` do not depend on the number of threads in float32 and float64 (where PyTorch's
-        library is MKL); those of the others are PyTorch's own, which cuts products and activations by threads.
+        the dtype of ``hidden``, also under autocast, the weighted sum in float32 or wider, in a fixed order. On the
+        CPU the bits of ``native`` do not depend on the number of threads in float32 and float64 (if PyTorch's library
+        is MKL); those of the other backends do, because PyTorch divides products and activations among threads.
 
     Raises:
         ValueError: wrong shape, dtype or device.

@@ -1,4 +1,4 @@
-"""Autograd and registration of `moe_experts`, for every backend that writes its backward out."""
+"""Autograd and registration of `moe_experts`, for every backend with a backward of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Run = Callable[..., Tensor]
 
 
 def plain(weights: Tensor) -> Tensor:
-    """Routing weights as the Triton kernels read them: float32, dense."""
+    """Routing weights in the form that the Triton kernels read: float32, dense."""
     return weights.to(torch.float32).contiguous()
 
 
@@ -73,10 +73,10 @@ def operator(backend: str, forward: Callable, backward: Callable) -> tuple[Run, 
     forward_operator.register_autograd(autograd, setup_context=setup)
 
     def run(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, *, recompute: bool) -> Tensor:
-        """Arguments are already validated by the public op. Differentiable once; keeps its inputs and, without
+        """The public op has already validated the arguments. Differentiable once; keeps its inputs and, without
         ``recompute``, the up-projection of every assignment [T · top_k, 2I]."""
         keep = not recompute and torch.is_grad_enabled()
-        # Whatever the strides of a plan that somebody made by hand: what reads it by address reads it as dense.
+        # A plan that a caller made by hand may have any strides; the kernels read its addresses as dense.
         plan = (x.contiguous() for x in (routing.permutation, routing.tokens, routing.slots, routing.offsets))
         arguments = (hidden, gate_up, down, routing.weights.contiguous(), *plan, keep)
         if torch.compiler.is_compiling():

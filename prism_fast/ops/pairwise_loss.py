@@ -34,11 +34,11 @@ def pairwise_loss(
     """``sum_k sum_b valid_b * -log sigmoid(T[group_b, k] - S[b, k]) / denominator`` + L2 term + spread term.
 
     Args:
-        teacher: [G, K] floating, K scores of each teacher response; a row is shared by its whole group.
+        teacher: [G, K] floating, K scores of each teacher response; one row serves its whole group.
         student: [B, K], dtype of ``teacher``.
         group: [B] int64 or int32 in [0, G); a valid row with another id gives NaN.
-        valid: [B] bool, students that take part; None = all. The others get gradient 0 from the Bradley-Terry and
-            spread terms and may hold NaN if ``l2`` is 0.
+        valid: [B] bool, students that count; None = all. The others get gradient 0 from the Bradley-Terry and spread
+            terms and may hold NaN if ``l2`` is 0.
         clip: scores are clamped to [-clip, clip] first: no gradient outside, full gradient on the bounds.
         lengths: (teacher [G, K], student [B, K]) tokens of the scored spans, for ``length_penalty``.
         length_penalty: number or K numbers b: score - b * log(1 + tokens), before the clamp.
@@ -51,9 +51,9 @@ def pairwise_loss(
         backend: None, "reference" or "native" (differentiable once; ``length_penalty`` for at most 16 scores).
 
     Returns:
-        (loss 0-d float32, or float64 for float64 scores; PairwiseStats of [K] tensors). Who is ahead is decided before
-        the clamp. Exactly equal scores there, such as those of identical texts, are ties: they enter the loss and no
-        accuracy.
+        (loss 0-d float32, or float64 for float64 scores; PairwiseStats of [K] tensors). The statistics compare scores
+        before the clamp. Exactly equal scores, such as those of identical texts, are ties: they enter the loss but not
+        the accuracy.
 
     Raises:
         ValueError: wrong shape, dtype, device or option; ``length_penalty`` without ``lengths``.

@@ -62,8 +62,8 @@ def policy_loss(
     seq_mean_token_sum_norm     1 / (norm_length * denominator)             sequences with an active token
     =========================== =========================================== =======================================
 
-    Packed rows are [N] with ``cu_seqlens``; padded ones [B, T] without, every [N] below being [B, T] then, and ``mask``
-    saying which tokens count. Both give the same; padded rows are neither copied nor counted::
+    Packed rows are [N] with ``cu_seqlens``. Padded rows are [B, T] without it; every [N] below is then [B, T], and
+    ``mask`` says which tokens count. Both give the same results; padding is neither copied nor counted::
 
         loss, stats = policy_loss(logp, advantage, cu_seqlens, old_logp=old_logp)  # [N], [B], [B + 1], [N]
         loss, stats = policy_loss(logp, advantage, old_logp=old_logp, mask=response_mask)  # [B, T], [B], [B, T], [B, T]
@@ -73,11 +73,11 @@ def policy_loss(
             ``entropy``.
         advantage: [B] floating, or None with ``token_advantage``.
         cu_seqlens: None for padded rows, else [B+1] int32 offsets, ascending from 0 to at most N; sequences may be
-            empty; tokens past the last offset are padding. Others give NaN (loss, statistics and every gradient) and
-            count in ``bad_values``.
+            empty; tokens past the last offset are padding. Other offsets give NaN (loss, statistics and every gradient)
+            and count in ``bad_values``.
         old_logp: [N]; None = on-policy, the ratio is 1 by construction and its gradient is that of logp.
         token_advantage: [N] floating instead of ``advantage``; refused by ``gspo``.
-        options: what follows up to ``kl`` as one object, checked once; or its fields as keywords, not both.
+        options: the arguments from ``loss`` to ``kl_importance`` as one object, checked once; or as keywords, not both.
         loss, aggregation: see above. grpo accepts every aggregation, cispo and sapo both means, the others only theirs.
         clip: (lo, hi), both >= 0. Not for sapo.
         dual_clip: > 1; where A < 0 the loss is at most -A * dual_clip (arXiv 1912.09729). grpo, dapo, dr_grpo, bnpo.
@@ -89,8 +89,8 @@ def policy_loss(
             [-10, 10] with gradient 0 where a clamp acts. k1+, abs+, k3+: straight through, the value of the form with
             the gradient of k2, also where a clamp acts.
         kl_importance: multiply the KL estimate by the unclipped ratio r (gspo: the sequence's), with the gradient of
-            the product: an estimate under the policy from tokens that ``old_logp``'s sampled. On-policy the value stays
-            and k3 gets the gradient of k2. TRL: ``use_bias_correction_kl``, its default.
+            the product: an estimate under the current policy from tokens of the one that gave ``old_logp``. On-policy
+            the value stays and k3 gets the gradient of k2. TRL: ``use_bias_correction_kl``, its default.
         denominator: number or 0-d tensor, the *global* count of the table. Given it, any micro-batching, packing or
             rank count gives the same gradient. None counts this call. 0 counts as 1.
         entropy: [N] floating, nats. Without ``entropy_coef`` it is only reported.
@@ -101,12 +101,12 @@ def policy_loss(
 
     Returns:
         (loss 0-d float32, or float64 for float64 ``logp``; PolicyStats). Without an active token the loss is 0. A token
-        whose loss is NaN (of logp, advantage, or whatever it needs) makes the loss NaN and its own gradients NaN.
+        whose loss is NaN (from any of its inputs) makes the loss NaN and its own gradients NaN.
 
     Raises:
         ValueError: wrong shape, dtype, device or option, or options that contradict each other.
         TypeError: an unknown keyword, or keywords beside ``options``.
-        NotImplementedError: published losses and KL forms that are left out, naming what to use.
+        NotImplementedError: a published loss or KL form that is not offered; the message names a substitute.
         RuntimeError: the backend is missing on this machine.
 
     Sources: GRPO arXiv 2402.03300 eq. 3; DAPO 2503.14476 eq. 8; GSPO 2507.18071 eq. 5 and 14; Dr. GRPO 2503.20783;
@@ -146,7 +146,7 @@ def policy_loss(
 def _rows_in_sequence(
     logp: Tensor, cu_seqlens: object, mask: object, columns: dict[str, object]
 ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor | None]]:
-    """Padded rows [B, T] as B sequences of T tokens, their padding left to the mask: logp, offsets, mask, columns."""
+    """Padded rows [B, T] as B sequences of T tokens; the mask excludes padding. (logp, offsets, mask, columns)."""
     if cu_seqlens is not None:
         raise ValueError(f"{OP}: logp [B, T] has its sequences as rows; cu_seqlens must be None, or logp [N]")
     checks.tensor(OP, "logp", logp, shape=(None, None))
@@ -171,7 +171,7 @@ def _check(
     denominator: object,
     norm_length: object,
 ) -> None:
-    """Refuse what is no tensor, or of another shape, dtype or device than the docstring says. Raises ValueError."""
+    """Refuse arguments that differ in type, shape, dtype or device from the docstring. Raises ValueError."""
     checks.tensor(OP, "logp", logp, shape=(None,))
     checks.offsets(OP, cu_seqlens, logp)
     n, sequences = logp.shape[0], cu_seqlens.shape[0] - 1

@@ -48,9 +48,9 @@ F = TypeVar("F", bound=Callable)
 
 @dataclass(frozen=True)
 class PolicyLossOptions:
-    """What ``policy_loss`` and ``linear_policy_loss`` take beside tensors; meanings in ``policy_loss``.
+    """The arguments of ``policy_loss`` and ``linear_policy_loss`` that are not tensors; ``policy_loss`` explains them.
 
-    One object serves every call of a run; checks are made here, once.
+    One object serves every call of a run; its values are checked once, here.
 
     Raises ValueError or NotImplementedError for values and combinations that no loss has.
     """
@@ -77,17 +77,17 @@ class PolicyLossOptions:
 
     @property
     def aggregates(self) -> str:
-        """The aggregation, the loss's own where none was named."""
+        """The aggregation; without one, the loss's default."""
         return OF_LOSS[self.loss][0] if self.aggregation is None else self.aggregation
 
     @property
     def clips(self) -> tuple[float, float]:
-        """(lo, hi), the loss's own where none was given; (0, 0) for sapo, which has none."""
+        """(lo, hi); without ``clip`` the loss's default; (0, 0) for sapo, which has none."""
         return CLIP_OF_LOSS.get(self.loss, (0.0, 0.0)) if self.clip is None else self.clip
 
     @property
     def bound(self) -> float | None:
-        """Largest ratio where A < 0, under either of its names."""
+        """Largest ratio where A < 0: ``dual_clip`` or ``delta``."""
         return self.dual_clip if self.delta is None else self.delta
 
 
@@ -96,7 +96,7 @@ _remembered = functools.lru_cache(maxsize=256, typed=True)(PolicyLossOptions)
 
 
 def spelled_out(function: F) -> F:
-    """Let ``help`` and ``inspect.signature`` list the options where ``function`` has ``**settings``."""
+    """Let ``help`` and ``inspect.signature`` list the options in the place of ``**settings`` of ``function``."""
     signature = inspect.signature(function)
     given = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     named = inspect.signature(PolicyLossOptions).parameters.values()
@@ -122,7 +122,7 @@ def gather(function: Callable, options: PolicyLossOptions | None, settings: dict
     for name in settings:
         if name not in NAMES:
             raise TypeError(_unknown(function, name))
-    # Compilers look through caches, with a warning; a tensor would be kept alive by one.
+    # No cache while compiling, because compilers warn about it; none for a tensor, because it would stay alive there.
     if torch.compiler.is_compiling() or isinstance(settings.get("norm_length"), Tensor):
         return PolicyLossOptions(**settings)
     try:

@@ -1,6 +1,6 @@
-"""Whether a layout fits its row, and what the layers of a model can share of the work that a layout is.
+"""Checks that a layout fits its row, and preparation of a layout once for all layers of a model.
 
-A layout whose values are bad is refused by name where the host holds them; on a GPU nobody looks, and results are NaN.
+On the CPU a layout with bad values is refused by name; on a GPU nobody looks at them, and results are NaN.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BACKENDS = ("reference", "triton", "stock")
 
 
 def faults(layout: PrefixLayout, tokens: int) -> dict[str, Tensor]:
-    """What is wrong with the values, each with a 0-d bool of whether it is, on the layout's device."""
+    """Rules for the values, each with a 0-d bool on the layout's device: whether the layout breaks it."""
     cu, start, length, named = (x.long() for x in layout[:4])
     segments, prefixes = named.shape[0], start.shape[0]
     own = cu.diff()
@@ -32,7 +32,7 @@ def faults(layout: PrefixLayout, tokens: int) -> dict[str, Tensor]:
     }
     if prefixes == 0:
         return found
-    # The segment that a prefix must be: the last one that begins at or before it and is not empty.
+    # A prefix must be this segment: the last one that is not empty and begins at or before the prefix.
     seen = torch.searchsorted(cu[1:].contiguous(), start, right=True).clamp(max=max(0, segments - 1))
     first, last = (cu[seen], cu[(seen + 1).clamp(max=segments)])
     outside = (length > 0) & ((start != first) | (start + length != last))
@@ -56,8 +56,8 @@ def misfit(layout: PrefixLayout, tokens: int) -> Tensor:
 
 
 def fitting(layout: PrefixLayout, bad: Tensor) -> list[Tensor]:
-    """Its tensors, contiguous; those of a layout with bad values are replaced by ones whose segments are all empty, so
-    that nothing is looked up outside of the row."""
+    """The layout's four tensors, contiguous; if ``bad``, others whose segments are all empty, so that no index leaves
+    the row."""
     return [torch.where(bad, nothing, x) for nothing, x in zip((0, 0, 0, -1), layout[:4], strict=True)]
 
 
@@ -79,12 +79,12 @@ def prepare_prefix_layout(
     dtype: torch.dtype,
     backend: str | None = None,
 ) -> PrefixLayout:
-    """The same layout with what ``shared_prefix_attention`` would otherwise make of it in every call, for calls with q
-    [tokens, heads, width] and k, v [tokens, key_heads, width] of ``dtype`` on the layout's device. Calls of other
-    shapes, dtypes or backends take no notice of it.
+    """The same layout with the lists that ``shared_prefix_attention`` would otherwise compute in every call.
 
-    For the layers of a model: once per row, where the offsets have their final values. A graph that is captured
-    follows new offsets only if this is captured with it.
+    They serve calls with q [tokens, heads, width] and k, v [tokens, key_heads, width] of ``dtype`` on the layout's
+    device; calls with other shapes, dtypes or backends ignore them. A model prepares each row once for all layers,
+    after the offsets have their final values. A captured CUDA graph follows new offsets only if it captures this call
+    too.
 
     Raises:
         ValueError, RuntimeError: a backend that does not exist, or that this machine or device lacks.
@@ -101,5 +101,5 @@ def prepare_prefix_layout(
 
 
 def row_of(q: Tensor, k: Tensor, layout: PrefixLayout) -> tuple[object, ...]:
-    """What preparations depend on besides the layout's values."""
+    """The shapes, dtype and device that a preparation depends on, besides the layout's values."""
     return *q.shape, k.shape[1], layout.cu_branch.shape[0], q.dtype, q.device

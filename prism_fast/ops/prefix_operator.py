@@ -1,4 +1,4 @@
-"""Registration of an attention with PyTorch, the same for every implementation that brings both directions."""
+"""Registration of an attention with PyTorch, for every implementation with a forward and a backward."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ TENSORS = 7  # q, k, v and the four of a PrefixLayout
 def attention_operator(
     op: str, backend: str, forward: Callable, backward: Callable, tensors: int = TENSORS
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """``prism_fast::<op>_<backend>`` with autograd and fake tensors: whole graphs hold it as one node.
+    """``prism_fast::<op>_<backend>`` with autograd and fake tensors: one node in a compiled graph.
 
     ``forward(q, k, v, cu_branch, prefix_start, prefix_len, branch_prefix, *numbers)`` gives the output [T, Hq, D] and
     the log-sum-exp [Hq, T]; ``backward(grad, q, k, v, out, lse, cu_branch, …, *numbers)`` gives dq, dk, dv. The
-    log-sum-exp has no gradient. ``numbers`` are whatever plain numbers the backend needs, the scale among them;
-    ``tensors`` stand before them.
+    log-sum-exp has no gradient. ``numbers`` are all plain numbers of the backend, the scale among them; ``tensors`` is
+    the number of arguments before them.
     """
     name = f"{op}_{backend}"
     operator = torch.library.custom_op(f"prism_fast::{name}", forward, mutates_args=())
@@ -50,10 +50,10 @@ def attention_operator(
 
 
 def sum_dtype(q: Tensor) -> torch.dtype:
-    """In which sums over keys are kept."""
+    """The dtype of sums over keys."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def dense_heads(*tensors: Tensor) -> list[Tensor]:
-    """The kernels read a head's components one behind the other."""
+    """The tensors with the components of a head adjacent in memory, as the kernels read them."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]

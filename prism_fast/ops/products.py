@@ -1,8 +1,8 @@
-"""Matrix products of half-precision operands whose sums stay float32 until they are rounded once, or never.
+"""Matrix products of half-precision operands whose float32 sums are rounded once, or never.
 
-On CUDA they are cuBLAS's, through ``out_dtype``. Asked for a half-precision output instead, cuBLAS may cut a long sum
-into pieces and add these in half precision. Elsewhere the operands are widened: products of half-precision numbers are
-exact in float32.
+On CUDA cuBLAS computes them with ``out_dtype`` float32: for a half-precision output it may cut a long sum into pieces
+and add these in half precision. Elsewhere the operands are converted: products of half-precision numbers are exact in
+float32.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Outputs of more numbers have tiles enough for every multiprocessor of any card: nothing is gained by cutting their
-# sums, and a float32 copy of a whole vocabulary's gradient would cost more than it mends.
+# A larger output has enough tiles for all multiprocessors of any card, so that cuBLAS has no reason to cut its sums; a
+# float32 copy of a whole vocabulary's gradient would be expensive.
 MANY = 1 << 26
 
 

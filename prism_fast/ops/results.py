@@ -1,4 +1,4 @@
-"""What the ops return: named tuples of tensors, nothing with state. Every scalar stays on the device."""
+"""Results of the ops: named tuples of tensors without state. Every scalar stays on the device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LogProb(NamedTuple):
 class PolicyStats(NamedTuple):
     """Metrics of ``policy_loss``: 0-d tensors without gradient, over the active tokens of this call.
 
-    Fractions and means over tokens can be merged over calls with ``tokens`` as weight. A mean over no token is NaN.
+    To merge fractions and means over calls, weight them with ``tokens``. A mean over no token is NaN.
     """
 
     tokens: Tensor  # active tokens
@@ -43,7 +43,7 @@ class ImportanceWeights(NamedTuple):
 
 
 class PairwiseStats(NamedTuple):
-    """Metrics of ``pairwise_loss``, one entry per score: [K] tensors without gradient. Counts are true counts."""
+    """Metrics of ``pairwise_loss``, one entry per score: [K] tensors without gradient, counts of this call."""
 
     pairs: Tensor  # valid pairs
     ties: Tensor  # valid pairs with exactly equal scores; no accuracy is claimed for them
@@ -56,7 +56,7 @@ class PairwiseStats(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Which token goes to which expert. M = T * top_k assignments, sorted by expert, then by token."""
+    """The experts of each token. M = T * top_k assignments, sorted by expert, then by token."""
 
     weights: Tensor  # [T, top_k] mixing weights
     experts: Tensor  # [T, top_k] int64 expert of each assignment
@@ -69,17 +69,17 @@ class Routing(NamedTuple):
 
 
 class PreparedPrefix(NamedTuple):
-    """Of ``prepare_prefix_layout``: what a backend makes of a layout before the first product."""
+    """Result of ``prepare_prefix_layout``: the work of a backend that depends on the layout alone."""
 
-    row: tuple[object, ...]  # the shapes, dtype and device it is for
-    lists: Tensor  # [n] int32, which tiles of the row meet which
+    row: tuple[object, ...]  # the shapes, dtype and device that it serves
+    lists: Tensor  # [n] int32, the tiles of the row and the tiles that they see
 
 
 class PrefixLayout(NamedTuple):
-    """How packed tokens see each other in ``shared_prefix_attention``. All tensors int32, on the tokens' device.
+    """Visibility of packed tokens in ``shared_prefix_attention``. All tensors int32, on the tokens' device.
 
-    The token axis is cut into S consecutive segments: prefixes and branches alike. Every token sees the tokens up to
-    itself in its own segment, and the whole prefix its segment names.
+    S consecutive segments divide the token axis; prefixes and branches are both segments. Every token sees the tokens
+    up to itself in its own segment, and the whole prefix that its segment names.
     """
 
     cu_branch: Tensor  # [S + 1] offsets of the segments; tokens past the last offset are padding
@@ -88,5 +88,5 @@ class PrefixLayout(NamedTuple):
     branch_prefix: Tensor  # [S] the prefix a segment sees, or -1 (the prefixes themselves, plain sequences)
     max_prefix: int  # upper bound of prefix_len
     max_branch: int  # upper bound of the segments' lengths
-    max_queries: int | None = None  # upper bound of the tokens that see one prefix; None: only the row's length is one
-    prepared: PreparedPrefix | None = None  # by ``prepare_prefix_layout``; without, every call prepares for itself
+    max_queries: int | None = None  # upper bound of the tokens that see one prefix; None: the row's length
+    prepared: PreparedPrefix | None = None  # by ``prepare_prefix_layout``; None: every call computes it anew

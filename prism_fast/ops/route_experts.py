@@ -20,10 +20,9 @@ def route_experts(
 
     Args:
         router_logits: [T, E] floating, raw scores; the softmax runs in float32 (float64 for float64).
-        top_k: 1 to E. The largest logits win, among equal ones the lower expert number. (torch.topk of the softmax,
-            as other routers do it, leaves open which of equal probabilities it takes.) A row with a logit that is NaN
-            or infinite upwards, or with none that is finite, has NaN weights, makes load and z_stat NaN and goes to
-            experts 0 to top_k - 1.
+        top_k: 1 to E. The largest logits win; among equal ones, the lower expert number. (Other routers use torch.topk
+            of the softmax, which leaves the choice among equal probabilities open.) A row with a NaN or +inf logit, or
+            without a finite one, has NaN weights, makes load and z_stat NaN and goes to experts 0 to top_k - 1.
         renormalize: divide the chosen weights by their sum.
         backend: None, "reference" or "native" (up to 256 experts and top_k 8).
 
@@ -55,7 +54,7 @@ def route_experts(
 def plan_experts(
     top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, *, backend: str | None = None
 ) -> Routing:
-    """The plan for ``moe_experts`` where a router has already chosen.
+    """The plan for ``moe_experts`` from the choices of another router.
 
     Args:
         top_k_index: [T, top_k] int64 or int32 in [0, num_experts); another value gives a NaN weight.

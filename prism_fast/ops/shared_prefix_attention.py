@@ -26,23 +26,23 @@ def shared_prefix_attention(
         k: [T, Hk, D], dtype of ``q``; Hq is a multiple of Hk (grouped-query attention).
         v: [T, Hk, Dv], dtype of ``q``.
         layout: the token axis as S consecutive segments. A prefix is itself a segment with ``branch_prefix`` -1; its
-            branches name it by its number in ``prefix_start``. A segment without prefix is an ordinary sequence.
-            Several groups may follow each other; empty segments are allowed. ``prepare_prefix_layout`` saves the layers
-            of a model the work that is the same for all.
+            branches name it by its index in ``prefix_start``. A segment without prefix is an ordinary sequence. A row
+            may hold several groups and empty segments. ``prepare_prefix_layout`` does once the work that would be the
+            same in all layers of a model.
         scale: of the scores, positive; None = 1 / sqrt(D).
         backend: None, "reference", "stock" (PyTorch's fused attention kernels, joined by log-sum-exp; on CUDA not
             float64, and in half precision heads of a multiple of 8 up to 256) or "triton" (CUDA; not float64; D = Dv <=
-            128). None is "stock" on the CPU and what ``ops.flash`` says of the card on CUDA.
+            128). None is "stock" on the CPU; on CUDA ``ops.flash`` decides by the card.
 
     Returns:
         [T, Hq, Dv] in the dtype of ``q``, 0 on padding (tokens past ``cu_branch[-1]``). Softmax and sums run in float32
-        (float64 for float64). The fused backends form the probabilities again in backward, from a log-sum-exp in
-        float32: where scores reach hundreds, gradients are as exact as those of PyTorch's fused attention, which is
-        less than a softmax that is kept.
+        (float64 for float64). The fused backends compute the probabilities again in backward, from a log-sum-exp in
+        float32: where scores reach hundreds, gradients are as exact as those of PyTorch's fused attention, but less
+        exact than with a softmax that forward keeps.
 
     Raises:
         ValueError: wrong shape, dtype, device or scale; on the CPU also values of the layout that do not fit together
-            or the T tokens. Elsewhere nobody looks at them, and results and gradients are NaN.
+            or the T tokens. On other devices nobody looks at the values, and results and gradients are NaN.
         NotImplementedError: what "triton", or "stock" on CUDA, does not take; forward-mode derivatives and torch.func
             transforms in either.
         RuntimeError: a backend that this machine or device lacks.

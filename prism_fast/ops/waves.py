@@ -1,8 +1,8 @@
 """Losses over a head whose gradients are formed inside the forward pass.
 
-A token's upstream gradient depends on its own log-probability alone (its sequence's, for GSPO), because every
-normaliser of the losses is known beforehand. So the scores of a wave of rows can be turned into gradients while they
-are there: three matrix passes, and never more than one wave of scores in memory.
+A token's upstream gradient depends on its own log-probability alone (for GSPO on those of its sequence), because every
+denominator of the losses is known beforehand. So each wave of rows turns its scores into gradients at once: three
+matrix passes, and never more than one wave of scores in memory.
 """
 
 from __future__ import annotations
@@ -57,19 +57,20 @@ def open_rows(
     entropy: bool,
     ignore_index: int,
 ) -> tuple[Callable[[], Rows], int]:
-    """(what makes the head's rows, rows of a wave) for the backend."""
+    """(constructor of the head's `Rows` for the backend, number of rows per wave)."""
     n, vocabulary = hidden.shape[0], weight.shape[0]
     if backend == "triton":
-        from .triton.head import Rows, heat_rows
+        from .triton.head import Rows, temperature_rows
 
-        step, column, heat = budgets.wave_rows(n, vocabulary, hidden), target, heat_rows(temperature, hidden)
+        step, column = budgets.wave_rows(n, vocabulary, hidden), target
+        temperature = temperature_rows(temperature, hidden)
     else:
         from .reference.linear_logprob import Rows, block_rows
 
         step = block_rows(vocabulary, hidden)
         column, _, _ = softmax_rows.target_rows(target, vocabulary, ignore_index)
-        heat = softmax_rows.temperature_rows(temperature, n, hidden.new_empty(0, dtype=wide(hidden)))
-    return lambda: Rows(hidden, weight, bias, column, heat, softcap, entropy), step
+        temperature = softmax_rows.temperature_rows(temperature, n, hidden.new_empty(0, dtype=wide(hidden)))
+    return lambda: Rows(hidden, weight, bias, column, temperature, softcap, entropy), step
 
 
 def run(
@@ -82,12 +83,12 @@ def run(
     walk: Callable[[Rows, bool], tuple[Tensor, ...]],
     weight_grad_out: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """What ``walk`` gives for the head's rows; the first of it is a loss with gradients for hidden, weight and bias.
+    """The results of ``walk`` for the head's rows; the first is a loss with gradients for hidden, weight and bias.
 
-    ``walk(head, learns)`` goes over the rows and, where something learns, hands every wave to ``head.backward``. The
-    weight's gradient is added to ``weight_grad_out`` here and now, if that is given; backward has then to be called
-    with the gradient 1, and gives NaN otherwise, because it could no longer scale what was added. ``op`` and
-    ``backend`` are for the message to whoever asks for second derivatives.
+    ``walk(head, learns)`` goes over the rows and, with ``learns``, passes every wave to ``head.backward``.
+    ``weight_grad_out``, if given, receives the weight's gradient during this call. Backward must then be called with
+    the gradient 1; any other gives NaN, because the added gradient can no longer be scaled. ``op`` and ``backend`` are
+    for the error that refuses second derivatives.
     """
     learns = torch.is_grad_enabled()
     wants = tuple(learns and x is not None and x.requires_grad for x in (hidden, weight, bias))
@@ -116,13 +117,13 @@ class _FormedInForward(torch.autograd.Function):
         if ctx.added:
             loss_grad = torch.where(loss_grad == 1.0, 1.0, torch.nan)
         saved = ctx.saved_tensors
-        if loss_grad.device.type != "cpu" or loss_grad != 1.0:  # a CPU sees for nothing that nothing would change
+        if loss_grad.device.type != "cpu" or loss_grad != 1.0:  # on a CPU, reading the value costs nothing
             saved = [None if x is None else _scaled(x, loss_grad) for x in saved]
         return *saved, *[None] * 5
 
 
 def _scaled(x: Tensor, loss_grad: Tensor) -> Tensor:
-    """``x * loss_grad`` in the dtype of ``x``; 0 of what overflowed in float16 is 0."""
+    """``x * loss_grad`` in the dtype of ``x``; 0 times an overflow of float16 is 0."""
     found = (x * loss_grad).to(x.dtype)
     return found.masked_fill_(x.isinf() & (loss_grad == 0.0), 0.0) if x.dtype == torch.float16 else found
 
@@ -139,7 +140,7 @@ def policy_walk(
     """A walk for `run` that gives ``policy``'s loss and statistics; ``logp_out`` [N] receives the log-probabilities."""
 
     def walk(head: Rows, learns: bool) -> tuple[Tensor, ...]:
-        # Rows that have not had their wave are not looked at.
+        # Rows whose wave is still to come keep their zeros; no gradient of an earlier wave depends on them.
         logp = head.hidden.new_zeros(target.shape[0], dtype=wide(head.hidden))
         entropy = torch.zeros_like(logp) if with_entropy else None
         _, ignored, outside = softmax_rows.target_rows(target, vocabulary, ignore_index)
@@ -147,13 +148,14 @@ def policy_walk(
         for start, end in waves:
             block = slice(start, end)
             found = head.forward(block, keep=learns)
-            logp[block], spread = softmax_rows.finish(found.logp, found.entropy, ignored[block], outside[block])
+            of_block = softmax_rows.finish(found.logp, found.entropy, ignored[block], outside[block])
+            logp[block] = of_block[0]
             if with_entropy:
-                entropy[block] = spread
+                entropy[block] = of_block[1]
             if learns:
                 g, h = _upstream(policy, logp, entropy)
                 head.backward(block, found, g[block], None if h is None else h[block])
-            del found  # its memory serves the next wave
+            del found  # the next wave reuses its memory
         if logp_out is not None:
             logp_out.copy_(logp)
         loss, stats = policy(logp, entropy)
@@ -163,7 +165,7 @@ def policy_walk(
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """Of what is computed from ``x``."""
+    """The dtype of results computed from ``x``: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

@@ -45,12 +45,12 @@ def by_rows(case: Case, scores, t: dict[str, Tensor | None]) -> dict[str, Tensor
     ignored = target == ignore
     g, h = (case.upstream.get(name) for name in ("logp", "entropy"))
     moved = [torch.zeros_like(target, dtype=torch.bool) if x is None else (x != 0) & ~ignored for x in (g, h)]
-    heat = t.get("temperature", o.get("temperature", 1.0))
-    if isinstance(heat, Tensor):
-        heat = heat.expand(target.shape[0])[:, None]
+    temperature = t.get("temperature", o.get("temperature", 1.0))
+    if isinstance(temperature, Tensor):
+        temperature = temperature.expand(target.shape[0])[:, None]
 
     def found(rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        own = heat[rows] if isinstance(heat, Tensor) else heat
+        own = temperature[rows] if isinstance(temperature, Tensor) else temperature
         return logprob_formula(case, scores(rows), target[rows], own, o.get("softcap"), o.get("entropy", False))
 
     def marked(logp: Tensor, rows: Tensor) -> Tensor:
@@ -84,9 +84,10 @@ def of_targets(scores):
         o, target = case.options, t["target"]
         z = scores(case, t, torch.arange(len(target)))
         known = (target >= 0) & (target < z.shape[1]) & (target != o.get("ignore_index", -100))
-        heat = t.get("temperature", o.get("temperature", 1.0))
+        temperature = t.get("temperature", o.get("temperature", 1.0))
         own = z.gather(1, torch.where(known, target.long(), 0)[:, None])[:, 0]
-        return {"logp": torch.where(known, own / (heat.detach() if isinstance(heat, Tensor) else heat), 0.0)}
+        temperature = temperature.detach() if isinstance(temperature, Tensor) else temperature
+        return {"logp": torch.where(known, own / temperature, 0.0)}
 
     return terms
 
@@ -110,11 +111,11 @@ def draw_temperature(d: Draw, rows: int, tensors: dict, options: dict) -> None:
         options["temperature"] = d.pick(1.0, d.power(low, high))
     elif kind != "none":
         shape = () if kind == "one" else (rows,)
-        heat = torch.tensor(
+        temperature = torch.tensor(
             [d.power(low, high) for _ in range(math.prod(shape))], dtype=d.pick(torch.float32, d.dtype())
         )
-        heat = heat.reshape(shape)
-        tensors["temperature"] = heat.reshape(()).expand(()) if kind == "one" else d.strided(heat)
+        temperature = temperature.reshape(shape)
+        tensors["temperature"] = temperature.reshape(()).expand(()) if kind == "one" else d.strided(temperature)
 
 
 def draw_upstream(d: Draw, rows: int, entropy: bool, wide: torch.dtype) -> dict[str, Tensor]:
@@ -321,8 +322,8 @@ def linear_loss_formula(
     head = {k: o[k] for k in ("softcap", "temperature", "ignore_index") if k in o} | {"entropy": reports}
     moved = {"logp": active.double(), "entropy": active.double()}
     found = linear_formula(Case(case.tensors, head, upstream=moved, facts=case.facts), t)
-    spread = change(found["entropy"]) if reports else None
-    columns = {**t, "logp": change(found["logp"]), "mask": kept, "entropy": spread}
+    entropies = change(found["entropy"]) if reports else None
+    columns = {**t, "logp": change(found["logp"]), "mask": kept, "entropy": entropies}
     given = {"logp_out": found["logp"].detach()} if case.facts["logp_out"] else {}
     return policies.formula(Case(case.tensors, o), columns) | given
 

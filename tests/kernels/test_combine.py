@@ -31,9 +31,9 @@ def test_joined_rows_match_float64(n, v, width, shift, generator):
     raw = (torch.randn((n, v), generator=generator) * 6 + shift).float().double()
     target = torch.randint(v, (n,), generator=generator)
     own = raw.gather(1, target[:, None])[:, 0].float().to(DEVICE)
-    for softcap, heat in ((None, torch.ones(1)), (7.0, torch.rand(n, generator=generator) * 5 + 2)):
-        factor = (softcap or 1.0) / heat.double()
-        out = combine_partials(*partials(raw, width, factor), own, heat.to(DEVICE), softcap)
+    for softcap, temperature in ((None, torch.ones(1)), (7.0, torch.rand(n, generator=generator) * 5 + 2)):
+        factor = (softcap or 1.0) / temperature.double()
+        out = combine_partials(*partials(raw, width, factor), own, temperature.to(DEVICE), softcap)
         logits = raw * factor[:, None]
         exact = logits.log_softmax(1)
         entropy = -(exact.exp() * exact).sum(1)
@@ -79,5 +79,5 @@ def test_refusals():
         join(x[:0], x[:0], x[:0], z)
     with pytest.raises(ValueError, match="u must be contiguous float32"):
         join(x, x, x.double(), z)
-    with pytest.raises(ValueError, match=r"heat \(3,\) is neither \[1\] nor \[4\]"):
+    with pytest.raises(ValueError, match=r"temperature \(3,\) is neither \[1\] nor \[4\]"):
         combine_partials(x, x, x, z, torch.ones(3))

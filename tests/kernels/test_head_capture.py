@@ -15,7 +15,7 @@ BORDERS = [0, 100, 100, 260, N]
 
 
 def logprob(x: dict[str, torch.Tensor], **options) -> torch.Tensor:
-    found = linear_logprob(x["hidden"], x["weight"], x["target"], temperature=x["heat"], entropy=True, **options)
+    found = linear_logprob(x["hidden"], x["weight"], x["target"], temperature=x["temperature"], entropy=True, **options)
     return (found.logp * x["g"]).sum() + found.entropy.sum()
 
 
@@ -44,7 +44,7 @@ def inputs(seed: int) -> dict[str, torch.Tensor]:
     g[seed::3] = 0.0
     found = {
         "hidden": noise(N, H).bfloat16(), "weight": noise(V, H).bfloat16(), "target": target, "g": g,
-        "heat": noise(N).abs() + 0.5, "advantage": noise(4), "old_logp": noise(N) * 0.1 - 7.0,
+        "temperature": noise(N).abs() + 0.5, "advantage": noise(4), "old_logp": noise(N) * 0.1 - 7.0,
         "cu_seqlens": torch.tensor(BORDERS, dtype=torch.int32),
     }  # fmt: skip
     return {name: value.cuda().requires_grad_(name in ("hidden", "weight")) for name, value in found.items()}

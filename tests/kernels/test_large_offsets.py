@@ -52,11 +52,11 @@ def test_logits(run, far, generator):
 def test_kept_exponentials_and_their_gradient(far, generator):
     hidden, weight = (noise(generator, n, 16, dtype=torch.bfloat16) for n in (ROWS, COLUMNS))
     target = torch.tensor([4, 39, 0], device=DEVICE)
-    heat, g, h = torch.ones(1, device=DEVICE), noise(generator, ROWS), noise(generator, ROWS)
+    temperature, g, h = torch.ones(1, device=DEVICE), noise(generator, ROWS), noise(generator, ROWS)
     results = []
     for buffer in (torch.zeros(ROWS, COLUMNS, dtype=torch.bfloat16, device=DEVICE), far):
-        kept = logprob.scores(hidden, weight, target, heat, entropy=True, keep=buffer, tile=SMALL)
-        gradient = logprob.gradient_(kept, target, heat, g, h, COLUMNS)
+        kept = logprob.scores(hidden, weight, target, temperature, entropy=True, keep=buffer, tile=SMALL)
+        gradient = logprob.gradient_(kept, target, temperature, g, h, COLUMNS)
         assert gradient.data_ptr() == buffer.data_ptr()
         results.append((kept.logp, kept.entropy, gradient.clone()))
     assert all(a.equal(b) for a, b in zip(*results, strict=True)) and results[0][2].abs().min() > 0

@@ -26,8 +26,8 @@ def test_bias_softcap_and_temperature_per_row(dtype, save, generator):
     *operands, target = inputs(generator, n=65, vocabulary=67, width=32, dtype=dtype, bias=True)
     target[5] = -100
     g, h = upstream(generator, 65)
-    heat = torch.rand(65, generator=generator).to(DEVICE) + 0.5
-    check(operands, target, g, h, save=save, temperature=heat, softcap=3.0)
+    temperature = torch.rand(65, generator=generator).to(DEVICE) + 0.5
+    check(operands, target, g, h, save=save, temperature=temperature, softcap=3.0)
     check(operands, target, g, h, save=save, temperature=0.7)
 
 

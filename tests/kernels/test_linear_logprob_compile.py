@@ -15,9 +15,9 @@ from tests.support.triton_device import DEVICE
 def compiled(**options):
     torch.compiler.reset()
 
-    def loss(hidden, weight, target, heat):
+    def loss(hidden, weight, target, temperature):
         found = linear_logprob(
-            hidden, weight, target, temperature=heat, entropy=True, softcap=20.0, backend="triton", **options
+            hidden, weight, target, temperature=temperature, entropy=True, softcap=20.0, backend="triton", **options
         )
         return 2 * found.logp.sum() + found.entropy.sum()
 
@@ -29,24 +29,24 @@ def test_whole_graph_and_no_recompilation_across_lengths(save, generator):
     eager, whole = compiled(save=save)
     for n in (20, 33, 70):
         hidden, weight, _, target = inputs(generator, n=n)
-        heat = torch.rand(n, generator=generator).to(DEVICE) + 0.5
+        temperature = torch.rand(n, generator=generator).to(DEVICE) + 0.5
         with torch._dynamo.config.patch(error_on_recompile=n != 20):
-            found = torch.autograd.grad(whole(hidden, weight, target, heat), (hidden, weight))
-        wanted = torch.autograd.grad(eager(hidden, weight, target, heat), (hidden, weight))
+            found = torch.autograd.grad(whole(hidden, weight, target, temperature), (hidden, weight))
+        wanted = torch.autograd.grad(eager(hidden, weight, target, temperature), (hidden, weight))
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_weight_grad_out_and_second_backward(generator):
     hidden, weight, _, target = inputs(generator)
-    heat = torch.ones(70, device=DEVICE)
+    temperature = torch.ones(70, device=DEVICE)
     bank = torch.zeros(weight.shape, device=DEVICE)
     _, whole = compiled(save="logits", weight_grad_out=bank)
-    loss = whole(hidden, weight, target, heat)
+    loss = whole(hidden, weight, target, temperature)
     with pytest.raises(RuntimeError, match="retain_graph"):
         torch.autograd.grad(loss, hidden, retain_graph=True)
     (gradient,) = torch.autograd.grad(loss, hidden)
     plain = compiled(save="logits")[0]
-    wanted = torch.autograd.grad(plain(hidden, weight, target, heat), (hidden, weight))
+    wanted = torch.autograd.grad(plain(hidden, weight, target, temperature), (hidden, weight))
     assert gradient.equal(wanted[0])
     torch.testing.assert_close(bank, wanted[1], rtol=1e-5, atol=1e-5)
 

@@ -28,11 +28,11 @@ def test_it_is_the_linear_layer_it_took_over(bias, generator):
     assert head.weight is linear.weight and head.bias is linear.bias and not head.training
     assert list(head.state_dict()) == list(linear.state_dict())
     assert torch.equal(head(hidden), linear(hidden))
-    heat = torch.rand(B, S, generator=generator) + 0.5
-    found = head(hidden, labels, temperature=heat, softcap=4.0, entropy=True)
+    temperature = torch.rand(B, S, generator=generator) + 0.5
+    found = head(hidden, labels, temperature=temperature, softcap=4.0, entropy=True)
     wanted = ops.linear_logprob(
-        hidden.view(-1, H), linear.weight, labels.view(-1), bias=linear.bias, temperature=heat.view(-1), softcap=4.0,
-        entropy=True,
+        hidden.view(-1, H), linear.weight, labels.view(-1), bias=linear.bias, temperature=temperature.view(-1),
+        softcap=4.0, entropy=True,
     )  # fmt: skip
     assert torch.equal(found.logp, wanted.logp.view(B, S)) and torch.equal(found.entropy, wanted.entropy.view(B, S))
     assert head(hidden, labels).entropy.shape == (0,)
@@ -228,7 +228,7 @@ def test_the_policy_loss_is_that_of_the_ops(loss, generator):
     head.ban([4])
     labels = torch.where(labels == 4, 5, labels)
     options = policy_options(loss, max_response=S)
-    heat = torch.rand(len(labels), generator=generator) + 0.5
+    options_of_head = {"banned": True, "temperature": torch.rand(len(labels), generator=generator) + 0.5}
     old_logp = torch.full((len(labels),), -3.0)
     results = []
     for fused in (True, False):
@@ -236,11 +236,11 @@ def test_the_policy_loss_is_that_of_the_ops(loss, generator):
         head.zero_grad()
         if fused:
             value, stats, logp = head.policy_loss(
-                x, labels, advantage, cu_seqlens, options=options, banned=True, temperature=heat, old_logp=old_logp
+                x, labels, advantage, cu_seqlens, options=options, old_logp=old_logp, **options_of_head
             )
             assert not logp.requires_grad and logp.dtype == torch.float32
         else:
-            logp = head(x, labels, banned=True, temperature=heat).logp
+            logp = head(x, labels, **options_of_head).logp
             value, stats = ops.policy_loss(
                 logp, advantage, cu_seqlens, old_logp=old_logp, mask=labels != -100, options=options
             )

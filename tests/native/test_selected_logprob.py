@@ -228,15 +228,15 @@ def test_operator_registration(generator):
 
 
 def test_compiles_once_for_all_lengths_and_temperatures(generator):
-    def step(logits, target, heat):
-        return selected_logprob(logits, target, temperature=heat, entropy=True, backend="native")
+    def step(logits, target, temperature):
+        return selected_logprob(logits, target, temperature=temperature, entropy=True, backend="native")
 
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
 
-    def check(n, v, heat):
+    def check(n, v, temperature):
         logits, target, *_ = inputs(generator, n, v, torch.float64)
-        found, wanted = (f(logits, target, torch.tensor(heat)) for f in (compiled, step))
+        found, wanted = (f(logits, target, torch.tensor(temperature)) for f in (compiled, step))
         slopes = [torch.autograd.grad(r.logp.sum() + 2 * r.entropy.sum(), logits)[0] for r in (found, wanted)]
         assert found.logp.equal(wanted.logp) and found.entropy.equal(wanted.entropy) and slopes[0].equal(slopes[1])
 

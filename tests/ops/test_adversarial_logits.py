@@ -107,15 +107,15 @@ def test_soft_cap_where_the_targets_exponential_underflows(save, dtype, entropy,
     hidden[:, 0] = torch.linspace(5, 12, N, dtype=torch.float64)
     weight = torch.randn(V, 16, generator=generator, dtype=torch.float64) * 0.1
     weight[:, 0] = torch.where(torch.arange(V) % 3 == 0, 8.0, -8.0)
-    target, heat = torch.arange(N), torch.linspace(0.02, 0.6, N, dtype=torch.float64)
+    target, temperature = torch.arange(N), torch.linspace(0.02, 0.6, N, dtype=torch.float64)
     g, h = torch.randn(2, N, generator=generator, dtype=torch.float64)
 
     def by_autograd(x, w):
-        values = eager(30 * torch.tanh(x @ w.t() / 30) / heat.to(x.dtype)[:, None], target)
+        values = eager(30 * torch.tanh(x @ w.t() / 30) / temperature.to(x.dtype)[:, None], target)
         return torch.autograd.grad((values[0] * g + entropy * values[1] * h).sum(), (x, w))
 
     operands = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
-    found = linear_logprob(*operands, target, softcap=30.0, temperature=heat, entropy=entropy, save=save)
+    found = linear_logprob(*operands, target, softcap=30.0, temperature=temperature, entropy=entropy, save=save)
     total = (found.logp * g).sum() + ((found.entropy * h).sum() if entropy else 0.0)
     ours = torch.autograd.grad(total, operands)
     exact = by_autograd(*(x.detach().double().requires_grad_() for x in operands))

@@ -140,8 +140,8 @@ def test_lengths_do_not_recompile(name, monkeypatch):
 def test_opcheck_of_the_head(save):
     from prism_fast.ops.reference.linear_logprob import _forms as forms
 
-    heat = torch.ones(N, 1, dtype=torch.float64)
-    arguments = (noise(N, H), noise(V, H), noise(V), whole(N, V), heat, None, 5.0, True, -100, save)
+    temperature = torch.ones(N, 1, dtype=torch.float64)
+    arguments = (noise(N, H), noise(V, H), noise(V), whole(N, V), temperature, None, 5.0, True, -100, save)
     # What is kept is used up by backward, which a result of the whole graph cannot be; the last check makes it one.
     last = () if save else ("test_aot_dispatch_dynamic",)
     torch.library.opcheck(

@@ -63,23 +63,23 @@ def test_vectors(case):
 def test_linear_values_and_gradients_equal_autograd(save, temperature, softcap, generator, small_blocks):
     hidden, weight, bias, target = inputs(generator)
     n = hidden.shape[0]
-    heat = {
+    temperature = {
         "one": 1.0,
         "number": 0.7,
         "rows": torch.rand(n, generator=generator, dtype=torch.float64) + 0.5,
     }[temperature]
     g, ge = (torch.randn(n, generator=generator, dtype=torch.float64) for _ in range(2))
-    wanted = eager(hidden, weight, bias, target, heat, softcap)
+    wanted = eager(hidden, weight, bias, target, temperature, softcap)
     reference = torch.autograd.grad((wanted[0] * g + wanted[1] * ge).sum(), (hidden, weight, bias))
     found = linear_logprob(
-        hidden, weight, target, bias=bias, temperature=heat, softcap=softcap, entropy=True, save=save
+        hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, entropy=True, save=save
     )
     torch.testing.assert_close(tuple(found), wanted, rtol=1e-12, atol=1e-12)
     gradients = torch.autograd.grad((found.logp * g + found.entropy * ge).sum(), (hidden, weight, bias))
     torch.testing.assert_close(gradients, reference, rtol=1e-11, atol=1e-11)
-    only = linear_logprob(hidden, weight, target, bias=bias, temperature=heat, softcap=softcap, save=save)
+    only = linear_logprob(hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, save=save)
     assert only.entropy.shape == (0,)
-    wanted = eager(hidden, weight, bias, target, heat, softcap)[0]
+    wanted = eager(hidden, weight, bias, target, temperature, softcap)[0]
     torch.testing.assert_close(
         torch.autograd.grad((only.logp * g).sum(), (hidden, weight, bias)),
         torch.autograd.grad((wanted * g).sum(), (hidden, weight, bias)),

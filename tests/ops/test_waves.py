@@ -39,7 +39,7 @@ def inputs(generator):
 def test_waves_equal_the_composition(loss, on_policy, generator, small_waves):
     (hidden, weight, bias), target, advantage, old_logp, ref_logp = inputs(generator)
     mask = torch.rand(N, generator=generator) > 0.2
-    heat = torch.rand(N, generator=generator, dtype=torch.float64) + 0.5
+    temperature = torch.rand(N, generator=generator, dtype=torch.float64) + 0.5
     options = {
         "loss": loss,
         "old_logp": None if on_policy else old_logp,
@@ -49,7 +49,7 @@ def test_waves_equal_the_composition(loss, on_policy, generator, small_waves):
         "norm_length": 10.0 if loss == "dr_grpo" else None,
         "mask": mask,
     }
-    head = {"bias": bias, "temperature": heat, "softcap": 5.0}
+    head = {"bias": bias, "temperature": temperature, "softcap": 5.0}
     found, stats = linear_policy_loss(hidden, weight, target, advantage, CU_SEQLENS, **head, **options)
     gradients = torch.autograd.grad(found * 1.5, (hidden, weight, bias))
     parts = linear_logprob(hidden, weight, target, entropy=True, **head)

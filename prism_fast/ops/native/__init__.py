@@ -1,4 +1,4 @@
-"""Kernels compiled from ``csrc/`` (``prism_fast._C``): whether they are here, and what is missing if not."""
+"""The module compiled from ``csrc/`` (``prism_fast._C``): whether it is available, and the reason if it is not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-# Version of the binding's signatures that this Python code calls; csrc/binding.cpp carries the same number.
+# Version of the binding's signatures that this Python code calls; csrc/binding.cpp holds the same number.
 INTERFACE = 13
 
 _has_products = False
@@ -14,7 +14,7 @@ _BUILD = "run `pip install -e . --no-build-isolation` or `python setup.py build_
 
 try:
     from prism_fast import _C
-except ImportError as error:  # an uninstalled checkout is a supported state; the reason is kept and reported
+except ImportError as error:  # a checkout may be used without it; `why_not` reports the reason
     _C = None
     _reason = f"the compiled module prism_fast._C cannot be imported ({error}); {_BUILD}"
 else:
@@ -28,22 +28,22 @@ else:
 
 
 def available() -> bool:
-    """Whether the compiled module is here and fits this Python code: CPU tensors can use backend ``native``."""
+    """Whether the compiled module is built and fits this Python code: CPU tensors can use backend ``native``."""
     return not _reason
 
 
 def has_cuda() -> bool:
-    """Whether the module holds CUDA kernels as well (says nothing about a GPU being present)."""
+    """Whether the module also holds CUDA kernels, with or without a GPU in this machine."""
     return available() and _C.cuda_built
 
 
 def has_products() -> bool:
-    """Whether PyTorch's library lends its products, float32 and float64, to be run on one thread each."""
+    """Whether the module can call the float32 and float64 products of PyTorch's library, each on one thread."""
     return _has_products
 
 
 def why_not() -> str:
-    """What is missing for the compiled kernels on CPU and CUDA, and the cure; empty if nothing is."""
+    """What the compiled kernels for CPU and CUDA lack, and the cure; empty if they lack nothing."""
     if _reason or _C.cuda_built:
         return _reason
     return (
@@ -53,7 +53,7 @@ def why_not() -> str:
 
 
 def module():
-    """``prism_fast._C``. Raises RuntimeError naming the cure where it is not available."""
+    """``prism_fast._C``. Raises RuntimeError with the cure if it is not available."""
     if _reason:
         raise RuntimeError(_reason)
     return _C

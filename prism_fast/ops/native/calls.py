@@ -1,4 +1,7 @@
-"""What calls into the compiled module have in common: addresses, streams, 0-d numbers, scaling of gradients."""
+"""Helpers of calls into the compiled module: addresses, streams, 0-d numbers, scaling of gradients.
+
+A CUDA kernel's twin is the function of the module that computes the same on the CPU, with threads.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from prism_fast.ops import native
 
-# Positions in the C++ enum ScalarKind; 0 is a number that the host knows.
+# Positions in the C++ enum ScalarKind; 0 means a number on the host.
 SCALARS = {torch.float32: 1, torch.float64: 2, torch.int32: 3, torch.int64: 4}
 
 
@@ -20,31 +23,31 @@ def address(x: Tensor | None) -> int:
 
 
 def on_card(x: Tensor) -> bool:
-    """Whether the CUDA kernels serve ``x``, and not their twins on the CPU."""
+    """Whether the CUDA kernels serve ``x``, and not their CPU twins."""
     return x.is_cuda
 
 
 def stream_of(x: Tensor) -> int | None:
-    """The current stream of the tensor's device; None on the CPU, which runs the twin."""
+    """The current stream of the tensor's device; None on the CPU."""
     return torch.cuda.current_stream(x.device).cuda_stream if on_card(x) else None
 
 
 def column(x: Tensor | None, kind: torch.dtype) -> Tensor | None:
-    """A constant input as the kernels read it: dense, in the type of the computation."""
+    """An input without gradient in the form that the kernels read: dense, in the type of the computation."""
     if x is None or (x.dtype is kind and x.is_contiguous()):
         return x
     return x.detach().to(kind).contiguous()
 
 
 def split(value: Tensor | float | None) -> tuple[Tensor | None, float]:
-    """A 0-d tensor or a number as the operators take it: one of the two."""
+    """(0-d tensor or None, number): ``value`` in one of the two, because operators take no union types."""
     if value is None or isinstance(value, Tensor):
         return value, 0.0
     return None, float(value)
 
 
 def scalar(tensor: Tensor | None, number: float, kind: torch.dtype) -> tuple[Tensor | None, tuple[int, int, float]]:
-    """(tensor to keep alive until the call, what the kernels take: its address, its kind, the number without one)."""
+    """(tensor to keep alive until the call, (its address, its kind, the number that replaces a missing tensor))."""
     if tensor is None:
         return None, (0, 0, number)
     if tensor.dtype not in SCALARS:
@@ -56,7 +59,7 @@ _ANYWHERE = nullcontext()
 
 
 def on_device(op: str, x: Tensor):
-    """Context in which kernels for ``x`` run. Raises RuntimeError where CUDA kernels are missing."""
+    """Context in which kernels for ``x`` run. Raises RuntimeError if CUDA kernels are needed and missing."""
     if not x.is_cuda:
         return _ANYWHERE
     if not native.has_cuda():
@@ -67,8 +70,8 @@ def on_device(op: str, x: Tensor):
 def launch(op: str, kernel: Callable[..., None], like: Tensor, size: int, *arguments: object) -> None:
     """``kernel(*arguments, workspace, threads, stream)`` on the device of ``like``; workspace is float64 [size].
 
-    The contents of the workspace do not matter; the twins on the CPU bring their own. Raises RuntimeError where CUDA
-    kernels are missing.
+    The workspace starts with arbitrary contents; CPU twins allocate their own. Raises RuntimeError if CUDA kernels are
+    needed and missing.
     """
     threads = torch.get_num_threads()
     stream = stream_of(like)
@@ -85,8 +88,7 @@ def scaled(
 ) -> Tensor:
     """``x * upstream * factors[at]`` in at most one launch; x dense float32 or float64, upstream 0-d, all of one dtype.
 
-    Where the CPU sees that nothing would change, the result is ``x`` itself unless ``copy``: backward of a loss usually
-    starts with 1.
+    On the CPU the result of a factor 1 is ``x`` itself, unless ``copy``: backward of a loss usually starts with 1.
     """
     if traced:
         return _scale_operator(x, upstream, factors, at)

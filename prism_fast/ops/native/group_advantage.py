@@ -1,6 +1,6 @@
 """Group advantages by the compiled kernels: one launch on CUDA, threads on the CPU.
 
-Semantics and validation stand in ``prism_fast.ops.group_advantage``; the arithmetic in ``csrc/group_advantage.h``.
+Semantics and validation: ``prism_fast.ops.group_advantage``; arithmetic: ``csrc/group_advantage.h``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ INVALID = {"below_min": 0, "exclude": 1, "as_is": 2}
 
 
 def run(*arguments: Any) -> Tensor:
-    """Arguments of `_run`, already validated by the public op.
+    """Arguments as for `_run`; the public op has already validated them.
 
-    The result has no gradient. Does not synchronise, and can be captured in a CUDA graph. Raises RuntimeError where the
+    The result has no gradient. Does not synchronise, and can be captured in a CUDA graph. Raises RuntimeError if the
     kernels are missing.
     """
     if not plain(arguments[0]):
@@ -55,7 +55,7 @@ def _run(
     weights, gate, offset = (calls.column(x, out.dtype) for x in (weights, gate, offset))
     kernel = module.group_advantage_float64 if out.dtype == torch.float64 else module.group_advantage_float32
     columns = (scores, group, weights, valid, gate, offset, out)
-    terms = max(1, width)  # a weighted sum is one, also of no scores
+    terms = max(1, width)  # the weighted sum of no scores is one term too
     calls.launch(
         "group_advantage", kernel, scores, (rows + 1) * terms, [calls.address(x) for x in columns], scores.stride(),
         rows, width, NORMALIZE[normalize], INVALID[invalid], eps, invalid_penalty, power, singleton == "identity",

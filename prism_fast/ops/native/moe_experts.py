@@ -1,11 +1,11 @@
-"""Mixture of experts on the CPU: PyTorch's matrix products, what lies between them in one compiled pass each.
+"""Mixture of experts on the CPU: PyTorch's matrix products, and one compiled pass over memory for each step between.
 
-The products take most of the time and are the same ones for every implementation; what can be saved is memory traffic.
-Autograd of a loop over experts keeps the gathered inputs and three activations per assignment, forms each expert's
-weight gradient in a zero tensor of all experts' size, and touches fresh memory all the way. Here the up-projection
-alone is kept, one piece of scratch serves all experts in turn, and every product writes to where its result belongs.
+The products take most of the time and are the same for every implementation; only memory traffic can be saved. Autograd
+of a loop over experts keeps the gathered inputs and three activations per assignment, writes each expert's weight
+gradient into a zero tensor of the size of all experts, and allocates fresh memory at every step. This implementation
+keeps the up-projection alone, reuses one scratch buffer for all experts, and lets every product write its final result.
 
-Semantics and validation stand in ``prism_fast.ops.moe_experts``; the arithmetic in ``csrc/expert_rows.h``.
+Semantics and validation: ``prism_fast.ops.moe_experts``; arithmetic: ``csrc/expert_rows.h``.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ PRODUCTS = {torch.float32: "product_float32", torch.float64: "product_float64"}
 
 
 def _experts(permutation: Tensor, tokens: Tensor, offsets: Tensor) -> list[tuple[int, slice, Tensor, Tensor]]:
-    """(expert, its slots, tokens [n], assignments [n]) of every expert that has any."""
+    """(expert, its slots, tokens [n], assignments [n]) of every expert that has slots."""
     slots = [(e, slice(*border)) for e, border in enumerate(pairwise(offsets.tolist()))]
     return [(e, s, tokens[s], permutation[s]) for e, s in slots if s.start < s.stop]
 
 
 def _fresh(x: Tensor) -> Tensor:
-    """``x``, about to be written for the first time: fresh memory comes page by page, and large pages come sooner."""
+    """``x`` itself, with large pages asked for: the first write to fresh memory waits for each of its pages."""
     native.module().prefer_huge_pages(x.data_ptr(), x.numel() * x.element_size())
     return x
 
 
 def _scratch(experts: list[tuple[int, slice, Tensor, Tensor]], like: Tensor, *widths: int) -> list[Tensor]:
-    """Room for the rows of the largest expert, [rows, width] for each width, in one piece."""
+    """Buffers [rows of the largest expert, width] for each width, in one allocation."""
     rows = max((s.stop - s.start for _, s, _, _ in experts), default=0)
     room = _fresh(like.new_empty(rows * sum(widths)))
     return [x.view(rows, -1) for x in room.split([rows * w for w in widths])] if rows else []
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a @ b in ``out``, in float32 and float64 with the same bits on any number of threads (``csrc/product.h``)."""
+    """a @ b in ``out``; in float32 and float64 the same bits on any number of threads (``csrc/product.h``)."""
     if a.dtype not in PRODUCTS or not native.has_products():
         return torch.mm(a, b, out=out)
     if out.stride(1) != 1:
@@ -71,7 +71,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def _lines(x: Tensor) -> tuple[Tensor, bool, int]:
-    """(matrix, whether it lies column by column, distance between its lines)."""
+    """(matrix, whether its columns are contiguous and not its rows, distance between these in numbers)."""
     rows, columns = x.shape
     if x.stride(0) == 1 and (columns == 1 or x.stride(1) >= rows):
         return x, True, max(x.stride(1), rows, 1)
@@ -99,8 +99,8 @@ def _swiglu(pre: Tensor, act: Tensor) -> None:
 def _swiglu_backward(
     pre: Tensor, mine: Tensor, weights: Tensor, d_act: Tensor, d_pre: Tensor | None, d_weights: Tensor | None
 ) -> None:
-    """Write d_pre [n, 2I] and d_weights at the assignments ``mine`` [n]; d_act [n, I], the upstream rows times down,
-    becomes the activation times the routing weight."""
+    """Write d_pre [n, 2I] and, at the assignments ``mine`` [n], d_weights. d_act [n, I] holds the upstream rows times
+    down; the activation times the routing weight overwrites it."""
     _kernel("swiglu_backward", pre)(
         pre=pre.data_ptr(),
         row_stride=pre.stride(0),
@@ -116,8 +116,8 @@ def _swiglu_backward(
 
 
 def _add_rows(source: Tensor, mine: Tensor, top_k: int, weights: Tensor | None, to: Tensor) -> None:
-    """to [T, H] += weight * source [n, H] at the tokens of ``mine`` [n]. Experts come in order, a token's rows within
-    one stand in order: the order of every sum is fixed."""
+    """to [T, H] += weight * source [n, H] at the tokens of ``mine`` [n]. Calls come in the order of the experts, and
+    rows of one token in order within an expert: the order of every sum is fixed."""
     _kernel("add_rows", source)(
         source=source.data_ptr(),
         rows=source.shape[0],
@@ -150,7 +150,7 @@ def _forward(
     top_k, kind = weights.shape[1], _sum_type(hidden)
     kept = _fresh(hidden.new_empty((permutation.shape[0] if keep else 0, 2 * inner)))
     out = hidden.new_zeros(hidden.shape, dtype=kind)
-    # Results are written in place, which autograd would refuse; operands keep the dtype that the caller chose.
+    # Autograd would refuse the writes into ``out=``, and autocast would change the dtypes that the caller chose.
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         flat = weights.reshape(-1).to(kind)
         experts = _experts(permutation, tokens, offsets)
@@ -189,7 +189,7 @@ def _backward(
         flat = weights.reshape(-1).to(kind)
         experts = _experts(permutation, tokens, offsets)
         for e in set(range(len(down))).difference(e for e, *_ in experts):
-            for gradient in (d_gate_up[e : e + 1], d_down[e : e + 1]):  # nothing to overwrite these with
+            for gradient in (d_gate_up[e : e + 1], d_down[e : e + 1]):  # no product writes to these
                 gradient.zero_()
         widths = (width, width, inner, *[2 * inner] * (want_pre + (kept.shape[0] == 0)))
         scratch = _scratch(experts, hidden, *widths)

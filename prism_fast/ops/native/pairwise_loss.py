@@ -1,6 +1,6 @@
 """The pairwise loss by the compiled kernels: loss, gradients and statistics in one launch, one more in backward.
 
-Semantics and validation stand in ``prism_fast.ops.pairwise_loss``; the arithmetic in ``csrc/pairwise_loss.h``.
+Semantics and validation: ``prism_fast.ops.pairwise_loss``; arithmetic: ``csrc/pairwise_loss.h``.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def run(
     denominator: Tensor | float | None,
     l2_denominator: Tensor | float | None,
 ) -> tuple[Tensor, PairwiseStats]:
-    """Arguments are already validated by the public op.
+    """The public op has already validated the arguments.
 
     Differentiable once, in ``teacher`` and ``student``. Does not synchronise, and can be captured in a CUDA graph.
-    Raises RuntimeError where the kernels are missing, NotImplementedError for length penalties on more scores than the
+    Raises RuntimeError if the kernels are missing, NotImplementedError for length penalties on more scores than the
     kernels hold.
     """
     kind = torch.float64 if student.dtype == torch.float64 else torch.float32
@@ -120,7 +120,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradients(ctx, traced: bool, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
     (kept,) = ctx.saved_tensors
-    # Parts of one tensor never pass as gradients uncopied: whoever accumulates into one would change what is kept.
+    # Copied, because the two gradients are views of one kept tensor: accumulating into one would change it.
     found = calls.scaled(kept, upstream, traced, copy=True).split([s[0] * s[1] for s in ctx.shapes])
     return tuple(x.view(s) if n else None for x, s, n in zip(found, ctx.shapes, ctx.needs_input_grad[:2], strict=True))
 

@@ -1,6 +1,6 @@
 """Policy losses by the compiled kernels: loss, gradient and statistics in one launch, one more in backward.
 
-Semantics and validation stand in ``prism_fast.ops.policy_loss``; the arithmetic in ``csrc/policy_loss.h``.
+Semantics and validation: ``prism_fast.ops.policy_loss``; arithmetic: ``csrc/policy_loss.h``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FAMILY = {
 }  # fmt: skip
 AGGREGATION = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
 DIVERGENCE = ("k1", "k2", "k3", "abs")
-STATS = len(PolicyStats._fields)  # the kernel writes one number more: what backward has to multiply the slopes by
+STATS = len(PolicyStats._fields)  # the kernel writes one number more: the factor of the slopes in backward
 PARTIALS = 10  # per sequence in the workspace
 
 
@@ -42,10 +42,10 @@ def run(
     is_weight: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, PolicyStats]:
-    """Arguments are already validated by the public op.
+    """The public op has already validated the arguments.
 
     Differentiable once, in ``logp`` and ``entropy``. Does not synchronise, and can be captured in a CUDA graph. Raises
-    RuntimeError where the kernels are missing.
+    RuntimeError if the kernels are missing.
     """
     kind = torch.float64 if logp.dtype == torch.float64 else torch.float32
     if logp.dtype != kind:
@@ -67,7 +67,7 @@ def run(
 
 
 def packed(options: PolicyLossOptions) -> list[float]:
-    """The options as the kernels read them, in the order of ``options_of`` in ``csrc/bind_policy_loss.h``."""
+    """The options in the order that ``options_of`` in ``csrc/bind_policy_loss.h`` reads."""
     bound, norm = options.bound, options.norm_length
     return [
         float(FAMILY[options.loss]),
@@ -130,7 +130,7 @@ def _run(
 
 def _allocate(logp: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
     n = logp.shape[0]
-    size = n if wanted == 1 else (2, n) if wanted else 0  # a plain number is the faster form
+    size = n if wanted == 1 else (2, n) if wanted else 0  # new_empty is faster with a plain number
     return logp.new_empty(()), logp.new_empty(STATS + 1), logp.new_empty(size)
 
 
@@ -138,7 +138,7 @@ def _save(ctx, inputs, output) -> None:
     _, stats, slopes = output
     if calls.on_card(slopes):
         ctx.save_for_backward(slopes, stats)
-    else:  # the twin has divided already, its last factor is 1
+    else:  # the CPU twin has already applied the last factor
         ctx.save_for_backward(slopes)
 
 
@@ -148,7 +148,7 @@ def _gradients(ctx, traced: bool, upstream: Tensor) -> tuple[Tensor | None, Tens
     factor = (stats[0], STATS) if stats else ()
     if slopes.dim() == 1:
         return calls.scaled(slopes, upstream, traced, *factor), None
-    # Two halves of one tensor never pass as gradients uncopied: whoever accumulates into one would change what is kept.
+    # Copied, because the two gradients are views of one kept tensor: accumulating into one would change it.
     gradient = calls.scaled(slopes, upstream, traced, *factor, copy=True)
     of_logp, of_entropy = ctx.needs_input_grad[:2]
     return gradient[0] if of_logp else None, gradient[1] if of_entropy else None

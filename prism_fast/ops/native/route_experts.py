@@ -1,6 +1,6 @@
 """Expert routing by the compiled kernels: one launch forward and one backward on CUDA, threads on the CPU.
 
-Semantics and validation stand in ``prism_fast.ops.route_experts``; the arithmetic in ``csrc/route_experts.h``.
+Semantics and validation: ``prism_fast.ops.route_experts``; arithmetic: ``csrc/route_experts.h``.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Plan = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def run(router_logits: Tensor, top_k: int, *, renormalize: bool) -> Routing:
-    """router_logits [T, E]; arguments are already validated by the public op.
+    """router_logits [T, E]; the public op has already validated the arguments.
 
-    Differentiable once: weights, load and z_stat in the logits. Keeps the logits, the weights and the choices. Does
+    weights, load and z_stat are differentiable once, in the logits. Keeps the logits, the weights and the choices. Does
     not synchronise, and can be captured in a CUDA graph. Raises NotImplementedError beyond 256 experts or 8 chosen,
-    RuntimeError where the kernels are missing.
+    RuntimeError if the kernels are missing.
     """
     refuse_sizes("route_experts", router_logits.shape[1], top_k)
     if not plain(router_logits):
@@ -55,7 +55,7 @@ def _kind(x: Tensor) -> torch.dtype:
 def _allocate(logits: Tensor, top_k: int) -> Parts:
     rows, experts = logits.shape
     kind = _kind(logits)
-    # The cheap forms: a call that names a dtype costs as much as two that inherit it.
+    # new_empty with a dtype takes twice the time of new_empty that inherits it.
     weights = logits.new_empty((rows, top_k)) if logits.dtype is kind else logits.new_empty((rows, top_k), dtype=kind)
     return weights, *_allocate_plan(logits, top_k, experts), weights.new_empty(experts), weights.new_empty(())
 
@@ -69,7 +69,7 @@ def _allocate_plan(like: Tensor, top_k: int, experts: int) -> Plan:
 
 
 def workspaces(like: Tensor, experts: int) -> tuple[Tensor | None, Tensor | None]:
-    """(sums, counts) of ``into`` and ``plan_into``; their contents do not matter. Twins on the CPU bring their own."""
+    """(sums, counts) for ``into`` and ``plan_into``, uninitialised. None on the CPU, where twins allocate their own."""
     if not calls.on_card(like):
         return None, None
     chunks = -(-like.shape[0] // CHUNK)
@@ -96,7 +96,7 @@ def into(
     sums, counts = workspace
     kernel = getattr(native.module(), f"route_experts_{KERNEL[logits.dtype]}")
     with calls.on_device("route_experts", logits):
-        # By position: naming eighteen arguments costs a tenth of a call.
+        # By position: eighteen keywords would take a tenth of the time of a call.
         kernel(
             logits.data_ptr(),
             logits.stride(0),
@@ -161,7 +161,7 @@ def _gradient(
 
 
 class _Eager(torch.autograd.Function):
-    """The op without the dispatcher."""
+    """`_operator` without the dispatcher."""
 
     @staticmethod
     def forward(ctx, router_logits, top_k, renormalize):
@@ -209,7 +209,7 @@ _operator.register_autograd(_backward, setup_context=_keep)
 
 
 def plan(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> Routing:
-    """top_k_index, top_k_weights [T, top_k]; arguments are already validated by the public op.
+    """top_k_index, top_k_weights [T, top_k]; the public op has already validated the arguments.
 
     Differentiable in the weights. Does not synchronise, and can be captured in a CUDA graph. Raises as ``run`` does.
     """
@@ -270,7 +270,7 @@ def _plan_gradient(index: Tensor, upstream: Tensor, num_experts: int) -> Tensor:
 
 
 class _EagerPlan(torch.autograd.Function):
-    """The plan without the dispatcher."""
+    """`_plan_operator` without the dispatcher."""
 
     @staticmethod
     def forward(ctx, index, given, num_experts):

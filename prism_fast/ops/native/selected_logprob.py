@@ -1,6 +1,6 @@
 """Log-probability from logits by the compiled kernels: the logits are read once in forward and once in backward.
 
-Semantics and validation stand in ``prism_fast.ops.selected_logprob``; the arithmetic in ``csrc/selected_logprob.h``.
+Semantics and validation: ``prism_fast.ops.selected_logprob``; arithmetic: ``csrc/selected_logprob.h``.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ KERNEL = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "b
 
 
 def run(logits: Tensor, target: Tensor, *, temperature: float | Tensor, entropy: bool, ignore_index: int) -> LogProb:
-    """Arguments are already validated by the public op.
+    """The public op has already validated the arguments.
 
     Differentiable once, in ``logits``. Keeps the logits and two or three numbers per row for backward. Does not
-    synchronise, and can be captured in a CUDA graph. Raises RuntimeError where the kernels are missing.
+    synchronise, and can be captured in a CUDA graph. Raises RuntimeError if the kernels are missing.
     """
-    heat = temperature.detach() if isinstance(temperature, Tensor) else None
-    arguments = (logits, target, heat, 1.0 if heat is not None else float(temperature), entropy, ignore_index)
-    return LogProb(*_forms(*arguments)[:2])
+    if isinstance(temperature, Tensor):
+        by_row, of_all = temperature.detach(), 1.0
+    else:
+        by_row, of_all = None, float(temperature)
+    return LogProb(*_forms(logits, target, by_row, of_all, entropy, ignore_index)[:2])
 
 
 def _run(
-    logits: Tensor, target: Tensor, heat: Tensor | None, one_heat: float, entropy: bool, ignore_index: int
+    logits: Tensor, target: Tensor, temperature: Tensor | None, one_temperature: float, entropy: bool, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp [N], entropy [N] or [0], row maximum [N], log-sum [N]), in the type of the computation."""
     out = _allocate(logits, entropy)
-    _call(out, None, logits, target, heat, one_heat, ignore_index)
+    _call(out, None, logits, target, temperature, one_temperature, ignore_index)
     return out
 
 
@@ -50,8 +52,8 @@ def _allocate(logits: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Te
 def _gradient(
     logits: Tensor,
     target: Tensor,
-    heat: Tensor | None,
-    one_heat: float,
+    temperature: Tensor | None,
+    one_temperature: float,
     ignore_index: int,
     entropy: Tensor,
     top: Tensor,
@@ -64,7 +66,7 @@ def _gradient(
     if entropy.shape[0] != logits.shape[0]:
         entropy_grad = None
     kept, upstream = (None, entropy, top, log_sum), (gradient, logp_grad, entropy_grad)
-    _call(kept, upstream, logits, target, heat, one_heat, ignore_index)
+    _call(kept, upstream, logits, target, temperature, one_temperature, ignore_index)
     return gradient
 
 
@@ -73,8 +75,8 @@ def _call(
     backward: tuple[Tensor, Tensor | None, Tensor | None] | None,
     logits: Tensor,
     target: Tensor,
-    heat: Tensor | None,
-    one_heat: float,
+    temperature: Tensor | None,
+    one_temperature: float,
     ignore_index: int,
 ) -> None:
     """Write ``rows`` (logp, entropy, row maximum, log-sum), or with ``backward`` read them and write its first tensor.
@@ -86,8 +88,8 @@ def _call(
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     target = target.contiguous()
-    if heat is not None:
-        heat = heat.to(kind)
+    if temperature is not None:
+        temperature = temperature.to(kind)
     logp, entropy, top, log_sum = rows
     gradient, logp_grad, entropy_grad = (None, None, None) if backward is None else backward
     with calls.on_device("selected_logprob", logits):
@@ -96,9 +98,9 @@ def _call(
             row_stride=logits.stride(0),
             target=target.data_ptr(),
             target_is_64=target.dtype == torch.int64,
-            temperature=calls.address(heat),
-            temperature_stride=_stride(heat),
-            one_temperature=one_heat,
+            temperature=calls.address(temperature),
+            temperature_stride=_stride(temperature),
+            one_temperature=one_temperature,
             ignore_index=ignore_index,
             rows=logits.shape[0],
             vocabulary=logits.shape[1],
@@ -123,16 +125,17 @@ def _stride(x: Tensor | None) -> int:
 
 
 def _save(ctx, inputs, output) -> None:
-    logits, target, heat, one_heat, _, ignore_index = inputs
+    logits, target, temperature, one_temperature, _, ignore_index = inputs
     _, entropies, top, log_sum = output
-    ctx.save_for_backward(logits, target, heat, entropies, top, log_sum)
-    ctx.one_heat, ctx.ignore_index = one_heat, ignore_index
+    ctx.save_for_backward(logits, target, temperature, entropies, top, log_sum)
+    ctx.one_temperature, ctx.ignore_index = one_temperature, ignore_index
 
 
 def _gradients(ctx, traced: bool, logp_grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor]:
-    logits, target, heat, *kept = ctx.saved_tensors
+    logits, target, temperature, *kept = ctx.saved_tensors
     gradient = _gradient_operator if traced else _gradient
-    return (gradient(logits, target, heat, ctx.one_heat, ctx.ignore_index, *kept, logp_grad, entropy_grad),)
+    options = (ctx.one_temperature, ctx.ignore_index)
+    return (gradient(logits, target, temperature, *options, *kept, logp_grad, entropy_grad),)
 
 
 _gradient_operator = torch.library.custom_op("prism_fast::selected_logprob_gradient", _gradient, mutates_args=())
@@ -147,7 +150,7 @@ _forms = TwoForms(
     "prism_fast::selected_logprob",
     _run,
     backend="native",
-    fake=lambda logits, target, heat, one_heat, entropy, ignore_index: _allocate(logits, entropy),
+    fake=lambda logits, target, temperature, one_temperature, entropy, ignore_index: _allocate(logits, entropy),
     leading=1,
     results=2,
     save=_save,

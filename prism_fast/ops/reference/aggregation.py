@@ -1,4 +1,4 @@
-"""How per-token losses become one number: the weight of each token and the default denominator."""
+"""Aggregation of per-token losses to one number: the weight of each token and the default denominator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SEQ_MEAN_TOKEN_SUM = "seq_mean_token_sum"
 SEQ_MEAN_TOKEN_SUM_NORM = "seq_mean_token_sum_norm"
 AGGREGATIONS = (TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, SEQ_MEAN_TOKEN_SUM_NORM)
 
-# What each loss divides by as defined in its paper comes first; a loss refuses aggregations that contradict it.
+# Aggregations that a loss allows: first the default, from its paper, and none that contradicts the paper.
 OF_LOSS = {
     "grpo": (SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, SEQ_MEAN_TOKEN_SUM_NORM),
     "dapo": (TOKEN_MEAN,),
@@ -26,7 +26,7 @@ LOSSES = tuple(OF_LOSS)
 
 
 def default_denominator(aggregation: str, lengths: Tensor) -> Tensor:
-    """0-d count that a call divides by when it is given none; ``lengths`` [B]: active tokens of each sequence."""
+    """0-d count, the denominator of a call without one; ``lengths`` [B]: active tokens of each sequence."""
     count = lengths.sum() if aggregation == TOKEN_MEAN else (lengths > 0).sum()
     return count.to(lengths.dtype)
 

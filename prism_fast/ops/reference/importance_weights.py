@@ -31,7 +31,7 @@ def importance_weights(
         counted = cu_seqlens[1:] > cu_seqlens[:-1]
     inside = (ratio >= low) & (ratio <= high)
     weight = ratio.clamp(low, high) if action == "truncate" else torch.where(inside, ratio, 0.0)
-    # A ratio that is not a number is neither inside nor outside: it must show, not vanish as a masked token.
+    # A NaN ratio is neither inside nor outside: its weight is NaN, so that it does not vanish as a masked token.
     weight = torch.where(counted, torch.where(ratio.isnan(), math.nan, weight), 0.0)
     count = counted.to(kind).sum()
     moved = (counted & ~inside).to(kind).sum() / count

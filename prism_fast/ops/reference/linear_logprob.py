@@ -1,4 +1,4 @@
-"""Token log-probabilities straight from hidden states, in blocks of rows so that [N, V] is held at most once."""
+"""Token log-probabilities from hidden states, in blocks of rows, so that memory holds [N, V] at most once."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..forms import TwoForms, saved_once
 from ..results import LogProb
 from . import softmax_rows as rows
 
-# Scores of one block. The products want many rows, because each block reads the weight and reads and writes its
-# gradient: 256 rows take 5 % longer than all at once, 128 take 25 %. Memory used again is free, fresh memory is not.
+# Scores of one block. Blocks need many rows, because each reads the weight and reads and writes its gradient: blocks of
+# 256 rows take 5 % longer than all rows at once, blocks of 128 rows 25 %. Fresh memory costs time, reused memory none.
 BLOCK_BYTES = {"cpu": 64 << 20}
 BLOCK_BYTES_ELSEWHERE = 256 << 20
 MIN_BLOCK_ROWS = 256
@@ -35,8 +35,8 @@ def linear_logprob(
     weight_grad_out: Tensor | None,
 ) -> LogProb:
     """See ``prism_fast.ops.linear_logprob``. ``save``: keep the exponentials of the scores for the backward pass."""
-    heat = rows.temperature_rows(temperature, hidden.shape[0], hidden.new_empty(0, dtype=_computed(hidden)))
-    arguments = (hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save)
+    temperature = rows.temperature_rows(temperature, hidden.shape[0], hidden.new_empty(0, dtype=_computed(hidden)))
+    arguments = (hidden, weight, bias, target, temperature, weight_grad_out, softcap, entropy, ignore_index, save)
     return LogProb(*_forms(*arguments)[:2])
 
 
@@ -47,20 +47,20 @@ def block_rows(vocabulary: int, like: Tensor) -> int:
 
 
 class Found(NamedTuple):
-    """What forward knows about a block of n rows."""
+    """Statistics of a block of n rows, for backward too."""
 
     logp: Tensor  # [n] of the target's column
-    entropy: Tensor  # [n], or [0] if it was not asked for
+    entropy: Tensor  # [n], or [0] where the entropy is not computed
     log_sum: Tensor  # [n] relative to the maximum
     top: Tensor  # [n, 1], and own [n]: as in `softmax_rows.exponentials_`
     own: Tensor
-    room: Tensor | None  # [at least n, V] that begins with the exponentials of scores minus maximum, if kept
+    room: Tensor | None  # [at least n, V]: its first n rows are exp(scores minus maximum), if kept
 
 
 class Rows:
-    """Operands of a head, and the gradients it has collected. The kernels' counterpart: ``ops.triton.head.Rows``.
+    """Operands of a head and the gradients collected so far. ``ops.triton.head.Rows`` does the same by kernels.
 
-    hidden [N, H], weight [V, H], bias [V] or None, target [N] int64, a column each, heat [N, 1].
+    hidden [N, H], weight [V, H], bias [V] or None, target [N] int64, each a valid column, temperature [N, 1].
     """
 
     def __init__(
@@ -69,21 +69,22 @@ class Rows:
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        heat: Tensor,
+        temperature: Tensor,
         softcap: float | None,
         entropy: bool,
     ):
         self.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         self.hidden, self.weight, self.bias = _lifted(hidden, weight, bias)
-        self.target, self.heat, self.softcap, self.entropy = target, heat.to(self.hidden.dtype), softcap, entropy
-        self.ban = None  # [V] 0 or -inf: the cap would lift a banned token's -inf
+        self.target, self.temperature = target, temperature.to(self.hidden.dtype)
+        self.softcap, self.entropy = softcap, entropy
+        self.ban = None  # [V] 0 or -inf, added after the cap, which makes a banned token's -inf finite
         if bias is not None and softcap is not None:
             self.ban = torch.where(self.bias == -math.inf, self.bias, 0.0)
-        self.room: Tensor | None = None  # [rows, V] where the scores of an earlier block were, to be used again
+        self.room: Tensor | None = None  # [rows, V] memory of an earlier block's scores, to be reused
         self.spare: Tensor | None = None  # [chunk, V]
 
     def forward(self, block: slice, keep: bool) -> Found:
-        """Scores of the rows ``block`` and what they say about the target."""
+        """Statistics of the rows ``block``; with ``keep`` also the exponentials of their scores."""
         room, statistics = self._exponentials(block, self.entropy)
         if not keep:
             self.room = room
@@ -91,21 +92,21 @@ class Rows:
 
     def _exponentials(self, block: slice, entropy: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(exponentials of the scores, (logp, entropy, log-sum, top, own)), as in `Found`."""
-        x, heat, column = self.hidden[block], self.heat[block], self.target[block]
+        x, temperature, column = self.hidden[block], self.temperature[block], self.target[block]
         room, self.room = self.room, None
         if room is None or room.shape[0] < x.shape[0]:
             room = x.new_empty(x.shape[0], self.weight.shape[0])
         z = _product(x, self.weight, self.bias, room[: x.shape[0]])
         logp, log_sum, top = z.new_empty(len(z)), z.new_empty(len(z)), z.new_empty(len(z), 1)
-        spread, own = z.new_empty(len(z) if entropy else 0), z.new_empty(len(z))
+        entropies, own = z.new_empty(len(z) if entropy else 0), z.new_empty(len(z))
         for part in self._chunks(z):
             spare = self._spare(z[part]) if entropy else None
             logp[part], log_sum[part], found, top[part], own[part] = rows.exponentials_(
-                z[part], column[part], heat[part], self.softcap, entropy, spare, self.ban
+                z[part], column[part], temperature[part], self.softcap, entropy, spare, self.ban
             )
             if entropy:
-                spread[part] = found
-        return room, (logp, spread, log_sum, top, own)
+                entropies[part] = found
+        return room, (logp, entropies, log_sum, top, own)
 
     def _chunks(self, z: Tensor) -> Iterator[slice]:
         step = rows.chunk_rows(z.shape[1], z)
@@ -126,7 +127,7 @@ class Rows:
 
     def log_sum_exp(self, block: slice, found: Found) -> Tensor:
         """[n] of the capped scores divided by the temperature."""
-        top = found.top if self.softcap is None else found.top * (self.softcap / self.heat[block])
+        top = found.top if self.softcap is None else found.top * (self.softcap / self.temperature[block])
         return top[:, 0] + found.log_sum
 
     def backward(
@@ -137,23 +138,23 @@ class Rows:
         h: Tensor | None = None,
         apart: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Add what the rows ``block`` contribute. Uses up ``found.room``; forms it again if it was not kept.
+        """Add the gradients of the rows ``block``. Overwrites ``found.room``; computes it again if it was not kept.
 
         g, h [n]: upstream gradients of log-probability and entropy (None: no entropy). apart: as in
         `softmax_rows.gradient_`.
         """
-        x, heat, column = self.hidden[block], self.heat[block], self.target[block]
+        x, temperature, column = self.hidden[block], self.temperature[block], self.target[block]
         room = self._exponentials(block, entropy=False)[0] if found.room is None else found.room
         m = room[: len(x)]  # [n, V]
-        factor = torch.empty_like(heat)  # [n, 1]; the gradient of the scores is factor * m
+        factor = torch.empty_like(temperature)  # [n, 1]; the gradient of the scores is factor * m
         for part in self._chunks(m):
             factor[part] = rows.gradient_(
                 m[part], column[part], found.own[part], found.log_sum[part], g[part], None if h is None else h[part],
-                found.entropy[part], heat[part], self.softcap, found.top[part],
+                found.entropy[part], temperature[part], self.softcap, found.top[part],
                 None if h is None and self.softcap is None else self._spare(m[part]),
                 None if apart is None else (apart[0][part], apart[1][part]),
             )  # fmt: skip
-        with torch.autocast(x.device.type, enabled=False):  # it would round what is meant to stay float32
+        with torch.autocast(x.device.type, enabled=False):  # these products stay in float32
             if self.wants[0]:
                 torch.mm(m, self.weight, out=self.hidden_grad[block]).mul_(factor)
             if self.wants[1]:
@@ -170,7 +171,7 @@ class Rows:
         self.room = room
 
     def gradients(self, with_weight: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of hidden, weight (None without ``with_weight``) and bias, in their dtypes; None where not wanted."""
+        """Gradients of hidden, weight (None without ``with_weight``) and bias, in their dtypes; None if not wanted."""
         if self.wants[1] and self.weight_grad is None:  # there were no rows
             self.weight_grad = torch.zeros_like(self.weight)
         found = (self.hidden_grad, self.weight_grad if with_weight else None, self.bias_grad)
@@ -182,7 +183,7 @@ def _run(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    heat: Tensor,
+    temperature: Tensor,
     weight_grad_out: Tensor | None,
     softcap: float | None,
     entropy: bool,
@@ -191,11 +192,11 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, entropy [N] or [0], log-sum, top [N, 1], own, exponentials [N, V] or [0] if not saved).
 
-    heat [N, 1]. What only backward looks at is passed along for it.
+    temperature [N, 1]. Some arguments are for backward alone.
     """
     n, vocabulary = hidden.shape[0], weight.shape[0]
     column, ignored, outside = rows.target_rows(target, vocabulary, ignore_index)
-    head = Rows(hidden, weight, bias, column, heat, softcap, entropy)
+    head = Rows(hidden, weight, bias, column, temperature, softcap, entropy)
     logp, entropies, log_sum, top, own, kept = _allocate(head.hidden, vocabulary, entropy, save)
     for block in _blocks(n, vocabulary, head.hidden):
         if save:
@@ -225,7 +226,7 @@ def _run_backward(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    heat: Tensor,
+    temperature: Tensor,
     entropies: Tensor,
     log_sum: Tensor,
     top: Tensor,
@@ -239,18 +240,19 @@ def _run_backward(
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias, [0] where not wanted. Uses up ``kept``; adds to ``weight_grad_out``."""
+    """Gradients of hidden, weight and bias, [0] where not wanted. Overwrites ``kept``; adds to ``weight_grad_out``."""
     vocabulary = weight.shape[0]
     column, ignored, outside = rows.target_rows(target, vocabulary, ignore_index)
-    head = Rows(hidden, weight, bias, column, heat, softcap, entropy)
+    head = Rows(hidden, weight, bias, column, temperature, softcap, entropy)
     g = rows.upstream(logp_grad, log_sum, ignored)
     g = torch.where(outside & (g != 0.0), math.nan, g)
     h = rows.upstream(entropy_grad, log_sum, ignored) if entropy and entropy_grad is not None else None
     head.prepare((want_hidden, want_weight, want_bias), weight_grad_out)
     for block in _blocks(hidden.shape[0], vocabulary, head.hidden):
         room = None if kept is None else kept[block]
-        spread = entropies[block] if entropy else entropies
-        found = Found(log_sum[block], spread, log_sum[block], top[block], own[block], room)
+        of_block = entropies[block] if entropy else entropies
+        # Backward does not read the log-probabilities: the log-sums fill their place.
+        found = Found(log_sum[block], of_block, log_sum[block], top[block], own[block], room)
         head.backward(block, found, g[block], None if h is None else h[block])
     return tuple(hidden.new_empty(0) if x is None else x for x in head.gradients(weight_grad_out is None))
 
@@ -270,15 +272,15 @@ def _(logp_grad, entropy_grad, hidden, weight, bias, *rest):
     )
 
 
-def _fake(hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save):
+def _fake(hidden, weight, bias, target, temperature, weight_grad_out, softcap, entropy, ignore_index, save):
     like = hidden.new_empty(hidden.shape, dtype=_computed(hidden))
     return _allocate(like, weight.shape[0], entropy, save)
 
 
 def _save(ctx, inputs, output) -> None:
-    hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, _ = inputs
-    ctx.save_for_backward(hidden, weight, bias, target, heat, *output[1:])
-    # Not saved: it is written to between forward and backward, by design.
+    hidden, weight, bias, target, temperature, weight_grad_out, softcap, entropy, ignore_index, _ = inputs
+    ctx.save_for_backward(hidden, weight, bias, target, temperature, *output[1:])
+    # Not through save_for_backward, which forbids the writes to it between forward and backward.
     ctx.weight_grad_out, ctx.options = weight_grad_out, (softcap, entropy, ignore_index)
 
 
@@ -308,12 +310,12 @@ def _computed(x: Tensor) -> torch.dtype:
 
 
 def _lifted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Operands in float32 (float64 for float64): products of half-precision numbers are then exact."""
+    """Operands in float32 (float64 for float64), where products of half-precision numbers are exact."""
     kind = _computed(hidden)
     return hidden.to(kind), weight.to(hidden.dtype).to(kind), None if bias is None else bias.to(kind)
 
 
 def _product(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
-    """x [n, H] @ w [V, H].T + b into out [n, V]. An autocast region must not take the float32 back."""
+    """x [n, H] @ w [V, H].T + b into out [n, V], in float32 or wider also inside an autocast region."""
     with torch.autocast(x.device.type, enabled=False):
         return torch.mm(x, w.t(), out=out) if b is None else torch.addmm(b, x, w.t(), out=out)

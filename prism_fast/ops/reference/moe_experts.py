@@ -15,8 +15,8 @@ OP = "moe_experts"
 
 def moe_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, *, recompute: bool) -> Tensor:
     """See ``prism_fast.ops.moe_experts``."""
-    # Reading the offsets is free on a CPU; on a GPU, or in a graph, it would synchronise or break: there every expert
-    # computes every token, and the weights of those it was not asked for are 0.
+    # Reading the offsets is free on a CPU, but would synchronise a GPU and break a graph. There every expert computes
+    # every token, with weight 0 for tokens that did not choose it.
     grouped = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
     run = _grouped if grouped else _dense
     with torch.autocast(hidden.device.type, enabled=False):  # operands keep the dtype that the caller chose
@@ -44,7 +44,7 @@ def _grouped(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) ->
 
 def combine(rows: Tensor, routing: Routing) -> Tensor:
     """[T, H] weighted sum, in the dtype of the weights, of the experts' rows [M, H] in the order of the permutation."""
-    # In the order of the assignments, then summed over top_k in a fixed order: no two slots add to one place.
+    # Gathered by assignment and summed over top_k in a fixed order, not scattered by slot in any order.
     return (rows.to(routing.weights.dtype)[routing.slots] * routing.weights[..., None]).sum(1)
 
 

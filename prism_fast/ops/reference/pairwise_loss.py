@@ -37,7 +37,7 @@ def pairwise_loss(
     use = torch.ones_like(group, dtype=torch.bool) if valid is None else valid
     known = (group >= 0) & (group < groups)
     row = torch.where(known, group.long(), 0)
-    # Who is ahead is decided before the clamp, which makes scores beyond it equal.
+    # Compared before the clamp, which makes scores beyond its bounds equal.
     best = torch.where(known[:, None], t[row], math.nan) if groups else torch.full_like(s, math.nan)
     ties, ahead = best == s, best > s
     if clip is not None:
@@ -46,8 +46,8 @@ def pairwise_loss(
     margin = torch.where(known[:, None], rival, math.nan) - s
     pairs = use.to(kind).sum()
     share = 1.0 / _positive(pairs if denominator is None else denominator, s)
-    # Rows that do not count may hold anything; they are replaced before the formula, so their gradient is exactly 0.
-    # Not softplus(-margin): PyTorch's is linear beyond 20, which float64 can tell from the logarithm.
+    # Rows that do not count may hold any value; zeros replace them before the formula, so their gradient is exactly 0.
+    # Not softplus(-margin): PyTorch's is linear beyond 20, a difference that float64 shows.
     bradley_terry = -torch.where(use[:, None], logsigmoid(torch.where(use[:, None], margin, 0.0)), 0.0).sum(0) * share
     total = bradley_terry.sum()
     if l2 != 0.0:

@@ -58,7 +58,7 @@ def policy_loss(
     on_average = lengths.clamp(min=1.0)
     if options.loss in ("gspo", "gspo_token"):
         drift = segment_sum(log_ratio.detach(), sequence, sequences + 1) / on_average
-        # The value is the sequence's geometric-mean ratio, the gradient is spread over its tokens.
+        # The value is the sequence's geometric-mean ratio; the gradient goes to each token's own log-probability.
         exponent = (new - new.detach() + drift[sequence]).clamp(max=SEQUENCE_LOG_RATIO_MAX)
         measured = log_ratio.detach()
     else:
@@ -76,18 +76,19 @@ def policy_loss(
     pure = (each.detach() * share).sum()
     divergence = None if ref_logp is None else clean(kl_estimate(new, clean(ref_logp.detach()), options.kl))
     if divergence is not None and options.kl_importance:
-        if options.loss in ("gspo", "gspo_token"):  # one ratio, which every token of the sequence moves
+        if options.loss in ("gspo", "gspo_token"):  # one ratio, to which every token of the sequence contributes
             drift = segment_sum(log_ratio, sequence, sequences + 1) / on_average
             divergence = divergence * clean(drift.clamp(max=SEQUENCE_LOG_RATIO_MAX).exp()[sequence])
         else:
             divergence = divergence * ratio
     if divergence is not None and options.kl_coef != 0.0:
         each = each + options.kl_coef * divergence
-    spread = None if entropy is None else clean(entropy)
-    if spread is not None and options.entropy_coef != 0.0:
-        each = each - options.entropy_coef * spread
-    # What is not a number has no gradient that is one, though clamps have: who watches gradients alone must see it.
-    learnt = [new, spread] if spread is not None and options.entropy_coef != 0.0 else [new]
+    entropies = None if entropy is None else clean(entropy)
+    learnt = [new]
+    if entropies is not None and options.entropy_coef != 0.0:
+        each = each - options.entropy_coef * entropies
+        learnt = [new, entropies]
+    # A NaN loss must have NaN gradients, so that gradients alone show it; those of a clamp would be numbers.
     total = (_shown(each.isnan(), sum(learnt), each) * share).sum()
     bad = offsets_are_bad(cu_seqlens, logp.shape[0])
     everything = [x.to(kind).sum() for x, _ in zip((logp, entropy), learnt, strict=False)]
@@ -111,20 +112,21 @@ def policy_loss(
         ratio_max=torch.where(count > 0, largest, math.nan),
         approx_kl=mean(-measured),
         kl=unknown if divergence is None else mean(divergence),
-        entropy=unknown if spread is None else mean(spread),
+        entropy=unknown if entropies is None else mean(entropies),
     )
     return total, PolicyStats._make(torch.where(bad, math.nan, value) for value in stats)
 
 
 def _shown(sick: Tensor, learnt: Tensor, value: Tensor) -> Tensor:
-    """``value``, but NaN with gradient NaN for ``learnt`` where it is ``sick``."""
-    return torch.where(sick, learnt * torch.where(sick, math.nan, 0.0), value)  # a factor NaN would reach all gradients
+    """``value``; where ``sick``, NaN with a NaN gradient for ``learnt``."""
+    # A plain factor NaN would make the gradients of all elements NaN.
+    return torch.where(sick, learnt * torch.where(sick, math.nan, 0.0), value)
 
 
 def _token_loss(
     options: PolicyLossOptions, ratio: Tensor, new: Tensor, a: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[N] loss of each token, and which tokens are held at the lower, the upper and the dual bound."""
+    """[N] loss of each token, and three masks [N]: tokens held at the lower, the upper and the dual bound."""
     none = torch.zeros_like(ratio, dtype=torch.bool)
     if options.loss == "sapo":
         positive, negative = options.sapo_temperature

@@ -9,14 +9,14 @@ from torch import Tensor
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a [..., M, K] @ b [..., K, N]`` in the operands' own dtype, with gradients in it.
 
-    Autocast looks at each operator when it runs. Switched off around a forward, it still takes the products of a
-    backward that is called inside the region.
+    Autocast acts on each operator when it runs: switched off around a forward alone, it would still change the products
+    of a backward inside the region.
     """
     return a @ b if torch.compiler.is_compiling() else _Product.apply(a, b)
 
 
 class _Product(torch.autograd.Function):
-    """Its derivatives are products again, so that they have derivatives of their own."""
+    """a @ b outside of autocast; its derivatives are `matmul` again, so that they are differentiable too."""
 
     generate_vmap_rule = True
 

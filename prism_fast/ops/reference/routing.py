@@ -15,14 +15,14 @@ def route_experts(router_logits: Tensor, top_k: int, *, renormalize: bool) -> Ro
     kind = torch.float64 if router_logits.dtype == torch.float64 else torch.float32
     logits = router_logits.to(kind)
     probability = logits.softmax(-1)
-    # A stable sort of the logits, not topk of the probabilities: it tells apart what rounding made equal, and among
-    # equals the lower expert number wins on every device. Rows without a softmax (NaN) go to the first experts.
+    # A stable sort of the logits, not topk of the probabilities: different logits may round to equal probabilities, and
+    # among equal logits the lower expert number wins on every device. Rows with a NaN softmax go to the first experts.
     comparable = torch.where(probability.isnan(), 0.0, logits)
     experts = comparable.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = probability.gather(-1, experts)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
-    # A row without a softmax has no statistic either, also where the log-sum-exp of its logits is infinite.
+    # A row with a NaN softmax has a NaN statistic too, even if the log-sum-exp of its logits is infinite.
     broken = torch.where(probability.detach().isnan().any(-1), math.nan, 0.0)
     z_stat = (logits.logsumexp(-1) + broken).square().sum()
     return Routing(weights, experts, *_plan(experts, logits.shape[1]), probability.sum(0), z_stat)

@@ -1,4 +1,4 @@
-"""Packed sequences: from offsets to per-token sequence numbers and sums, without asking the host."""
+"""Packed sequences: sequence numbers of tokens and sums per sequence from offsets, all on the device."""
 
 from __future__ import annotations
 

@@ -31,15 +31,17 @@ class _SelectedLogProb(torch.autograd.Function):
         outside = counted(outside)
         logp, log_sum = logits.new_empty(n, dtype=kind), logits.new_empty(n, dtype=kind)
         entropies = logits.new_empty(n if entropy else 0, dtype=kind)
-        heat = rows.temperature_rows(temperature, n, logp)
+        temperature = rows.temperature_rows(temperature, n, logp)
         step = rows.chunk_rows(vocabulary, logp)
         for at in range(0, n, step):
             block = slice(at, min(n, at + step))
             z = logits[block].to(kind, copy=True)
-            logp[block], log_sum[block], found, *_ = rows.exponentials_(z, column[block], heat[block], None, entropy)
+            logp[block], log_sum[block], found, *_ = rows.exponentials_(
+                z, column[block], temperature[block], None, entropy
+            )
             if entropy:
                 entropies[block] = found
-        ctx.save_for_backward(logits, column, ignored, outside, heat, log_sum, entropies)
+        ctx.save_for_backward(logits, column, ignored, outside, temperature, log_sum, entropies)
         ctx.step = step
         ctx.set_materialize_grads(False)
         return rows.finish(logp, entropies, ignored, outside)
@@ -47,7 +49,7 @@ class _SelectedLogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx, logp_grad, entropy_grad):
         refuse_graph("selected_logprob", "reference")
-        logits, column, ignored, outside, heat, log_sum, entropies = ctx.saved_tensors
+        logits, column, ignored, outside, temperature, log_sum, entropies = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:
             return (None,) * 5
         g = rows.upstream(logp_grad, log_sum, ignored)
@@ -58,7 +60,7 @@ class _SelectedLogProb(torch.autograd.Function):
         for at in range(0, logits.shape[0], ctx.step):
             block = slice(at, min(logits.shape[0], at + ctx.step))
             z = logits[block].to(log_sum.dtype, copy=True)
-            *_, top, own = rows.exponentials_(z, column[block], heat[block], None, entropy=False)
+            *_, top, own = rows.exponentials_(z, column[block], temperature[block], None, entropy=False)
             factor = rows.gradient_(
                 z,
                 column[block],
@@ -67,7 +69,7 @@ class _SelectedLogProb(torch.autograd.Function):
                 g[block],
                 None if ge is None else ge[block],
                 entropies[block],
-                heat[block],
+                temperature[block],
                 None,
                 top,
             )

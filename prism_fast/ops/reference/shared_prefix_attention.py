@@ -20,7 +20,7 @@ def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayou
     """See ``prism_fast.ops.shared_prefix_attention``. q [T, Hq, D], k [T, Hk, D], v [T, Hk, Dv]."""
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         refuse_misfit(layout, q.shape[0])
-    with torch.autocast(q.device.type, enabled=False):  # products in the dtype they are written in
+    with torch.autocast(q.device.type, enabled=False):  # products in the operands' own dtype
         return _blocks(q, k, v, layout, scale)
 
 
@@ -33,13 +33,13 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float)
     segment = sequence_of_token(layout.cu_branch, tokens)
     group = heads // k.shape[1]
     used = bad | (segment < segments)
-    # A probability of 0 times whatever lies in the padding is not always 0.
+    # Padding may hold infinities and NaNs, which a probability of 0 would not remove.
     q, k, v = (torch.where(used[:, None, None], x, 0.0).to(kind) for x in (q, k, v))
     queries = (q + torch.where(bad, math.nan, 0.0)).movedim(1, 0)  # [Hq, T, D]
     keys, values = (x.movedim(1, 0).repeat_interleave(group, 0) for x in (k, v))
     start, stop = _prefix_of_token(layout, segment, segments)
     rows = max(1, BLOCK_BYTES // max(1, heads * tokens * queries.element_size()))
-    # Blocks keep their inputs, not T x T probabilities; torch.func transforms take no checkpoints.
+    # Checkpoints keep the inputs of a block, not its probabilities; torch.func transforms do not support them.
     again = rows < tokens and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
     parts = []
     for at in range(0, tokens, rows):
@@ -56,7 +56,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float)
 
 
 def _prefix_of_token(layout: PrefixLayout, segment: Tensor, segments: int) -> tuple[Tensor, Tensor]:
-    """([T], [T]) first and past-the-last prefix token that each token sees; equal where it sees none."""
+    """([T], [T]) begin and end of the prefix that each token sees; equal where it sees none."""
     if segments == 0 or layout.prefix_start.shape[0] == 0:
         return torch.zeros_like(segment), torch.zeros_like(segment)
     prefix = layout.branch_prefix.long()[segment.clamp(max=segments - 1)]

@@ -1,7 +1,8 @@
 """The mathematics of one block of rows: log-probability and entropy from scores, and the gradient of both.
 
-Scores are kept relative to their row maximum, so that maximum and log-sum are never added into one rounded number.
-Intermediate results as large as the scores go where the caller says: fresh memory costs a CPU more than the arithmetic.
+Scores are kept relative to their row maximum, so that maximum and log-sum are never added into one rounded number. The
+caller passes the memory for intermediate results as large as the scores: fresh memory costs a CPU more time than the
+arithmetic.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 LOG_PROBABILITY_FLOOR = -1e4
-# Scores that are gone over together: on a CPU what one pass has written should still be in the cache for the next.
+# Scores of one chunk. On a CPU the cache should still hold the results of one pass when the next one reads them.
 CHUNK_BYTES = {"cpu": 8 << 20}
 CHUNK_BYTES_ELSEWHERE = 256 << 20
 
@@ -49,9 +50,9 @@ def exponentials_(
     """In place: raw scores z [n, V] -> exponentials e of z' = cap(z) / temperature minus the row maximum.
 
     Returns (logp [n], log-sum [n], entropy [n] or empty, top [n, 1], own [n]):
-    log p_t = z'_t - max z' - log sum e and H = log sum e - sum e z' / sum e. top and own are the maximum and the
-    target's of y = tanh(z / softcap) with a soft cap, of z' without. With ``entropy``, ``spare`` [n, V] is written
-    over. ``ban`` [V], 0 or -inf, is added after the cap, which would lift a banned token's -inf.
+    log p_t = z'_t - max z' - log sum e and H = log sum e - sum e (z' - max z') / sum e. top and own are the row maximum
+    and the target's value: of tanh(z / softcap) with a soft cap, of z' without. With ``entropy``, ``spare`` [n, V] is
+    overwritten. ``ban`` [V], 0 or -inf, is added after the cap, which makes a banned token's -inf finite.
     """
     if softcap is not None:
         z.div_(softcap).tanh_()
@@ -94,18 +95,18 @@ def gradient_(
     """In place: exponentials e [n, V] -> m [n, V]; returns factor [n, 1]. The gradient of the raw scores is factor * m.
 
     With z', ``top`` and ``own`` as in `exponentials_`, d logp / dz'_j = [j = target] - p_j and
-    dH / dz'_j = -p_j (log p_j + H). What belongs to a whole row stays outside of m, because the caller can multiply its
-    narrow operand with it. Rows whose upstream gradients are exactly 0 come out as exact zeros whatever they hold.
-    ``spare`` [n, V] is written over where the entropy has a gradient or the scores are capped. ``apart``: (q, s) [n]
-    each, instead of the entropy's gradient, for losses of more than the log-probability: the gradient of z'_j is then
+    dH / dz'_j = -p_j (log p_j + H). A factor of the whole row stays outside of m, because the caller can apply it to a
+    narrower operand. Rows whose upstream gradients are exactly 0 give exact zeros, whatever they hold. ``spare``
+    [n, V] is overwritten where the entropy has a gradient or the scores are capped. ``apart``: (q, s) [n] each, instead
+    of the entropy's gradient, for losses of more than the log-probability: the gradient of z'_j is then
     logp_grad·[j = target] - q·p_j + s.
     """
     idle = ~active(logp_grad, entropy_grad, apart)
     g, at = logp_grad[:, None], column[:, None]
     slope = None
     if softcap is not None:
-        # Of tanh, from y = top + log e · temperature / softcap. Where e is 0 the score is lost and nothing is left to
-        # multiply, but at the target, whose gradient does not vanish with its probability.
+        # The slope of tanh, 1 - y², from y = top + log e · temperature / softcap. Where e is 0 the score is lost, but
+        # its gradient is 0 too; only the target's does not vanish with its probability, so its y comes from ``own``.
         capped = torch.log(e, out=spare).mul_(temperature / softcap).add_(top)
         capped.scatter_(-1, at, own[:, None]).clamp_(-1.0, 1.0)
         slope = 1.0 - capped.square_()
@@ -117,7 +118,7 @@ def gradient_(
     elif entropy_grad is None:
         factor, at_target = -g, torch.full_like(g, -1.0)
     else:
-        # Probabilities are 0 long before the floor; without it a banned token's 0 would meet an infinite coefficient.
+        # A probability is 0 long before the floor; without the floor, a banned token would give 0 times infinity.
         coefficient = torch.log(e, out=spare).clamp_(min=LOG_PROBABILITY_FLOOR)
         e.mul_(coefficient.add_(entropy[:, None]).mul_(entropy_grad[:, None]).add_(g))
         factor, at_target = torch.full_like(g, -1.0), -g
@@ -140,19 +141,19 @@ def active(g: Tensor, h: Tensor | None, apart: tuple[Tensor, Tensor] | None = No
 def clear_rows_(x: Tensor, which: Tensor) -> None:
     """In place: the rows ``which`` [n] bool of x [n, V] become 0."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        x.index_fill_(0, which.nonzero()[:, 0], 0.0)  # a CPU can look which they are instead of going over all
+        x.index_fill_(0, which.nonzero()[:, 0], 0.0)  # a CPU reads ``which`` cheaply and writes only these rows
     else:
         x.masked_fill_(which[:, None], 0.0)
 
 
 def finish(logp: Tensor, entropy: Tensor, ignored: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
-    """Ignored rows give 0, targets outside the vocabulary give NaN. ``entropy`` may be empty."""
+    """(logp, entropy): 0 on ignored rows; logp NaN at targets outside the vocabulary. ``entropy`` may be empty."""
     logp = torch.where(outside, math.nan, logp).masked_fill(ignored, 0.0)
     return logp, entropy.masked_fill(ignored, 0.0) if entropy.shape == logp.shape else entropy
 
 
 def upstream(gradient: Tensor | None, logp: Tensor, ignored: Tensor) -> Tensor:
-    """[N] upstream gradient of a result in the dtype of the computation; none and ignored rows count as 0."""
+    """[N] upstream gradient of a result, in the dtype of ``logp``; 0 on ignored rows, and everywhere for None."""
     if gradient is None:
         return torch.zeros_like(logp)
     return gradient.to(logp.dtype).masked_fill(ignored, 0.0)

@@ -1,12 +1,11 @@
-"""The calls of shared-prefix attention on a GPU: one of each kind for a whole row, offsets on the device.
+"""The calls of shared-prefix attention on a GPU: one of each kind for a whole row, with offsets on the device.
 
-Every segment with itself is plain attention over sequences of any length. For the second kind, too, the queries of a
-prefix must lie one behind the other: their rows are copied into the order of the prefixes (queries, never keys or
-values). Between two prefixes stands a sequence of keys without queries, so that the prefixes are read where they lie.
-Nothing here asks the host, and shapes depend on shapes alone.
+Every segment with itself is plain attention over sequences of different lengths. The second kind needs the queries of
+a prefix in adjacent rows: queries are copied into the order of their prefixes, keys and values never. Between two
+prefixes the call has a sequence of keys without queries, so that it reads the prefixes in place. Nothing here waits for
+the device, and shapes depend on shapes alone.
 
-The kernels (``varlen``) leave rows outside of every sequence unwritten, so no value of theirs is ever used in
-arithmetic.
+The kernels (``varlen``) leave rows outside of every sequence uninitialised, so no arithmetic may use their values.
 """
 
 from __future__ import annotations
@@ -23,9 +22,8 @@ from .varlen import Kernel, Sequences, kernel_for
 
 
 class Tokens(NamedTuple):
-    """All tokens of the row, as a call's queries or keys; ``inside`` [T] bool says which are no padding;
-    ``outside`` 0-d is what stands there: 0, or NaN where the layout does not fit the row and all tokens count as
-    padding."""
+    """All tokens of the row, as a call's queries or keys. ``inside`` [T] bool: tokens that are no padding. ``outside``
+    0-d: the result on padding, 0, or NaN if the layout does not fit the row; all tokens are then padding."""
 
     inside: Tensor
     outside: Tensor
@@ -56,8 +54,8 @@ class OwnCall(NamedTuple):
 
 
 class PrefixCall(NamedTuple):
-    """All branch tokens with their prefixes. ``slot`` [T] int64: where a token's query stands in the prefixes' order, T
-    for one that sees no prefix; ``followed`` [T] bool: keys that some branch sees."""
+    """All branch tokens with their prefixes. ``slot`` [T] int64: the place of a token's query in the order of prefixes,
+    T for one that sees no prefix; ``followed`` [T] bool: keys that some branch sees."""
 
     kernel: Kernel
     sequences: Sequences
@@ -79,7 +77,7 @@ class PrefixCall(NamedTuple):
         return self._unsorted(dq, 0.0), dk.masked_fill_(unseen, 0.0), dv.masked_fill_(unseen, 0.0)
 
     def _sorted(self, x: Tensor) -> Tensor:
-        """[T, ...] to [T + 1, ...]: the last row takes whatever sees no prefix, rows nobody stands in are 0."""
+        """[T, ...] to [T + 1, ...] by slot: the last row is for tokens that see no prefix; unused rows are 0."""
         return x.new_zeros((x.shape[0] + 1, *x.shape[1:])).index_copy_(0, self.slot, x)
 
     def _unsorted(self, x: Tensor, unseen: float) -> Tensor:
@@ -90,7 +88,7 @@ class PrefixCall(NamedTuple):
 class Calls(NamedTuple):
     own: list[OwnCall]
     joined: list[PrefixCall]
-    outside: Tensor  # as of ``Tokens``
+    outside: Tensor  # as in ``Tokens``
 
 
 def device_calls(
@@ -103,10 +101,10 @@ def device_calls(
     max_branch: int,
     max_queries: int | None = None,
 ) -> Calls:
-    """None of either kind where a shape or bound says that there is nothing to do.
+    """The calls; none of a kind if a shape or bound says that it has no work.
 
-    ``max_queries`` bounds the kernel's grid, which is cut for the longest sequence of queries and is empty elsewhere:
-    with the length of the row (None) nearly all blocks of a row with many prefixes would have nothing to do.
+    ``max_queries`` bounds the kernel's grid, which has as many blocks for every sequence as the longest one needs: with
+    None, the length of the row, most blocks of a row with many prefixes would be idle.
     """
     tokens, segments = q.shape[0], branch_prefix.shape[0]
     layout = PrefixLayout(cu_branch, prefix_start, prefix_len, branch_prefix, max_prefix, max_branch, max_queries)
@@ -125,10 +123,10 @@ def device_calls(
     prefixes = prefix_start.shape[0]
     if prefixes == 0 or max_prefix == 0 or max_queries == 0:
         return Calls([own], [], outside)
-    # Prefixes as they lie; an empty one may start where another does, and must come before it.
+    # Prefixes in the order of their tokens; an empty one may start at the same token as another and must come first.
     place = (2 * prefix_start.long() + prefix_len).argsort()  # [P]
     rank = torch.empty_like(place).scatter_(0, place, torch.arange(prefixes, device=place.device))
-    # Segments in the order of their prefixes, those without one (or with an empty one) behind them all.
+    # Segments in the order of their prefixes; those without one, or with an empty one, come last.
     named = branch_prefix.clamp(min=0).long()
     key = torch.where((branch_prefix >= 0) & (prefix_len[named] > 0), rank[named], prefixes)  # [S]
     key, order = key.sort(stable=True)
@@ -138,7 +136,7 @@ def device_calls(
     end = torch.cat((end.new_zeros(1), end))[seen]  # [P] past the last query of each prefix
     cu_queries = torch.stack((torch.cat((end.new_zeros(1), end[:-1])), end), 1)
     cu_keys = torch.stack((prefix_start, prefix_start + prefix_len), 1)[place]
-    # Sequences 0, 2, … lie between the prefixes and have no queries.
+    # Sequences 0, 2, … are the gaps between the prefixes and have no queries.
     cu_queries, cu_keys = (torch.cat((x.new_zeros(1), x.flatten())).int() for x in (cu_queries, cu_keys))
     sees = torch.cat((key.new_empty(segments).scatter_(0, order, key) < prefixes, key.new_zeros(1, dtype=torch.bool)))
     index = segment.clamp(max=segments - 1)

@@ -1,4 +1,4 @@
-"""What the experts do between their products, in plain PyTorch: the functions of ``prism_fast.kernels.moe.rows``."""
+"""The steps of the experts between their products in plain PyTorch, as in ``prism_fast.kernels.moe.rows``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 
 
 def on_device(x: Tensor) -> nullcontext:
-    """Nothing has to be chosen on the CPU."""
+    """No device has to be chosen on the CPU."""
     return nullcontext()
 
 
@@ -26,7 +26,7 @@ def swiglu(pre: Tensor) -> Tensor:
 
 
 def swiglu_gradient(d: Tensor, pre: Tensor, weights: Tensor, permutation: Tensor) -> tuple[Tensor, Tensor]:
-    """(gradient of ``pre`` [M, 2I], gradient of ``weights``); the weighted activations [M, I] take the place of ``d``.
+    """(gradient of ``pre`` [M, 2I], gradient of ``weights``); the weighted activations [M, I] overwrite ``d``.
 
     d [M, I]: upstream rows times the down-projection, before the routing weight. weights [T, top_k] float32.
     """
@@ -51,4 +51,4 @@ def combine_rows(rows: Tensor, slots: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def clear_idle(out: Tensor, offsets: Tensor) -> None:
-    """Zeros in ``out`` [E, R, N] for experts without slots: products of depth 0 on the CPU have left them already."""
+    """Zeros in ``out`` [E, R, N] for experts without slots: on the CPU, products of depth 0 write them already."""

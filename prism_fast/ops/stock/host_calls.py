@@ -1,4 +1,4 @@
-"""The calls of shared-prefix attention on the CPU: segments are cut on the host, whose memory the offsets lie in."""
+"""The calls of shared-prefix attention on the CPU, which can read the offsets and group segments by them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class HostCall(NamedTuple):
-    """One call of PyTorch's fused CPU attention; results are laid out as ``queries`` and ``keys`` are read."""
+    """One call of PyTorch's fused CPU attention; results have the layout of ``queries`` and ``keys``."""
 
     queries: Rows
     keys: Rows
@@ -41,14 +41,14 @@ class HostCall(NamedTuple):
 def host_calls(
     cu_branch: Tensor, prefix_start: Tensor, prefix_len: Tensor, branch_prefix: Tensor
 ) -> tuple[list[HostCall], list[HostCall]]:
-    """Segments with themselves in few padded batches; per prefix one call for every run of neighbouring branches."""
+    """(segments with themselves in few padded batches, per prefix one call for every run of adjacent branches)."""
     cu = cu_branch.tolist()
     segments = tuple((a, b - a) for a, b in pairwise(cu))
     followers: dict[int, list[tuple[int, int]]] = {}
     for (start, length), prefix in zip(segments, branch_prefix.tolist(), strict=True):
         if prefix >= 0 and length:
             run = followers.setdefault(prefix, [])
-            if run and sum(run[-1]) == start:  # neighbours make one run of tokens
+            if run and sum(run[-1]) == start:  # adjacent to the last branch: one run of tokens
                 run[-1] = (run[-1][0], run[-1][1] + length)
             else:
                 run.append((start, length))

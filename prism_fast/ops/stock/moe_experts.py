@@ -1,7 +1,7 @@
-"""Mixture of experts on ``torch.nn.functional.grouped_mm``, with one pass over memory for what lies between products.
+"""Mixture of experts by ``torch.nn.functional.grouped_mm``, with one pass over memory for each step between products.
 
-On CUDA these passes are the kernels of ``prism_fast.kernels.moe.rows``, on the CPU plain PyTorch. Nothing passes
-through the host on CUDA, and every sum has a fixed order.
+On CUDA these passes are the kernels of ``prism_fast.kernels.moe.rows``, on the CPU plain PyTorch. On CUDA no data
+passes through the host, and every sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CARDS = (9, 10)  # major compute capabilities where grouped_mm reads the offsets
 
 
 def refusal(hidden: Tensor, gate_up: Tensor, down: Tensor) -> str | None:
-    """What grouped_mm cannot compute of this, or None. Looks at shapes, dtypes, strides and the card."""
+    """Why grouped_mm cannot take these operands, or None. Looks at shapes, dtypes, strides and the card."""
     size, (width, inner) = hidden.element_size(), down.shape[1:]
     if hidden.is_cuda:
         major = torch.cuda.get_device_properties(hidden.device).major
@@ -99,8 +99,8 @@ def _backward(
         if kept.shape[0] == 0:
             kept = grouped_mm(rows.gather_rows(hidden, tokens), gate_up.transpose(1, 2), offs=ends)
         g = rows.gather_rows(upstream, tokens)
-        act = grouped_mm(g, down, offs=ends)  # [M, I], the activations' gradient before the routing weight, until
-        d_pre, share = rows.swiglu_gradient(act, kept, plain(weights), permutation)  # the activations take its place
+        act = grouped_mm(g, down, offs=ends)  # [M, I], the activations' gradient before the routing weight
+        d_pre, share = rows.swiglu_gradient(act, kept, plain(weights), permutation)  # act: the weighted activations
         if want_down:
             d_down = _over_slots(down, g, act, offsets, ends, rows)
         del g, act
@@ -112,7 +112,7 @@ def _backward(
 
 
 def _over_slots(like: Tensor, a: Tensor, b: Tensor, offsets: Tensor, ends: Tensor, rows) -> Tensor:
-    """[E, R, N] in the strides of ``like``: per expert aᵀ b over its slots, a [M, R] and b [M, N]; zeros without."""
+    """[E, R, N] in the strides of ``like``: per expert aᵀ b over its slots, a [M, R], b [M, N]; zeros without slots."""
     transposed = like.stride(2) != 1
     left, right = (b, a) if transposed else (a, b)
     found = grouped_mm(left.t(), right, offs=ends)

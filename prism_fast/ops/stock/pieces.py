@@ -1,4 +1,4 @@
-"""Ragged segments cut into few calls of a batched attention kernel, on the host."""
+"""Groups segments of different lengths into few calls of a batched attention kernel, on the host."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A call on a padded batch may compute this many tokens per real one: below it, one more call (some tens of
-# microseconds each in forward and backward) costs more than the padding.
+# A padded batch may compute at most so many tokens per real one. Below that, another call (some tens of microseconds in
+# forward and in backward) costs more than the padding.
 PADDING = 1.25
 
 
 class Rows(NamedTuple):
     """Tokens of one call: ``batch`` equally long rows of ``length`` tokens.
 
-    ``start >= 0``: they lie one behind the other from token ``start`` on, and are viewed. Otherwise ``gather`` ``[batch
-    · length]`` int64 are their tokens (the last one of a short segment repeated to the full length) and ``real``
-    int64 the slots that hold a token of their own.
+    ``start >= 0``: the tokens are adjacent from token ``start`` on, and read as a view. Otherwise ``gather`` ``[batch ·
+    length]`` int64 are the tokens (the last one of a short segment repeated to the full length) and ``real`` int64 the
+    slots that repeat none.
     """
 
     batch: int
@@ -51,10 +51,9 @@ class Rows(NamedTuple):
             into.index_copy_(0, self.gather[self.real], x.index_select(0, self.real))
 
 
-@lru_cache(maxsize=4)  # the layers of a forward and its backward ask for the same; other steps do not
+@lru_cache(maxsize=4)  # the layers of a step call it with equal arguments, forward and backward; other steps do not
 def batches(segments: tuple[tuple[int, int], ...], padding: float = PADDING) -> tuple[Rows, ...]:
-    """Group ``(start, length)`` segments of similar length (equal with ``padding=1``); empty ones drop out. A pure
-    function of its arguments."""
+    """Batches of ``(start, length)`` segments of similar length (equal with ``padding=1``), without empty ones."""
     order = sorted((s for s in segments if s[1]), key=lambda s: (-s[1], s[0]))
     groups: list[list[tuple[int, int]]] = []
     tokens = 0

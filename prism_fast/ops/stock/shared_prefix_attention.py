@@ -3,13 +3,13 @@
 Two kinds of calls, each returning its output and the log-sum-exp of its scores:
 (1) every segment with itself, causal;
 (2) all branch tokens of a prefix with the whole prefix, dense.
-A branch token's two results are joined by their log-sum-exps: with l = log(e^l1 + e^l2), out = e^(l1-l)·out1 +
-e^(l2-l)·out2. Backward calls each kernel's backward with the *joint* output and log-sum-exp: its probabilities
-exp(score - l) and its rowsum(dout·out) are then those of the joint softmax (the identity ring attention uses), so
-query gradients add up and a prefix' key gradients are summed over its branches inside one call.
+Their log-sum-exps join a branch token's two results: with l = log(e^l1 + e^l2), out = e^(l1-l)·out1 + e^(l2-l)·out2.
+Backward calls each kernel's backward with the *joint* output and log-sum-exp: its probabilities exp(score - l) and its
+rowsum(dout·out) are then those of the joint softmax (an identity that ring attention uses too). So query gradients add
+up, and one call sums a prefix's key gradients over its branches.
 
-Only the calls differ between devices: ``host_calls`` cuts the row on the host, whose memory the offsets lie in there;
-``device_calls`` gives the offsets to kernels that read them themselves, one call of each kind.
+Only the calls differ between devices: ``host_calls`` reads the offsets and groups segments on the CPU; ``device_calls``
+passes the offsets to kernels that read them on the GPU, one call of each kind.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .host_calls import host_calls
 
 
 def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *, scale: float) -> Tensor:
-    """See ``prism_fast.ops.shared_prefix_attention``; arguments are already validated by the public op.
+    """See ``prism_fast.ops.shared_prefix_attention``; the public op has already validated the arguments.
 
     Raises:
-        NotImplementedError: on CUDA, what neither of PyTorch's kernels takes.
+        NotImplementedError: on CUDA, operands that neither of PyTorch's kernels takes.
     """
     width, value_width = q.shape[2], v.shape[2]
-    if width != value_width:  # the kernels take one width; zeros change neither scores nor the values kept
+    if width != value_width:  # the kernels take one width; zero columns change neither scores nor the other columns
         common = max(width, value_width)
         q, k, v = (F.pad(x, (0, common - x.shape[2])) for x in (q, k, v))
     return _operator(q, k, v, *layout[:7], scale)[0][..., :value_width]
@@ -65,7 +65,7 @@ def _run(
     own, joined, outside = _calls(q, *layout)
     out = q.new_empty(q.shape).copy_(outside)
     joint = q.new_empty((q.shape[1], q.shape[0]), dtype=sum_dtype(q)).copy_(outside)
-    total = joint.t()  # calls see tokens first; the kernels of a GPU keep a head's tokens side by side
+    total = joint.t()  # calls index tokens first; the GPU's kernels store a head's tokens contiguously
     for call in own:
         part, lse = call.attend(q, k, v, scale)
         call.queries.write(out, part)
@@ -74,7 +74,7 @@ def _run(
         part, lse = call.attend(q, k, v, scale)
         mine, sums = call.queries.read(out), call.queries.read(total[..., None])[..., 0]  # views
         weight = torch.sigmoid(lse - sums)[..., None]  # share of the prefix
-        # Both steps read half precision and compute in the sums' dtype; only the second one's result is rounded.
+        # Both products read half precision and compute in the sums' dtype; only the result of addcmul is rounded.
         torch.addcmul(mine * (1 - weight), part, weight, out=mine)
         torch.logaddexp(sums, lse, out=sums)
     return out, joint

@@ -1,8 +1,8 @@
-"""Attention over sequences of any length that lie one behind the other, on a GPU: the kernels, and one plain op.
+"""Attention over packed sequences of different lengths on a GPU: the kernels, and an op of one call.
 
-Half precision goes to FlashAttention, whoever's ``ops.flash`` says: PyTorch's operators (its own kernels, or
-FlashAttention 3 or 4 in their place), or those of the package flash-attn. Float32 and cards before 8.0 get PyTorch's
-memory-efficient kernel. All of them leave rows outside of every sequence unwritten.
+``ops.flash`` chooses the FlashAttention for half precision: PyTorch's operators (its own kernels, or FlashAttention 3
+or 4 in their place), or those of the package flash-attn. Float32 and cards before 8.0 use PyTorch's memory-efficient
+kernel. All of them leave rows outside of every sequence uninitialised.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ CAUSAL = {False: 0, True: 1}  # mask types of the memory-efficient kernel
 
 
 class Sequences(NamedTuple):
-    """Which rows of queries attend to which rows of keys. Offsets int32 [B + 1]; the lengths bound those of sequences
-    that have queries."""
+    """Pairs of a sequence of queries and the sequence of keys that it sees. Offsets int32 [B + 1]; ``max_…`` bound the
+    lengths in pairs that have queries."""
 
     cu_queries: Tensor
     cu_keys: Tensor
@@ -47,7 +47,7 @@ class Kernel(NamedTuple):
 
 
 def kernel_for(q: Tensor, who: str, cure: str) -> Kernel:
-    """The kernel that takes tensors like ``q`` [T, Hq, D]. Raises NotImplementedError where there is none."""
+    """The kernel that takes tensors like ``q`` [T, Hq, D]. Raises NotImplementedError if there is none."""
     if q.dtype not in (*flash.HALF, torch.float32):
         raise NotImplementedError(f"{who} on CUDA takes bfloat16, float16 or float32, got {q.dtype}; use {cure}")
     if q.dtype == torch.float32 or torch.cuda.get_device_capability(q.device) < (8, 0):
@@ -64,8 +64,8 @@ def kernel_for(q: Tensor, who: str, cure: str) -> Kernel:
 
 @contextmanager
 def _repeatable() -> Iterator[None]:
-    """PyTorch's kernels sum query gradients in a fixed order only where deterministic algorithms are asked for
-    strictly. Asked to warn (because another operator has no such form), they warn and take any order."""
+    """PyTorch's kernels sum query gradients in a fixed order only in the strict deterministic mode. In the mode that
+    warns (because another operator has no such form), they warn and sum in any order; this makes the mode strict."""
     warns = torch.get_deterministic_debug_mode() == 1
     if warns:
         torch.set_deterministic_debug_mode("error")
@@ -77,7 +77,7 @@ def _repeatable() -> Iterator[None]:
 
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float) -> tuple[Tensor, Tensor]:
-    # With a bound of 1 the kernel takes every sequence for one query and reshapes: empty sequences would be misread.
+    # For a bound of 1 the kernel assumes one query in every sequence and reshapes, which is wrong for empty ones.
     longest = max(2, s.max_queries)
     out, lse, *_ = _flash_forward(
         q, k, v, s.cu_queries, s.cu_keys, longest, s.max_keys, 0.0, s.causal, False, scale=scale
@@ -88,7 +88,7 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float) -
 def flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s: Sequences, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Two numbers of the dropout's generator, which the kernel reads even without dropout.
+    # The kernel reads two numbers of the dropout's generator even without dropout.
     state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0)
     with _repeatable():
         return _flash_backward(
@@ -98,7 +98,7 @@ def flash_backward(
 
 
 def package_forward(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float) -> tuple[Tensor, Tensor]:
-    """By flash-attn's registered operator: ``flash_attn_varlen_func`` keeps the log-sum-exp to itself."""
+    """By flash-attn's registered operator, because ``flash_attn_varlen_func`` does not return the log-sum-exp."""
     out, lse, *_ = torch.ops.flash_attn._flash_attn_varlen_forward(
         q, k, v, s.cu_queries, s.cu_keys, max(2, s.max_queries), s.max_keys, 0.0, scale, s.causal, *NO_EXTRAS, False
     )  # fmt: skip
@@ -109,7 +109,7 @@ def package_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s: Sequences, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    state = torch.zeros(2, dtype=torch.int64, device=q.device)  # of the dropout's generator, as above
+    state = torch.zeros(2, dtype=torch.int64, device=q.device)  # numbers of the dropout's generator
     torch.ops.flash_attn._flash_attn_varlen_backward(
         grad, q, k, v, out, lse.t().contiguous(), dq, dk, dv, s.cu_queries, s.cu_keys, max(2, s.max_queries),
         s.max_keys, 0.0, scale, s.causal, *NO_EXTRAS, torch.are_deterministic_algorithms_enabled(), state,
@@ -118,7 +118,7 @@ def package_backward(
 
 
 def efficient_forward(q: Tensor, k: Tensor, v: Tensor, s: Sequences, scale: float) -> tuple[Tensor, Tensor]:
-    """The kernel knows no grouped heads: one call for each member of the groups, all on the same keys."""
+    """The kernel does not support grouped heads: one call for each place in a group, all on the same keys."""
     sequence, position = _places(s, q.shape[0])
     parts, sums = [], []
     for member in _members(q, k):
@@ -139,7 +139,7 @@ def efficient_backward(
     dq, dk, dv = [], [], []
     generator = torch.zeros((), dtype=torch.long, device=q.device)
     for member, upstream, joint, sums in zip(*(_members(x, k) for x in (q, grad, out, lse[..., None])), strict=True):
-        # Padding has an infinite sum, which makes its probabilities 0; the last sequence takes rows outside of all.
+        # An infinite log-sum-exp gives padding the probability 0; an extra last sequence takes rows outside of all.
         padded = lse.new_full((count + 1, k.shape[1], length), torch.inf)
         padded[sequence, :, position] = sums[0, :, :, 0]
         with _repeatable():
@@ -158,7 +158,7 @@ def _members(x: Tensor, k: Tensor) -> list[Tensor]:
 
 
 def _places(s: Sequences, rows: int) -> tuple[Tensor, Tensor]:
-    """([N], [N]) int64: the sequence of each row of queries (their number outside of all) and its place therein."""
+    """([N], [N]) int64: the sequence of each row of queries (B outside of all) and the row's place in it."""
     sequence = sequence_of_token(s.cu_queries, rows)
     place = torch.arange(rows, device=sequence.device) - s.cu_queries[sequence.clamp(max=s.cu_queries.shape[0] - 2)]
     return sequence, torch.where(sequence < s.cu_queries.shape[0] - 1, place, 0)

@@ -1,4 +1,4 @@
-"""Ops served by the Triton kernels of ``prism_fast.kernels``. Nothing here loads Triton before an op asks for it."""
+"""Ops served by the Triton kernels of ``prism_fast.kernels``. Triton loads when an op first needs it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 
 def available() -> bool:
-    """Whether Triton is installed; says nothing about a GPU."""
+    """Whether Triton is installed, with or without a GPU in this machine."""
     return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
     """Whether Triton would run kernels on the CPU, in its interpreter: for tests, thousands of times slower."""
-    # Triton's own reading of its variable, without loading Triton.
+    # Reads the variable as Triton does, without loading Triton.
     return available() and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "on", "true", "y", "yes")
 
 

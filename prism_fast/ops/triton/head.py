@@ -1,7 +1,7 @@
 """A language-model head applied to rows: scores forward, gradients backward, by the Triton kernels.
 
-`prism_fast.ops.linear_logprob` keeps the scores of all rows or forms them twice; `linear_policy_loss` takes wave after
-wave. Both are made of these steps.
+`linear_logprob` keeps the scores of all rows or computes them twice; `linear_policy_loss` goes through waves of rows.
+Both are composed of these steps.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from ..reference import softmax_rows
 if TYPE_CHECKING:
     from prism_fast.kernels.logprob import Scores
 
-# Statistics per tile of the vocabulary of rows whose scores are not kept: a few hundred numbers per row.
+# Rows per launch where no scores are kept. A row needs a few hundred statistics, some per tile of the vocabulary.
 STATISTICS_ROWS = 8192
 WIDTH_UNIT = 16
 
 
 class Rows:
-    """Operands of a head, and the gradients it has collected.
+    """Operands of a head and the gradients collected so far.
 
-    hidden [N, H], weight [V, H] (rounded to the dtype of hidden), bias [V] or None, target [N] (anything outside [0, V)
-    is no column), heat [N] or [1] float32.
+    hidden [N, H], weight [V, H] (rounded to the dtype of hidden), bias [V] or None, target [N] (a value outside [0, V)
+    is no column), temperature [N] or [1] float32.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Rows:
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        heat: Tensor,
+        temperature: Tensor,
         softcap: float | None,
         entropy: bool,
     ):
@@ -48,12 +48,12 @@ class Rows:
             )
         self.hidden, self.weight = _aligned(hidden), _aligned(weight.to(hidden.dtype))
         self.bias = None if bias is None else bias.contiguous()
-        self.target, self.heat = target.contiguous(), heat
+        self.target, self.temperature = target.contiguous(), temperature
         self.softcap, self.entropy = softcap, entropy
         self.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
 
     def forward(self, block: slice, keep: bool) -> Scores:
-        """Scores of the rows ``block``, with their exponentials if they are to be kept."""
+        """Statistics of the rows ``block``; with ``keep`` also the exponentials of their scores."""
         from prism_fast.kernels import launch, logprob
 
         with launch.on_device(self.hidden):
@@ -61,7 +61,7 @@ class Rows:
                 self.hidden[block],
                 self.weight,
                 self.target[block],
-                self._heat(block),
+                self._temperature(block),
                 bias=self.bias,
                 softcap=self.softcap,
                 entropy=self.entropy,
@@ -77,7 +77,7 @@ class Rows:
 
     def log_sum_exp(self, block: slice, found: Scores) -> Tensor:
         """[n] of the capped scores divided by the temperature."""
-        return found.row_max * ((self.softcap or 1.0) / self._heat(block)) + found.log_sum
+        return found.row_max * ((self.softcap or 1.0) / self._temperature(block)) + found.log_sum
 
     def backward(
         self,
@@ -87,16 +87,17 @@ class Rows:
         h: Tensor | None = None,
         apart: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Add what the rows ``block`` contribute; uses up ``found.kept``. ``g``, ``h`` [n] float32, h with entropy.
+        """Add the gradients of the rows ``block``; overwrites ``found.kept``.
 
-        ``apart``: (q, s), the coefficients of probabilities and of every column, as in the kernel.
+        ``g``, ``h`` [n] float32: upstream gradients of log-probability and entropy (None: no entropy). ``apart``:
+        (q, s), the coefficients of the probabilities and of every column, as in the kernel.
         """
         from prism_fast.kernels import launch, logprob
 
-        # Products outside an autocast region: it would round what is meant to stay float32.
+        # Without autocast, which would round float32 results of products.
         with launch.on_device(self.hidden), torch.autocast(self.hidden.device.type, enabled=False):
             dz = logprob.gradient_(
-                found, self.target[block], self._heat(block), g, h, self.weight.shape[0], softcap=self.softcap,
+                found, self.target[block], self._temperature(block), g, h, self.weight.shape[0], softcap=self.softcap,
                 apart=apart,
             )  # [n, V]  # fmt: skip
             if self.wants[0]:
@@ -105,7 +106,7 @@ class Rows:
                 # A row without upstream gradient must add nothing, even where its hidden state is not finite.
                 active = softmax_rows.active(g, h, apart)
                 x = torch.where(active[:, None], self.hidden[block], 0.0)
-                if self.weight_grad is None:  # one wave alone is rounded once, several are added up in float32
+                if self.weight_grad is None:  # a single wave is rounded once; several are added up in float32
                     kind = self.dtypes[1] if len(x) == len(self.hidden) else torch.float32
                     self.weight_grad = products.product(dz.t(), x, kind)
                 else:
@@ -114,17 +115,17 @@ class Rows:
                 self.bias_grad += dz.sum(0, dtype=torch.float32)
 
     def gradients(self, with_weight: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of hidden, weight (None without ``with_weight``) and bias, in their dtypes; None where not wanted."""
+        """Gradients of hidden, weight (None without ``with_weight``) and bias, in their dtypes; None if not wanted."""
         if self.wants[1] and self.weight_grad is None:  # there were no rows
             self.weight_grad = torch.zeros_like(self.weight, dtype=self.dtypes[1])
         found = (self.hidden_grad, self.weight_grad if with_weight else None, self.bias_grad)
         return tuple(None if x is None else x.to(kind) for x, kind in zip(found, self.dtypes, strict=True))
 
-    def _heat(self, block: slice) -> Tensor:
-        return self.heat if self.heat.shape[0] == 1 else self.heat[block]
+    def _temperature(self, block: slice) -> Tensor:
+        return self.temperature if self.temperature.shape[0] == 1 else self.temperature[block]
 
 
-def heat_rows(temperature: float | Tensor, hidden: Tensor) -> Tensor:
+def temperature_rows(temperature: float | Tensor, hidden: Tensor) -> Tensor:
     """[N] or [1] float32 temperature."""
     if isinstance(temperature, Tensor):
         return temperature.detach().to(torch.float32).reshape(-1).contiguous()
@@ -132,7 +133,7 @@ def heat_rows(temperature: float | Tensor, hidden: Tensor) -> Tensor:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Rows contiguous and starting at multiples of 16 bytes."""
+    """``x``, or a copy whose rows are contiguous and start at multiples of 16 bytes."""
     if x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)

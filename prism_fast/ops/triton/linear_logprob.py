@@ -13,7 +13,7 @@ from ..bad_values import counted
 from ..forms import TwoForms, saved_once
 from ..reference import softmax_rows
 from ..results import LogProb
-from .head import STATISTICS_ROWS, Rows, heat_rows
+from .head import STATISTICS_ROWS, Rows, temperature_rows
 
 if TYPE_CHECKING:
     from prism_fast.kernels.logprob import Scores
@@ -33,8 +33,8 @@ def linear_logprob(
     weight_grad_out: Tensor | None,
 ) -> LogProb:
     """See ``prism_fast.ops.linear_logprob``. ``save``: keep the exponentials of the scores for the backward pass."""
-    heat = heat_rows(temperature, hidden)
-    arguments = (hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save)
+    temperature = temperature_rows(temperature, hidden)
+    arguments = (hidden, weight, bias, target, temperature, weight_grad_out, softcap, entropy, ignore_index, save)
     return LogProb(*_forms(*arguments)[:2])
 
 
@@ -43,7 +43,7 @@ def _run(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    heat: Tensor,
+    temperature: Tensor,
     weight_grad_out: Tensor | None,
     softcap: float | None,
     entropy: bool,
@@ -52,21 +52,21 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp [N], entropy [N] or [0], row maximum, log-sum, own score, kept, tile maxima).
 
-    The last five are empty unless saved. What only backward looks at is passed along for it.
+    The last five are empty unless saved. Some arguments are for backward alone.
     """
-    rows = Rows(hidden, weight, bias, target, heat, softcap, entropy)
+    rows = Rows(hidden, weight, bias, target, temperature, softcap, entropy)
     n = hidden.shape[0]
     _, ignored, outside = softmax_rows.target_rows(target, weight.shape[0], ignore_index)
     outside = counted(outside)
     step = max(n, 1) if save else STATISTICS_ROWS
     found = [rows.forward(slice(at, min(n, at + step)), save) for at in range(0, max(n, 1), step)]
-    logp, spread = softmax_rows.finish(_joined(found, "logp"), _joined(found, "entropy"), ignored, outside)
+    logp, entropies = softmax_rows.finish(_joined(found, "logp"), _joined(found, "entropy"), ignored, outside)
     nothing = logp.new_empty(0)
-    spread = spread if entropy else nothing.clone()
+    entropies = entropies if entropy else nothing.clone()
     if not save:
-        return logp, spread, *(nothing.clone() for _ in range(3)), hidden.new_empty(0), nothing
+        return logp, entropies, *(nothing.clone() for _ in range(3)), hidden.new_empty(0), nothing
     (whole,) = found
-    return logp, spread, whole.row_max, whole.log_sum, whole.own, whole.kept, whole.tile_max
+    return logp, entropies, whole.row_max, whole.log_sum, whole.own, whole.kept, whole.tile_max
 
 
 def _run_backward(
@@ -76,9 +76,9 @@ def _run_backward(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    heat: Tensor,
+    temperature: Tensor,
     logp: Tensor,
-    spread: Tensor,
+    entropies: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
     own: Tensor,
@@ -91,25 +91,25 @@ def _run_backward(
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias, [0] where not wanted. Uses up ``kept``; adds to ``weight_grad_out``."""
+    """Gradients of hidden, weight and bias, [0] where not wanted. Overwrites ``kept``; adds to ``weight_grad_out``."""
     n, vocabulary = hidden.shape[0], weight.shape[0]
-    entropy = spread.shape[0] == n and entropy_grad is not None
+    entropy = entropies.shape[0] == n and entropy_grad is not None
     _, ignored, outside = softmax_rows.target_rows(target, vocabulary, ignore_index)
     g = softmax_rows.upstream(logp_grad, logp, ignored)
     g = torch.where(outside & (g != 0.0), math.nan, g).contiguous()
     h = softmax_rows.upstream(entropy_grad, logp, ignored).contiguous() if entropy else None
-    rows = Rows(hidden, weight, bias, target, heat, softcap, entropy)
+    rows = Rows(hidden, weight, bias, target, temperature, softcap, entropy)
     saved = kept is not None
     step = max(n, 1) if saved else budgets.wave_rows(n, vocabulary, hidden)
     rows.prepare((want_hidden, want_weight, want_bias), weight_grad_out)
     for at in range(0, n, step):
         block = slice(at, min(n, at + step))
         if saved:
-            found = _found(row_max, log_sum, logp, spread if entropy else logp, own, kept, tile_max, rows)
+            found = _found(row_max, log_sum, logp, entropies if entropy else logp, own, kept, tile_max, rows)
         else:
             found = rows.forward(block, keep=True)
         rows.backward(block, found, g[block], None if h is None else h[block])
-        del found  # its buffer serves the next wave
+        del found  # the next wave reuses its memory
     found = rows.gradients(with_weight=weight_grad_out is None)
     return tuple(hidden.new_empty(0) if x is None else x for x in found)
 
@@ -119,14 +119,14 @@ def _joined(found: list[Scores], name: str) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _found(row_max, log_sum, logp, spread, own, kept, tile_max, rows: Rows) -> Scores:
+def _found(row_max, log_sum, logp, entropies, own, kept, tile_max, rows: Rows) -> Scores:
     from prism_fast.kernels import logprob
 
     width = logprob.tile_width(rows.hidden, rich=rows.softcap is not None)
-    return logprob.Scores(row_max, log_sum, logp, spread, own, kept, tile_max, width)
+    return logprob.Scores(row_max, log_sum, logp, entropies, own, kept, tile_max, width)
 
 
-def _fake(hidden, weight, bias, target, heat, weight_grad_out, softcap, entropy, ignore_index, save):
+def _fake(hidden, weight, bias, target, temperature, weight_grad_out, softcap, entropy, ignore_index, save):
     n, vocabulary = hidden.shape[0], weight.shape[0]
     wide = {"dtype": torch.float32}
     kept = m = hidden.new_empty(0)
@@ -163,21 +163,20 @@ def _(logp_grad, entropy_grad, hidden, weight, bias, *rest):
 
 
 def _save(ctx, inputs, output) -> None:
-    hidden, weight, bias, target, heat, weight_grad_out, softcap, _, ignore_index, _ = inputs
-    ctx.save_for_backward(hidden, weight, bias, target, heat, *output)
-    # Not saved: it is written to between forward and backward, by design.
+    hidden, weight, bias, target, temperature, weight_grad_out, softcap, _, ignore_index, _ = inputs
+    ctx.save_for_backward(hidden, weight, bias, target, temperature, *output)
+    # Not through save_for_backward, which forbids the writes to it between forward and backward.
     ctx.weight_grad_out, ctx.options = weight_grad_out, (softcap, ignore_index)
 
 
 def _gradients(ctx, traced: bool, logp_grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor | None, ...]:
     wants, into = ctx.needs_input_grad[:3], ctx.weight_grad_out
     *saved, kept, tile_max = saved_once(ctx, "linear_logprob", "pass save='recompute' to call it again")
-    kept = kept if kept.dim() == 2 else None  # an operator that changes nothing must not seem to
+    kept = kept if kept.dim() == 2 else None  # the operator counts as a writer of any tensor that it gets here
     arguments = (logp_grad, entropy_grad, *saved, kept, tile_max, into, *ctx.options)
     found = (_backward_operator if traced else _run_backward)(*arguments, *wants)
-    if (
-        kept is not None and not traced
-    ):  # the kernels wrote into it behind autograd's back: a second backward must notice
+    if kept is not None and not traced:
+        # Autograd does not see the kernels' writes; the new version makes a second backward raise.
         torch.autograd.graph.increment_version(kept)
     given = (wants[0], wants[1] and into is None, wants[2])
     return tuple(x if there else None for x, there in zip(found, given, strict=True))

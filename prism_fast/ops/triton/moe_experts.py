@@ -1,7 +1,7 @@
 """Mixture of experts by the Triton kernels of ``prism_fast.kernels.moe``: three launches forward, six backward.
 
-Nothing passes through the host, and every sum has a fixed order. The weights are read where they lie, whatever their
-strides, and their gradients are laid out like them.
+No data passes through the host, and every sum has a fixed order. The kernels read weights of any strides in place, and
+the gradients have the same strides.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _backward(
         if kept.shape[0] == 0:
             kept = hidden.new_empty((rows, gate_up.shape[1]))
             moe.up_product(hidden, gate_up, tokens, offsets, tiles.up, pre=kept, act=None)
-        # [M, I], the activations' gradient before the routing weight, until the activations take its place
+        # [M, I], the activations' gradient before the routing weight; `swiglu_gradient` writes the activations over it
         act = moe.rows_product(upstream, down.transpose(1, 2), tokens, offsets, tiles.rows)
         d_pre, d_weights = moe.swiglu_gradient(act, kept, plain(weights), permutation)
         if want_down:

@@ -11,7 +11,7 @@ from ..results import PrefixLayout
 
 
 def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, *, scale: float) -> Tensor:
-    """See ``prism_fast.ops.shared_prefix_attention``; arguments are already validated by the public op.
+    """See ``prism_fast.ops.shared_prefix_attention``; the public op has already validated the arguments.
 
     Raises:
         NotImplementedError: float64, heads wider than 128, values of another width than keys, an unknown card.

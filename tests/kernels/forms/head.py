@@ -37,8 +37,8 @@ def logprob(
     """`linear_logprob`, forward and backward, at every width; one temperature and one per row are the same form."""
     for width in widths:
         hidden, weight, bias, target = operands(n, width, dtype, ban, vocabulary)
-        for heat in (empty(1), empty(n)):
-            arguments = (hidden, weight, bias, target, heat)
+        for temperature in (empty(1), empty(n)):
+            arguments = (hidden, weight, bias, target, temperature)
             *found, kept, tile_max = linear_logprob._run(*arguments, None, softcap, entropy, -100, save and learns)
             if learns:
                 upstream = (empty(n), empty(n) if entropy else None)

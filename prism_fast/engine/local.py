@@ -38,7 +38,7 @@ class LocalEngine:
         self.config = config
         self.schedule = schedule
         self.updates = 0
-        self.packing_checked = False  # set by train.self_check
+        self.packing_checked = False
         self.where = "an update"  # for errors; a stage puts its name and step here
         self._seen: list[tuple[Tensor, dict[str, Tensor]]] = []  # per backward: whether all are finite (0-d), and them
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}

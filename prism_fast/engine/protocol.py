@@ -37,12 +37,15 @@ class Engine(Protocol):
     root: the module that :meth:`run` calls; it holds ``module`` and carries the hooks of sharding.
     updates: optimizer steps so far, those before a resume included.
     where: stage and step, for errors.
+    packing_checked: whether ``train.self_check`` has compared packed with unshared rows, which it notes here. It reads
+        weights and gradients outside of :meth:`run`: an engine that shards them says True from the start.
     """
 
     module: nn.Module
     root: nn.Module
     updates: int
     where: str
+    packing_checked: bool
 
     def run(self, fn: Callable[[], T]) -> T:
         """Call ``fn()`` within a forward of ``root``: every weight that ``fn`` reads is whole there."""

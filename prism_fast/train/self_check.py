@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from prism_fast.engine.local import LocalEngine
+from prism_fast.engine.protocol import Engine
 from prism_fast.models.family import tower, trunk
 from prism_fast.models.packing import Branch, PromptGroup
 from prism_fast.train.batching import Batching
@@ -39,7 +39,7 @@ class PackingError(RuntimeError):
 
 
 def self_check(
-    engine: LocalEngine, batching: Batching, backbone: nn.Module, groups: Sequence[PromptGroup], read: Read
+    engine: Engine, batching: Batching, backbone: nn.Module, groups: Sequence[PromptGroup], read: Read
 ) -> float | None:
     """:func:`check_packing` once per engine, on a few branches of a step: of its first group with images, if it has
     any, and of another one.

@@ -6,9 +6,10 @@ engine breaks its word. The engine under test serves all checks, as it serves a 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ class Case:
         return self.engine.generate(prompts, sampling, seeds, poll=lambda: None)
 
     def push(self) -> None:
-        self.engine.sync((name, tensor) for name, tensor in self.policy.state_dict().items())
+        self.engine.sync((name, tensor.detach()) for name, tensor in self.policy.named_parameters())  # a tied one once
 
     @contextmanager
     def changed(self, change: Callable[[nn.Module], None]) -> Iterator[None]:
@@ -116,6 +117,32 @@ def logprobs_are_those_of_the_sampled_distribution(case: Case) -> None:
             groups = case.generate(case.prompts, Sampling(4, temperature, 11), SEEDS)
             assert [len(group) for group in groups] == [4, 4, 4]
             case.assert_logprobs(groups, temperature)
+
+
+def an_entropy_is_the_mean_of_the_sampled_distributions(case: Case) -> None:
+    """Where the engine sees whole distributions."""
+    with case.changed(case.raised(case.processor.banned_ids, 2.0)):
+        for sampling in (Sampling(3, 0.6, 11), Sampling(1, 0.0, 11)):
+            for prompt, group in zip(case.prompts, case.generate(case.prompts, sampling, SEEDS), strict=True):
+                for completion in group:
+                    probs = (case.scores(prompt, completion.token_ids) / (sampling.temperature or 1.0)).softmax(-1)
+                    mean = float(-torch.special.xlogy(probs, probs).sum(-1).mean())
+                    assert completion.entropy is None or abs(completion.entropy - mean) <= 2 * case.atol
+
+
+def another_policy_is_sampled_once_it_is_attached(case: Case) -> None:
+    sampling, other = Sampling(2, 1.0, 8), copy.deepcopy(case.policy)
+    before = case.generate(case.prompts, sampling, SEEDS)
+    with torch.no_grad():
+        other.lm_head.weight += 0.3 * other.lm_head.weight.std() * torch.randn_like(other.lm_head.weight)
+    case.engine.attach(other, case.processor)
+    try:
+        after = case.generate(case.prompts, sampling, SEEDS)
+        replace(case, policy=other).assert_logprobs(after, 1.0)
+    finally:
+        case.engine.attach(case.policy, case.processor)
+    assert flat(after)[-1].logprobs != flat(before)[-1].logprobs, "the other policy must differ for the case"
+    assert texts(case.generate(case.prompts, sampling, SEEDS)) == texts(before)
 
 
 def a_seed_decides_its_responses_whatever_is_generated_with_them(case: Case) -> None:
@@ -278,6 +305,7 @@ def damaged_weights_are_told(case: Case) -> None:
 
 CHECKS = (
     logprobs_are_those_of_the_sampled_distribution,
+    an_entropy_is_the_mean_of_the_sampled_distributions,
     a_seed_decides_its_responses_whatever_is_generated_with_them,
     responses_of_a_prompt_and_of_other_seeds_differ,
     every_end_token_ends_a_response_and_belongs_to_it,
@@ -287,6 +315,7 @@ CHECKS = (
     max_new_tokens_is_the_longest_response,
     poll_is_called_and_may_raise,
     new_weights_are_used_once_they_are_synchronised,
+    another_policy_is_sampled_once_it_is_attached,
     nothing_is_lost_by_sleeping,
     wrong_calls_are_refused,
     a_closed_engine_says_so,

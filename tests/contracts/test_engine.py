@@ -102,6 +102,13 @@ class LooksAtNothing(LocalEngine):
         self._seen.clear()
 
 
+class RemembersWhatWasDropped(LocalEngine):
+    def discard(self) -> None:
+        kept = list(self._seen)
+        super().discard()
+        self._seen += kept
+
+
 class CallsNoModule(LocalEngine):
     def run(self, fn: Callable[[], T]) -> T:
         return fn()
@@ -131,6 +138,7 @@ BROKEN = [
     (ForgetsItsUpdates, torch.float32, contract.what_is_saved_goes_on_to_the_bit),
     (SavesWhatIsComputedWith, torch.bfloat16, contract.what_is_saved_goes_on_to_the_bit),
     (LooksAtNothing, torch.float32, contract.what_is_not_finite_is_refused_by_name),
+    (RemembersWhatWasDropped, torch.float32, contract.verify_keeps_and_discard_drops_what_was_accumulated),
     (CallsNoModule, torch.float32, contract.run_calls_the_root),
     (GivesMasters, torch.bfloat16, contract.named_weights_are_whole_and_all),
     (DecaysEverything, torch.float64, contract.updates_are_those_of_adamw),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -130,6 +131,17 @@ class LongerByOne(HFRollout):
         return super().generate(prompts, longer, seeds, poll=poll)
 
 
+class EntropyInBits(HFRollout):
+    def generate(self, *arguments, **options):
+        groups = super().generate(*arguments, **options)
+        return [[replace(c, entropy=c.entropy / math.log(2)) for c in group] for group in groups]
+
+
+class KeepsItsFirstPolicy(HFRollout):
+    def attach(self, policy, processor):
+        super().attach(getattr(self, "_policy", policy), processor)
+
+
 BROKEN = [
     (SeedsByPlace, contract.a_seed_decides_its_responses_whatever_is_generated_with_them),
     (OneSeedForAll, contract.responses_of_a_prompt_and_of_other_seeds_differ),
@@ -142,6 +154,8 @@ BROKEN = [
     (OtherOrder, contract.logprobs_are_those_of_the_sampled_distribution),
     (IgnoresImages, contract.logprobs_are_those_of_the_sampled_distribution),
     (NeverPolls, contract.poll_is_called_and_may_raise),
+    (EntropyInBits, contract.an_entropy_is_the_mean_of_the_sampled_distributions),
+    (KeepsItsFirstPolicy, contract.another_policy_is_sampled_once_it_is_attached),
     (Colder, contract.tokens_are_drawn_from_the_softmax),
     (LongerByOne, contract.max_new_tokens_is_the_longest_response),
 ]

@@ -52,15 +52,6 @@ def counted(monkeypatch):
     return CountedCache
 
 
-def test_entropy_is_the_mean_over_a_response(setup):
-    model, processor, prompts = setup
-    case = Case(model, processor, hf_engine(model, processor), lambda: None, atol=0)
-    for completion in flat(generate(model, processor, prompts[1:2], Sampling(5, 0.6, 13))):
-        probs = (case.scores(prompts[1], completion.token_ids) / 0.6).softmax(-1)
-        mean = -torch.special.xlogy(probs, probs).sum(-1).mean()
-        assert completion.entropy == pytest.approx(float(mean), abs=5e-6)
-
-
 def test_rows_that_end_leave_the_batch_and_change_nothing(setup, monkeypatch):
     model, processor, prompts = setup
     case = Case(model, processor, hf_engine(model, processor), lambda: None, atol=0)
@@ -146,16 +137,6 @@ def test_training_mode_is_restored(setup):
     generate(model, processor, prompts[:1], Sampling(1, 1.0, 2))
     assert model.training
     model.eval()
-
-
-def test_another_policy_is_sampled_once_it_is_attached(setup):
-    model, processor, prompts = setup
-    other = build_tiny_policy(processor, TinyPolicy(num_layers=2), seed=6)
-    engine, sampling = hf_engine(model, processor), Sampling(2, 1.0, 6)
-    engine.attach(other, processor)
-    found = texts(engine.generate(prompts, sampling, [0, 1, 2], poll=lambda: None))
-    assert found == texts(generate(other, processor, prompts, sampling))
-    assert found != texts(generate(model, processor, prompts, sampling))
 
 
 @pytest.mark.parametrize("ids", [None, [], 7])

@@ -166,6 +166,8 @@ class LocalEngine:
             if saved is None or saved.shape != p.shape:
                 fault = "is missing" if saved is None else f"has shape {tuple(saved.shape)}, not {tuple(p.shape)}"
                 raise ValueError(f"the checkpoint does not belong to this model: {name} {fault}")
+        if further := sorted(name for name in tensors if name.startswith("model.") and name[6:] not in weights):
+            raise ValueError(f"the checkpoint does not belong to this model, which has no {further[0][6:]}")
         self.discard()
         self.optimizer.state.clear()
         self.updates = int(tensors["updates"])

@@ -104,7 +104,7 @@ class Engine(Protocol):
         """Joint. Restore the state that :meth:`save` wrote; gradients are dropped.
 
         Raises:
-            ValueError: a weight is missing or has another shape.
+            ValueError: a weight is missing, has another shape, or is not the model's.
         """
 
     def offload(self) -> None:

@@ -315,6 +315,9 @@ def another_models_checkpoint_is_refused(factory: Factory, folder: Path) -> None
     larger.further = nn.Parameter(torch.zeros(WIDTH, dtype=factory.dtype))
     with refused(ValueError, "further"):
         factory.make(larger, OptimizerConfig()).load(folder)
+    factory.make(larger, OptimizerConfig()).save(folder)
+    with refused(ValueError, "further"):
+        new(factory).load(folder)
 
 
 def named_weights_are_whole_and_all(factory: Factory, folder: Path) -> None:

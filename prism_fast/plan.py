@@ -108,16 +108,22 @@ class Plan:
         peaks = [f"{s.stage} {shown_bytes(s.peak.bytes)} ({s.peak.name})" for s in self.stages]
         if self.fits:
             return f"It fits on {self.card}, {on}: {', '.join(peaks)}."
-        missing = [
-            f"{stage.stage}, {phase.name}: {shown_bytes(phase.bytes)}, of which {largest.name} "
-            f"{shown_bytes(largest.bytes)}"
-            for stage in self.stages
-            for phase in stage.phases
-            for largest in [max(phase.components, key=lambda part: part.bytes)]
-            if phase.bytes > _usable(self.card)
-        ]
-        cure = "model.gradient_checkpointing=true, a smaller tokens_per_micro_batch and rollout.tokens_in_flight"
-        return f"It does not fit on {self.card}, {on}: {'; '.join(missing)}. Less takes: {cure}."
+        missing, parts = [], set()
+        for stage in self.stages:
+            for phase in stage.phases:
+                if phase.bytes > _usable(self.card):
+                    largest = max(phase.components, key=lambda part: part.bytes)
+                    missing.append(
+                        f"{stage.stage}, {phase.name}: {shown_bytes(phase.bytes)}, of which {largest.name} "
+                        f"{shown_bytes(largest.bytes)}"
+                    )
+                    parts |= {part.name for part in phase.components}
+        cures = []
+        if any(name.endswith("activations") for name in parts):
+            cures += ["model.gradient_checkpointing=true", "a smaller tokens_per_micro_batch"]
+        if "KV cache" in parts:
+            cures.append("a smaller rollout.tokens_in_flight")
+        return f"It does not fit on {self.card}, {on}: {'; '.join(missing)}. Less takes: {', '.join(cures)}."
 
     def as_json(self) -> str:
         plain = asdict(self) | {"card_bytes": None if self.card is None else CARDS[self.card], "fits": self.fits}

@@ -252,6 +252,8 @@ def test_a_card_is_told_whether_the_published_recipe_fits(invoke, invoke_json, f
         text = " ".join(invoke("plan", *told)[1].split())
         assert f"It {'fits' if fits else 'does not fit'} on {card}, " in text
         assert ("rlvr, policy update: " in text and "Less takes: model.gradient_checkpointing=true" in text) is not fits
+        # It helps where a rollout is too large, and no update.
+        assert ("a smaller rollout.tokens_in_flight" in text) == ("rlvr, rollout: " in text) == (card == "h100")
 
 
 def test_without_a_card_nothing_is_said_and_an_unknown_one_is_refused(config, invoke_json):

@@ -125,6 +125,8 @@ class StageState:
             Stopped: SIGTERM or SIGINT arrived; the step is saved.
             ValueError: a metric is not finite.
         """
+        if self.log is not None and (tokens := self.budgets["rollout"].change()) is not None:
+            metrics.last("rollout/token_budget", tokens)
         values = metrics.read()
         self.timer.learned(tokens=values.get("perf/tokens", 0), forward_flops=values.get("perf/forward_flops", 0))
         self.run.metrics.write(self.stage, self.step, {**values, **(times or {}), **self.timer.metrics().read()})

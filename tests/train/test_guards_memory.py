@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import shutil
 
 import pytest
@@ -181,6 +182,8 @@ def test_memory_that_runs_out_in_generation_is_told_and_kept_in_the_checkpoint(
     overrides = [*small_data, *SMALL, *only, "rollout.tokens_in_flight=1200", "rlvr.steps=2", f"out={folder}"]
     run_stages(load_config("digits", overrides), Console(file=told, width=1000))
     assert "generation: out of memory" in told.getvalue() and "300 tokens per chunk of responses" in told.getvalue()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("rollout/token_budget") for line in lines if line["stage"] == "rlvr"] == [300, None], "once"
     saved = read_checkpoint(folder / "checkpoints" / "rlvr-000002")
     assert saved.state["budgets"]["rollout"] == 300
     (folder / "record.json").unlink()  # as if it had been stopped behind its last step

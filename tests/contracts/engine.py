@@ -363,7 +363,7 @@ def run_calls_the_root(factory: Factory, folder: Path) -> None:
 
 
 def one_rank_agrees_with_itself(factory: Factory, folder: Path) -> None:
-    """In one process. Two processes have a test of their own."""
+    """In one process alone: an engine of several ranks needs a test in several processes besides."""
     engine = new(factory)
     assert engine.agree(True) is True and engine.agree(False) is False
     assert engine.sum([1, 2.5, -0.1]) == [1.0, 2.5, -0.1] and engine.sum([]) == []

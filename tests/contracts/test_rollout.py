@@ -75,8 +75,8 @@ class DropsTheEnd(HFRollout):
 class RawLogprobs(HFRollout):
     """Draws with the temperature, reports without it."""
 
-    def _drawn(self, hidden, at, temperature):
-        token, _, entropy = super()._drawn(hidden, at, temperature)
+    def _draw(self, hidden, at, temperature):
+        token, _, entropy = super()._draw(hidden, at, temperature)
         scores = self._policy.lm_head(hidden).float()
         scores[:, list(self._processor.banned_ids)] = -torch.inf
         raw = torch.log_softmax(scores, dim=-1).gather(1, token[:, None]).squeeze(1)
@@ -117,8 +117,8 @@ class NeverPolls(HFRollout):
 class Colder(HFRollout):
     """Draws at four fifths of the temperature, reports at the whole one."""
 
-    def _drawn(self, hidden, at, temperature):
-        token, _, entropy = super()._drawn(hidden, at, 0.8 * temperature)
+    def _draw(self, hidden, at, temperature):
+        token, _, entropy = super()._draw(hidden, at, 0.8 * temperature)
         scores = self._policy.lm_head(hidden).float()
         scores[:, list(self._processor.banned_ids)] = -torch.inf
         logprobs = torch.log_softmax(scores / (temperature or 1.0), dim=-1)

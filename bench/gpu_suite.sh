@@ -1,6 +1,6 @@
 #!/bin/bash
-# Builds the tree on a GPU machine without a network and runs everything that waits for a GPU, in less than 9 minutes:
-# first correctness, then benchmarks.
+# Builds the tree on a GPU machine without a network and runs all checks and benchmarks that need a GPU, in less than 9
+# minutes: first correctness, then benchmarks.
 #
 #   bench/gpu_suite.sh                  all sections
 #   bench/gpu_suite.sh --only step      one section (may be repeated)
@@ -8,7 +8,7 @@
 #   bench/gpu_suite.sh --cpu            the same code without a GPU: small shapes, no figures, generous caps
 #
 # Environment: OUT     folder for the results (default bench/results): one JSON per section, written as soon as it ends,
-#                      and what was measured on a card again as record-SECTION-CARD-DATE.json
+#                      and with figures of a card a second time as record-SECTION-CARD-DATE.json
 #              WHEELS  folder with wheels of packages this machine lacks; installed from there and nowhere else
 #              PYTHON  interpreter that has torch (default python3)
 # Exit code 0 only if every section that ran is ok.
@@ -18,7 +18,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results}
 SECTIONS=(build tests ops attention step digits)
-# Seconds on one H200: 530 in all, the rest of 9 minutes is for start-up and for ending what is cut.
+# Seconds on one H200: 530 in all, the rest of 9 minutes is for starting sections and ending those that are cut.
 declare -A CAP=([build]=100 [tests]=145 [ops]=130 [attention]=35 [step]=75 [digits]=45)
 
 cpu=
@@ -105,7 +105,7 @@ section_step() {
 }
 
 section_digits() {
-    # The run directory stays behind; what tells the story comes back. A run that the cap ends is still a result.
+    # Only the metrics of the run directory come back. A run that the cap ends is still a result.
     local settings=(device=cuda)
     if [[ $cpu ]]; then
         settings=(

@@ -12,10 +12,10 @@
 namespace prism {
 namespace {
 
-constexpr int kColumns = 512;  // columns that are summed up in T before the sum goes on in double
+constexpr int kColumns = 512;  // columns per partial sum in T; partial sums are added in double
 static_assert(kColumns % kLanes == 0, "blocks are whole lanes");
 
-// Logistic function of x and of -x. Both are exact to rounding for any x: the exponential is of -|x|.
+// Logistic function of x and of -x, both exact to rounding for any x, because the exponential takes -|x|.
 template <class T>
 struct Logistic {
     T of, of_negative;

@@ -1,8 +1,8 @@
 // CUDA kernel for group advantages: one warp per group id, one launch (three with normalize = batch), no atomics.
 //
-// Group ids come in any order and their number is known on the device only, so warp g looks for the rows of group g itself:
-// a scan of all ids, 32 at a time, that keeps the row numbers in shared memory. For the batches of RL (up to some thousand
-// rows) this costs a few microseconds and saves the sort, its workspace and its launches.
+// Group ids come in any order, and only the device knows how many there are. So warp g finds the rows of group g by a scan of
+// all ids, 32 at a time, and keeps the row numbers in shared memory. For the batches of RL (up to some thousand rows) this takes
+// a few microseconds and saves the sort, its workspace and its launches.
 #include "group_advantage.h"
 #include "launch.cuh"
 #include "teams.cuh"
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) group_kernel(const Adva
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int64_t group = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + warp;
     if (group >= a.rows) return;
-    if (lane == 0 && finish) mark_unknown(a, group);  // as many warps as rows: each also looks after the row of its number
+    if (lane == 0 && finish) mark_unknown(a, group);  // one warp per row too: each also checks the row of its number
     const WarpTeam team(a.group, a.rows, group, lane, lists[warp]);
     if (team.count == 0) return;
     if (gather) gather_values(team, a);

@@ -138,7 +138,7 @@ PRISM_INLINE void route_chunk(const RouteArguments<S>& a, int64_t chunk, Block<T
         block.load(a.logits + first * a.row_stride, a.row_stride, rows, experts);
         choices.choose(block, experts, top_k);
         T inverse[kRows], there[kRows], whole[kRows];
-        double sum[kRows] = {};  // an error of it is one of all weights, and twice in their gradient
+        double sum[kRows] = {};  // in double: its error is in all weights, and twice in their gradient
         for (int r = 0; r < kRows; ++r) {
             inverse[r] = T(1) / block.total[r];
             there[r] = flag<T>(r < rows);
@@ -219,7 +219,7 @@ PRISM_INLINE void backward_rows(const RouteGradientArguments<S>& a, int64_t firs
             const int64_t k = a.chosen[row * a.top_k + j];
             if (a.renormalize) {
                 slope[k][r] += a.through_weight(row, j);
-            } else {  // anew: what is subtracted from the weight's own gradient nearly equals it where the weight is near 1
+            } else {  // computed anew: near a weight of 1, a difference of two nearly equal gradients would lose its bits
                 const T apart = mean[r] - a.upstream(row, j);
                 slope[k][r] = a.through_softmax(a.weights[row * a.top_k + j], a.load_upstream(k), mean_load[r], z_slope[r], apart);
             }
@@ -228,7 +228,7 @@ PRISM_INLINE void backward_rows(const RouteGradientArguments<S>& a, int64_t firs
     }
 }
 
-// Turns the counts into first places and gives every assignment its own.
+// Turns the counts into first places and gives every assignment its place.
 void hand_out_places(const PlanArguments& a, int threads) {
     const int64_t chunks = chunks_of(a.rows);
     int32_t place = 0;
@@ -260,7 +260,7 @@ void hand_out_places(const PlanArguments& a, int threads) {
     });
 }
 
-// Memory whose contents do not matter.
+// Uninitialised memory.
 template <class T>
 std::unique_ptr<T[]> room(int64_t n) {
     return std::unique_ptr<T[]>(new T[n]);

@@ -132,7 +132,7 @@ __device__ void choose_chunk(const RouteArguments<S, T>& a, int64_t chunk, int l
         }
     }
     const int warp = threadIdx.x / kWarp;
-    __syncthreads();  // what an earlier chunk folded has been read; the chunk's choices are visible
+    __syncthreads();  // all threads have read the sums of an earlier chunk; the chunk's choices are visible
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
         double sum = load[i];

@@ -23,7 +23,7 @@ class TwoForms:
         run: (*arguments) -> tuple of tensors; annotated, called by position. The first ``results`` tensors have
             gradients.
         fake: the same from shapes alone.
-        save: (ctx, arguments, outputs) keeps on ctx what ``gradients`` needs.
+        save: (ctx, arguments, outputs) keeps on ctx the tensors and options that ``gradients`` reads.
         gradients: (ctx, traced, *upstream of the results) -> gradients of the leading arguments, None for one without.
             Some upstream gradients may be None, never all. ``traced``: inside a compiled graph.
     """

@@ -27,7 +27,7 @@ CLIP_OF_LOSS = {
     "cispo": (1.0, 4.0),
 }
 TWO_SIDED = ("grpo", "dapo", "dr_grpo", "bnpo")
-# Names that other codes have, and what to write here; tests/ops/test_other_names.py holds each to its word.
+# Names in other codes and their equivalents here; tests/ops/test_other_names.py checks that each is equivalent.
 _PPO = "use loss='grpo' with aggregation='token_mean' and old_logp"
 _REINFORCE = "it has no ratio: use loss='grpo' with old_logp=None, which has the same gradient"
 _GMPO = "its clip acts on tokens before their geometric mean; use loss='gspo', the same where nothing is clipped"
@@ -108,7 +108,7 @@ def spelled_out(function: F) -> F:
 def gather(function: Callable, options: PolicyLossOptions | None, settings: dict[str, Any]) -> PolicyLossOptions:
     """The options of a call of ``function``, as an object or from its keywords.
 
-    Raises TypeError for a keyword that does not exist or comes beside an object, and what `PolicyLossOptions` raises.
+    Raises TypeError for an unknown keyword or one beside an object, and the errors of `PolicyLossOptions`.
     """
     if options is not None:
         if not isinstance(options, PolicyLossOptions):

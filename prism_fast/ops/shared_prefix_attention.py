@@ -43,8 +43,8 @@ def shared_prefix_attention(
     Raises:
         ValueError: wrong shape, dtype, device or scale; on the CPU also values of the layout that do not fit together
             or the T tokens. On other devices nobody looks at the values, and results and gradients are NaN.
-        NotImplementedError: what "triton", or "stock" on CUDA, does not take; forward-mode derivatives and torch.func
-            transforms in either.
+        NotImplementedError: operands that "triton", or "stock" on CUDA, does not take; forward-mode derivatives and
+            torch.func transforms in either.
         RuntimeError: a backend that this machine or device lacks.
 
     Source: equal to attention over every branch with its prefix repeated in front (arXiv 2506.05433, Prefix Grouper).

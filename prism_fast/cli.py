@@ -74,11 +74,11 @@ def _run(config: Config, *, resume: bool) -> None:
         run_stages(config, console, resume=resume)
     except Stopped as stopped:
         _say(f"stopped at {stopped}, saved; go on with: prism-fast resume {folder}")
-    except Exception:  # a run that failed half-way deserves its report most
+    except Exception:  # a failed run gets its report too
         if ours and folder.exists():
             try:
                 _show_report(folder)
-            except Exception as error:  # the failure of the run is the one to see
+            except Exception as error:  # must not hide the failure of the run
                 _say(f"no report: {error}")
         raise
     _show_report(folder)
@@ -95,7 +95,7 @@ def _show_report(folder: Path) -> None:
 
 
 def _say(text: str) -> None:
-    """A line with a path in it: not wrapped, and brackets in it mean nothing."""
+    """Print a line that may hold a path: not wrapped, without markup."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -176,10 +176,10 @@ app.add_typer(bench, name="bench")
 
 
 def main() -> None:
-    """Entry point: an error the user can cure is one message and exit code 1; anything else keeps its traceback."""
+    """Entry point: an error that the user can cure becomes one message and exit code 1; others keep their traceback."""
     # Before torch is imported: OpenMP threads that spin while they wait make a shared machine many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Seconds of imports lie before the first step; a run in progress handles the signals itself (train/signals.py).
+    # These handlers cover the seconds of imports; a run in progress sets its own (train/signals.py).
     before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         app()
@@ -194,23 +194,23 @@ def main() -> None:
         sys.exit(1)
     finally:
         for number, handler in before.items():
-            if handler is not None:  # one that was not set from Python cannot be set again
+            if handler is not None:  # a handler that was not set from Python cannot be restored
                 signal.signal(number, handler)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Unwind, so that what is half-written is removed. Training has not begun yet or is over: its exit code says that
-    it stopped as told; that of a command which had something else to do says that it did not get there."""
+    """Unwind, so that incomplete files are removed. Training has not begun or is over, so its exit code is that of a
+    requested stop; other commands exit with a failure, as they did not finish."""
     for further in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(further, signal.SIG_IGN)  # a second one would interrupt the tidying up
+        signal.signal(further, signal.SIG_IGN)  # a second signal would interrupt the clean-up
     os.write(2, f"stopped by {signal.Signals(number).name}; no step was in progress, nothing is lost\n".encode())
     trains = sys.argv[1:2] and sys.argv[1] in TRAINING and "--dry-run" not in sys.argv
     sys.exit(0 if trains else 128 + number)
 
 
 def _curable(error: Exception) -> bool:
-    """Whether the message alone helps. Asked afterwards: `doctor` must start where the trainer cannot be imported."""
-    if isinstance(error, ImportError):  # not of our own modules: that would be a defect
+    """Whether the user can cure the error by its message. Imports late: `doctor` must start without the trainer."""
+    if isinstance(error, ImportError):  # of another package; of our own modules it is a defect
         return not (error.name or "").startswith("prism_fast")
     try:
         from prism_fast.config import ConfigError

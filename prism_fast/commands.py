@@ -1,4 +1,4 @@
-"""The commands that do not train: ``doctor``, ``plan``, ``convert``, ``data``; and what completes a command line."""
+"""The commands that do not train (``doctor``, ``plan``, ``convert``, ``data``), and completion of command lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STYLES = {"ok": "green", "absent": "yellow", "broken": "bold red"}
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Shipped recipes and YAML files below what has been typed."""
+    """Shipped recipes and YAML files that begin with ``incomplete``."""
     from prism_fast.config import shipped_recipes
 
     names = [name for name in shipped_recipes() if name.startswith(incomplete)]
@@ -41,16 +41,16 @@ def complete_override(incomplete: str) -> list[str]:
         values = getattr(values, name, None)
     if "=" in incomplete or not dataclasses.is_dataclass(values):
         return []
-    found = []
+    keys = []
     for field in dataclasses.fields(values):
         if field.name.startswith(last):
             ending = "." if dataclasses.is_dataclass(getattr(values, field.name)) else "="
-            found.append(".".join([*path, field.name]) + ending)
-    return found
+            keys.append(".".join([*path, field.name]) + ending)
+    return keys
 
 
 def existing_run(path: Path) -> Path:
-    """A run directory that was named on the command line; ConfigError with the nearest one if there is none."""
+    """``path``, a run directory; ConfigError naming the one with the most similar name if it is none."""
     from prism_fast.config import ConfigError
 
     if (path / "config.yaml").is_file() or (path / "metrics.jsonl").is_file():
@@ -233,28 +233,28 @@ def check(
         for path in paths
     ]
     if as_json:
-        print(json.dumps([_as_plain(found) for found in findings], indent=2))
+        print(json.dumps([_as_plain(finding) for finding in findings], indent=2))
     else:
-        for found in findings:
-            _show_findings(found)
-    raise typer.Exit(1 if any(found.problems for found in findings) else 0)
+        for finding in findings:
+            _show_findings(finding)
+    raise typer.Exit(1 if any(finding.problems for finding in findings) else 0)
 
 
-def _as_plain(found: Findings) -> dict[str, object]:
-    lengths = found.prompt_tokens
+def _as_plain(findings: Findings) -> dict[str, object]:
+    lengths = findings.prompt_tokens
     return {
-        "path": str(found.path),
-        "form": found.form,
-        "good": found.samples,
-        "problems": [str(problem) for problem in found.problems],
+        "path": str(findings.path),
+        "form": findings.form,
+        "good": findings.samples,
+        "problems": [str(problem) for problem in findings.problems],
         "prompt_tokens": {"mean": sum(lengths) / len(lengths), "max": max(lengths)} if lengths else None,
     }
 
 
-def _show_findings(found: Findings) -> None:
-    line = f"{found.path}: {found.form}, {found.samples} good, {len(found.problems)} problem(s)"
-    if lengths := found.prompt_tokens:
+def _show_findings(findings: Findings) -> None:
+    line = f"{findings.path}: {findings.form}, {findings.samples} good, {len(findings.problems)} problem(s)"
+    if lengths := findings.prompt_tokens:
         line += f"; prompts of {sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths)} at most"
     console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for problem in found.problems:
+    for problem in findings.problems:
         console.print(f"  {problem}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What this machine has for prism-fast, what is missing or broken, and how to get it.
+"""Examines this machine for prism-fast: which parts it has, which are missing or broken, and how to get them.
 
 Nothing of the package or of its dependencies is imported at the top, so that a broken installation can be examined.
 """
@@ -23,15 +23,15 @@ from packaging.specifiers import SpecifierSet
 
 DISTRIBUTION = "prism-fast"
 IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml"}
-# Used where they are installed, in no extra: no index has them.
+# Used where installed; in no extra, because no package index has them.
 UNLISTED = {"flash-attn-3": "optional: model.attention=fa3 on cards of 9.x; built from flash-attention's folder hopper"}
-NEEDED = (None, "train")  # the ops' own requirement and the trainer's, whose command asks; other extras are a choice
+NEEDED = (None, "train")  # requirements of ops and trainer; other extras are optional
 SECONDS = 20  # for a compiler or a driver tool to answer
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at. ``state``: ``ok``, ``absent`` (and not needed), or ``broken`` (needed here)."""
+    """One check. ``state``: ``ok``, ``absent`` (and not needed), or ``broken`` (and needed here)."""
 
     group: str
     name: str
@@ -42,14 +42,14 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """Look at everything; never raises for what it finds."""
+    """Run all checks; a fault becomes a check's state, never an exception."""
     requirements, python = declared()
     checks = [_python(python), *packages(requirements), *_compilers(), *_devices()]
     return [*checks, *_compiled(), *_ops(), *_parts(), *_trunk(), *_attention()]
 
 
 def healthy(checks: Iterable[Check]) -> bool:
-    """Whether nothing that is needed here is broken."""
+    """Whether no check is ``broken``."""
     return all(check.state != "broken" for check in checks)
 
 
@@ -106,7 +106,7 @@ def _package(requirement: Requirement, extra: str | None) -> Check:
     if extra in NEEDED:
         try:
             importlib.import_module(IMPORT_NAMES.get(name, name.replace("-", "_")))
-        except Exception as error:  # whatever a broken package raises is what there is to report
+        except Exception as error:  # a broken package may raise anything; the check reports it
             return Check(where, name, "broken", f"{version}, import fails: {_one_line(error)}", wanted, again)
     return Check(where, name, "ok", version, wanted)
 
@@ -149,7 +149,7 @@ def _compiler(name: str, command: str, cure: str) -> Check:
 def _devices() -> list[Check]:
     try:
         import torch
-    except Exception:  # told among the packages
+    except Exception:  # reported among the packages
         return []
     if torch.cuda.is_available():
         return [
@@ -227,7 +227,7 @@ def _ops() -> list[Check]:
 
 
 def _parts() -> list[Check]:
-    """The trainer as a whole: packages that are well alone may not get on (a torchvision built for another torch)."""
+    """The trainer as a whole: packages that work alone may fail together (a torchvision built for another torch)."""
     try:
         importlib.import_module("prism_fast.train.pipeline")
     except Exception as error:
@@ -237,7 +237,7 @@ def _parts() -> list[Check]:
 
 
 def _trunk() -> list[Check]:
-    """Whose kernels ``model.fused_trunk=auto`` means here."""
+    """The kernels that ``model.fused_trunk=auto`` selects here."""
     try:
         import torch
 
@@ -245,7 +245,7 @@ def _trunk() -> list[Check]:
 
         gpu = torch.cuda.is_available()
         found = trunk_kernels("auto", torch.device("cuda" if gpu else "cpu"), torch.bfloat16)
-    except Exception:  # told for the trainer as a whole
+    except Exception:  # reported for the trainer as a whole
         return []
     used = found.startswith("liger")
     cure = "pip install '.[gpu]' in the checkout" if gpu and not used else ""
@@ -253,7 +253,7 @@ def _trunk() -> list[Check]:
 
 
 def _attention() -> list[Check]:
-    """Whose kernels ``model.attention=auto`` means here, in half precision."""
+    """The attention kernels that ``model.attention=auto`` selects here, in half precision."""
     try:
         import torch
 
@@ -262,7 +262,7 @@ def _attention() -> list[Check]:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         asked = os.environ.get(backend.ENVIRONMENT) or None
         found = flash.describe("auto", device, torch.bfloat16, asked)
-    except Exception:  # told for torch and the ops
+    except Exception:  # reported for torch and the ops
         return []
     return [Check("trainer", "attention", "ok", found)]
 

@@ -1,7 +1,7 @@
-"""What a recipe will need before anything is loaded: parameters, memory per stage and phase, tokens per step.
+"""The needs of a recipe, before anything is loaded: parameters, memory per stage and phase, tokens per step.
 
-Everything follows from the recipe, the models' configurations and two assumed lengths. Where a number is an upper bound
-or something is left out, the plan says so in its ``assumptions``.
+Everything follows from the recipe, the models' configurations and two assumed lengths. The plan's ``assumptions`` name
+upper bounds and omissions.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from prism_fast.rollout.hf import SCORES_AT_ONCE
 from prism_fast.train.context import DTYPES
 from prism_fast.train.layouts import Layout
 
-# Expanded prompt and the image tokens in it, where nothing is said: of the built-in dataset, and of anybody's.
+# Default tokens of an expanded prompt, and of the images in it: for the built-in dataset, and for other files.
 DEFAULT_TOKENS = {"digits": (48, 4), "files": (1024, 512)}
-# Bytes of memory that CUDA finds on a card. A twentieth of it is left for what a plan does not count.
+# Bytes of memory that CUDA reports for a card. A twentieth is reserved for memory that a plan does not count.
 CARDS = {name: gib << 30 for name, gib in {"a100": 79, "h100": 79, "h200": 139, "b200": 178}.items()}
 ASSUMPTIONS = (
     "Optimizer: AdamW with two moments and one step count per tensor. Moments and gradients have the weights' dtype, "
@@ -63,7 +63,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Phase:
-    """What is in memory at one time."""
+    """The components in memory at one time."""
 
     name: str
     components: tuple[Component, ...]
@@ -95,14 +95,14 @@ class Plan:
     discriminator: ModelSize | None
     stages: tuple[StagePlan, ...]
     assumptions: tuple[str, ...]
-    card: str | None = None  # one of CARDS, for which it was asked whether all fits
+    card: str | None = None  # one of CARDS: the plan says whether the recipe fits on it
 
     @property
     def fits(self) -> bool | None:
         return None if self.card is None else all(stage.peak.bytes <= _usable(self.card) for stage in self.stages)
 
     def verdict(self) -> str:
-        """Whether the stages fit on the card, with the numbers; of those that do not, where and by how much."""
+        """Whether the stages fit on the card, with bytes; for a stage that does not, in which phase and by how much."""
         assert self.card is not None
         on = f"{shown_bytes(_usable(self.card))} of {shown_bytes(CARDS[self.card])} (a twentieth is left free)"
         peaks = [f"{s.stage} {shown_bytes(s.peak.bytes)} ({s.peak.name})" for s in self.stages]
@@ -226,7 +226,7 @@ def make_plan(
         prompt_tokens=prompt,
         image_tokens=images,
         policy=planner.policy,
-        discriminator=planner.critic if {"warmup", "align"} & set(config.stages) else None,
+        discriminator=planner.discriminator if {"warmup", "align"} & set(config.stages) else None,
         stages=stages,
         assumptions=tuple(filter(None, (assumed, vocabulary, *ASSUMPTIONS))),
         card=card,
@@ -234,7 +234,7 @@ def make_plan(
 
 
 def summary(plan: Plan) -> Table:
-    """One line per stage: its peak and when that is."""
+    """One line per stage: its peak and the phase of the peak."""
     table = Table(title="memory peaks")
     for name in ("stage", "phase", "peak"):
         table.add_column(name, justify="right" if name == "peak" else "left")
@@ -287,7 +287,7 @@ class _Planner:
         self.sparse = discriminator_config(config, self.dense)
         self.spans = len(SPANS[config.align.discriminate])
         self.policy = policy_size(self.dense, self.dtype)
-        self.critic = discriminator_size(self.sparse, self.dtype)
+        self.discriminator = discriminator_size(self.sparse, self.dtype)
 
     def stage(self, name: str) -> StagePlan:
         made: Callable[[], StagePlan] = getattr(self, f"_{name}")
@@ -311,22 +311,22 @@ class _Planner:
         if self.config.data.pairs is None:
             rows = max(1, evaluation.batch // warmup.pairs_per_prompt) * warmup.pairs_per_prompt
             phases.append(Phase("pairs", (policy, *self._generation(rows, warmup.max_new_tokens))))
-        update = self._critic_update(
+        update = self._discriminator_update(
             warmup.prompts, warmup.pairs_per_prompt, warmup.max_new_tokens, warmup.tokens_per_micro_batch
         )
-        phases.append(Phase("update", (policy, *self._held("discriminator", self.critic), *update)))
+        phases.append(Phase("update", (policy, *self._held("discriminator", self.discriminator), *update)))
         tokens = self._discriminator_tokens(warmup.prompts, warmup.pairs_per_prompt, warmup.max_new_tokens)
         return StagePlan("warmup", tuple(phases), {"discriminator": tokens})
 
     def _align(self) -> StagePlan:
         align = self.config.align
         n, response, rows = align.rollout.n, align.rollout.max_new_tokens, align.prompts * align.rollout.n
-        held = (*self._held("policy", self.policy), *self._held("discriminator", self.critic))
-        critic = self._critic_update(align.prompts, n, response, align.discriminator.tokens_per_micro_batch)
+        held = (*self._held("policy", self.policy), *self._held("discriminator", self.discriminator))
+        update = self._discriminator_update(align.prompts, n, response, align.discriminator.tokens_per_micro_batch)
         policy = self._policy_update(align.prompts, n, response, align.tokens_per_micro_batch)
         phases = (
             Phase("rollout", (*held, *self._generation(rows, response))),
-            Phase("discriminator update", (*held, *critic)),
+            Phase("discriminator update", (*held, *update)),
             Phase("policy update", (*held, *policy)),
             *self._eval(),
         )
@@ -359,7 +359,7 @@ class _Planner:
         )
 
     def _eval(self) -> tuple[Phase, ...]:
-        """Of the policy that the stage trained, which is still in memory."""
+        """Evaluation of the policy that the stage trained, which is still in memory."""
         if self.config.data.source == "files" and self.config.data.eval is None:
             return ()
         evaluation = self.config.eval
@@ -405,8 +405,8 @@ class _Planner:
         return min(room, rows * vocabulary * self.dtype.itemsize)
 
     def _micro_batch(self, prompts: int, n: int, response: int, budget: int, layout: Layout) -> tuple[int, int]:
-        """Prompts and responses in the largest micro-batch of a policy update; one that is longer than the budget
-        stands alone."""
+        """Prompts and responses in the largest micro-batch of a policy update; a response longer than the budget has
+        one of its own."""
         group = self.prompt + n * response
         if layout == "padded":
             rows = max(1, min(prompts * n, budget // (self.prompt + response)))
@@ -416,19 +416,19 @@ class _Planner:
             return together, together * n
         return 1, max(1, (budget - self.prompt) // response)
 
-    def _critic_update(self, prompts: int, n: int, response: int, budget: int) -> tuple[Component, ...]:
+    def _discriminator_update(self, prompts: int, n: int, response: int, budget: int) -> tuple[Component, ...]:
         group = self._discriminator_tokens(1, n, response)
         together = max(1, min(prompts, budget // group))
         if self.config.layout == "shared_prefix":  # a group larger than the budget is cut
             computed = together * group if group <= budget else max(budget, self.prompt + response)
-        else:  # it stands alone, each span padded to the longest
+        else:  # a group is one micro-batch, each span padded to the longest
             computed = together * self.spans * (n + 1) * (self.prompt + response)
         scored = together * self.spans * (n + 1)
         text = self.sparse.text_config
-        kept = language_activation_bytes(text, computed, self.dtype, sparse=True, scored=scored, **self.keeps)
+        activations = language_activation_bytes(text, computed, self.dtype, sparse=True, scored=scored, **self.keeps)
         return (
-            Component("discriminator gradients", self.critic.gradient_bytes),
-            Component("discriminator activations", kept),
+            Component("discriminator gradients", self.discriminator.gradient_bytes),
+            Component("discriminator activations", activations),
             self._vision(together),
         )
 

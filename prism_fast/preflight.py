@@ -1,4 +1,4 @@
-"""Everything a run would stumble over, found before its first step: a run and ``--dry-run`` make the same checks."""
+"""Checks before the first step of a run; a run and ``--dry-run`` make the same ones."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from prism_fast.train.replay import check_replay
 
 def show_run(config: Config, console: Console) -> None:
     """Check a resolved configuration (raises like :func:`preflight`); print it, its memory peaks and its inputs."""
-    found = preflight(config)
+    lines = preflight(config)
     peaks = summary(make_plan(config))
     console.print(dump_config(config), markup=False, highlight=False, soft_wrap=True)
     console.print(peaks)
     console.print("(`prism-fast plan` shows what they consist of and what they assume)", style="dim")
-    for line in found:
+    for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print("dry run: everything is there, nothing was written", style="green")
 
@@ -55,37 +55,37 @@ def preflight(config: Config, *, resume: bool = False) -> list[str]:
     the run directory may hold something.
 
     Returns:
-        A line per thing that was found.
+        Lines for the console: device, kernels, run directory, models, data and disk.
 
     Raises:
-        ConfigError, FileNotFoundError, ValueError: the first thing that is wrong, named.
+        ConfigError, FileNotFoundError, ValueError: names the first fault.
     """
     device = resolve_device(config.device)
-    found = [f"device: {device}", f"norms, rotary and SwiGLU: {trunk_in_force(config, device)}"]
-    found.append(f"attention: {attention_in_force(config, device)}")
+    lines = [f"device: {device}", f"norms, rotary and SwiGLU: {trunk_in_force(config, device)}"]
+    lines.append(f"attention: {attention_in_force(config, device)}")
     check_engine(config)
     if config.out is not None and not resume:
         folder = Path(config.out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"the run directory {folder} is not empty; give another with out=PATH")
-    found.append(f"run directory: {config.out or 'a new one under runs'}")
+    lines.append(f"run directory: {config.out or 'a new one under runs'}")
     _check_order(config)
     check_views(config)
     check_replay(config)
     rewards = answer_checker(config)  # a judge's key must be set, a reward function importable
     differs = SEMANTICS[config.semantics].differs
-    found += [f"semantics={config.semantics} differs from the published code: {line}" for line in differs]
-    found += _check_models(config)
+    lines += [f"semantics={config.semantics} differs from the published code: {line}" for line in differs]
+    lines += _check_models(config)
     with rewards:
-        found += _check_data(config, rewards)
-    return [*found, check_space(config)]
+        lines += _check_data(config, rewards)
+    return [*lines, check_space(config)]
 
 
 def check_space(config: Config) -> str:
-    """Room on the disk for a run's checkpoints and exports, what a resumed run has there already counted in.
+    """Check that the disk has room for a run's checkpoints and exports; those of a resumed run count as room.
 
     Returns:
-        A line that says what is needed and what is there.
+        A line with the bytes needed and free.
 
     Raises:
         ConfigError: a model folder is wrong.
@@ -113,21 +113,21 @@ def check_space(config: Config) -> str:
 
 
 def disk_needs(config: Config) -> dict[str, int]:
-    """Bytes of what a run keeps, by kind: checkpoints (one more than are kept, while it is written) and exports.
-    Metrics, rollouts and the built-in data are small beside them."""
+    """Bytes that a run keeps on the disk, by kind: checkpoints (one more than configured while it is written) and
+    exports. Metrics, rollouts and the built-in data are small beside them."""
     dtype = DTYPES[config.model.dtype]
     dense = policy_config(config)
     policy = policy_size(dense, dtype)
-    critic = discriminator_size(discriminator_config(config, dense), dtype)
+    discriminator = discriminator_size(discriminator_config(config, dense), dtype)
     trained = {
         "sft": [policy],
         "sft_continued": [policy],
-        "warmup": [critic],
-        "align": [policy, critic],
+        "warmup": [discriminator],
+        "align": [policy, discriminator],
         "rlvr": [policy],
     }
     models = [trained[stage] for stage in config.stages]
-    # A checkpoint holds the masters, which weigh what their gradients do.
+    # A checkpoint holds the masters, which take as many bytes as the gradients.
     largest = max((sum(size.gradient_bytes + adamw_bytes(size) for size in sizes) for sizes in models), default=0)
     kept = config.keep_checkpoints + 1
     return {
@@ -137,22 +137,22 @@ def disk_needs(config: Config) -> dict[str, int]:
 
 
 def _check_order(config: Config) -> None:
-    """A stage needs what an earlier one makes, or a folder."""
-    policy, critic = config.model.policy != "tiny", config.model.discriminator != "upcycle"
+    """Raise ConfigError where a stage has no model: neither an earlier stage nor a folder gives it."""
+    policy, discriminator = config.model.policy != "tiny", config.model.discriminator != "upcycle"
     if not config.stages:
         raise ConfigError("stages is empty: nothing to run")
     for stage in config.stages:
         if stage != "sft" and not policy:
             raise ConfigError(f"stage {stage} needs a trained policy: run sft before it or give model.policy=PATH")
-        if stage == "align" and not critic:
+        if stage == "align" and not discriminator:
             raise ConfigError(
                 "stage align needs a warm discriminator: run warmup before it or give model.discriminator=PATH"
             )
-        policy, critic = policy or stage == "sft", critic or stage == "warmup"
+        policy, discriminator = policy or stage == "sft", discriminator or stage == "warmup"
 
 
 def _check_models(config: Config) -> list[str]:
-    found = []
+    lines = []
     if config.model.policy == "tiny":
         check_vocab_size(config.model.tiny.vocab_size)
     else:
@@ -160,14 +160,14 @@ def _check_models(config: Config) -> list[str]:
         policy_config(config)
         _read_headers(folder)
         Processor.from_pretrained(folder)
-        found.append(f"policy: {folder}")
+        lines.append(f"policy: {folder}")
     if config.model.discriminator != "upcycle":
         folder = Path(config.model.discriminator)
-        critic = discriminator_config(config, policy_config(config))
+        discriminator = discriminator_config(config, policy_config(config))
         _read_headers(folder)
-        read_head(folder, critic.text_config.hidden_size)
-        found.append(f"discriminator: {folder}")
-    return found
+        read_head(folder, discriminator.text_config.hidden_size)
+        lines.append(f"discriminator: {folder}")
+    return lines
 
 
 def _read_headers(folder: Path) -> None:
@@ -182,19 +182,19 @@ def _check_data(config: Config, rewards: SourceRewards) -> list[str]:
     if data.source == "digits":
         check_digits(data.digits)
         return ["data: the built-in digits, written when the run starts"]
-    found = []
+    lines = []
     for key, path in DataFiles.of(config).needed(config.stages).items():
         problems = [] if data.on_bad_sample == "skip" else None
         samples = open_samples(config, key, path, problems)
         skipped = f", {len(problems)} rows to skip" if problems else ""
-        found.append(f"data.{key}: {path}, {len(samples)} samples{skipped}")
+        lines.append(f"data.{key}: {path}, {len(samples)} samples{skipped}")
         if rewards.functions and SOURCES[key].format == "tasks":
             _probe(samples, rewards)
-    return found
+    return lines
 
 
 def _probe(samples: Samples[Task], rewards: SourceRewards) -> None:
-    """Call each of the recipe's reward functions on the first of its rows."""
+    """Call each reward function of the recipe on the first row that it grades."""
     left = set(rewards.functions)
     for index in range(len(samples)):
         task = samples.without_images(index)

@@ -6,6 +6,7 @@ One test per fault, numbered as in FAULTS; POINTERS names the tests elsewhere th
 from __future__ import annotations
 
 import ast
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +29,8 @@ from prism_fast.data.grammar import split_tokens
 from prism_fast.data.order import SampleOrder
 from prism_fast.data.problems import DataError
 from prism_fast.data.readers import read_pairs, read_tasks
-from prism_fast.data.samples import Pair, Task
-from prism_fast.data.writers import write_pairs, write_tasks
+from prism_fast.data.samples import Task
+from prism_fast.data.writers import write_tasks
 from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import (
     HEAD_KEY,
@@ -378,15 +379,10 @@ def test_16_warm_up(critic, processor, prompt, tmp_path):
     assert (balanced[name] - plain[name]).norm() > 1e-3 * plain[name].norm()
     with pytest.raises(DataError, match="does not exist"):  # published: 100 made-up text pairs
         read_pairs(tmp_path / "missing.jsonl")
-    pairs = [
-        Pair(
-            f"p{n}", [{"role": "user", "content": [{"type": "image"}]}], [Image.new("RGB", (4, 4), (n, 0, 0))], *"abcd"
-        )
-        for n in range(2)
-    ]
-    write_pairs(tmp_path / "pairs.jsonl", pairs)
-    for broken in sorted((tmp_path / "pairs_images").iterdir()):
-        broken.write_bytes(b"no image")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    texts = dict.fromkeys(("teacher_caption", "student_caption", "teacher_cot", "student_cot"), "a")
+    line = json.dumps({"prompt": "<image>", "image": "broken.png", **texts})
+    (tmp_path / "pairs.jsonl").write_text(f"{line}\n{line}\n")
     with pytest.raises(DataError, match="line 1"):  # published: line 2 in its place
         read_pairs(tmp_path / "pairs.jsonl")[0]
 

@@ -1,4 +1,4 @@
-"""The discriminator's loss in the alignment stage, as published and as repaired."""
+"""The discriminator's loss in the alignment stage, as published and as corrected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prism_fast.ops import PairwiseStats, pairwise_loss
 from prism_fast.released import losses as released
 
 PER_MICRO_BATCH = {"released": released.discriminator_loss}
-"""Semantics whose loss divides by the counts of its own micro-batch: another formula, not other options of ours."""
+"""Semantics whose loss divides by the counts of its own micro-batch, which no options of ``pairwise_loss`` express."""
 
 
 def discriminator_loss(

@@ -1,4 +1,4 @@
-"""Credit of tokens by the section of the response that they belong to."""
+"""Advantages of tokens by the section of the response that they belong to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def span_credit(
     lengths: Sequence[int],
     sections: Sequence[tuple[int, int] | None],
 ) -> list[Tensor]:
-    """The advantage of every token: perception judges the caption, reasoning the trace, ``answer`` the answer.
+    """The advantage of every token: the caption score's for the caption, the reasoning score's for the trace, and
+    ``answer`` for the answer.
 
     Caption tokens get ``2 * terms[:, 0]`` and think tokens ``2 * terms[:, 1]``: the mean of the two is the response's
     advantage ``terms.sum(1)``.
@@ -25,7 +26,8 @@ def span_credit(
         answer: [B] floating, advantage of the answer's tokens: ``terms.sum(1)``, or the verifier's.
         otherwise: [B] floating, advantage of all tokens of a response without sections.
         lengths: tokens of each response, its end token included.
-        sections: of each response, after how many tokens its caption and its think section end; None: it has none.
+        sections: for each response, the number of tokens up to the end of its caption and of its think section; None:
+            it has no sections.
 
     Returns:
         B tensors [lengths[b]] in the dtype of ``terms``.

@@ -1,4 +1,4 @@
-"""The global count a loss divides by, formed once per optimizer step, before the first micro-batch."""
+"""The global count that a loss divides by, computed once per optimizer step, before the first micro-batch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Dynamic sampling: only groups that carry a gradient are trained on, and as many are generated as that takes.
+"""Dynamic sampling: train only on groups with a gradient, and generate until there are enough of them.
 
 Source: DAPO (arXiv 2503.14476, section 3.2). The published code drops the surplus of a round and generates a fixed
-multiple of the prompts; here the surplus is kept for the next step and the multiple follows what was observed.
+multiple of the prompts; here the surplus goes into the next step, and the multiple follows the observed share.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import math
 
 from torch import Tensor
 
-# What a round of generation leaves of the weight of the rounds before it: a policy changes over tens of steps.
+# Factor of the weight of earlier rounds per round of generation: a policy changes over tens of steps.
 DECAY = 0.8
-PRIOR = (1.0, 0.5)  # groups and useful groups believed in before the first round; keeps the share above 0
+PRIOR = (1.0, 0.5)  # pseudo-counts of groups and of useful ones before the first round; keeps the share above 0
 CONFIDENCE = 1.0  # standard deviations of reserve: one round gives enough in about 84 of 100 steps
 
 
 def useful_groups(reward: Tensor, group: Tensor, count: int) -> Tensor:
     """[count] bool: the rewards of the group are not all equal, so its advantages are not all zero.
 
-    Equal means the same number. A deviation above 0 would not do: computed, that of seven rewards of 0.9 is 1e-16.
+    Equal means equal to the bit. A test for a deviation above 0 would fail: that of seven rewards of 0.9 is 1e-16.
 
     Args:
         reward: [B] floating.
@@ -31,13 +31,13 @@ def useful_groups(reward: Tensor, group: Tensor, count: int) -> Tensor:
 
 
 class UsefulShare:
-    """Running share of useful groups among generated ones; how many to generate so that enough of them are useful."""
+    """Running share of useful groups, and the number of groups to generate for enough useful ones."""
 
     def __init__(self) -> None:
         self.generated, self.useful = 0.0, 0.0
 
     def observe(self, generated: int, useful: int) -> None:
-        """Take in one round of generation; earlier rounds lose weight."""
+        """Record one round of generation; earlier rounds lose weight."""
         if not 0 <= useful <= generated:
             raise ValueError(f"useful={useful} must be between 0 and generated={generated}")
         self.generated = DECAY * self.generated + generated
@@ -49,7 +49,7 @@ class UsefulShare:
         return (self.useful + PRIOR[1]) / (self.generated + PRIOR[0])
 
     def to_generate(self, missing: int) -> int:
-        """Smallest m whose useful groups, m * share less ``CONFIDENCE`` standard deviations, reach ``missing``.
+        """Smallest m for which m * share minus ``CONFIDENCE`` standard deviations reaches ``missing``.
 
         With p the share the deviation is sqrt(m p (1 - p)); the condition is quadratic in sqrt(m).
         """

@@ -1,4 +1,4 @@
-"""Soft punishment of answers that come close to the length limit."""
+"""Soft penalty of responses close to the length limit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def overlong_penalty(length: Tensor, *, max_length: int, buffer: int, factor: float = 1.0) -> Tensor:
-    """[B] float32 number to add to the reward: min(0, -(length - (max_length - buffer)) / buffer * factor).
+    """Penalty to add to the reward, [B] float32: min(0, -(length - (max_length - buffer)) / buffer * factor).
 
     Args:
         length: [B] response lengths in tokens, integer or floating.

@@ -6,9 +6,9 @@ from typing import Any
 
 from prism_fast.ops import PolicyLossOptions
 
-# Alignment, GRPO, DAPO and GSPO: the shell scripts published with PRISM (verl's "vanilla" loss is our grpo form with
-# token_mean). In them every step is on-policy, so that no clip range acts. CISPO: bounds of ScaleRL; SAPO: temperatures
-# of its paper.
+# Alignment, GRPO, DAPO and GSPO: as in the shell scripts published with PRISM (verl's "vanilla" loss is our grpo form
+# with token_mean); all their steps are on-policy, so no clip range acts. CISPO: bounds of ScaleRL. SAPO: its paper's
+# temperatures.
 _PRISM = {"loss": "grpo", "clip": (0.2, 0.2), "dual_clip": 3.0, "aggregation": "token_mean"}
 PRESETS: dict[str, dict[str, Any]] = {
     "prism": _PRISM,
@@ -37,8 +37,8 @@ def policy_options(preset: str, *, max_response: int) -> PolicyLossOptions:
 def reward_normalization(preset: str) -> str:
     """``normalize`` of ``outcome_advantage`` that a preset's paper prescribes.
 
-    All divide the distance from the group's mean by the group's deviation (GRPO, arXiv 2402.03300; DAPO 2503.14476
-    eq. 9; GSPO 2507.18071 eq. 6; CISPO 2506.13585; SAPO 2511.20347) but Dr. GRPO (2503.20783), which does not divide:
-    the division weighs prompts by how decided their outcome is.
+    All divide the difference from the group's mean by the group's deviation (GRPO, arXiv 2402.03300; DAPO 2503.14476
+    eq. 9; GSPO 2507.18071 eq. 6; CISPO 2506.13585; SAPO 2511.20347), except Dr. GRPO (2503.20783): the division gives
+    more weight to prompts that are almost always or almost never solved.
     """
     return "mean_only" if preset == "dr_grpo" else "per_score"

@@ -1,4 +1,4 @@
-"""Scores as the discriminator's loss reads them."""
+"""Scores as they enter the discriminator's loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def as_scored(score: Tensor, length: Tensor | None, penalty: float | Sequence[float], clip: float | None) -> Tensor:
-    """Scores [N, K] as they enter the loss: less ``penalty`` times log(1 + ``length`` [N, K]), then clamped."""
+    """Scores [N, K] minus ``penalty`` times log(1 + ``length`` [N, K]), then clamped to ±``clip``."""
     score = score if score.dtype == torch.float64 else score.float()
     if length is not None:
         rate = torch.stack([score.new_full((), b) for b in _rates(penalty, score.shape[1])])

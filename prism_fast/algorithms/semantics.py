@@ -1,8 +1,8 @@
-"""What the recipe's key ``semantics`` means, term by term.
+"""The settings behind the recipe's key ``semantics``.
 
-``prism_fast`` is the default. ``released`` is what the published code does, ``paper`` what PRISM's equations say
-(arXiv 2604.28123, eq. 1-4): they have no score clamp, no penalty on the scores' squares, no format penalty, and
-normalise the weighted sum of the two scores where the code normalises each score by itself.
+``prism_fast`` is the default. ``released`` follows the published code, ``paper`` the equations of PRISM (arXiv
+2604.28123, eq. 1-4): they have no score clamp, no penalty on the scores' squares and no format penalty, and normalise
+the weighted sum of the two scores where the code normalises each score by itself.
 
 The frames of the scored spans are in ``data.framing``, the loss of a micro-batch in ``alignment_loss``.
 """
@@ -21,13 +21,13 @@ class Semantics:
 
     ``all_invalid``: advantage of a group without a valid response; ``penalty`` leaves the format penalty as it is.
     ``positions``: of the discriminator's tokens in alignment, see ``models.forward.collate``.
-    ``format_penalty``, ``score_clip``, ``score_reg``: what the recipe's keys of these names mean when not given.
+    ``format_penalty``, ``score_clip``, ``score_reg``: defaults of the recipe's keys of these names.
     ``head_dropout``: of the discriminator's score head while it learns.
     ``divide_by_micro_batch``: each micro-batch's loss is divided by its own counts, so that it depends on the cut.
     ``learns_without_pairs``: the discriminator is updated where no response of a step is valid.
     ``warmup_shapes_scores``, ``warmup_balances``: ``score_clip`` and ``score_reg``, and the load-balancing loss, act in
     the discriminator's warm-up.
-    ``differs``: where it is not its source, for people; a run prints it.
+    ``differs``: differences from its source, in words; a run prints them.
     """
 
     normalize: Literal["per_score", "combined"]

@@ -15,7 +15,7 @@ from prism_fast.models.processor import Processor
 
 @dataclass(frozen=True)
 class Findings:
-    """What a file holds: ``samples`` of ``form`` that can be used, and what is wrong with the others.
+    """Result of a check: the number of usable ``samples`` of ``form``, and the problems of the others.
 
     ``prompt_tokens``: lengths of the expanded prompts that could be measured, too long ones included; empty without a
     processor.
@@ -38,11 +38,10 @@ def check_file(
     processor: Processor | None = None,
     max_prompt_tokens: int | None = None,
 ) -> Findings:
-    """Read ``path`` as the format its name and first record say: parquet tasks, ShareGPT JSON, or jsonl pairs.
+    """Read ``path`` in the format of its name and first record: parquet tasks, ShareGPT JSON, or jsonl pairs.
 
-    ``format``, a key of ``FORMATS``, forces it. With a ``processor``, prompts are measured as training
-    does it, images expanded, and those of more than ``max_prompt_tokens`` are problems. ``known_sources``: see
-    `read_tasks`.
+    ``format``, a key of ``FORMATS``, overrides it. With a ``processor``, prompts are measured as in training, images
+    expanded, and those of more than ``max_prompt_tokens`` are problems. ``known_sources``: see `read_tasks`.
     Problems of the file as a whole (missing, no such format, wrong column types) are findings like any other.
     """
     path = Path(path)

@@ -22,7 +22,7 @@ CAPTIONS = (0.6, 0.1, 0.1, 0.1, 0.1)  # of the five styles of caption
 
 
 def caption_text(digits: Sequence[int], style: int = 0) -> str:
-    """What is written, as bullet points; style 0 is the teacher's."""
+    """The digits of a strip as bullet points; style 0 is the teacher's."""
     together, listed = "".join(map(str, digits)), ", ".join(map(str, digits))
     return (
         f"- digits: {together}",

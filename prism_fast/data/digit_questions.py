@@ -1,4 +1,4 @@
-"""Questions about three digits in a row: phrasings, exact answers, and the work that leads to them.
+"""Questions about three digits in a row: phrasings, exact answers, and the steps that lead to them.
 
 Each kind works on the digits as *seen* (a caption may be wrong) and shows its steps in three ways: ``concise`` (the
 teacher's: every step, as short as is honest), ``verbose`` (sentences) and ``terse`` (a result without steps). A `Slip`
@@ -37,7 +37,7 @@ class Kind:
 
 
 def _off(slip: Slip | None, step: int) -> int:
-    """What the slip adds at ``step``."""
+    """The error that the slip adds at ``step``."""
     return slip.amount if slip is not None and slip.step == step else 0
 
 

@@ -1,4 +1,4 @@
-"""The file formats that can be read, and which file of a configuration has which: two tables that everything asks."""
+"""Tables of the readable file formats, and of the configuration's data files with their formats."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from prism_fast.data.readers import Samples, read_pairs, read_sharegpt, read_tas
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a reader demands beyond its format.
-
-    Of tasks ``require_teacher`` and ``known_sources``, of pairs the texts ``pair_texts``; see `read_tasks`,
-    `read_pairs`.
+    """Demands on samples beyond their format: ``require_teacher`` and ``known_sources`` of tasks, the texts
+    ``pair_texts`` of pairs; see `read_tasks`, `read_pairs`.
     """
 
     require_teacher: bool = False
@@ -55,7 +53,7 @@ FORMATS: dict[str, Format] = {
 
 
 def format_of(path: Path) -> str:
-    """The name of the format that a file's suffix and, where several have it, its first record tell.
+    """The name of a file's format, by its suffix and, where several formats share that, its first record.
 
     Raises:
         DataError: no format has this suffix, or the file is needed to tell and does not exist.
@@ -79,7 +77,7 @@ def format_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """A file that a configuration names under ``data``: its format, and the stages that cannot do without it."""
+    """A file that a configuration names under ``data``: its format, and the stages that require it."""
 
     format: str
     stages: tuple[str, ...] = ()
@@ -97,16 +95,16 @@ SOURCES: dict[str, Source] = {
 """By the key under ``data``."""
 
 
-def needed_sources(stages: Iterable[str], given: Mapping[str, object]) -> dict[str, str]:
+def needed_sources(stages: Iterable[str], files: Mapping[str, object]) -> dict[str, str]:
     """The keys of `SOURCES` that a run of ``stages`` reads, each with the first stage (or ``eval``) that does.
-    ``given``: the file of each key, None or absent where there is none."""
-    pairs = given.get("pairs") is not None
+    ``files``: by key; None or absent where there is none."""
+    pairs = files.get("pairs") is not None
     needed: dict[str, str] = {}
     for stage in stages:
         keys = [key for key, source in SOURCES.items() if stage in source.stages]
         for key in ["pairs"] if stage == "warmup" and pairs else keys:
             needed.setdefault(key, stage)
-    if given.get("eval") is not None:
+    if files.get("eval") is not None:
         needed["eval"] = "eval"
     return needed
 

@@ -1,13 +1,12 @@
-"""What the discriminator scores, and how each text is framed as tokens before it reads the score.
+"""The texts that the discriminator scores, and their frames: the tokens around which a score is read.
 
-``prism_fast``: both sides alike. A span's text, stripped, is tokenised afresh and closed by the end-of-turn token,
-where the score is read. Two equal texts are then equal token sequences, so the discriminator has nothing but content to
-tell teacher and student apart by.
+``prism_fast``: the same for both sides. The stripped text of a span is tokenised anew and closed by the end-of-turn
+token, where the score is read. Equal texts are then equal token sequences, so only content can tell teacher and student
+apart.
 
-``paper``: the same frames; but the reasoning span is the trace alone, its answer is not scored (PRISM eq. 1-2 score
-c and t).
+``paper``: the same frames, but the reasoning span is the trace alone, without its answer (PRISM eq. 1-2 score c and t).
 
-``released``: as the published code does (``released.frames``). There teacher and student end in different tokens, a
+``released``: as in the published code (``released.frames``). There teacher and student end in different tokens, a
 shortcut that the default closes.
 """
 
@@ -31,7 +30,7 @@ _ANSWER = re.compile(r"(?<=</think>)\s*(?=<answer>)")
 
 
 def side_texts(sample: Task | Pair, side: Literal["teacher", "student"], spans: Sequence[str]) -> tuple[str, ...]:
-    """The teacher's (of a pair also the student's) texts that are scored, one per span.
+    """The scored texts of the teacher (of a pair, also of the student), one per span.
 
     Raises:
         ValueError: the sample lacks one.
@@ -52,7 +51,7 @@ def frame_text(text: str, processor: Processor) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Frames:
-    """How one semantics frames texts. Each function gives the token ids of a frame; ``spans`` are those it scores.
+    """The frames of one semantics. Each function returns the token ids of a frame; ``spans``: those that are scored.
 
     ``warmup``, ``teacher``: of (span, text, processor). ``student``: of (span, split, sampled token ids, processor).
     """
@@ -64,7 +63,7 @@ class Frames:
 
 
 def _alike(scored: Callable[[str, str], str]) -> Frames:
-    """The same frame for all: the ``scored`` part of (span, text)."""
+    """The same frame for both sides, of the text ``scored(span, text)``."""
 
     def of_text(span: str, text: str, processor: Processor) -> tuple[int, ...]:
         return frame_text(scored(span, text), processor)
@@ -77,7 +76,7 @@ def _alike(scored: Callable[[str, str], str]) -> Frames:
 
 
 def _without_answer(span: str, text: str) -> str:
-    """Of a reasoning the part before its answer, of the other spans everything."""
+    """The text; that of a reasoning span without its answer."""
     return _ANSWER.split(text, maxsplit=1)[0] if span == "reasoning" else text
 
 

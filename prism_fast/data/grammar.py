@@ -48,7 +48,7 @@ class ResponseSplit:
 def split_text(text: str) -> ResponseSplit:
     """Cut ``text`` as `PUBLISHED_PATTERN` does, in time linear in its length; the token counts stay -1.
 
-    The last section can only close at the last ``</answer>`` with nothing but whitespace behind it, and each earlier
+    The last section can only close at the last ``</answer>`` with nothing but whitespace after it, and each earlier
     section closes as early as possible: if the earliest border fails, a later one leaves less room and fails too.
     """
     end = len(text.rstrip())

@@ -1,6 +1,6 @@
-"""Images of samples: where they are, and decoding them within limits.
+"""Images of samples: finding them, and decoding them within limits.
 
-Files are untrusted: only the formats below are ever tried (Pillow would also start external programs for some), and the
+Files are untrusted: only the formats below are tried (for some others Pillow would start external programs), and the
 size in the header is checked before any pixel is decoded. Every refusal is an `ImageError`.
 """
 
@@ -24,7 +24,7 @@ _URL = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+://|data:)")
 
 
 def image_source(value: Any, place: Place, field: str, root: Path) -> bytes | Path:
-    """The encoded bytes or the existing file behind one entry of an ``images`` list; nothing is decoded yet.
+    """The encoded bytes or the existing file of one entry of an ``images`` list; nothing is decoded yet.
 
     ``value`` is a path (relative ones start at ``root``), encoded bytes, or an object with ``bytes``, ``path`` or
     ``image``. URLs are refused: nothing is ever downloaded.
@@ -60,8 +60,8 @@ def load_image(source: bytes | Path, place: Place, field: str, max_image_pixels:
     """Decode one image to RGB: turned upright by its EXIF tag, transparency on white, 16-bit grey scaled to 8 bits; not
     resized.
 
-    Raises ImageError for what is no image, too large (``max_image_pixels``), animated, damaged, or of a pixel mode
-    without a defined white (32-bit integers, floats).
+    Raises ImageError for a file that is no image, is larger than ``max_image_pixels``, animated or damaged, or has a
+    pixel mode without a defined white (32-bit integers, floats).
     """
     refuse = partial(place.error, kind=ImageError)
     name = str(source) if isinstance(source, Path) else f"{len(source)} inline bytes"
@@ -74,7 +74,7 @@ def load_image(source: bytes | Path, place: Place, field: str, max_image_pixels:
         raise refuse(field, f"{name}: not an image that can be read", f"Known formats: {', '.join(FORMATS)}") from error
     except OSError as error:
         raise refuse(field, f"{name}: cannot be opened ({error})", "Check the file and its rights") from error
-    except Exception as error:  # Pillow lets some of its decoders' errors through (a text chunk that inflates too far)
+    except Exception as error:  # Pillow does not wrap all errors of its decoders (a text chunk that inflates too far)
         raise refuse(field, f"{name}: cannot be opened ({type(error).__name__}: {error})", damaged) from error
     with image:
         width, height = image.size

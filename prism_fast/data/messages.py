@@ -1,4 +1,4 @@
-"""Chat turns of files to chat turns of samples: roles, and ``<image>`` markers into typed parts."""
+"""Chat turns of files to chat turns of samples: role names are translated, ``<image>`` markers become typed parts."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def marked_text(content: str | list[dict[str, Any]]) -> str:
 
 
 def plain_text(content: str | list[dict[str, Any]]) -> str:
-    """The words of a turn without its images."""
+    """The text of a turn without its images."""
     if isinstance(content, str):
         return content.strip()
     return "".join(part["text"] for part in content if part["type"] == "text").strip()

@@ -8,8 +8,8 @@ import numpy as np
 class SampleOrder:
     """Indices ``0 … size-1``, each once per epoch, in a permutation drawn from (seed, epoch).
 
-    The order runs on across epochs and drops nothing, so one call may hold an index twice where an epoch ends in its
-    middle. ``shuffle=False`` gives the file order.
+    The order continues across epochs and drops nothing, so a call in which an epoch ends may return an index twice.
+    ``shuffle=False`` gives the file order.
     """
 
     def __init__(self, size: int, seed: int, *, shuffle: bool = True) -> None:
@@ -41,7 +41,7 @@ class SampleOrder:
         return taken
 
     def state_dict(self) -> dict[str, int | bool]:
-        """Everything that the next call depends on; plain numbers."""
+        """The state that the next call depends on, as plain numbers."""
         return {
             "size": self.size,
             "seed": self.seed,

@@ -1,7 +1,7 @@
 """Parquet files of tasks: column types checked at opening, rows streamed, encoded images read some rows at a time.
 
-Files may be far larger than memory, and a writer may have put all of them into one row group (pandas does). So columns
-are read through a small buffer, page by page, and never as a whole row group.
+Files may be far larger than memory, and a writer may have put all rows into one row group (pandas does). Columns are
+therefore read through a small buffer, page by page, and never as a whole row group.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _is_list(kind: pa.DataType, item: Check) -> bool:
 
 
 def _is_struct(kind: pa.DataType, **fields: Check) -> bool:
-    """A struct that has all ``fields``, each of its kind; further fields are free."""
+    """A struct that has all ``fields``, each of its type; it may have others."""
     if not pa.types.is_struct(kind):
         return False
     present = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
@@ -84,7 +84,7 @@ _REQUIRED = ("prompt", "data_source", "reward_model")
 
 
 class TaskFile:
-    """One parquet file with the published columns; DataError at once if a column lacks or has another type."""
+    """One parquet file with the published columns; DataError at once if a column is missing or has another type."""
 
     def __init__(self, path: Path, *, require_teacher: bool) -> None:
         self.path = path
@@ -136,8 +136,8 @@ class TaskFile:
         return group, inside // ROWS_PER_BATCH, inside % ROWS_PER_BATCH
 
     def read_block(self, group: int, block: int) -> pa.Array:
-        """The ``images`` column of one block of rows. Going forward through a row group continues where the last call
-        stopped; going back decodes the group from its beginning."""
+        """The ``images`` column of one block of rows. A later block of the same row group continues where the last call
+        stopped; an earlier one reads the group from its beginning."""
         try:
             if self._cursor is None or self._cursor[0] != group or self._cursor[1] > block:
                 self._cursor = (group, 0, self._blocks(group))
@@ -159,8 +159,8 @@ class TaskFile:
 
 
 class EncodedImages:
-    """Encoded image entries by (file, row). Blocks of rows used last stay in memory, undecoded, up to ``keep_bytes``
-    together (the newest always stays)."""
+    """Encoded image entries by (file, row). The most recently used blocks of rows stay in memory, undecoded, up to
+    ``keep_bytes`` in total; the newest always stays."""
 
     def __init__(self, keep_bytes: int = 2**28) -> None:
         self._keep_bytes = keep_bytes

@@ -1,4 +1,4 @@
-"""Errors about users' files: which file, which row, which field, what is wrong, and the cure."""
+"""Errors about users' files: they name file, row and field, the fault, and the cure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_MAX_SHOWN = 600  # characters of what is wrong; a value can be a megabyte long
+_MAX_SHOWN = 600  # characters of a message; a quoted value can be a megabyte long
 _CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|image_pad|video_pad)\|>")
 
 
@@ -16,27 +16,27 @@ def holds_control_token(text: str) -> bool:
 
 
 class DataError(ValueError):
-    """A file or sample that cannot be used as it is. ``str()`` is one sentence for a terminal, naming the place and the
-    cure; ``reason`` is the heading under which left-out samples are counted."""
+    """A file or sample cannot be used. ``str()`` is one sentence for a terminal, naming the place and the cure;
+    ``reason``: the kind under which omitted samples are counted."""
 
     reason = "bad"
 
 
 class ImageError(DataError):
-    """An image that is missing, damaged, too large or of a kind that is not read."""
+    """An image is missing, damaged, too large or of an unsupported kind."""
 
     reason = "image"
 
 
 class LongPromptError(DataError):
-    """A prompt whose expanded form is longer than the limit."""
+    """An expanded prompt is longer than the limit."""
 
     reason = "long"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value stands: a file and, inside it, ``row`` ("row 3", counted from 0, or "line 4", counted from 1)."""
+    """Where a value is: a file and, inside it, ``row`` ("row 3", counted from 0, or "line 4", counted from 1)."""
 
     file: Path
     row: str = ""
@@ -49,7 +49,7 @@ class Place:
     def text(self, value: object, field: str, *, empty: bool = False) -> str:
         """``value`` if it is a (non-empty, unless ``empty``) string that can be tokenised as plain text.
 
-        Control tokens of the chat format are refused: written inside a text they would open turns or stand for images.
+        Control tokens of the chat format are refused: inside a text they would open turns or pose as images.
         """
         if not isinstance(value, str):
             raise self.error(field, f"is {_kind(value)}, wanted a string", "Write the value as text")
@@ -78,7 +78,7 @@ class Place:
 
 
 def _shown(message: str) -> str:
-    """``message`` for a terminal: values of a file may hold control characters that would steer it."""
+    """``message`` made safe for a terminal: values of a file may hold control characters."""
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in message)
 
 

@@ -1,8 +1,8 @@
 """Readers of the published file formats; users' files and the built-in dataset go through the same ones.
 
 Everything but the pixels is checked when a file is opened; images are decoded when a sample is indexed. Each error is a
-`DataError` naming file, row, field and the cure. With a list given as ``problems`` the readers go on after a bad row:
-the error is appended, the row is left out, and the caller decides (and counts). Order is file order, always.
+`DataError` naming file, row, field and the cure. With a list ``problems`` the readers go on after a bad row: the error
+is appended and the row is left out. Samples are always in file order.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class Samples(Sequence[T], Generic[T]):
         return self._rows[index][1](False)
 
     def place(self, index: int) -> Place:
-        """Where sample ``index`` stands in its file."""
+        """The place of sample ``index`` in its file."""
         return self._rows[index][0]
 
     def take(self, indices: Iterable[int]) -> Samples[T]:
-        """Those samples, in this order; nothing is decoded."""
+        """The samples at ``indices``, in this order; nothing is decoded."""
         return Samples([self._rows[index] for index in indices])
 
 
@@ -104,7 +104,7 @@ def _decode(sources: list[bytes | Path], place: Place, field: str, max_image_pix
 
 
 def _uid(record: dict[str, Any], place: Place, prefix: str = "") -> str:
-    """The record's own ``uid`` or ``id``, else file stem and row number behind ``prefix``."""
+    """The record's own ``uid`` or ``id``, else ``prefix`` with file stem and row number."""
     given = next((record[key] for key in ("uid", "id") if record.get(key) is not None), None)
     if isinstance(given, int) and not isinstance(given, bool):
         given = str(given)

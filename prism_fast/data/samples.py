@@ -1,7 +1,7 @@
-"""What the readers give and the writers take: one demonstration, one task, one scored pair.
+"""Samples of the readers and writers: a demonstration, a task, a pair.
 
-``messages`` are chat turns ``{"role": "system"|"user"|"assistant", "content": str | [part, …]}``. A turn that holds
-images is a list of parts ``{"type": "image"}`` and ``{"type": "text", "text": str}``; the n-th image part stands for
+``messages`` are chat turns ``{"role": "system"|"user"|"assistant", "content": str | [part, …]}``. The content of a turn
+with images is a list of parts ``{"type": "image"}`` and ``{"type": "text", "text": str}``; the n-th image part is
 ``images[n]``. ``images`` are RGB Pillow images of any size.
 """
 
@@ -28,10 +28,10 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Task:
-    """One question with a verifiable answer, and what a teacher said about it (alignment, RLVR, eval).
+    """One question with a verifiable answer, and a teacher's response to it (alignment, RLVR, eval).
 
-    ``teacher_caption`` and ``teacher_cot`` keep their tags. ``kind`` groups questions for reports, ``cluster`` names
-    the items that share an image (their errors are not independent). ``extra`` is whatever else the file carried.
+    ``teacher_caption`` and ``teacher_cot`` keep their tags. ``kind`` groups questions for reports; items of one
+    ``cluster`` share an image (their errors are not independent). ``extra``: all other fields of the file.
     """
 
     uid: str
@@ -51,8 +51,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Pair:
-    """One discriminator warm-up example: what teacher and student wrote for the same prompt, as caption and reasoning
-    spans, as whole responses, or both (a form that is absent is ``None`` on both sides)."""
+    """One discriminator warm-up example: the teacher's and the student's texts for one prompt, as caption and reasoning
+    spans, as whole responses, or both (an absent form is ``None`` on both sides)."""
 
     uid: str
     messages: list[dict[str, Any]]

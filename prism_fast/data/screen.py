@@ -1,4 +1,4 @@
-"""Which samples of a file can be used: images that decode, prompts that fit. Training and ``data check`` ask here."""
+"""Selects the usable samples of a file: images that decode, prompts that fit. For training and ``data check``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ REASONS = ("bad", "image", "long")
 
 @dataclass(frozen=True)
 class Screened(Generic[T]):
-    """The usable ``samples``, the ``problems`` of the others (those that reading found included), and the lengths of
-    all prompts that could be measured, too long ones too; no lengths without a processor."""
+    """The usable ``samples``, the ``problems`` of the others (those of reading included), and the lengths of all
+    prompts that could be measured, too long ones too; no lengths without a processor."""
 
     samples: Samples[T]
     problems: list[DataError]
@@ -38,9 +38,9 @@ def screen(
 ) -> Screened[T]:
     """Decode the images of every sample once and, with a ``processor``, measure its prompt with image tokens expanded.
 
-    Prompts longer than ``max_prompt_tokens`` are problems; none is ever cut, which would part image tokens from their
-    images. Without a ``problems`` list the first problem is raised; with one (which may hold those that reading found)
-    problems are appended and their samples left out. ``each`` is called before every sample: it may raise to stop.
+    Prompts longer than ``max_prompt_tokens`` are problems; none is truncated, which would separate image tokens from
+    their images. Without a ``problems`` list the first problem is raised; with one (which may hold those of reading)
+    problems are appended and their samples left out. ``each`` is called before every sample and may raise to stop.
     """
     if max_prompt_tokens is not None and processor is None:
         raise ValueError("max_prompt_tokens needs a processor: tokens are those of a particular policy")

@@ -1,7 +1,7 @@
-"""Which bytes each token id contributes to decoded text.
+"""The bytes that each token id contributes to decoded text.
 
 A byte-level BPE token is a run of raw bytes, so the text of a response is the join of its tokens' bytes, decoded once.
-Knowing the pieces apart gives every token boundary at no further decode, also where one token merges ``>`` with a
+The bytes of each token give every token boundary without another decode, also where one token merges ``>`` with a
 newline or holds half of a character.
 """
 

@@ -1,4 +1,4 @@
-"""Writers of the published file formats, each the inverse of the reader of the same name.
+"""Writers of demonstrations and tasks in the published file formats, each the inverse of its reader.
 
 Files appear complete or not at all, and an existing file is never overwritten (FileExistsError). The same samples give
 the same bytes.
@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from prism_fast.data.messages import marked_text
-from prism_fast.data.readers import NO_EQUIVALENTS, PAIR_RESPONSES, PAIR_SPANS
-from prism_fast.data.samples import Demonstration, Pair, Task
+from prism_fast.data.readers import NO_EQUIVALENTS
+from prism_fast.data.samples import Demonstration, Task
 from prism_fast.models.writing import refuse_existing, whole_file, write_whole
 
 _TEXT = pa.string()
@@ -58,33 +58,6 @@ def write_sharegpt(path: str | Path, demonstrations: Iterable[Demonstration]) ->
         record = {"id": sample.uid, "messages": messages, "images": [images.store(image) for image in sample.images]}
         lines.append(json.dumps(record, ensure_ascii=False))
     write_whole(path, "[\n" + ",\n".join(lines) + "\n]\n")
-
-
-def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
-    """One JSON object per line; images as PNG in ``<stem>_images/`` beside the file.
-
-    The format knows one optional system turn, one user turn and at most one image: ValueError for anything else.
-    """
-    path = _new_file(path)
-    images = _ImageFolder(path.parent, f"{path.stem}_images")
-    lines = []
-    for pair in pairs:
-        roles = [message["role"] for message in pair.messages]
-        if roles not in (["user"], ["system", "user"]) or len(pair.images) > 1:
-            raise ValueError(
-                f"pair {pair.uid!r} has turns {roles} and {len(pair.images)} images: "
-                "a pairwise line holds one user turn (a system turn before it) and at most one image"
-            )
-        texts = [message["content"] for message in _marked(pair.messages)]
-        record = {
-            "uid": pair.uid,
-            "system": texts[0] if len(texts) == 2 else None,
-            "prompt": texts[-1],
-            "image": images.store(pair.images[0]) if pair.images else None,
-            **{key: text for key in (*PAIR_SPANS, *PAIR_RESPONSES) if (text := getattr(pair, key)) is not None},
-        }
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    write_whole(path, "".join(lines))
 
 
 def write_tasks(path: str | Path, tasks: Iterable[Task], *, rows_per_group: int = 256) -> None:

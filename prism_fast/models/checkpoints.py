@@ -1,4 +1,4 @@
-"""Checks on checkpoint folders that name what is wrong before anything half-loaded can be used."""
+"""Checks of checkpoint folders: a fault is named before a partly loaded model can be used."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def weight_files(folder: Path) -> list[Path]:
         FileNotFoundError: neither is there, or a shard of the index is missing.
         ValueError: the index is no index, or names a file outside the folder.
     """
-    if (folder / WEIGHTS).is_file():  # what transformers reads where both exist
+    if (folder / WEIGHTS).is_file():  # transformers reads this one where both exist
         return [folder / WEIGHTS]
     return sorted(set(_shards(folder).values()))
 
@@ -79,7 +79,7 @@ def _shards(folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def open_weights(file: Path) -> Iterator[Any]:
-    """``safe_open`` of one file; a file that is none, or damaged, is a ``ValueError`` that names it."""
+    """``safe_open`` of one file. Raises ValueError naming a file that is damaged or not in the safetensors format."""
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
@@ -89,8 +89,8 @@ def open_weights(file: Path) -> Iterator[Any]:
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """Hold back transformers' warning table while loading: :func:`check_loading` decides what matters, and the table
-    calls the score head, which belongs there, unexpected."""
+    """Suppress transformers' warning table while loading: it calls the score head unexpected, and
+    :func:`check_loading` refuses real faults."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -1,8 +1,7 @@
-"""Checkpoint folders into other checkpoint folders: dense policy to discriminator, and between the two layouts in which
-experts are stored.
+"""Conversion of checkpoint folders: dense policy to discriminator, and between the two layouts of stored experts.
 
 Released discriminators (and hub files) hold experts as ``[E, H, 2I]`` and ``[E, I, H]``; stock transformers 5 saves
-what it has in memory, ``[E, 2I, H]`` and ``[E, H, I]``. Everything else is the same in both, the score head
+them as in memory, ``[E, 2I, H]`` and ``[E, H, I]``. Everything else is the same in both, the score head
 ``v_head.1.weight`` included. Results appear whole or not at all, and an existing destination is refused.
 """
 
@@ -63,7 +62,7 @@ def upcycle_folder(
 ) -> None:
     """Dense policy folder to discriminator folder in the released layout and the policy's own dtype; ``seed`` decides
     noise, routers and score head (see :func:`prism_fast.models.discriminator.build_discriminator`, which gives the same
-    weights). The dense model is in memory whole, the sparse one a file at a time.
+    weights). The whole dense model is in memory, the sparse one only a file at a time.
 
     Raises:
         FileExistsError: ``destination`` exists.
@@ -82,7 +81,7 @@ def upcycle_folder(
         for name, tensor in sparse_weights(
             policy, num_experts=num_experts, noise_std=noise_std, router_std=router_std, seed=seed
         ):
-            if name.startswith("model."):  # the language-model head stays behind
+            if name.startswith("model."):  # without the language-model head
                 written.add(name)
                 yield name, tensor
         check_complete(written, (f"model.{name}" for name in sparse))
@@ -129,7 +128,7 @@ def _weight_bytes(folder: Path) -> int:
 
 
 def _inspect(source: Path, destination: Path, *, wanted: str) -> tuple[Qwen3VLMoeConfig, Tensor]:
-    """Configuration and score head of ``source``, once everything about it is known to be as it should."""
+    """Configuration and score head of ``source``, after all checks of it."""
     refuse_existing(destination)
     family = family_of("discriminator", read_model_type(source), source)
     config = family.discriminator_config.from_pretrained(source, local_files_only=True)
@@ -149,7 +148,7 @@ def _layouts(folder: Path, experts: int, hidden: int, inner: int) -> set[str]:
         EXPERT_KEYS[0]: {(experts, hidden, 2 * inner): RELEASED, (experts, 2 * inner, hidden): STOCK},
         EXPERT_KEYS[1]: {(experts, inner, hidden): RELEASED, (experts, hidden, inner): STOCK},
     }
-    found = set()
+    layouts = set()
     for file in weight_files(folder):
         with open_weights(file) as tensors:
             for name in tensors.keys():
@@ -159,10 +158,10 @@ def _layouts(folder: Path, experts: int, hidden: int, inner: int) -> set[str]:
                         if shape not in layout:
                             wanted = " or ".join(map(str, layout))
                             raise ValueError(f"{name} in {file} has shape {shape}; its config.json asks for {wanted}")
-                        found.add(layout[shape])
-    if not found:
+                        layouts.add(layout[shape])
+    if not layouts:
         raise ValueError(f"{folder} holds no expert tensors ({EXPERT_KEYS[0]} …): its weights are not a sparse model's")
-    return found
+    return layouts
 
 
 def _turn_experts(source: Path, folder: Path) -> tuple[torch.dtype, set[str]]:

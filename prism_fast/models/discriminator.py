@@ -1,8 +1,8 @@
 """The discriminator: a stock Qwen3-VL-MoE backbone with a scalar head read at the last token of a span.
 
 On disk it has the layout of the released checkpoints: base keys and ``v_head.1.weight`` in the same safetensors,
-experts as hub files hold them (``[E, H, 2I]`` and ``[E, I, H]``, transposed to what transformers 5 holds in
-memory), and a ``value_head.pt`` for TRL-style readers that is written but never read.
+experts as in hub files (``[E, H, 2I]`` and ``[E, I, H]``; transformers 5 has them transposed in memory), and a
+``value_head.pt`` for TRL-style readers that is written but never read.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ EXPERT_KEYS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 
 
 class SpanScores(NamedTuple):
-    """``score`` ``[B]`` float32 (float64 for a float64 model), ``hidden`` ``[B, H]`` final-norm states that were
-    scored, ``router_logits``: raw logits per sparse layer, each ``[B·S, E]`` with padding included; ``None`` if no
-    layer is sparse."""
+    """``score`` ``[B]`` float32 (float64 for a float64 model); ``hidden`` ``[B, H]``: the scored final-norm states;
+    ``router_logits``: raw logits per sparse layer, each ``[B·S, E]`` with padding included, ``None`` if no layer is
+    sparse."""
 
     score: Tensor
     hidden: Tensor
@@ -60,7 +60,7 @@ class Discriminator(nn.Module):
     """``backbone`` and ``v_head = Sequential(Dropout, ScoreHead)``.
 
     The head computes in float32 whatever the backbone's dtype or an ambient autocast (float64 for a float64
-    backbone). ``head_in_float32=False`` leaves both to the surroundings: the published scores are bfloat16 numbers.
+    backbone). ``head_in_float32=False`` leaves the backbone's dtype and autocast in force, as published (bfloat16).
     ``head_dropout``: 0 here, 0.1 published; it acts in train mode only. The head starts as 0.
     """
 
@@ -108,7 +108,7 @@ def build_discriminator(
     seed: int,
 ) -> Discriminator:
     """Upcycle ``policy`` (see :func:`prism_fast.models.upcycle.upcycle`) and put a head ``N(0, head_std²)`` on it. The
-    language-model head is dropped; ``seed`` decides every number that is drawn."""
+    language-model head is dropped; ``seed`` decides every random number."""
     moe = upcycle(policy, num_experts=num_experts, top_k=top_k, noise_std=noise_std, router_std=router_std, seed=seed)
     discriminator = Discriminator(moe.model, head_dropout=head_dropout)
     discriminator.set_head(new_head(moe.config, head_std, seed))
@@ -117,7 +117,7 @@ def build_discriminator(
 
 def new_head(config: Qwen3VLMoeConfig, head_std: float, seed: int) -> Tensor:
     """[1, H], ``N(0, head_std²)``."""
-    generator = torch.Generator().manual_seed(seed + 1)  # seed itself is spent on the experts
+    generator = torch.Generator().manual_seed(seed + 1)  # the experts are drawn from seed itself
     return torch.randn((1, config.text_config.hidden_size), generator=generator) * head_std
 
 
@@ -178,8 +178,8 @@ def write_discriminator(
     processor: Processor | None,
     path: str | Path,
 ) -> None:
-    """:func:`save_discriminator` from names and weights as transformers 5 has them, which need not all be there at
-    once."""
+    """:func:`save_discriminator` from an iterator of names and weights as in transformers 5, so that they need not all
+    be in memory."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -225,17 +225,16 @@ def load_balance_loss(
 ) -> Tensor:
     """Switch Transformer load balancing, jointly over layers: ``E · Σ_e f_e · P_e``, 0-d float32 (float64 for float64).
 
-    ``f_e``: times expert ``e`` was among the chosen, per token and layer (they sum to ``top_k``); ``P_e``: mean routing
+    ``f_e``: how often expert ``e`` is chosen, per token and layer (they sum to ``top_k``); ``P_e``: mean routing
     probability. Perfect balance gives ``top_k``. Padding is excluded.
 
     Args:
         router_logits: raw logits per layer, ``[B·S, E]`` each.
         attention_mask: ``[B, S]`` (or flat), nonzero on tokens.
-        double_softmax: apply the softmax to softmaxed logits, as happens where a router reports probabilities as
-            logits.
-        choices: ``[E]``, :func:`expert_choices` of a whole step of which these logits are one micro-batch. The results
-            of all its micro-batches, and their gradients, then sum to those of the step in one piece: the loss is a
-            product of two means over the step, and no gradient flows through the first.
+        double_softmax: apply a second softmax, as happens where a router reports probabilities as logits.
+        choices: ``[E]``, :func:`expert_choices` of a whole step of which these logits are one micro-batch. The losses
+            of its micro-batches, and their gradients, then sum to those of the whole step: the loss is a product of two
+            means over the step, and no gradient flows through the first.
     """
     probs, weight = _routing(router_logits, num_experts, attention_mask, double_softmax)
     if choices is None:
@@ -248,8 +247,8 @@ def load_balance_loss(
 def expert_choices(
     router_logits: tuple[Tensor, ...], num_experts: int, top_k: int, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """``[E]`` how often each expert was among the chosen, over tokens and layers; counts of micro-batches add up.
-    Arguments as in :func:`load_balance_loss`."""
+    """``[E]``: how often each expert is chosen, over tokens and layers; counts of micro-batches add up. Arguments as in
+    :func:`load_balance_loss`."""
     probs, weight = _routing(router_logits, num_experts, attention_mask, False)
     return _choices(probs, weight, top_k)
 

@@ -1,8 +1,8 @@
 """Mixture-of-experts layers of transformers on our ops.
 
-transformers selects implementations of experts by name and hands them what its router decided. `register` adds ours to
-that registry, for any model. `use_prism_experts` goes further in a Qwen3-VL-MoE: its routers call ``route_experts``,
-whose plan reaches the experts as it is, and no softmax, top-k or sort of PyTorch runs.
+transformers selects implementations of experts by name and gives them the choices of its router. `register` adds ours
+to that registry, for any model. `use_prism_experts` also replaces the routers of a Qwen3-VL-MoE: they call
+``route_experts`` and pass its plan on to the experts, so that no softmax, top-k or sort of PyTorch runs.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def experts_forward(
     top_k_weights: Tensor,
     routing: Routing | None = None,
 ) -> Tensor:
-    """What the registry calls: hidden_states [T, H], top_k_index and top_k_weights [T, top_k], result [T, H].
+    """The registered function: hidden_states [T, H], top_k_index and top_k_weights [T, top_k], result [T, H].
 
-    ``module`` holds ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I] (the other way round if it says that it is
-    transposed). ``routing``: the plan, where the router has made one. Backends are those of ``prism_fast.ops``.
+    ``module`` holds ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I] (with the last two axes swapped if its
+    ``is_transposed`` is set). ``routing``: the plan, where the router has made one.
 
     Raises:
         NotImplementedError: experts with a bias, without a gate, with interleaved gate and up columns, with another
@@ -60,14 +60,14 @@ def experts_forward(
 def refuse_other_experts(module: nn.Module) -> None:
     """Raise NotImplementedError naming what ``moe_experts`` does not compute."""
     activation = type(getattr(module, "act_fn", None)).__name__
-    found = {
+    unsupported = {
         "a bias": module.has_bias,
         "no gate": not module.has_gate,
         "interleaved gate and up columns": not module.is_concatenated,
         f"activation {activation}": activation not in ("SiLU", "SiLUActivation"),
         "a gate function of their own": type(module)._apply_gate is not _default_apply_gate,
     }
-    wrong = [name for name, there in found.items() if there]
+    wrong = [name for name, present in unsupported.items() if present]
     if wrong:
         raise NotImplementedError(
             f"experts implementation {IMPLEMENTATION!r} computes down(silu(gate x) * up x) without bias; "
@@ -76,8 +76,8 @@ def refuse_other_experts(module: nn.Module) -> None:
 
 
 class Router(Qwen3VLMoeTextTopKRouter):
-    """The stock router's parameter, the choice by ``route_experts``. The raw logits come first, where transformers
-    records them."""
+    """The stock router with its choice made by ``route_experts``. Raw logits are the first output, because transformers
+    records that one."""
 
     def forward(self, hidden_states: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Routing]:
         """hidden_states [..., H]; logits [T, E] of all tokens, and the plan for all of them or for ``rows`` [M]."""
@@ -101,7 +101,7 @@ class SparseBlock(Qwen3VLMoeTextSparseMoeBlock):
         tokens = flat if rows is None else flat[rows]  # [T or M, H]
         if self.experts.config._experts_implementation == IMPLEMENTATION:
             out = self.experts(tokens, routing.experts, routing.weights, routing=routing)
-        else:  # chosen by hand: it gets what the stock router would give it
+        else:  # another implementation was selected: it gets the arguments of the stock router
             out = self.experts(tokens, routing.experts, routing.weights.to(flat.dtype))
         if rows is not None:
             out = torch.zeros(flat.shape, dtype=out.dtype, device=out.device).index_copy(0, rows, out)
@@ -110,25 +110,25 @@ class SparseBlock(Qwen3VLMoeTextSparseMoeBlock):
 
 @contextmanager
 def chosen_experts(model: nn.Module) -> Iterator[list[Tensor]]:
-    """What the routers of ``model`` choose for the forwards within: one ``[T, top_k]`` int64 tensor per call that
-    routes all its tokens, layer by layer. They are the tensors of the forward itself; nothing is computed or copied."""
-    found: list[Tensor] = []
+    """The choices of the routers of ``model`` in the forwards within the block: one ``[T, top_k]`` int64 tensor per
+    call that routes all its tokens, layer by layer. They are the forward's own tensors, not copies."""
+    choices: list[Tensor] = []
 
     def keep(router: Router, args: tuple, output: tuple[Tensor, Routing]) -> None:
         if len(args) == 1:
-            found.append(output[1].experts)
+            choices.append(output[1].experts)
 
     hooks = [module.register_forward_hook(keep) for module in model.modules() if isinstance(module, Router)]
     try:
-        yield found
+        yield choices
     finally:
         for hook in hooks:
             hook.remove()
 
 
 def use_prism_experts(model: nn.Module) -> None:
-    """Select our routers and experts in ``model`` (a Qwen3-VL-MoE model or backbone). Parameters stay where they are
-    and keep their names. An implementation that ``model.set_experts_implementation`` selects later stays selected."""
+    """Select our routers and experts in ``model`` (a Qwen3-VL-MoE model or backbone). Parameters and their names do not
+    change. ``model.set_experts_implementation`` may select another implementation later."""
     register()
     model.set_experts_implementation(IMPLEMENTATION)
     for module in model.modules():

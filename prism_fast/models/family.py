@@ -1,7 +1,7 @@
 """Model families: their classes, their ``model_type`` strings, and where their language model and image tower are.
 
-What reads or builds a model asks here. Modules that put other arithmetic into a family's own layers (``experts``,
-``fused_trunk``, ``score_rows``, ``vision_attention``, ``positions``) name its classes themselves: they are its own too.
+Code that reads or builds a model asks here. Modules that replace the arithmetic of one family's layers (``experts``,
+``fused_trunk``, ``score_rows``, ``vision_attention``, ``positions``) name its classes directly.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Plain padded forward of policy and discriminator: rows = prompt + continuation, right-padded.
 
-The image of a prompt is encoded once per batch however many rows share the prompt; its features are gathered by
-index into every row, and gradients of all rows meet in the one encoding.
+The images of a prompt are encoded once per batch, however many rows share the prompt; an index copies the features into
+every row, and the gradients of all rows add up in the one encoding.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class TokenBatch:
 
 
 class ResponseRows(NamedTuple):
-    """Where continuation tokens are predicted: ``index`` ``[N]`` int64 into the flat ``[B·S]`` rows (the hidden
-    state one position before each continuation token), ``target`` ``[N]`` int64, ``cu_seqlens`` ``[B+1]`` int32
-    offsets per row."""
+    """The rows that predict continuation tokens: ``index`` ``[N]`` int64 into the flat ``[B·S]`` hidden states (one
+    position before each continuation token), ``target`` ``[N]`` int64, ``cu_seqlens`` ``[B+1]`` int32 offsets per
+    continuation."""
 
     index: Tensor
     target: Tensor
@@ -74,7 +74,7 @@ def collate(
     pad_id: int,
     positions: Literal["mrope", "text"] = "mrope",
 ) -> TokenBatch:
-    """Lay out rows on the CPU. A prompt that no row uses costs nothing; one object listed twice counts as one prompt.
+    """Lay out rows on the CPU. A prompt that no row uses costs nothing; an object that is listed twice is one prompt.
 
     ``positions="text"`` gives the published 1-D positions on all three axes instead of M-RoPE. Padding has position 0.
 
@@ -101,7 +101,7 @@ def collate(
     input_ids = np.full((rows, width), pad_id, dtype=np.int64)
     position_ids = np.zeros((3, rows, width), dtype=np.int64)
     slots, features = [], []
-    first_feature: dict[int, int] = {}  # of a prompt object, among the features of the whole batch
+    first_feature: dict[int, int] = {}  # by id of the prompt: its first row among the features of the batch
     with_images: list[Prompt] = []
     encoded = 0
     for b, (p, continuation) in enumerate(zip(prompt_of_row, continuations, strict=True)):
@@ -185,8 +185,8 @@ def continuation_ids(index: int, continuation: Sequence[int], config: PreTrained
 def language_outputs(backbone: nn.Module, batch: TokenBatch, **kwargs: bool | Tensor) -> NamedTuple:
     """Output of the backbone's language model (``last_hidden_state`` ``[B, S, H]`` after the final norm) for a batch.
 
-    ``backbone`` is a ``Qwen3VLModel`` or ``Qwen3VLMoeModel``. It is not called as a whole: its own forward would encode
-    the image of every row, and leaks text arguments into the vision tower.
+    ``backbone`` is a ``Qwen3VLModel`` or ``Qwen3VLMoeModel``. Its own forward is not used: it would encode the image of
+    every row, and passes text arguments to the vision tower.
     """
     embeds = trunk(backbone).embed_tokens(batch.input_ids)
     visual: dict[str, object] = {}
@@ -207,8 +207,8 @@ def language_outputs(backbone: nn.Module, batch: TokenBatch, **kwargs: bool | Te
 
 
 def hidden_states(backbone: nn.Module, batch: TokenBatch) -> Tensor:
-    """Final-norm hidden states ``[B, S, H]`` in the model's dtype; rows of padding hold no meaning. Gradients reach the
-    vision tower, which runs once per distinct prompt."""
+    """Final-norm hidden states ``[B, S, H]`` in the model's dtype; those of padding are meaningless. Gradients reach
+    the vision tower, which encodes each distinct prompt once."""
     return language_outputs(backbone, batch).last_hidden_state
 
 

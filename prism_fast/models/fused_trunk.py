@@ -1,10 +1,10 @@
 """Liger's Triton kernels in the dense trunk of a Qwen3-VL(-MoE) language model: RMS norms, rotary embedding, SwiGLU.
 
-The modules of one model get another ``forward``, classes of transformers stay as they are, and so do parameter names.
-The vision tower and the experts are not touched. Liger's functions compute what the modules compute, with sums in
-float32: the norm of a row, rounded, then times the weight; q and k turned in place by the cosines and sines
-``[B, L, D]`` that the model's own rotary module has made for explicit positions, M-RoPE's interleaved axes included;
-silu(gate) in float32 times up.
+The modules of one model get another ``forward``; classes of transformers and parameter names do not change, nor do the
+vision tower and the experts. Liger's functions compute the same as the modules, with sums in float32: a row is
+normalised, rounded, then multiplied by the weight; q and k are rotated in place by the cosines and sines ``[B, L, D]``
+of the model's own rotary module, M-RoPE's interleaved axes included; silu(gate) is formed in float32, then multiplied
+by up.
 """
 
 from __future__ import annotations
@@ -67,11 +67,10 @@ def liger() -> Kernels:
 
 
 def trunk_kernels(choice: FusedTrunk, device: torch.device, dtype: torch.dtype) -> str:
-    """Which kernels ``choice`` means for models of this device and dtype: ``"liger <version>"``, or
-    ``"stock (<why>)"``.
+    """The kernels that ``choice`` selects for this device and dtype: ``"liger <version>"`` or ``"stock (<why>)"``.
 
     Raises:
-        ValueError: ``liger`` is asked for where it cannot run, or ``choice`` is none of auto, off and liger.
+        ValueError: ``liger`` cannot run here, or ``choice`` is not auto, off or liger.
     """
     if choice not in get_args(FusedTrunk):
         raise ValueError(f"model.fused_trunk must be one of {', '.join(get_args(FusedTrunk))}, got {choice!r}")
@@ -98,9 +97,8 @@ def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def use_fused_trunk(model: nn.Module, choice: FusedTrunk = "auto") -> str:
-    """Put the kernels into the language model inside ``model`` (policy, backbone or discriminator), in place
-    (idempotent), where ``choice`` says so. To be called once the model has its device and dtype. Returns and raises
-    what :func:`trunk_kernels` does."""
+    """Put the kernels of ``choice`` into the language model inside ``model`` (policy, backbone or discriminator), in
+    place (idempotent). Call it once the model has its device and dtype. Returns and raises as :func:`trunk_kernels`."""
     weight = _trunk(model).embed_tokens.weight
     chosen = trunk_kernels(choice, weight.device, weight.dtype)
     if chosen.startswith("liger"):
@@ -109,14 +107,14 @@ def use_fused_trunk(model: nn.Module, choice: FusedTrunk = "auto") -> str:
 
 
 def _trunk(model: nn.Module) -> nn.Module:
-    found = next((m for m in model.modules() if isinstance(m, (Qwen3VLTextModel, Qwen3VLMoeTextModel))), None)
-    if found is None:
+    language_model = next((m for m in model.modules() if isinstance(m, (Qwen3VLTextModel, Qwen3VLMoeTextModel))), None)
+    if language_model is None:
         raise ValueError(f"fused trunk: {type(model).__name__} holds no language model of Qwen3-VL or Qwen3-VL-MoE")
-    return found
+    return language_model
 
 
 def fuse(model: nn.Module) -> None:
-    """Put Liger's kernels in, whatever the device (tests run them in Triton's interpreter).
+    """Put Liger's kernels in, on any device (tests run them in Triton's interpreter).
 
     Raises:
         ValueError: no language model inside, or its parameters are neither all float32 nor all bfloat16.
@@ -131,8 +129,8 @@ def fuse(model: nn.Module) -> None:
         )
     for module in trunk.modules():
         if isinstance(module, (Qwen3VLTextRMSNorm, Qwen3VLMoeTextRMSNorm)):
-            # In a layer the norm's output feeds matrix products, whose gradient nobody else holds. The last norm's goes
-            # to callers, who may have given its gradient themselves: that one is left as it is.
+            # A norm's backward may overwrite its output's gradient if nobody else holds it. Inside a layer the output
+            # feeds matrix products only; the last norm's goes to callers, who may hold its gradient.
             module.forward = MethodType(partial(_rms_norm, in_place=module is not trunk.norm), module)
         elif isinstance(module, (Qwen3VLTextAttention, Qwen3VLMoeTextAttention)):
             module.forward = MethodType(_attention(type(module)), module)
@@ -161,7 +159,7 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
 
 @lru_cache(maxsize=4)
 def _attention(kind: type[nn.Module]) -> FunctionType:
-    """The stock class's own forward, which finds our rotary function where it looks for transformers'."""
+    """The stock class's own forward with our rotary function in place of transformers'."""
     stock = kind.forward
     if ROTARY not in stock.__code__.co_names:
         raise NotImplementedError(

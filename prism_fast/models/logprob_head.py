@@ -22,10 +22,9 @@ class LogProbHead(nn.Linear):
     ``head(hidden)`` gives scores [..., V] as ever. ``head(hidden, labels, ...)`` gives
     ``LogProb(logp [...], entropy [...] or [0])`` of hidden [..., H] and labels [...]; rows are not shifted.
     `policy_loss` and `cross_entropy` give a loss over them, computed in the same forward, so that hooks around it fire.
-    ``banned=True``: the tokens of `ban` have probability 0, as where they may not be sampled. Other options are those
+    ``banned=True``: the tokens of `ban` have probability 0, as in sampling that excludes them. Other options are those
     of the op, by default ``prism_fast.ops.linear_logprob``; ``temperature`` may have the shape of the labels. Under
-    autocast hidden is cast, products are in its dtype, and statistics and the weight's gradient are float32 all the
-    same.
+    autocast hidden is cast and products are in its dtype; statistics and the weight's gradient stay float32.
     """
 
     def __init__(self, *arguments, **options):
@@ -33,9 +32,9 @@ class LogProbHead(nn.Linear):
         self.register_buffer("ban_row", None, persistent=False)  # [V] 0 or -inf, dtype of the weight
 
     def ban(self, tokens: Sequence[int]) -> None:
-        """The tokens that ``banned=True`` leaves out, instead of those named before.
+        """Set the tokens that ``banned=True`` excludes; replaces earlier ones.
 
-        The row moves with the module and is not part of its state. Raises ValueError for a token outside the matrix and
+        They move with the module but are not in its state dict. Raises ValueError for a token outside the matrix and
         for a module without memory (device "meta").
         """
         if wrong := [token for token in tokens if not 0 <= token < self.out_features]:
@@ -108,17 +107,17 @@ class LogProbHead(nn.Linear):
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):  # the op chooses the precision of its own steps
-            found = op(
+            result = op(
                 hidden.reshape(-1, hidden.shape[-1]),
                 self.weight,
                 labels.reshape(-1),
                 bias=self._bias(banned),
                 **options,
             )
-        if not isinstance(found, ops.LogProb):
-            return found
-        entropies = found.entropy.view(labels.shape) if found.entropy.shape == found.logp.shape else found.entropy
-        return ops.LogProb(found.logp.view(labels.shape), entropies)
+        if not isinstance(result, ops.LogProb):
+            return result
+        entropy = result.entropy.view(labels.shape) if result.entropy.shape == result.logp.shape else result.entropy
+        return ops.LogProb(result.logp.view(labels.shape), entropy)
 
     def policy_loss(
         self,

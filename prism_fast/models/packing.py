@@ -1,9 +1,9 @@
-"""Packed rows ``[prompt with image | branch | branch | …]``: what continuations of one prompt share is computed once.
+"""Packed rows ``[prompt with image | branch | branch | …]``: a prompt is computed once for all its continuations.
 
-A prompt with a single branch shares nothing: both are one segment, an ordinary sequence (all rows of SFT are such). A
-branch sees its prompt and itself; its positions continue from the prompt's largest one; its first token is predicted
-by the prompt's last row, whose hidden state is therefore read once per branch. The result is that of
-``models.forward``, where the prompt is repeated in front of every continuation; tokens fall from n(P + R) to P + nR.
+A branch sees its prompt and itself; its positions continue from the prompt's largest one; the prompt's last token
+predicts its first token, so that hidden state is read once per branch. A prompt with a single branch is laid out as one
+ordinary sequence (as all rows of SFT are). The result is that of ``models.forward``, where the prompt is repeated in
+front of every continuation; tokens fall from n(P + R) to P + nR.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Branch = tuple[int, int]  # (group, number of the branch in its group)
 
 @dataclass(frozen=True, eq=False)
 class PromptGroup:
-    """A prompt and its continuations; ``None`` stands for one that is not computed (an invalid rollout, one whose
-    gradient is zero), so that the numbers of the others stay."""
+    """A prompt and its continuations. One that is not computed (an invalid rollout, or one whose gradient is zero) is
+    ``None``, so that the indices of the others do not change."""
 
     prompt: Prompt
     branches: Sequence[Sequence[int] | None]
@@ -43,13 +43,13 @@ class PromptGroup:
 class PackedRow:
     """``T`` tokens of one or several (sub-)groups; ``B`` branches of ``N`` tokens together.
 
-    ``input_ids`` ``[1, T]``, ``position_ids`` ``[3, 1, T]`` int64; ``layout``: who sees whom. ``branches``: which
-    branch stands at which place, in the order of everything below. ``predict``: the rows that predict the branches'
-    tokens (the first one of a branch by the last row of its prompt). ``span_end`` ``[B]`` int64: the last row of each
-    branch (of its prompt for an empty one). ``branch`` ``[T]`` int64: which of the B branches a token belongs to, -1: a
-    prompt. ``copies`` ``[T]`` int64: how often a token would be computed without sharing. ``prompts``: the distinct
-    prompts with images, ``image_slot`` ``[M]`` the rows of their image tokens in ascending order and ``image_feature``
-    ``[M]`` the features that belong there, counted over ``prompts``; None without images.
+    ``input_ids`` ``[1, T]``, ``position_ids`` ``[3, 1, T]`` int64; ``layout``: which tokens see each other.
+    ``branches``: the B branches in the order that the other fields use. ``predict``: the positions that predict the
+    branches' tokens (the first token of a branch: the last position of its prompt). ``span_end`` ``[B]`` int64: the
+    last position of each branch (of its prompt for an empty one). ``branch`` ``[T]`` int64: the branch of each token,
+    -1 in a prompt. ``copies`` ``[T]`` int64: how often the padded layout would compute each token. ``prompts``: the
+    distinct prompts with images; ``image_slot`` ``[M]``: positions of their image tokens, ascending; ``image_feature``
+    ``[M]``: the index of each one's feature over all ``prompts``; both None without images.
     """
 
     input_ids: Tensor
@@ -70,7 +70,7 @@ class PackedRow:
         return self.input_ids.shape[1]
 
     def to(self, device: str | torch.device) -> PackedRow:
-        """The same row with every tensor on ``device`` (pixels follow when they are encoded)."""
+        """The same row with every tensor on ``device`` (pixels are moved when they are encoded)."""
         fields = {f.name: _move(getattr(self, f.name), device) for f in dataclasses.fields(self)}
         return PackedRow(**fields)
 
@@ -79,7 +79,7 @@ def _move(value: object, device: str | torch.device) -> object:
     if isinstance(value, Tensor):
         return moved(value, device)
     if isinstance(value, (PrefixLayout, ResponseRows)):
-        return type(value)(*(_move(part, device) for part in value))
+        return type(value)(*(_move(field, device) for field in value))
     return value
 
 
@@ -92,9 +92,9 @@ def pack(
 ) -> list[PackedRow]:
     """Lay groups out in rows of at most ``budget`` tokens, on the CPU. A prompt is charged once per row.
 
-    A group that does not fit is cut into sub-groups that repeat its prompt, in rows that follow each other; the
-    branches of a group may therefore stand in several rows. A prompt with one branch that is longer than the budget
-    stands alone. Groups without branches are left out. The result of training does not depend on the cut.
+    A group that does not fit is cut into sub-groups, which repeat its prompt in consecutive rows. A prompt with one
+    branch that is longer than the budget gets a row of its own. Groups without branches are left out. The result of
+    training does not depend on the cut.
 
     Raises:
         ValueError: a budget under 1, and what ``models.forward.collate`` refuses.
@@ -105,49 +105,49 @@ def pack(
         raise ValueError(f"positions must be 'mrope' or 'text', got {positions!r}")
     used = [g for g, group in enumerate(groups) if any(branch is not None for branch in group.branches)]
     prompts = {g: lay_out_prompt(g, groups[g].prompt, model_config, positions) for g in used}
-    return [_row([(groups[u.group], prompts[u.group], u) for u in row], model_config) for row in _rows(groups, budget)]
+    return [_row([(groups[s.group], prompts[s.group], s) for s in row], model_config) for row in _rows(groups, budget)]
 
 
-class _Unit(NamedTuple):
-    """Branches of one group that stand behind one copy of their prompt."""
+class _SubGroup(NamedTuple):
+    """Branches of one group that share one copy of their prompt."""
 
     group: int
     branches: tuple[int, ...]
     tokens: int
 
 
-def _rows(groups: Sequence[PromptGroup], budget: int) -> list[list[_Unit]]:
-    """Whole groups into the first row with room, largest first; sub-groups of a cut group each open a row."""
-    whole: list[_Unit] = []
-    rows: list[list[_Unit]] = []
+def _rows(groups: Sequence[PromptGroup], budget: int) -> list[list[_SubGroup]]:
+    """Whole groups go into the first row with room, largest first; each sub-group of a cut group opens a row."""
+    whole: list[_SubGroup] = []
+    rows: list[list[_SubGroup]] = []
     for g, group in enumerate(groups):
         lengths = {b: len(branch) for b, branch in enumerate(group.branches) if branch is not None}
         prompt = len(group.prompt.input_ids)
         if not lengths:
             continue
         if prompt + sum(lengths.values()) <= budget:
-            whole.append(_Unit(g, tuple(lengths), prompt + sum(lengths.values())))
+            whole.append(_SubGroup(g, tuple(lengths), prompt + sum(lengths.values())))
             continue
-        parts: list[list[int]] = []
+        cuts: list[list[int]] = []
         for b in sorted(lengths, key=lambda b: (-lengths[b], b)):
-            fitting = (part for part in parts if prompt + lengths[b] + sum(lengths[i] for i in part) <= budget)
-            part = next(fitting, None)
-            if part is None:
-                parts.append([b])
+            fitting = (cut for cut in cuts if prompt + lengths[b] + sum(lengths[i] for i in cut) <= budget)
+            cut = next(fitting, None)
+            if cut is None:
+                cuts.append([b])
             else:
-                part.append(b)
-        rows += [[_Unit(g, tuple(sorted(part)), prompt + sum(lengths[b] for b in part))] for part in parts]
-    for unit in sorted(whole, key=lambda u: (-u.tokens, u.group)):
-        fitting = (row for row in rows if unit.tokens + sum(u.tokens for u in row) <= budget)
+                cut.append(b)
+        rows += [[_SubGroup(g, tuple(sorted(cut)), prompt + sum(lengths[b] for b in cut))] for cut in cuts]
+    for group in sorted(whole, key=lambda s: (-s.tokens, s.group)):
+        fitting = (row for row in rows if group.tokens + sum(s.tokens for s in row) <= budget)
         row = next(fitting, None)
         if row is None:
-            rows.append([unit])
+            rows.append([group])
         else:
-            row.append(unit)
+            row.append(group)
     return rows
 
 
-def _row(units: list[tuple[PromptGroup, PromptLayout, _Unit]], config: PreTrainedConfig) -> PackedRow:
+def _row(members: list[tuple[PromptGroup, PromptLayout, _SubGroup]], config: PreTrainedConfig) -> PackedRow:
     ids, positions, owner, copies, slots, features = [], [], [], [], [], []
     cu, branch_prefix, prefix_start, prefix_len, followers = [0], [], [], [], []
     branches: list[Branch] = []
@@ -155,7 +155,7 @@ def _row(units: list[tuple[PromptGroup, PromptLayout, _Unit]], config: PreTraine
     first_feature: dict[int, int] = {}
     prompts: list[Prompt] = []
     encoded = 0
-    for group, prompt, unit in units:
+    for group, prompt, member in members:
         start, length = cu[-1], prompt.ids.size
         if prompt.image_slot.size and id(group.prompt) not in first_feature:
             first_feature[id(group.prompt)] = encoded
@@ -167,17 +167,17 @@ def _row(units: list[tuple[PromptGroup, PromptLayout, _Unit]], config: PreTraine
         ids.append(prompt.ids)
         positions.append(prompt.positions)
         owner.append(np.full(length, -1))
-        copies.append(np.full(length, len(unit.branches)))
-        shared = len(unit.branches) > 1
+        copies.append(np.full(length, len(member.branches)))
+        shared = len(member.branches) > 1
         if shared:
             prefix_start.append(start)
             prefix_len.append(length)
-            followers.append(unit.tokens - length)
+            followers.append(member.tokens - length)
             branch_prefix.append(-1)
             cu.append(start + length)
         begin = start + length
-        last = begin - 1  # the row that predicts every branch's first token
-        for b in unit.branches:
+        last = begin - 1  # the position that predicts the first token of every branch
+        for b in member.branches:
             tail = continuation_ids(b, group.branches[b], config)
             n = tail.size
             ids.append(tail)
@@ -186,7 +186,7 @@ def _row(units: list[tuple[PromptGroup, PromptLayout, _Unit]], config: PreTraine
             copies.append(np.ones(n, dtype=np.int64))
             branch_prefix.append(len(prefix_start) - 1 if shared else -1)
             cu.append(begin + n)
-            branches.append((unit.group, b))
+            branches.append((member.group, b))
             predict.append(np.concatenate(([last], np.arange(begin, begin + n - 1)))[:n])
             target.append(tail)
             counts.append(n)
@@ -218,23 +218,23 @@ def _row(units: list[tuple[PromptGroup, PromptLayout, _Unit]], config: PreTraine
 
 
 class SharedImages:
-    """Images of prompts that stand in several rows, encoded once.
+    """Encodes the images of prompts that are in several rows once.
 
-    A row reads copies of the features that are cut off from the vision tower; ``finish`` sends the gradients that all
-    rows left there through it, once, behind the last of them. Rows must come in the order of ``pack`` for the features
-    to live no longer than needed. Images of a prompt in one row alone are not kept here. One object serves one pass
-    over the rows, and a pass without gradient before it over those that were announced.
+    Rows read detached copies of the features; after the last row ``finish`` backpropagates the gradients of all of them
+    through the vision tower, once. Compute the rows in the order of ``pack``, so that features live no longer than
+    needed. Images of a prompt in a single row are not kept here. One object serves one pass over the rows, and before
+    it one pass without gradient over the announced rows.
     """
 
     def __init__(self, rows: Sequence[PackedRow]) -> None:
         counts = Counter(id(prompt) for row in rows for prompt in row.prompts)
         self._rows_left = {key: n for key, n in counts.items() if n > 1}
-        self._encoded: dict[int, tuple[ImageFeatures, ImageFeatures]] = {}  # with graph; the leaves rows read
+        self._encoded: dict[int, tuple[ImageFeatures, ImageFeatures]] = {}  # with graph; the copies that rows read
         self._announced: set[int] = set()
 
     def announce(self, rows: Sequence[PackedRow]) -> None:
-        """These rows are computed without gradient first and learned from afterwards: the first pass encodes their
-        images with the graph that the second one needs."""
+        """Say that these rows are computed without gradient before the pass that learns: the first pass then encodes
+        their images with the graph that the second one needs."""
         for prompt in (prompt for row in rows for prompt in row.prompts):
             self._rows_left.setdefault(id(prompt), 1)
             self._announced.add(id(prompt))
@@ -242,24 +242,24 @@ class SharedImages:
     def encode(self, backbone: nn.Module, row: PackedRow) -> ImageFeatures:
         """The features of ``row.prompts``, in order."""
         missing = [prompt for prompt in row.prompts if id(prompt) not in self._encoded]
-        found = dict(self._encoded)
+        features = dict(self._encoded)
         if missing:
             learned = torch.is_grad_enabled() or all(id(prompt) in self._announced for prompt in missing)
             with torch.set_grad_enabled(learned):
                 encoded = _encode(backbone, missing, row.input_ids.device)
-            for prompt, fresh in zip(missing, encoded, strict=True):
-                found[id(prompt)] = (fresh, fresh)
+            for prompt, images in zip(missing, encoded, strict=True):
+                features[id(prompt)] = (images, images)
                 if id(prompt) in self._rows_left:
-                    found[id(prompt)] = self._encoded[id(prompt)] = (fresh, _map(_leaf, fresh))
-        return _join([found[id(prompt)][1] for prompt in row.prompts])
+                    features[id(prompt)] = self._encoded[id(prompt)] = (images, _map(_leaf, images))
+        return _join([features[id(prompt)][1] for prompt in row.prompts])
 
     def finish(self, row: PackedRow, backward: Callable[[Tensor], object]) -> None:
-        """To be called after the row's own backward (or without one: ``backward`` is then not called).
+        """Call after the row's own backward; where it had none, ``backward`` is not called.
 
-        ``backward`` gets a 0-d tensor whose gradient is that of all rows with respect to the images of the prompts
-        that no later row holds: the same function that the losses go to.
+        ``backward``: the function that also takes the losses. It gets a 0-d tensor whose gradient is that of all rows
+        with respect to the images of the prompts that no later row holds.
         """
-        parts = []
+        products = []
         for prompt in row.prompts:
             if id(prompt) not in self._rows_left:
                 continue
@@ -270,9 +270,9 @@ class SharedImages:
                     (encoded.features, *encoded.levels), (leaves.features, *leaves.levels), strict=True
                 ):
                     if leaf.grad is not None:
-                        parts.append((value * leaf.grad).sum(dtype=torch.float64))
-        if parts:
-            backward(torch.stack(parts).sum())
+                        products.append((value * leaf.grad).sum(dtype=torch.float64))
+        if products:
+            backward(torch.stack(products).sum())
 
 
 def _leaf(x: Tensor) -> Tensor:
@@ -334,7 +334,7 @@ def packed_outputs(
 
 
 def _prepared(layout: PrefixLayout, embeds: Tensor, config: PreTrainedConfig) -> PrefixLayout:
-    """What is the same for all layers, made once."""
+    """The layout with everything that is the same for all layers, computed once."""
     device = embeds.device.type
     cast = torch.is_autocast_enabled(device)
     return prepare_prefix_layout(
@@ -345,8 +345,3 @@ def _prepared(layout: PrefixLayout, embeds: Tensor, config: PreTrainedConfig) ->
         width=config.head_dim,
         dtype=torch.get_autocast_dtype(device) if cast else embeds.dtype,
     )
-
-
-def packed_hidden_states(backbone: nn.Module, row: PackedRow, images: SharedImages | None = None) -> Tensor:
-    """Final-norm hidden states ``[T, H]`` of a packed row in the model's dtype; see :func:`packed_outputs`."""
-    return packed_outputs(backbone, row, images).last_hidden_state[0]

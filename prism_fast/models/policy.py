@@ -119,7 +119,7 @@ def tiny_config(
 
 def build_tiny_policy(processor: Processor, size: TinyPolicy, seed: int) -> Qwen3VLForConditionalGeneration:
     """A randomly initialised float32 policy on the CPU. ``seed`` alone decides its weights (transformers' own
-    initialisation); the global random state is left as it was. Input and output embeddings are tied."""
+    initialisation); the global random state does not change. Input and output embeddings are tied."""
     tokenizer = processor.tokenizer
     image = processor.image_processor
     token_id = tokenizer.convert_tokens_to_ids
@@ -149,8 +149,8 @@ def build_tiny_policy(processor: Processor, size: TinyPolicy, seed: int) -> Qwen
 def load_policy(
     path: str | Path, *, dtype: torch.dtype | Literal["auto"] = torch.float32, device: str | torch.device = "cpu"
 ) -> Qwen3VLForConditionalGeneration:
-    """Read any Qwen3-VL (dense) checkpoint folder: safetensors only, no network, no remote code. ``dtype="auto"``: the
-    folder's own.
+    """Read any dense Qwen3-VL checkpoint folder: safetensors only, no network, no remote code. ``dtype="auto"``: that
+    of the folder.
 
     Raises:
         FileNotFoundError: the folder, its ``config.json`` or its weights are missing.

@@ -18,7 +18,7 @@ def mrope_positions(
     """Positions of one unpadded prompt, and the position of the token that follows it.
 
     Text counts up by one on all axes. An image that starts at position ``s`` has time ``s + t``, height ``s +
-    row``, width ``s + column`` of its merged patches; the text behind it starts at ``s + max(rows, columns)``.
+    row``, width ``s + column`` of its merged patches; the text after it starts at ``s + max(rows, columns)``.
     (Qwen3-VL; equal to ``get_rope_index`` of transformers for still images.)
 
     Args:

@@ -1,8 +1,8 @@
-"""Text and images to model inputs with the tokenizer and transformers' PIL image processor only.
+"""Text and images to model inputs, with only the tokenizer and transformers' PIL image processor.
 
-Stock ``AutoProcessor`` for Qwen3-VL needs torchvision because of its video half. Training needs neither videos nor
-torchvision, so this class reads and writes the same files and does the image half itself. Pixels follow the PIL backend
-(bicubic in PIL; torchvision's differ in the third digit).
+Stock ``AutoProcessor`` for Qwen3-VL needs torchvision because it also handles videos. Training does not, so this class
+reads and writes the same files but handles images alone. Pixels are those of the PIL backend (bicubic in PIL;
+torchvision's differ in the third digit).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _QWEN3_VL_STD = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One prompt as the models see it; made once, read by rollout engine and trainer.
+    """One prompt as input of the models; made once, read by rollout engine and trainer.
 
     ``input_ids``: token ids, image placeholders already expanded to one id per merged patch, ending with the
     generation prompt. ``pixel_values`` ``[patches, C·T·p·p]`` float32 and ``image_grid_thw`` ``[images, 3]`` int64
-    (patches along time, height, width): ``None`` for a prompt without images. ``images``: what the pixels were made of,
+    (patches along time, height, width): ``None`` for a prompt without images. ``images``: the originals of the pixels,
     for engines that preprocess images themselves.
     """
 
@@ -45,7 +45,7 @@ class Prompt:
 
 
 class Processor:
-    """Tokenizer and PIL image processor of a Qwen3-VL model; holds no state that encoding changes.
+    """Tokenizer and PIL image processor of a Qwen3-VL model; encoding changes no state.
 
     Attributes: ``tokenizer``, ``image_processor``, ``eos_id`` (``<|im_end|>``), ``pad_id`` (``<|endoftext|>``),
     ``image_token_id``, ``banned_ids`` (vision tokens: a sampled one would ask for an image that does not exist, so
@@ -110,7 +110,7 @@ class Processor:
             raise FileNotFoundError(f"{folder / 'preprocessor_config.json'} is missing: copy the image settings there")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if tokenizer.chat_template is None and (folder / "chat_template.json").is_file():
-            # Older checkpoints keep the template beside the tokenizer's files, where only a full processor looks.
+            # Older checkpoints have the template in a file of its own, which only a full processor reads.
             tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
         if min_pixels is not None or max_pixels is not None:
@@ -121,7 +121,7 @@ class Processor:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write tokenizer, chat template, image and video settings. Stock ``AutoProcessor`` loads the folder as a
-        ``Qwen3VLProcessor`` where torchvision exists; the video file is there for its sake alone."""
+        ``Qwen3VLProcessor`` where torchvision exists; only it needs the video file."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
@@ -146,7 +146,7 @@ class Processor:
             "size": {key: int(ip.size[key]) for key in ("shortest_edge", "longest_edge")},
             "temporal_patch_size": ip.temporal_patch_size,
         }
-        # The undecorated class name is the one that every transformers line resolves to the backend it has.
+        # Every version of transformers resolves the name without a suffix to the backend that it has.
         _write_json(folder / "preprocessor_config.json", {**shared, "image_processor_type": "Qwen2VLImageProcessor"})
         _write_json(
             folder / "video_preprocessor_config.json", {**shared, "video_processor_type": "Qwen3VLVideoProcessor"}
@@ -158,7 +158,7 @@ class Processor:
         """Render ``messages`` with the chat template, expand image placeholders, preprocess ``images``.
 
         ``messages``: ``{"role": str, "content": str | [{"type": "image"} | {"type": "text", "text": str}, …]}``;
-        the k-th image part stands for ``images[k]``. ``generation_prompt`` appends ``<|im_start|>assistant\\n``.
+        the k-th image part is ``images[k]``. ``generation_prompt`` appends ``<|im_start|>assistant\\n``.
 
         Raises:
             ValueError: the number of image placeholders in the rendered text and of ``images`` differ, or no messages.
@@ -178,7 +178,7 @@ class Processor:
         return Prompt(tuple(expanded), features["pixel_values"], grid, tuple(images))
 
     def prompt_tokens(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image]) -> int:
-        """Length of ``encode_prompt(messages, images).input_ids`` without touching a pixel. Raises as it does."""
+        """Length of ``encode_prompt(messages, images).input_ids``, computed without reading pixels. Raises like it."""
         tokens = len(self._prompt_ids(messages, len(images), True))
         for image in images:
             patches = self.image_processor.get_number_of_image_patches(image.height, image.width)
@@ -202,12 +202,12 @@ class Processor:
         return ids
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of ``text`` as it stands: nothing added in front or behind, special tokens recognised."""
+        """Token ids of ``text``: nothing is added before or after it, special tokens are recognised."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def encode_plain(self, text: str) -> list[int]:
-        """Token ids of a text somebody wrote, a model included: a special token spelled out in it stays letters, so
-        that no text can open a turn or stand for an image. ``<think>`` and ``</think>`` are not special."""
+        """Token ids of a text written by a person or a model: special tokens spelled out in it are plain letters, so
+        that no text can open a turn or pose as an image. ``<think>`` and ``</think>`` are not special."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -216,7 +216,7 @@ class Processor:
 
 
 def _area_limits(min_pixels: int, max_pixels: int) -> dict[str, int]:
-    """The image area limits under the names that Qwen's image processors give them (they are areas, not edges)."""
+    """The limits of the image area under the names in Qwen's image processors (areas, although called edges)."""
     if not 0 < min_pixels <= max_pixels:
         raise ValueError(f"image area limits need 0 < min_pixels <= max_pixels, got {min_pixels} and {max_pixels}")
     return {"shortest_edge": min_pixels, "longest_edge": max_pixels}

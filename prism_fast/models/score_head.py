@@ -13,9 +13,9 @@ HEAD_KEY = "v_head.1.weight"
 
 
 class ScoreHead(nn.Linear):
-    """``Linear(H, 1, bias=False)`` that gives one number per row: hidden [..., H] to [...].
+    """``Linear(H, 1, bias=False)`` without the last axis: hidden [..., H] to scores [...].
 
-    A sum per row rather than a matrix product: its result cannot depend on where in the batch the row stands, so equal
+    It sums per row instead of a matrix product: the result cannot depend on the row's place in the batch, so equal
     hidden states give equal scores to the bit. ``as_published``: the product of ``nn.Linear`` instead.
     """
 
@@ -24,7 +24,7 @@ class ScoreHead(nn.Linear):
         self.as_published = as_published
 
     def reset_parameters(self) -> None:
-        """Zeros: nothing is drawn for a weight that is set right afterwards."""
+        """Set zeros: the weight is set right after construction, so no random number is drawn for it."""
         nn.init.zeros_(self.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The last layer of a discriminator for the rows that are scored, and for no others.
+"""The last layer of a discriminator, computed for scored rows only.
 
-A score reads one row per span. In front of the last layer's attention every row matters, because later tokens attend to
-it; behind it only the scored ones do. The layer's experts, and the final norm, compute just these. The rows travel as
-the argument ``score_rows`` of the language model, as the layout of packed rows does, through gradient checkpointing.
+A score reads one row per span. Before the last layer's attention every row matters, because later tokens attend to it;
+after it only the scored rows do, so the layer's experts and the final norm compute only these. The rows are passed as
+the argument ``score_rows`` of the language model, like the layout of packed rows, through gradient checkpointing too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LastLayer(Qwen3VLMoeTextDecoderLayer):
 
 
 def use_score_rows(backbone: nn.Module) -> None:
-    """Let the last layer of a Qwen3-VL-MoE ``backbone`` compute scored rows alone, in place. It stays as it is where it
+    """Let the last layer of a Qwen3-VL-MoE ``backbone`` compute only scored rows, in place. No change where that layer
     is dense, or where DeepStack adds image features to all its rows: :func:`states_at` then computes every row."""
     layer = trunk(backbone).layers[-1]
     levels = len(backbone.config.vision_config.deepstack_visual_indexes)

@@ -1,4 +1,4 @@
-"""Weights written file by file: what a layout turns round exists twice for one file at a time, not for all of them."""
+"""Weights written file by file: transposed copies exist for one file at a time, not for the whole model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ SHARD_BYTES = 5 * 10**9  # Hugging Face's own limit
 
 
 def save_shards(named: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write ``model.safetensors``, or numbered shards and their index. Tensors are asked for one after the other, and
-    views of any strides copied; never more than one file's are held, ``shard_bytes`` or one larger tensor. No two share
-    memory. Weights that stood in ``folder`` go."""
-    for left in folder.glob("part-*.safetensors"):  # of a call that broke off
+    """Write ``model.safetensors``, or numbered shards and their index; replaces the weights in ``folder``.
+
+    Takes tensors one by one and copies views of any strides; holds at most one file's: ``shard_bytes``, or one larger
+    tensor. No two tensors may share memory."""
+    for left in folder.glob("part-*.safetensors"):  # left by a call that failed
         left.unlink()
     files: list[list[str]] = []  # names of the tensors in each
     held: dict[str, Tensor] = {}
@@ -52,5 +53,5 @@ def save_shards(named: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: 
 
 
 def _part(folder: Path, index: int) -> Path:
-    """A file's name while their number is not known."""
+    """Name of a shard until their number is known."""
     return folder / f"part-{index}.safetensors"

@@ -1,7 +1,7 @@
 """Attention over packed rows as an implementation that transformers can select by name.
 
-The layout of a row travels as the argument ``prefix_layout`` of the language model: transformers hands unknown
-arguments down to the attention function, through gradient checkpointing too, so nothing is kept between calls.
+The layout of a row is the argument ``prefix_layout`` of the language model: transformers passes unknown arguments down
+to the attention function, through gradient checkpointing too, so no state is kept between calls.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def shared_prefix_attention(
             f"{'a' if attention_mask is not None else 'no'} mask and dropout {dropout}: its layout says what each "
             "token sees"
         )
-    # Not x[0]: its gradient would be zeros of the whole tensor and a copy into them.
+    # Not x[0]: its backward would allocate zeros for the whole tensor and copy into them.
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     return ops.shared_prefix_attention(q, k, v, prefix_layout, scale=scaling)[None], None
 
@@ -65,7 +65,7 @@ def use_shared_prefix(model: nn.Module) -> None:
 
 
 def require_shared_prefix(language_model: nn.Module) -> None:
-    """Raises ValueError where another implementation is selected: it would ignore the layout without a word."""
+    """Raise ValueError where another implementation is selected: it would silently ignore the layout."""
     chosen = language_model.config._attn_implementation
     if chosen != NAME:
         raise ValueError(

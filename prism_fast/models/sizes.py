@@ -1,8 +1,8 @@
-"""What a model weighs, from its configuration alone: parameters, cache and the tensors kept for a backward pass.
+"""Sizes of a model from its configuration alone: parameters, cache, and tensors kept for a backward pass.
 
-Models are instantiated on the meta device, which holds no numbers. The activation formulas count what autograd keeps in
-transformers' own modules (sdpa attention); the tests compare them with what a real forward keeps. With gradient
-checkpointing each layer's input is kept, and all of the one layer that goes backward.
+Models are instantiated on the meta device, which holds no values. The activation formulas count the tensors that
+autograd keeps in transformers' own modules (sdpa attention); tests compare them with a real forward. With gradient
+checkpointing these are the inputs of all layers and everything of the layer whose backward runs.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from prism_fast.models.discriminator import Discriminator
 @dataclass(frozen=True)
 class ModelSize:
     """Counts of parameters (tied ones once) and of bytes. ``active``: parameters that one text token passes through,
-    embedding table and vision tower left out; ``tensors``: number of parameter tensors; ``master_bytes``: float32
-    copies of the parameters of half precision; ``gradient_bytes``: gradients as they add up, in float32 at least."""
+    without embedding table and vision tower; ``tensors``: number of parameter tensors; ``master_bytes``: float32 copies
+    of half-precision parameters; ``gradient_bytes``: accumulated gradients, in float32 or wider."""
 
     parameters: int
     vision: int
@@ -94,9 +94,8 @@ def language_activation_bytes(
     Per layer: two norms (their input widened to float32, the normalised rows, the inverse deviation), the inputs of
     the linear layers, the norms of queries and keys, attention (queries, keys, values, output, one float32 log-sum
     per head), and the MLP or, with ``sparse``, our router (its logits, weights and choices) and experts (the plan and
-    the up-projection of ``top_k`` rows per token). ``scored``: rows that the last experts and the
-    final norm of a sparse trunk compute, where these are not all (``models.score_rows``). ``checkpointing``: what there
-    is at most in the backward pass.
+    the up-projection of ``top_k`` rows per token). ``scored``: rows that the last experts and the final norm of a
+    sparse trunk compute; None: all (``models.score_rows``). ``checkpointing``: the peak of the backward pass.
     """
     e, wide = dtype.itemsize, max(4, dtype.itemsize)
     hidden = text.hidden_size
@@ -115,7 +114,7 @@ def language_activation_bytes(
     k, inner = text.num_experts_per_tok, text.moe_intermediate_size
     experts = e * text.num_experts + k * (wide + 8 + 8 + 4 + 4 + 2 * e * inner)
     last = tokens * (experts + norm)
-    if scored is not None:  # gathered, with their places; the router still reads all rows
+    if scored is not None:  # gathered rows and their indices; the router still reads all rows
         last = scored * (experts + e * hidden + norm + 8)
     return tokens * (inputs + layers * layer + (layers - 1) * experts + rotary + ids) + last
 

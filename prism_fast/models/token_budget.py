@@ -1,5 +1,5 @@
 """Cutting work into pieces by a token budget: a step into micro-batches, generation into chunks of responses. The cut
-never changes the mathematics, only the memory."""
+changes only the memory, never the result."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 T = TypeVar("T")
 
-# What a failed allocation says where it is not a torch.OutOfMemoryError: PyTorch's CPU allocator, the CUDA runtime
-# outside the caching allocator, and the libraries that allocate workspaces of their own.
+# Messages of failed allocations that are no torch.OutOfMemoryError: of PyTorch's CPU allocator, of the CUDA runtime
+# outside the caching allocator, and of libraries that allocate their own workspaces.
 _ALLOCATION_FAILED = (
     "can't allocate memory",
     "not enough memory",
@@ -29,7 +29,7 @@ class StepTooLargeError(RuntimeError):
 def by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Cut items into batches of at most ``budget`` padded tokens (items x longest item).
 
-    Items are taken longest first so that padding stays small. An item longer than the budget stands alone.
+    Items are taken longest first so that padding stays small. An item longer than the budget gets its own batch.
 
     Returns:
         Lists of item indices; every item is in exactly one. Empty items (length 0) are left out.
@@ -54,15 +54,15 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class TokenBudget:
-    """Tokens per piece that memory allows: what the recipe says until an allocation fails, then half of it.
+    """Tokens per piece: the recipe's number, halved whenever an allocation fails.
 
-    Where a step is cut does not change its gradient (losses are divided by counts of the whole step), and where
-    generation is cut does not change its responses (each has random numbers of its own), so work that did not fit is
-    done again in smaller pieces and means the same.
+    Work that did not fit is repeated in smaller pieces with the same result: the cut of a step does not change its
+    gradient (losses are divided by counts of the whole step), and the cut of generation does not change the responses
+    (each has its own random numbers).
     """
 
     def __init__(self, tokens: int, *, notify: Callable[[str], None], piece: str = "micro-batch"):
-        """``notify`` hears about every reduction; ``piece`` is what messages call a part of the work."""
+        """``notify`` gets a message for every reduction; ``piece``: the word for a piece in messages."""
         if tokens < 1:
             raise ValueError(f"the token budget must be 1 or more, got {tokens}")
         self.tokens = tokens
@@ -73,10 +73,10 @@ class TokenBudget:
         """``attempt(tokens)``, repeated with half the tokens as often as memory runs out.
 
         Args:
-            attempt: the whole work in pieces of so many tokens. It is called again after a failure (a backward that
-                broke off has left half a gradient); PyTorch's generators are set back for it.
-            discard: drops what a failed attempt has left, e.g. gradients.
-            longest: tokens of the longest item; it is alone in its piece at this budget, and less would not help.
+            attempt: does the whole work in pieces of so many tokens. After a failure it is called again for all of it
+                (a failed backward has left half a gradient), with PyTorch's generators set back.
+            discard: drops the remains of a failed attempt, e.g. gradients.
+            longest: tokens of the longest item; a smaller budget would not help, as it is alone in its piece.
 
         Raises:
             StepTooLargeError: the longest item alone does not fit.
@@ -92,7 +92,7 @@ class TokenBudget:
             # Outside of the handler: the traceback held the failed attempt's tensors.
             discard()
             gc.collect()
-            torch.cuda.empty_cache()  # of what the failed attempt held; nothing where CUDA is not in use
+            torch.cuda.empty_cache()  # does nothing where CUDA is not in use
             if self.tokens <= longest:
                 raise StepTooLargeError(
                     f"out of memory with one item per {self._piece} ({longest} tokens, budget {self.tokens}): "
@@ -104,12 +104,12 @@ class TokenBudget:
             _set_generator_states(generators)
 
     def change(self) -> int | None:
-        """The budget in force if it changed since the last call, for the metrics."""
+        """The current budget if it changed since the last call, else None; for the metrics."""
         changed, self._reported = self.tokens != self._reported, self.tokens
         return self.tokens if changed else None
 
     def restore(self, tokens: int) -> None:
-        """Go on with the budget of a checkpoint: a resumed run cuts where the first one did."""
+        """Set the budget of a checkpoint, so that a resumed run cuts like the first one."""
         self.tokens = self._reported = tokens
 
 

@@ -1,10 +1,10 @@
 """Byte-level BPE in transformers' Qwen2 tokenizer class, trained here, with Qwen's special tokens and a Qwen3-VL
 chat layout.
 
-The tiny policy gets its vocabulary from this file. Everything that a Qwen3-VL checkpoint's tokenizer does and that
-later code relies on is kept: the pre-tokenizer pattern (under which ``>`` and the newline behind it can become one
-token, so that span borders need not fall on character borders), NFC, atomic special tokens, ``<think>`` as an added
-token that is *not* special and therefore survives decoding.
+The tiny policy gets its vocabulary from this file. It has the properties of a Qwen3-VL checkpoint's tokenizer that
+later code relies on: the pre-tokenizer pattern (under which ``>`` and the newline after it can become one token, so
+that span borders need not be token borders), NFC, atomic special tokens, and ``<think>`` as an added token that is
+*not* special and therefore survives decoding.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _BYTES = 256
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """ValueError where ``vocab_size`` has no room for the bytes and the added tokens."""
+    """Raise ValueError where ``vocab_size`` has no room for the bytes and the added tokens."""
     added = len(SPECIAL_TOKENS + PLAIN_ADDED_TOKENS)
     if vocab_size < _BYTES + added:
         raise ValueError(
@@ -68,7 +68,7 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
-    """Train a tokenizer on ``corpus``; the result depends on the multiset of texts only (not on order, not on a seed).
+    """Train a tokenizer on ``corpus``; the result depends on the multiset of texts only, not on their order or a seed.
 
     Ids ``0..255`` are the bytes, then the merges by rank, then the special and added tokens. ``vocab_size`` counts
     all of them and is an upper limit: a corpus with fewer mergeable pairs gives a smaller vocabulary, never unused
@@ -79,7 +79,7 @@ def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     """
     check_vocab_size(vocab_size)
     added = SPECIAL_TOKENS + PLAIN_ADDED_TOKENS
-    # The class itself supplies normalizer, pre-tokenizer and decoder, so training sees what encoding will see.
+    # Normalizer, pre-tokenizer and decoder come from the class itself, so that training and encoding agree.
     backend = Qwen2Tokenizer(vocab={}, merges=[])._tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(added),
@@ -117,7 +117,7 @@ def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
 
 
 def _pieces(corpus: Iterable[str], added: tuple[str, ...]) -> Iterator[str]:
-    """The corpus with added tokens cut out: they are atomic when encoding, so no merge may be spent on their inside."""
+    """The corpus without added tokens: encoding treats them as atoms, so no merge may be spent on their letters."""
     pattern = re.compile("|".join(re.escape(token) for token in added))
     for text in corpus:
         for piece in pattern.split(text):

@@ -1,4 +1,4 @@
-"""From host memory to a device without waiting for the work that the device has been given."""
+"""Copies from host memory to a device that do not wait for the device's queued work."""
 
 from __future__ import annotations
 

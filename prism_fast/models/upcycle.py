@@ -60,8 +60,8 @@ _COPIED_FIELDS = (
 
 
 def refuse_square_experts(hidden_size: int, moe_intermediate_size: int) -> None:
-    """Raise ``ValueError`` where an expert tensor would be square: hub files and transformers 5 store the two matrices
-    transposed to each other and are told apart by shape alone, so a square one would be loaded wrongly in silence."""
+    """Raise ``ValueError`` where an expert tensor would be square: hub files and transformers 5 store it transposed to
+    each other, and only the shape tells which, so a square one could be loaded wrongly without an error."""
     for name, rows in (("gate_up_proj", 2 * moe_intermediate_size), ("down_proj", moe_intermediate_size)):
         if rows == hidden_size:
             raise ValueError(
@@ -72,7 +72,7 @@ def refuse_square_experts(hidden_size: int, moe_intermediate_size: int) -> None:
 
 
 def check_options(dense: Qwen3VLConfig, num_experts: int, top_k: int, noise_std: float, router_std: float) -> None:
-    """Raise ``ValueError`` for what :func:`upcycle` refuses."""
+    """Raise ``ValueError`` for the options that :func:`upcycle` refuses."""
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k must lie in [1, num_experts={num_experts}], got {top_k}")
     if noise_std < 0 or router_std < 0:
@@ -89,8 +89,8 @@ def upcycle(
     router_std: float = 0.02,
     seed: int,
 ) -> Qwen3VLMoeForConditionalGeneration:
-    """Every MLP becomes ``num_experts`` copies of itself, each with its own noise ``N(0, noise_std²)``, behind a router
-    drawn from ``N(0, router_std²)``; everything else is copied bit for bit (published recipe, there unseeded).
+    """Replace every MLP by ``num_experts`` copies of itself, each with its own noise ``N(0, noise_std²)``, and a router
+    drawn from ``N(0, router_std²)``; copy everything else bit for bit (published recipe, there unseeded).
 
     The result has the policy's dtype and device. Noise is drawn in float32 on the CPU, layer by layer in the order
     expert gate-up, expert down, router, so that ``seed`` decides it whatever the device. Routing weights of the
@@ -149,8 +149,8 @@ def sparse_config(dense: Qwen3VLConfig, num_experts: int, top_k: int) -> Qwen3VL
 def sparse_weights(
     policy: Qwen3VLForConditionalGeneration, *, num_experts: int, noise_std: float, router_std: float, seed: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of the sparse model's weights, those that :func:`upcycle` gives it, one after the other on the
-    policy's device: whoever writes them to files never holds the whole model. Copied weights are the policy's own."""
+    """Names and values of the sparse model's weights, as in :func:`upcycle`, one by one on the policy's device, so that
+    a writer of files never holds the whole model. Copied weights are the policy's own tensors."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(shape: tuple[int, ...], std: float) -> Tensor:

@@ -15,7 +15,7 @@ class ImageFeatures(NamedTuple):
     levels: tuple[Tensor, ...]
 
     def take(self, index: Tensor) -> ImageFeatures:
-        """The rows ``index`` ``[M']`` int64 of every part."""
+        """The rows ``index`` ``[M']`` int64 of features and levels."""
         return ImageFeatures(self.features[index], tuple(level[index] for level in self.levels))
 
 
@@ -25,7 +25,7 @@ def encode_images(backbone: nn.Module, pixel_values: Tensor, image_grid_thw: Ten
     ``backbone``: ``Qwen3VLModel`` or ``Qwen3VLMoeModel``; ``pixel_values`` ``[patches, C·T·p·p]``, ``image_grid_thw``
     ``[images, 3]`` int64.
     """
-    # The lengths of the frames travel to the attention of every layer, so that none has to ask the device for them.
+    # The frame lengths are passed to the attention of every layer, so that none has to read them from the device.
     lengths = tuple(h * w for t, h, w in image_grid_thw.tolist() for _ in range(t))
     encoded = backbone.get_image_features(pixel_values, image_grid_thw, return_dict=True, frame_lengths=lengths)
     return ImageFeatures(torch.cat(tuple(encoded.pooler_output)), tuple(encoded.deepstack_features))

@@ -16,8 +16,8 @@ from prism_fast.ops.stock.varlen import varlen_attention
 
 
 class BatchedVisionAttention(nn.Module):
-    """Stands in for the stock module, which cuts its tokens into images, asks the host for their lengths in every layer
-    and computes them one after the other. Keeps ``qkv`` and ``proj``, so parameter names do not change."""
+    """Replaces the stock module, which splits its tokens into images, reads their lengths from the device in every
+    layer and computes them one by one. Keeps ``qkv`` and ``proj``, so parameter names do not change."""
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
@@ -32,8 +32,8 @@ class BatchedVisionAttention(nn.Module):
         frame_lengths: tuple[int, ...] | None = None,
         **_: object,
     ) -> Tensor:
-        """``hidden_states`` ``[N, W]``, frames one behind the other; ``frame_lengths`` are their lengths on the host
-        (None: read from ``cu_seqlens`` ``[frames + 1]``, which synchronises a GPU)."""
+        """``hidden_states`` ``[N, W]``, one frame after the other; ``frame_lengths``: their lengths on the host (None:
+        read from ``cu_seqlens`` ``[frames + 1]``, which synchronises a GPU)."""
         if frame_lengths is None:
             frame_lengths = tuple((cu_seqlens[1:] - cu_seqlens[:-1]).tolist())
         tokens = hidden_states.shape[0]
@@ -51,7 +51,7 @@ def _has_varlen_kernel(q: Tensor) -> bool:
 
 
 def _by_size(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
-    """``[N, heads, D]``; frames of one size are one call."""
+    """``[N, heads, D]``; all frames of one size are one call."""
     calls, order = _calls(lengths)
     parts = [
         F.scaled_dot_product_attention(rows.read(q), rows.read(k), rows.read(v), scale=scale)
@@ -64,8 +64,8 @@ def _by_size(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: f
 
 @lru_cache(maxsize=16)
 def _calls(lengths: tuple[int, ...]) -> tuple[tuple[Rows, ...], Tensor | None]:
-    """One call per size, and where each token stands behind their outputs (None: in its place). A pure function, kept
-    because every layer asks for it."""
+    """One call per size, and the place of each token in their joined outputs (None: unchanged). Cached, because every
+    layer asks for it."""
     calls = batches(tuple(zip(accumulate(lengths, initial=0), lengths, strict=False)), padding=1.0)
     if len(calls) == 1 and calls[0].start >= 0:
         return calls, None

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and what is said when the disk is full."""
+"""Files and folders that appear whole or not at all, and one error for a full disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PARTIAL = re.compile(r"\..+\.(\d+)\.(partial|old)")  # .NAME.PROCESS.partial: n
 
 
 class DiskFullError(OSError):
-    """There is no room for what was to be written; what was there before is untouched, nothing half-written is left."""
+    """The disk has no room; existing files are untouched, and no incomplete file is left."""
 
 
 def shown_bytes(count: int) -> str:
@@ -23,25 +23,25 @@ def shown_bytes(count: int) -> str:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise ``FileExistsError`` where ``path`` is there already, in whatever form."""
+    """Raise ``FileExistsError`` where ``path`` exists, as a file, a folder or a link."""
     if path.exists() or path.is_symlink():
         raise FileExistsError(f"{path} exists already and is never overwritten: remove it or name another")
 
 
 @contextmanager
 def whole_folder(path: Path, *, replace: bool = False, needs: int = 0, flush: bool = True) -> Iterator[Path]:
-    """A temporary folder that becomes ``path`` when the block ends well, and vanishes when it does not: nobody ever
-    sees half of it under its name.
+    """A temporary folder that becomes ``path`` if the block succeeds and is removed if it fails, so that ``path`` is
+    never incomplete.
 
     Args:
-        replace: an existing folder ``path`` gives way, at the very end.
-        needs: bytes that will be written at least; looked for before anything is.
-        flush: contents are on the disk before the name is. Without, this holds as long as the machine runs: for
-            thousands of small files that can be made again.
+        replace: replace an existing folder ``path``, at the very end.
+        needs: bytes that will be written at least; checked before anything is written.
+        flush: flush contents to the disk before the folder gets its name. Without, a power cut may leave it incomplete:
+            for thousands of small files that can be made again.
 
     Raises:
         FileExistsError: ``path`` exists.
-        DiskFullError: too little room, found beforehand or while writing.
+        DiskFullError: too little room, before or during writing.
     """
     if not replace:
         refuse_existing(path)
@@ -49,7 +49,7 @@ def whole_folder(path: Path, *, replace: bool = False, needs: int = 0, flush: bo
     with disk_full(path, needs):
         path.parent.mkdir(parents=True, exist_ok=True)
         look_for_room(path.parent, needs)
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same number
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process with the same id
         temporary.mkdir()
         try:
             yield temporary
@@ -63,14 +63,14 @@ def whole_folder(path: Path, *, replace: bool = False, needs: int = 0, flush: bo
             if old is not None:
                 shutil.rmtree(old)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)  # the error on its way is the one to see
+            shutil.rmtree(temporary, ignore_errors=True)  # must not hide the error that is being raised
             raise
 
 
 @contextmanager
 def whole_file(path: Path, needs: int = 0) -> Iterator[Path]:
-    """The name of a temporary file, for the block to write, that then becomes ``path`` in one step: readers see the old
-    or the new content, never a half. When the block fails, the old one stays (raises DiskFullError)."""
+    """The name of a temporary file for the block to write, which then becomes ``path`` in one step: readers see the old
+    or the new content, never a part. If the block fails, the old file stays (raises DiskFullError)."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with disk_full(path, needs):
         try:
@@ -91,8 +91,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def append_whole(path: Path, data: bytes) -> None:
-    """Append to a file, all of ``data`` or nothing (raises DiskFullError); a crash meanwhile may leave a part of it."""
-    with disk_full(path, len(data)), path.open("ab", buffering=0) as file:  # what a write did not take is known at once
+    """Append all of ``data`` to a file, or nothing (raises DiskFullError); only a crash may leave a part of it."""
+    with disk_full(path, len(data)), path.open("ab", buffering=0) as file:  # unbuffered: a short write shows at once
         size = file.seek(0, os.SEEK_END)
         try:
             while data:
@@ -103,7 +103,7 @@ def append_whole(path: Path, data: bytes) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder if it is there; a crash meanwhile leaves the whole of it or a rest under a hidden name."""
+    """Remove a folder if it exists; after a crash it is still whole, or its remains have a hidden name."""
     if path.exists():
         shutil.rmtree(_set_aside(path))
 
@@ -115,7 +115,7 @@ def _set_aside(path: Path) -> Path:
 
 
 def clear_partial(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote have left in ``folder``."""
+    """Remove temporary files and folders in ``folder`` that killed processes left."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         if match := _PARTIAL.fullmatch(entry.name):
             if int(match[1]) == os.getpid() or not _alive(int(match[1])):
@@ -123,14 +123,14 @@ def clear_partial(folder: Path) -> None:
 
 
 def look_for_room(folder: Path, needs: int) -> None:
-    """Raise what a full disk raises where fewer than ``needs`` bytes are free."""
+    """Raise the OSError of a full disk where fewer than ``needs`` bytes are free."""
     if shutil.disk_usage(folder).free < needs:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextmanager
 def disk_full(path: Path, needs: int = 0) -> Iterator[None]:
-    """Turn the many forms of a full disk into one error that names what was written and what it takes.
+    """Turn the various errors of a full disk into one that names the file and the bytes it needs.
 
     Raises:
         DiskFullError: instead of ``OSError`` with ENOSPC or EDQUOT, or of a library's error that quotes it.

@@ -1,4 +1,4 @@
-"""What a recipe may not hold, whatever the key: YAML that is more than data, numbers that no run can use."""
+"""Checks of every key of a recipe: YAML must be plain data, and numbers must be in range."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _AT_LEAST_1 = {
     *("dump_rollouts_every", "checkpoint_every", "keep_checkpoints", "max_image_pixels", "max_prompt_tokens"),
     *("workers", "tokens_in_flight", "max_answer_chars", "attempts", "concurrency"),
 }
-_ANY = {"target_margin"}  # a mean of differences; below any of them, the first evaluation ends the warm-up
+_ANY = {"target_margin"}  # may be negative: the first evaluation then ends the warm-up
 # Every other number must be 0 or more.
 _ABOVE_0 = {"lr", "clip_norm", "initializer_range", "continued_lr_scale", "score_clip", "timeout_s"}
 _AT_MOST = {
@@ -31,10 +31,10 @@ _BELOW = {"betas": 1, "min_improvement": 1}
 
 
 def check_yaml(text: str, *, mapping: bool) -> None:
-    """Refuse YAML that a plain recipe does not need; ValueError says what it is.
+    """Raise ValueError for YAML that a plain recipe does not need.
 
-    Aliases can make a small file expand without end, tags name objects to build, ``???`` would silently stand for a
-    default; a second document, deep nesting and control characters are mistakes. ``mapping``: it is a whole recipe.
+    Aliases can make a small file expand without end, tags name objects to build, ``???`` would silently be a default; a
+    second document, deep nesting and control characters are mistakes. ``mapping``: ``text`` is a whole recipe.
     """
     if len(text) > MAX_CHARS:
         raise ValueError(f"{len(text)} characters; at most {MAX_CHARS} are read")
@@ -64,10 +64,10 @@ def check_yaml(text: str, *, mapping: bool) -> None:
 
 
 def check_numbers(config: Any) -> None:
-    """Every number of a configuration (nested dataclasses) is finite and in the range of its name.
+    """Check that every number of a configuration (nested dataclasses) is finite and in the range of its key.
 
     Raises:
-        ValueError: the first that is not, with its dotted key.
+        ValueError: names the first number that is not, by its dotted key.
     """
     for section, name, value in _numbers(config, ""):
         key = f"{section}.{name}" if section else name

@@ -1,1 +1,1 @@
-"""Everything that only ``semantics=released`` needs; the registries that offer it are all that know this package."""
+"""Everything that only ``semantics=released`` needs; only the registries that offer it import this package."""

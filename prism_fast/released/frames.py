@@ -2,7 +2,7 @@
 
 In alignment the student's sampled tokens are cut at the caption boundary (score at the token that completes
 ``</caption>``, and at the sampled end token); the teacher's text is cut at 512 tokens and scored at the first pad token
-behind it. The warm-up frames both sides by the chat template and reads the newline behind the end token.
+after it. The warm-up frames both sides by the chat template and scores at the newline after the end token.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The published grading of geometry3k (`semantics="released"`): MATH-style normal forms, then a symbolic difference of
 zero.
 
-The published grader hands normalised text to a Python evaluator. Here the difference is formed in a worker from what
-the LaTeX reader understands, so text that only a Python reader accepts (or that evaluates to something other than it
-says) gets no symbolic comparison; both normal forms are reproduced.
+The published grader gives normalised text to a Python evaluator. Here a worker forms the difference from parsed LaTeX,
+so text that only a Python evaluator accepts (or that evaluates to something else than it says) gets no symbolic
+comparison; both normal forms are reproduced.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def compact_form(text: str) -> str:
 
 
 def _compact(text: str) -> str | None:
-    """The normal form, or None for malformed LaTeX (which is then compared as it stands)."""
+    """The normal form, or None for malformed LaTeX (which is then compared unchanged)."""
     for dropped in _DROPPED[:2]:
         text = text.replace(dropped, "")
     text = text.replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")

@@ -1,5 +1,4 @@
-"""The published graders of all data sources behind their gates (`semantics="released"`): which answer is read, when
-accuracy counts, what is asked.
+"""The published graders of all data sources with their format gates (`semantics="released"`).
 
 The first `<answer>` anywhere is graded, even one inside the caption or the reasoning. `mm_gad` ignores equivalent
 answers; `mm_gad_llm` has no rules, a judge decides alone; the math sources accept equivalent answers, unless one of
@@ -48,7 +47,7 @@ def first_answer(text: str) -> str:
 
 
 def _loose_format(text: str) -> bool:
-    """True when the six tags occur in order, whatever stands around and between them."""
+    """True when the six tags occur in order, with any text around and between them."""
     position = 0
     for tag in _TAGS:
         position = text.find(tag, position)

@@ -1,10 +1,10 @@
-"""The published mm_gad answer rules, quirks included (`semantics="released"`). Kept to reproduce published numbers;
-`rewards/compare.py` is what training should use.
+"""The published mm_gad answer rules, quirks included (`semantics="released"`), to reproduce published results; train
+with `rewards/compare.py`.
 
 Order: split both sides into values, simplify each, compare the pairs by coordinates, then by the relaxed rules, then by
-math-verify. Known quirks that are kept on purpose: commas between digits vanish before coordinates are looked for,
-units are stripped before numbers are compared, Python's own float syntax counts as a number, and punctuation is deleted
-from words (so `1:2` equals `12`).
+math-verify. Quirks kept on purpose: commas between digits are dropped before coordinates are parsed, units are stripped
+before numbers are compared, Python's own float syntax counts as a number, and punctuation is deleted from words (so
+`1:2` equals `12`).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _split_commas(text: str) -> list[str]:
 
 
 def peel(text: str) -> str:
-    """One layer each of `$$`, `$`, `\\(…\\)` and `\\[…\\]`, in this order, if something stands inside."""
+    """`text` without one layer each of `$$`, `$`, `\\(…\\)` and `\\[…\\]`, in this order, unless one is empty."""
     text = text.strip()
     for left, right in _DELIMITERS:
         if text.startswith(left) and text.endswith(right) and len(text) > len(left + right):
@@ -151,7 +151,7 @@ def _gold_letter(gold: str) -> str | None:
 
 
 def _letter(answer: str) -> str | None:
-    """The first letter in the most telling form: alone, after "answer is", in brackets, before a point."""
+    """The first letter of the first form that occurs: alone, after "answer is", in brackets, before a point."""
     found = _WHOLE_LETTER.fullmatch(answer)
     if found is None:
         found = next((match for pattern in _LETTER_TOKENS if (match := pattern.search(answer))), None)

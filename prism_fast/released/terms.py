@@ -1,4 +1,4 @@
-"""The published settings of the alignment step, and where ``semantics=released`` is not the published code."""
+"""The published settings of the alignment step, and how ``semantics=released`` differs from the published code."""
 
 from __future__ import annotations
 
@@ -34,4 +34,4 @@ DIFFERS = (
     "optimizers: norms and biases are not decayed, the first update of a learning-rate warm-up is not 0",
     "metrics are counts and true means",
 )
-"""What is left out of the published code, for people; everything else is meant to be its arithmetic."""
+"""Differences from the published code, in words; all other arithmetic is meant to be the same."""

@@ -1,1 +1,1 @@
-"""What a run looked like: reading its directory, intervals, the stage table and the HTML report."""
+"""Reports of a run: its directory read, intervals, the stage table and the HTML page."""

@@ -1,4 +1,4 @@
-"""Which metrics are drawn together, stage by stage. Names of metrics are those that training writes."""
+"""The charts of each stage: which metrics share one. Metrics have the names that training writes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Chart:
     scale: Scale = "free"
     line: float | str | None = None  # dotted line at this value, or at that of this key of the configuration
     line_name: str = ""
-    optional: bool = False  # some configurations do not write these metrics: nobody misses them there
+    optional: bool = False  # some configurations do not write these metrics: not reported as missing
 
 
-SCORED = ("caption", "reasoning", "response")  # what a discriminator may score; a run has the first two or the last
+SCORED = ("caption", "reasoning", "response")  # names of scores; a run has the first two or the last
 
 
 def _spans(prefix: str, name: str) -> tuple[tuple[str, str], ...]:

@@ -1,7 +1,4 @@
-"""What the discriminator has made of captions and reasonings: is any of its experts really perception or reasoning?
-
-Its experts by the kind of the tokens that they get.
-"""
+"""Charts of the discriminator's experts by kind of token: does any expert specialise in captions or reasonings?"""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from prism_fast.report.rundir import RunDirectory, Series
 
 _INFORMATION = "expert_span_information"
 _SHARE = re.compile(r"(?P<table>experts(_top)?)_(?P<kind>[a-z]+)_(?P<expert>\d+)")
-# Bits of the most specialised layer. Two kinds that differ by 10 points in two of four experts' shares are at 0.02.
+# Bits of the most specialised layer. Two kinds whose shares of two of four experts differ by 10 points have 0.02.
 _SAME, _APART = 0.05, 0.3
 _PREFIXES = ("disc", "warmup")
 
@@ -31,7 +28,7 @@ def expert_charts(run: RunDirectory, stage: str) -> list[tuple[Chart, dict[str, 
 
 
 def _any(run: RunDirectory, stage: str, name: str) -> Series | None:
-    """The metric, whichever stage's prefix it has."""
+    """The metric with the prefix of any stage."""
     found = (run.series(stage, f"{prefix}/{name}") for prefix in _PREFIXES)
     return next((series for series in found if series is not None), None)
 
@@ -45,7 +42,7 @@ def _curves(
 
 
 def is_expert_metric(key: str) -> bool:
-    """Whether these charts stand for the metric."""
+    """Whether these charts show the metric."""
     return key.rpartition("/")[2].startswith("expert_span_") or _share(key) is not None
 
 

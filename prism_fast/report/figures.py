@@ -1,4 +1,4 @@
-"""The figures that plotly.js draws, as plain dictionaries: learning curves, accuracies, paired differences."""
+"""Figures for plotly.js as plain dictionaries: learning curves, accuracies, paired differences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prism_fast.report.statistics import Interval
 from prism_fast.report.summary import Summary, stage_name
 from prism_fast.track.metrics import WALL_CLOCK
 
-# Told apart with every common kind of colour blindness, and legible on white and on near-black alike.
+# Distinct with every common kind of colour blindness, and legible on white and on near-black.
 COLOURS = ("#3b82d6", "#e08a1e", "#1f9e77", "#c8509b", "#8a79d6", "#8b949e")
 STAGE_COLOURS = {"sft": COLOURS[0], "sft_continued": COLOURS[5], "align": COLOURS[1], "rlvr": COLOURS[2]}
 _SMOOTH_FROM = 30  # points; below, the raw curve is legible by itself
@@ -21,11 +21,11 @@ _SMOOTH_FROM = 30  # points; below, the raw curve is legible by itself
 
 @dataclass(frozen=True)
 class StageCurves:
-    """Charts of one stage that have data: (chart, figure), and the metrics that were expected but never logged."""
+    """Charts of one stage with data: (chart, figure), and the metrics that were expected but never logged."""
 
     charts: tuple[tuple[Chart, dict[str, Any]], ...]
     absent: tuple[str, ...]
-    extra: tuple[str, ...]  # logged, but no chart asks for them
+    extra: tuple[str, ...]  # logged, but in no chart
 
 
 def stage_curves(run: RunDirectory, stage: str) -> StageCurves:
@@ -160,7 +160,7 @@ def difference_figure(summary: Summary) -> dict[str, Any] | None:
         min(0.0, *(interval.low for interval in intervals)),
         max(0.0, *(interval.high for interval in intervals)),
     )
-    pad = 0.04 * (right - left) or 1.0  # the line at zero stands inside the picture, not on its border
+    pad = 0.04 * (right - left) or 1.0  # so that the line at zero is inside the picture, not on its border
     traces = [
         {
             "type": "scatter",
@@ -221,5 +221,5 @@ def _error_bars(means: Sequence[float], intervals: Sequence[Interval | None], co
 
 
 def _short(value: float) -> float | None:
-    """Six digits are more than a screen shows; what is not finite becomes a gap (JSON knows no NaN)."""
+    """``value`` with six digits, more than a screen shows; None, a gap, where it is not finite (JSON has no NaN)."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -1,7 +1,7 @@
-"""Writes ``report.html``: one file that needs no network, from whatever the run directory holds so far.
+"""Writes ``report.html``: one file that needs no network, from the present content of the run directory.
 
-All text that a model or a data set wrote passes through the template's escaping; a content security policy in the page
-allows exactly the two scripts embedded here (by their hashes) and no connection: even a failed escape would not run.
+The template escapes all text of models and data sets; a content security policy in the page allows only the two
+embedded scripts (by their hashes) and no connection, so that text would not run even if an escape failed.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _asset(name: str) -> str:
 
 
 def _printable(value: Any) -> Any:
-    """Applied to everything the template prints, before escaping; what is marked safe is ours and stays as it is."""
+    """Make a value of the template printable, before escaping; values marked safe are our own and unchanged."""
     return samples.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -116,13 +116,13 @@ def _digest(script: str) -> str:
 
 
 def json_for_script(value: Any) -> str:
-    """JSON that cannot end the element it stands in."""
+    """JSON that cannot end the script element around it."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _shown_stages(run: RunDirectory) -> list[str]:
-    """Planned stages and those that left something on disk, in the order of a run."""
+    """Planned stages and stages with files, in the order of a run."""
     present = set(run.planned) | set(run.steps) | set(run.evals)
     return [*(stage for stage in TRAINED if stage in present), *sorted(present - set(TRAINED))]
 
@@ -288,7 +288,7 @@ def _rollout(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(values: dict[str, Any] | None) -> Sequence[tuple[str, str]]:
-    """Numbers of a dump with two digits; what is text there (which rule decided) stays text."""
+    """Numbers of a dump with two digits; texts (which rule decided) are unchanged."""
     return [
         (name.replace("_", " "), value if isinstance(value, str) else f"{value:.2f}".replace("-", "\u2212"))
         for name, value in (values or {}).items()

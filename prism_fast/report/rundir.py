@@ -1,7 +1,7 @@
 """Reads the directory of a run, finished or not: configuration, metrics, evaluations, rollouts, images.
 
-A run that was killed leaves a partial last line or an unfinished compressed frame. What is whole is read; what is
-missing is told as a sentence in ``problems`` and shown in the report, never filled in.
+A run that was killed leaves a partial last line or an unfinished compressed frame. Complete records are read; a
+sentence in ``problems``, shown in the report, names anything missing. Nothing is filled in.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RunDirectory:
     config: dict[str, Any] | None
     steps: dict[str, list[dict[str, Any]]]  # stage -> its records by ascending step, one per step
     evals: dict[str, list[dict[str, Any]]]  # stage -> items sorted by uid
-    eval_metrics: dict[str, dict[str, Any]]  # stage -> what the run itself logged about its evaluation
+    eval_metrics: dict[str, dict[str, Any]]  # stage -> metrics that the run logged of its evaluation
     finished: dict[str, float]  # stage -> its wall-clock seconds, evaluation included; logged when a stage ends
     environment: dict[str, Any]  # versions and machine
     incomplete: frozenset[str]  # stages whose evaluation file ends inside a line
@@ -67,7 +67,7 @@ class RunDirectory:
 
     @property
     def planned(self) -> tuple[str, ...]:
-        """Stages that this run was asked for (all where the configuration does not say); none for `eval` alone."""
+        """Stages of the configuration (all where it does not say); none for `eval` alone."""
         if "eval" in self.evals:
             return ()
         stages = (self.config or {}).get("stages")
@@ -112,7 +112,7 @@ def read_run(path: str | Path) -> RunDirectory:
 
     Raises:
         FileNotFoundError: there is no such directory.
-        ValueError: it has neither ``config.yaml`` nor ``metrics.jsonl``, or a record in it is not what a run writes.
+        ValueError: it has neither ``config.yaml`` nor ``metrics.jsonl``, or a record does not have a run's format.
     """
     path = Path(path)
     if not path.is_dir():
@@ -137,7 +137,7 @@ def read_run(path: str | Path) -> RunDirectory:
 
 
 def read_rollouts(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """Stream the records of one ``.jsonl.zst`` (frames may be concatenated); a cut end is told in ``problems``.
+    """Stream the records of one ``.jsonl.zst`` (frames may be concatenated); ``problems`` names a truncated end.
 
     Raises:
         ValueError: a line is JSON but not an object with ``step``, ``group`` and ``text``.
@@ -221,11 +221,11 @@ def _read_metrics(
         if record["stage"] == "eval":
             evals[str(record.get("after"))] = record
             continue
-        if record["stage"] == "data":  # not a stage but what reading left out before one
+        if record["stage"] == "data":  # not a stage: samples left out while reading
             if (note := _left_out(record)) is not None and note not in problems:
                 problems.append(note)
             continue
-        if record["stage"] == "stage":  # not a stage but the note that one has ended
+        if record["stage"] == "stage":  # not a stage: notes that one has ended
             finished[str(record.get("name"))] = float(record["time/seconds"])
             continue
         for key, value in record.items():
@@ -273,8 +273,8 @@ def _read_lines(
 ) -> tuple[list[dict[str, Any]], bool]:
     """All whole records of a JSON-lines file, and whether it ends with a whole line.
 
-    A run killed in the middle of a line and resumed leaves a broken line inside ``metrics.jsonl``: tolerated there and
-    told (``tolerate_inside``). Nothing of the kind may happen to an evaluation, whose items are compared one by one.
+    A run killed in the middle of a line and resumed leaves a broken line inside ``metrics.jsonl``: it is skipped there
+    and named in ``problems`` (``tolerate_inside``). In an evaluation it is an error: items are compared one by one.
     """
     name = path.name if path.parent.name != "evals" else f"evals/{path.name}"
     content = path.read_bytes()

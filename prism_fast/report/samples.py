@@ -28,13 +28,13 @@ class Group:
     step: int
     first: dict[str, Any]  # what all rollouts of the group share: question, images, ground truth, teacher
     rollouts: tuple[dict[str, Any], ...]
-    total: int  # rollouts of the group in the dump; at most so many are shown
+    total: int  # rollouts of the group in the dump, shown or not
 
 
 def choose_groups(run: RunDirectory, problems: list[str], *, limit: int = MAX_ROLLOUTS) -> list[Group]:
     """At most ``limit`` rollouts: per stage up to `MAX_STEPS` steps from first to last, one group of each.
 
-    The group is the first of its step, so the choice depends on nothing that a rollout says.
+    The group is the first of its step, so the choice does not depend on the content of rollouts.
     """
     stages = run.rollout_stages
     per_stage = limit // max(1, len(stages))
@@ -81,10 +81,10 @@ def spread(values: Sequence[int], count: int) -> list[int]:
 
 
 def segments(text: str, spans: dict[str, Any] | None) -> tuple[list[tuple[str, str]], str | None]:
-    """Cut a response into (span name or "", text) pieces that join to ``text``, and say what is wrong with the spans.
+    """Cut a response into (span name or "", text) pieces that join to ``text``; the second result names a fault.
 
-    ``spans`` are character offsets [start, end). Spans that overlap or leave the text are not drawn: the whole text
-    is returned as one piece and the second result says so.
+    ``spans`` are character offsets [start, end). Spans that overlap or leave the text are not drawn: the whole text is
+    returned as one piece, with a fault.
     """
     cuts = []
     for name in _SPANS:
@@ -137,7 +137,7 @@ class Picture:
 
 
 def picture(run: RunDirectory, digest: Any, problems: list[str]) -> Picture | None:
-    """The image for the page, or None where the run directory lacks it (told in ``problems``).
+    """The image for the page, or None where the run directory lacks it (then named in ``problems``).
 
     Raises:
         ValueError: ``digest`` is not a SHA-256, or the file is not a PNG.

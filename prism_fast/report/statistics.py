@@ -2,7 +2,7 @@
 
 Held-out items that show the same image are not independent, so whole clusters (images) are resampled, not items
 (A. C. Davison and D. V. Hinkley, *Bootstrap Methods and their Application*, 1997, on hierarchical data).
-A difference between two stages is taken item by item on the same items, which removes the variance that they share.
+A difference between two stages is taken item by item, which removes the variance that the stages share.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _resampled_means(
         raise ValueError(f"{values.size} items but {len(cluster)} cluster names")
     if resamples < 100:
         raise ValueError(f"resamples must be at least 100 for an interval at 95 %, got {resamples}")
-    # Sorting makes the draws belong to names, not to the order in which the items happen to lie in a file.
+    # Sorting makes the draws depend on the names of clusters, not on the order of items in a file.
     _, code = np.unique(np.asarray([str(name) for name in cluster]), return_inverse=True)
     size = np.bincount(code).astype(np.float64)  # [C]
     clusters = size.size

@@ -1,6 +1,6 @@
-"""Numbers per stage for the table and the report: accuracies with intervals, paired differences, updates, wall time.
+"""Results per stage for the table and the report: accuracies with intervals, paired differences, updates, wall time.
 
-Also the sentences of the report that state a result: they are made here, from the numbers alone.
+The sentences of the report that state a result are also made here, from these results alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from prism_fast.report.rundir import EVALUATED, RunDirectory
 from prism_fast.report.statistics import Interval, PairedInterval, accuracy_interval, paired_difference
 
 RESAMPLES = 2000
-SEED = 0  # of every bootstrap in table and report: the same run directory always gives the same numbers
+SEED = 0  # of every bootstrap in table and report: the same run directory always gives the same results
 NAMES = {
     "sft": "SFT",
     "sft_continued": "SFT continued",
@@ -22,7 +22,7 @@ NAMES = {
     "align": "Alignment",
     "rlvr": "RLVR",
 }
-CONTROLS = ("sft", "sft_continued")  # what other stages are compared with
+CONTROLS = ("sft", "sft_continued")  # stages that the others are compared with
 _LOSS = {
     "sft": "sft/loss",
     "sft_continued": "sft/loss",
@@ -71,7 +71,7 @@ def stage_name(stage: str) -> str:
 
 
 def summarise(run: RunDirectory) -> Summary:
-    """Summary of every stage that has an evaluation on disk. Pure: the same run directory gives the same numbers."""
+    """Summary of every stage that has an evaluation on disk. Pure: the same run directory gives the same summary."""
     notes: list[str] = []
     stages = []
     for stage in run.evaluated:
@@ -112,7 +112,7 @@ def updates(run: RunDirectory, stage: str) -> int | None:
 
 
 def verdicts(run: RunDirectory, summary: Summary) -> list[str]:
-    """The results in words, made from the numbers alone; a comparison that cannot be made is said to be missing."""
+    """The results in words; a comparison that cannot be made is named as missing."""
     sentences = [_against(summary, "rlvr", control) for control in CONTROLS]
     sentences.append(_alignment(summary))
     return [*sentences, *_warmup(run)]

@@ -1,4 +1,4 @@
-"""How a trainer cuts its steps into micro-batches: decided once, when the trainer is made."""
+"""How a trainer cuts its steps into micro-batches; fixed when the trainer is made."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Batching:
         )
 
     def work(self, config: PreTrainedConfig, groups: Sequence[PromptGroup], *, vocabulary: bool) -> Metrics:
-        """What one pass over ``groups`` needs: ``perf/tokens``, each prompt once and no padding, and
+        """Metrics of one pass over ``groups``: ``perf/tokens``, each prompt once and no padding, and
         ``perf/forward_flops``, see ``track.flops.forward_flops``."""
         metrics = Metrics()
         for group in groups:
@@ -53,6 +53,6 @@ class Batching:
         return metrics
 
     def run(self, attempt: Callable[[int], T], groups: Sequence[PromptGroup], *, discard: Callable[[], None]) -> T:
-        """``attempt(tokens)`` within the budget; see ``TokenBudget.run``."""
+        """Call ``attempt(tokens)`` within the budget; see ``TokenBudget.run``."""
         longest = longest_item(self.layout, groups, whole_groups=self.whole_groups)
         return self.budget.run(attempt, discard=discard, longest=longest)

@@ -26,7 +26,7 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found complete: ``state`` as saved; engines load from their folders."""
+    """A complete checkpoint: ``state`` as saved; engines load from their folders."""
 
     path: Path
     state: dict
@@ -45,23 +45,23 @@ def save_checkpoint(folder: Path, name: str, engines: Mapping[str, Saved], state
     Raises:
         OSError: the disk is full (``DiskFullError``) or not writable; older checkpoints stay as they are.
     """
-    clear_partial(folder)  # of an earlier run that was killed while it wrote
+    clear_partial(folder)  # left by an earlier process that was killed while it wrote
     final = folder / name
-    with whole_folder(final, replace=True) as part:  # replaced: a damaged one that was passed over
+    with whole_folder(final, replace=True) as partial:  # replaces a damaged one that the resume skipped
         for key, engine in engines.items():
-            (part / key).mkdir()
-            engine.save(part / key)
-        (part / STATE).write_text(json.dumps(state), encoding="utf-8")
-        written = sorted(file for file in part.rglob("*") if file.is_file())
-        files = {file.relative_to(part).as_posix(): _fingerprint(file) for file in written}
-        (part / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+            (partial / key).mkdir()
+            engine.save(partial / key)
+        (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
+        written = sorted(file for file in partial.rglob("*") if file.is_file())
+        files = {file.relative_to(partial).as_posix(): _fingerprint(file) for file in written}
+        (partial / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
     for old in sorted(_checkpoints(folder), key=_age)[:-keep]:
         remove_folder(old)
     return final
 
 
 def latest_checkpoint(folder: Path, *, tell: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is complete and undamaged; ``tell`` hears about every one that is passed over."""
+    """The newest checkpoint that is complete and undamaged; ``tell`` gets a message for every one that is skipped."""
     for path in sorted(_checkpoints(folder), key=_age, reverse=True):
         try:
             return read_checkpoint(path)
@@ -99,7 +99,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _age(path: Path) -> tuple[int, int]:
-    """Order of writing, from the name ``<stage>-<step>``: copying a run does not reorder its checkpoints."""
+    """Sort key by stage and step, from the name ``<stage>-<step>``; times of files would change in a copy of a run."""
     stage, _, step = path.name.rpartition("-")
     known = stage in STAGES and step.isdigit()
     return (STAGES.index(stage), int(step)) if known else (-1, -1)

@@ -1,4 +1,4 @@
-"""Finished pieces of a long loop that writes its result at the end: a stopped or killed run goes on behind them."""
+"""Log of finished chunks of a long loop that writes its result at the end: a stopped run goes on after them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from prism_fast.models.writing import append_whole
 
 
 class ChunkLog:
-    """One JSON value per line and piece, behind a line that says what they were made with."""
+    """One line of JSON per chunk, after a first line with the settings that all of them were made with."""
 
     def __init__(self, path: Path, made_with: dict[str, Any]):
-        """Pieces made with something else are dropped, and so is a last line that a killed run has half written."""
+        """Chunks made with other settings are dropped, and so is an incomplete last line."""
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         lines, size = [], 0
@@ -36,7 +36,7 @@ class ChunkLog:
         self.chunks: list[Any] = lines[1:]
 
     def append(self, chunk: Any) -> None:
-        """Keep a finished piece (raises DiskFullError; the pieces before it stay)."""
+        """Write a finished chunk (raises DiskFullError; earlier chunks stay)."""
         self._write(chunk)
         self.chunks.append(chunk)
 
@@ -44,5 +44,5 @@ class ChunkLog:
         append_whole(self._path, (json.dumps(value) + "\n").encode())
 
     def remove(self) -> None:
-        """The loop's result is written: the pieces are not needed any more."""
+        """Delete the log, once the loop's result is written."""
         self._path.unlink(missing_ok=True)

@@ -33,7 +33,7 @@ from prism_fast.rollout.engines import engine_maker
 from prism_fast.rollout.protocol import Rollout
 from prism_fast.track.tracker import Tracker, open_views, require_packages
 from prism_fast.train.progress import Progress
-from prism_fast.train.record import Resume, RunRecord, fresh, read_resume
+from prism_fast.train.record import Resume, RunRecord, new_run, read_resume
 from prism_fast.train.signals import Stopped, StopRequest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -77,7 +77,7 @@ class Run:
             self._rollout.close()
 
     def complete(self, name: str) -> None:
-        """Note that ``name`` is done: a resumed run begins behind it."""
+        """Record that ``name`` is done: a resumed run skips it."""
         self.record.completed.append(name)
         self.record.metrics_bytes = self.metrics.size()
         self.record.write(self.folder)
@@ -90,8 +90,8 @@ class Run:
         """
         folder = self.folder / "export" / name
         needs = sum(parameter.nbytes for parameter in model.parameters())
-        with whole_folder(folder, replace=True, needs=needs) as part:  # replaced: the stage was resumed at its end
-            save(part)
+        with whole_folder(folder, replace=True, needs=needs) as partial:  # replaces one if resumed at the stage's end
+            save(partial)
         return folder
 
 
@@ -110,7 +110,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def trunk_in_force(config: Config, device: torch.device) -> str:
-    """Whose kernels ``model.fused_trunk`` means here. Raises ConfigError where it asks for some that cannot run."""
+    """The kernels that ``model.fused_trunk`` selects on ``device``. Raises ConfigError if they cannot run."""
     try:
         return trunk_kernels(config.model.fused_trunk, device, DTYPES[config.model.dtype])
     except ValueError as error:
@@ -118,7 +118,7 @@ def trunk_in_force(config: Config, device: torch.device) -> str:
 
 
 def attention_in_force(config: Config, device: torch.device) -> str:
-    """What ``model.attention`` means here. Raises ConfigError where it asks for what cannot run."""
+    """The attention that ``model.attention`` selects on ``device``. Raises ConfigError if it cannot run."""
     try:
         asked = os.environ.get(backend.ENVIRONMENT) or None
         return flash.describe(config.model.attention, device, DTYPES[config.model.dtype], asked)
@@ -127,8 +127,8 @@ def attention_in_force(config: Config, device: torch.device) -> str:
 
 
 def environment(config: Config, device: torch.device) -> dict[str, str | int]:
-    """What the run ran on; stands in ``environment.json`` and in the report. Raises as :func:`trunk_in_force` and
-    :func:`attention_in_force`."""
+    """Versions, machine and kernels in use, for ``environment.json`` and the report. Raises as :func:`trunk_in_force`
+    and :func:`attention_in_force`."""
     names = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn", "math-verify")
     versions = {name: metadata.version(name) for name in names}
     facts: dict[str, str | int] = {
@@ -154,19 +154,19 @@ def check_engine(config: Config) -> None:
 
 
 def run_folder(config: Config) -> Path:
-    """The run directory: ``out``, or a fresh name under ``runs``, kept in the configuration from then on."""
+    """The run directory: ``out``, or a new name under ``runs``, which becomes ``out``."""
     if config.out is None:
         config.out = str(Path("runs") / f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     return Path(config.out)
 
 
 def grading_rules(config: Config) -> str:
-    """Whose rules compare answers. The paper prints none: under its equations they are graded as by default."""
+    """Name of the rules that compare answers. The paper states none, so ``paper`` uses the default ones."""
     return config.semantics if config.semantics in RULES else "prism_fast"
 
 
 def answer_checker(config: Config) -> SourceRewards:
-    """What grades the answers of a run. Raises RewardFunctionError where ``reward.functions`` cannot be used."""
+    """The reward functions of a run. Raises RewardFunctionError where ``reward.functions`` cannot be used."""
     reward = config.reward
     checker = AnswerChecker(
         semantics=grading_rules(config),
@@ -180,7 +180,7 @@ def answer_checker(config: Config) -> SourceRewards:
 
 
 def check_views(config: Config) -> None:
-    """Raise ValueError if metrics are to be shown somewhere whose package is not installed."""
+    """Raise ValueError if the package of a configured view is not installed."""
     track = config.track
     require_packages(wandb=track.wandb.project is not None, trackio=track.trackio.project is not None)
 
@@ -190,8 +190,8 @@ def open_run(config: Config, console: Console, *, resume: bool = False) -> Itera
     """Create the run directory (it must not exist or be empty), or with ``resume`` go on in it.
 
     Raises:
-        ConfigError: the folder holds something already, another process is at work in it, or the device or the rollout
-            engine is not there.
+        ConfigError: the folder is not empty, another process uses it, or the device or the rollout engine does not
+            exist.
         ValueError: as :func:`check_views`.
     """
     device = resolve_device(config.device)
@@ -202,8 +202,8 @@ def open_run(config: Config, console: Console, *, resume: bool = False) -> Itera
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(folder):
-        for part in (folder, folder / "data", folder / "export", folder / "evals"):
-            clear_partial(part)  # of a run that was killed while it wrote
+        for subfolder in (folder, folder / "data", folder / "export", folder / "evals"):
+            clear_partial(subfolder)  # left by a process that was killed while it wrote
         if not resume and any(folder.iterdir()):
             raise ConfigError(
                 f"the run directory {folder} is not empty; give another with out=PATH, or go on in it: "
@@ -213,7 +213,7 @@ def open_run(config: Config, console: Console, *, resume: bool = False) -> Itera
             with _opened(config, console, folder, device, resume=resume) as run:
                 yield run
         except (Exception, SystemExit) as error:
-            # Refused or told to stop before the first step: nothing to keep, and nothing in the way of a second try.
+            # Refused or stopped before the first step: remove the folder, so that a second try finds none.
             if not resume and not isinstance(error, (Stopped, NonFiniteError)) and _nothing_done(folder):
                 shutil.rmtree(folder)
             raise
@@ -224,10 +224,10 @@ def _opened(config: Config, console: Console, folder: Path, device: torch.device
     if resume:
         resumed = read_resume(folder, tell=lambda text: console.print(text, style="yellow", highlight=False))
     else:
-        resumed = fresh()
+        resumed = new_run()
         write_whole(folder / "config.yaml", dump_config(config))
     write_whole(folder / "environment.json", json.dumps(environment(config, device), indent=1))
-    # CPU kernels are all deterministic; a CUDA kernel without a deterministic form is named in a warning.
+    # CPU kernels are all deterministic; PyTorch warns about a CUDA kernel without a deterministic form.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     disable_progress_bar()  # transformers' bars for each load and save would tear ours
@@ -261,7 +261,7 @@ def _opened(config: Config, console: Console, folder: Path, device: torch.device
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    """Hold the run directory; the system lets go of it when the process ends, however it ends."""
+    """Lock the run directory; the system releases it when the process ends, however it ends."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -274,6 +274,7 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 
 def _nothing_done(folder: Path) -> bool:
-    """Neither a line of metrics nor finished batches (``chunks``), which may be hours of work before the first line."""
-    kept = (folder / "metrics.jsonl", *folder.rglob("*.chunks"), *folder.glob("evals/*"))
-    return not any(path.is_file() and path.stat().st_size for path in kept)
+    """Whether there is neither a line of metrics nor a log of ``chunks``, which may be hours of work before the first
+    line."""
+    results = (folder / "metrics.jsonl", *folder.rglob("*.chunks"), *folder.glob("evals/*"))
+    return not any(path.is_file() and path.stat().st_size for path in results)

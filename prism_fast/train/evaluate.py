@@ -20,10 +20,8 @@ from prism_fast.train.seeds import derive_seed
 
 
 def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, after: str) -> float:
-    """Let ``model`` answer every task by the run's rollout engine, write ``evals/<after>.jsonl`` and one ``eval`` line
-    of metrics; returns the accuracy.
-
-    A stop loses the batch that is being generated.
+    """Answer every task with ``model``, write ``evals/<after>.jsonl`` and one ``eval`` line of metrics; returns the
+    accuracy. A stop loses only the batch that is being generated.
     """
     config = run.config.eval
     count = len(tasks) if config.limit is None else min(config.limit, len(tasks))
@@ -77,7 +75,7 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
 
 
 def _item(task: Task, text: str, completion: Completion, reward: Reward) -> dict:
-    """What stands in ``evals/<after>.jsonl`` of one answer."""
+    """The line of one answer in ``evals/<after>.jsonl``."""
     return {
         "uid": task.uid,
         "kind": task.kind or "all",

@@ -1,7 +1,7 @@
-"""Which experts of the discriminator the tokens of a prompt, of captions and of reasonings go to.
+"""Shares of the discriminator's experts by kind of token: prompt, captions, reasonings.
 
-The counts are those of the forward that made the scores. The last layer routes scored rows alone and is left out.
-A shared prompt counts once per span behind it, so that packed and padded rows count alike.
+The choices are those of the forward that made the scores. The last layer is left out: it routes scored rows alone. A
+shared prompt counts once per span of its group, so that both layouts count alike.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import Tensor
 from prism_fast.models.transfer import moved
 from prism_fast.track.metrics import Metrics
 
-SHOWN = 16  # of more experts than these, no single one's share becomes a metric
+SHOWN = 16  # with more experts than this, single shares are not logged
 
 
 def span_information(counts: Tensor) -> Tensor:
-    """Bits that one choice of an expert tells about the kind of span its token stands in.
+    """Bits that one choice of an expert tells about the kind of span of its token.
 
-    The mutual information between kind and expert with all kinds equally likely, however long their texts are (of two
-    kinds: the Jensen-Shannon divergence of their expert shares). 0: the kinds are routed alike; log2 of the number of
-    kinds: they share no expert. Chance alone gives about (E - 1) / (8 ln 2) · (1/n + 1/m) for two kinds of n and m
+    The mutual information between kind and expert, with all kinds equally likely whatever the length of their texts (of
+    two kinds: the Jensen-Shannon divergence of their expert shares). 0: the kinds are routed alike; log2 of the number
+    of kinds: they share no expert. Chance alone gives about (E - 1) / (8 ln 2) · (1/n + 1/m) for two kinds of n and m
     choices: 0.01 for 100 each of 4 experts.
 
     Args:
-        counts: [..., kinds, E], choices of each expert; every kind has some.
+        counts: [..., kinds, E], choices of each expert; no kind is without choices.
 
     Returns:
         [...] float64.
@@ -40,7 +40,7 @@ def _entropy(shares: Tensor) -> Tensor:
 
 
 class ExpertShares:
-    """Counts of one step, on the device of the choices."""
+    """Counts the expert choices of one step, on their device."""
 
     def __init__(self, spans: Sequence[str], experts: int) -> None:
         """``spans``: names of the scores."""
@@ -48,11 +48,11 @@ class ExpertShares:
         self.counts: Tensor | None = None  # [layers, kinds, E] int64
 
     def add(self, choices: Sequence[Tensor], columns: Sequence[int], branch: Tensor, weight: Tensor) -> None:
-        """One forward.
+        """Count the choices of one forward.
 
         Args:
             choices: per layer [X, top_k] int64.
-            columns: of each branch, the score that is read at its end.
+            columns: the index of each branch's score among the spans.
             branch, weight: [X], as in ``layouts.Ends``.
         """
         if not choices:
@@ -68,10 +68,10 @@ class ExpertShares:
         self.counts.view(-1).scatter_add_(0, place.flatten(), weight.long()[:, None].expand_as(chosen).flatten())
 
     def add_to(self, metrics: Metrics, prefix: str) -> None:
-        """Metrics: ``experts_{kind}_{e}``, the share of the kind's choices that fell on expert e, mean over layers;
-        and where there are two kinds of spans, ``expert_span_information`` (mean over layers), its largest value
-        ``expert_span_information_top`` with its layer ``expert_span_layer_top`` (the first is 1), and that layer's
-        shares ``experts_top_{kind}_{e}``. A kind without tokens has no metric."""
+        """Add ``experts_{kind}_{e}``: the share of expert e in the choices of the kind, mean over layers. With two
+        kinds of spans, also add ``expert_span_information`` (mean over layers), its largest value
+        ``expert_span_information_top`` with the layer ``expert_span_layer_top`` (from 1), and that layer's shares
+        ``experts_top_{kind}_{e}``. A kind without tokens has no metric."""
         for name, value in self._values().items():
             if name == "expert_span_layer_top":
                 metrics.last(prefix + name, value)
@@ -83,17 +83,19 @@ class ExpertShares:
             return {}
         counts = self.counts.cpu()
         shares = counts.double() / counts.sum(-1, keepdim=True)  # NaN for a kind without tokens
-        there = [k for k in range(len(self.kinds)) if bool(counts[0, k].any())]
-        found: dict[str, float | int] = {}
+        present = [k for k in range(len(self.kinds)) if bool(counts[0, k].any())]
+        values: dict[str, float | int] = {}
         tables = {"experts": shares.mean(0)}
-        if len(self.kinds) > 2 and len(there) == len(self.kinds):
+        if len(self.kinds) > 2 and len(present) == len(self.kinds):
             information = span_information(counts[:, 1:])  # [layers]
             top = int(information.argmax())
-            found["expert_span_information"] = float(information.mean())
-            found["expert_span_information_top"] = float(information[top])
-            found["expert_span_layer_top"] = top + 1
+            values["expert_span_information"] = float(information.mean())
+            values["expert_span_information_top"] = float(information[top])
+            values["expert_span_layer_top"] = top + 1
             tables["experts_top"] = shares[top]
         if self.experts <= SHOWN:
             for name, table in tables.items():
-                found |= {f"{name}_{self.kinds[k]}_{e}": float(table[k, e]) for k in there for e in range(self.experts)}
-        return found
+                values |= {
+                    f"{name}_{self.kinds[k]}_{e}": float(table[k, e]) for k in present for e in range(self.experts)
+                }
+        return values

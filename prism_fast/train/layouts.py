@@ -1,8 +1,8 @@
-"""How prompts and their continuations are laid out for a forward, and how a step is cut into forwards.
+"""Layouts of prompts and continuations for a forward, and the cut of a step into micro-batches.
 
 ``shared_prefix``: packed rows, a prompt and its image computed once for all its continuations (``models.packing``).
 ``padded``: a right-padded batch with the prompt repeated in front of each continuation (``models.forward``). Both give
-the same hidden states and gradients; tests hold them together, and ``train.self_check`` on a run's own data.
+the same hidden states and gradients; tests compare them, and ``train.self_check`` does so on a run's own data.
 """
 
 from __future__ import annotations
@@ -26,21 +26,19 @@ Layout = Literal["shared_prefix", "padded"]
 
 
 class Forward(NamedTuple):
-    """One micro-batch computed: ``X`` rows of hidden states.
-
-    ``hidden`` [X, H] final-norm; ``predict``: the rows that predict the continuations' tokens.
-    """
+    """Output for one micro-batch of ``X`` tokens: ``hidden`` [X, H] final-norm; ``predict``: the rows that predict the
+    continuations' tokens."""
 
     hidden: Tensor
     predict: ResponseRows
 
 
 class Ends(NamedTuple):
-    """One micro-batch of ``X`` rows computed up to the last tokens of its ``M`` continuations.
+    """Output at the last tokens of the ``M`` continuations of a micro-batch of ``X`` tokens.
 
-    ``hidden`` [M, H] final-norm, at the last row of each continuation; ``weight`` [X] how often the unshared
-    computation would compute a row's token (0: padding); ``branch`` [X] int64: the continuation that the token belongs
-    to, -1: a prompt; ``router_logits`` per sparse layer [X, E], None unless asked for.
+    ``hidden`` [M, H] final-norm; ``weight`` [X]: how often the padded layout would compute a token (0: padding);
+    ``branch`` [X] int64: the continuation of a token, -1 in a prompt; ``router_logits`` per sparse layer [X, E], None
+    unless asked for.
     """
 
     hidden: Tensor
@@ -50,7 +48,7 @@ class Ends(NamedTuple):
 
 
 class PackedPlan:
-    """A step in packed rows. ``micro_batches``: the rows; rows of a group that was cut follow each other."""
+    """A step in packed rows. ``micro_batches``: the rows; those of a group that was cut are consecutive."""
 
     def __init__(self, backbone: nn.Module, groups: Sequence[PromptGroup], budget: int, *, positions: str = "mrope"):
         self.backbone = backbone
@@ -58,7 +56,7 @@ class PackedPlan:
         self.images = SharedImages(self.micro_batches)
 
     def bound(self) -> list[list[PackedRow]]:
-        """The rows in order; rows that hold branches of a common group are in one list."""
+        """The rows in order, in one list per set of rows that share groups."""
         bound: list[list[PackedRow]] = []
         seen: set[int] = set()
         for row in self.micro_batches:
@@ -72,11 +70,12 @@ class PackedPlan:
         return bound
 
     def announce(self, rows: Sequence[PackedRow]) -> None:
-        """These rows pass without gradient before the pass that learns: both read the same encoded images."""
+        """Say that these rows get a pass without gradient before the one that learns: both read the same encoded
+        images."""
         self.images.announce(rows)
 
     def copy(self) -> PackedPlan:
-        """The same rows for another pass, with images of its own."""
+        """The same rows for a further pass, which encodes its images itself."""
         plan = object.__new__(PackedPlan)
         plan.backbone, plan.micro_batches = self.backbone, self.micro_batches
         plan.images = SharedImages(self.micro_batches)
@@ -93,7 +92,7 @@ class PackedPlan:
         return Ends(hidden, row.copies, row.branch, out.router_logits if kwargs else None)
 
     def finish(self, row: PackedRow, backward: Callable[[Tensor], object] | None) -> None:
-        """After a row's own backward (None: there was none): the gradient of images that several rows share."""
+        """Call after a row's backward (None: there was none): backpropagates into images that several rows share."""
         self.images.finish(row, backward if backward is not None else _no_gradient)
 
 
@@ -136,11 +135,11 @@ class PaddedPlan:
         return len(group.prompt.input_ids) + len(group.branches[branch[1]])
 
     def bound(self) -> list[list[PaddedBatch]]:
-        """As of packed rows; with ``whole_groups`` no two batches hold a common group."""
+        """One list per batch: with ``whole_groups`` no two batches share a group."""
         return [[batch] for batch in self.micro_batches]
 
     def announce(self, batches: Sequence[PaddedBatch]) -> None:
-        """Forwards of padded batches share nothing: any number of passes may run."""
+        """Nothing to do: forwards of padded batches share nothing."""
 
     def copy(self) -> PaddedPlan:
         return self
@@ -158,14 +157,13 @@ class PaddedPlan:
 
     def forward(self, batch: PaddedBatch) -> Forward:
         device, tokens = self.backbone.device, self._collated(batch)
-        predict = ResponseRows(
-            *(moved(x, device) for x in response_rows(tokens))
-        )  # on the CPU: the host waits for nothing
+        # Made on the CPU and moved, so that the host does not wait for the device.
+        predict = ResponseRows(*(moved(x, device) for x in response_rows(tokens)))
         hidden = language_outputs(self.backbone, tokens.to(device)).last_hidden_state
         return Forward(hidden.flatten(0, 1), predict)  # [B·S, H]
 
     def ends(self, batch: PaddedBatch, **kwargs: bool) -> Ends:
-        """As of a packed plan."""
+        """As `PackedPlan.ends`."""
         tokens = self._collated(batch).to(self.backbone.device)
         rows, width = tokens.input_ids.shape
         number = torch.arange(rows, device=tokens.lengths.device)
@@ -176,7 +174,7 @@ class PaddedPlan:
         return Ends(hidden, tokens.attention_mask.flatten(), branch, out.router_logits if kwargs else None)
 
     def finish(self, batch: PaddedBatch, backward: Callable[[Tensor], object] | None) -> None:
-        """Nothing is shared between padded batches."""
+        """Nothing to do: padded batches share nothing."""
 
 
 BatchPlan = PackedPlan | PaddedPlan
@@ -206,7 +204,7 @@ def plan_batches(
 
 
 def longest_item(layout: Layout, groups: Sequence[PromptGroup], *, whole_groups: bool = False) -> int:
-    """Tokens of the largest piece of a step that cannot be cut further."""
+    """Tokens of the largest indivisible item of a step."""
     whole = whole_groups and layout == "padded"
     sizes = [0]
     for group in groups:

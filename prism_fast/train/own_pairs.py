@@ -1,7 +1,7 @@
-"""The warm-up pairs that a run samples itself: student texts beside the run's own alignment tasks.
+"""Warm-up pairs that a run samples itself: the student's texts for the run's own alignment tasks.
 
-The public format of pairs holds one image and one user turn; a task may have several of both. So a line names its task
-and holds the student's texts alone; prompt, images and teacher are the task's.
+The public format of pairs holds one image and one user turn, but a task may have several of both. A line therefore
+names its task and holds only the student's texts; prompt, images and teacher come from the task.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prism_fast.models.writing import write_whole
 
 @dataclass(frozen=True)
 class OwnPair:
-    """The ``response``-th of the policy's responses to task ``index``, in the spans of ``data.framing``."""
+    """The policy's response number ``response`` to task ``index``, cut into the spans of ``data.framing``."""
 
     index: int
     uid: str
@@ -35,24 +35,24 @@ def write_own_pairs(path: Path, pairs: Iterable[OwnPair]) -> None:
 
 
 def read_own_pairs(path: Path, tasks: Samples[Task]) -> OwnPairs:
-    """The pairs of ``write_own_pairs`` beside the tasks they were sampled for.
+    """The pairs of ``write_own_pairs``, joined with the tasks they were sampled for.
 
     Raises:
-        ConfigError: the tasks are others.
+        ConfigError: the tasks are not those of the pairs.
     """
     pairs = [OwnPair(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
     for pair in pairs:
-        found = tasks.without_images(pair.index).uid if pair.index < len(tasks) else "none"
-        if found != pair.uid:
+        uid = tasks.without_images(pair.index).uid if pair.index < len(tasks) else "none"
+        if uid != pair.uid:
             raise ConfigError(
-                f"{path} was sampled for data.align with task {pair.uid!r} in place {pair.index}, now it is {found!r}: "
+                f"{path} was sampled for data.align with task {pair.uid!r} in place {pair.index}, now it is {uid!r}: "
                 "give the run its own data.align again, or start a new run"
             )
     return OwnPairs(pairs, tasks)
 
 
 class OwnPairs(Sequence[Pair]):
-    """Indexing one decodes its task's images."""
+    """Pairs in order; indexing one decodes the images of its task."""
 
     def __init__(self, pairs: Sequence[OwnPair], tasks: Sequence[Task]) -> None:
         self._pairs, self._tasks = pairs, tasks

@@ -1,4 +1,4 @@
-"""Which passes a step really ran, counted at the models and not from what the code means to do."""
+"""Counts of the passes of a step, by hooks on the models: they show the passes that really ran."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from prism_fast.track.metrics import Metrics
 
 @dataclass
 class Passes:
-    """Forwards through one model. ``learned``: with the graph of a backward; ``without_gradient``: the others (scoring
-    apart from learning, old log-probs and a reference would be such); ``recomputed``: forwards that gradient
-    checkpointing did again in the backward; ``images``: images encoded by the vision tower, either way."""
+    """Forwards through one model. ``learned``: with gradient; ``without_gradient``: the others (separate scoring, old
+    log-probs or a reference would be counted here); ``recomputed``: forwards that gradient checkpointing repeated in
+    the backward; ``images``: images that the vision tower encoded, with or without gradient."""
 
     learned: int = 0
     without_gradient: int = 0
@@ -34,8 +34,8 @@ class Passes:
 
 @contextmanager
 def counted_passes(backbone: nn.Module) -> Iterator[Passes]:
-    """What passes through ``backbone`` (``Qwen3VLModel`` or ``Qwen3VLMoeModel``) while the context is open; forward and
-    backward must both lie in it."""
+    """Count the passes through ``backbone`` (``Qwen3VLModel`` or ``Qwen3VLMoeModel``) within the block, which must hold
+    both forward and backward."""
     passes = Passes()
 
     def language(module: nn.Module, args: tuple) -> None:
@@ -43,7 +43,7 @@ def counted_passes(backbone: nn.Module) -> Iterator[Passes]:
             passes.learned += 1
         else:
             passes.without_gradient += 1
-        passes.recomputed -= 1  # this forward enters the first layer once, which is no recomputation
+        passes.recomputed -= 1  # the forward itself enters the first layer once
 
     def first_layer(module: nn.Module, args: tuple) -> None:
         passes.recomputed += 1

@@ -1,4 +1,4 @@
-"""The stages in order, each reading what the one before it exported."""
+"""The stages in order; each reads the exports of the one before it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from prism_fast.train.warmup import pair_log, sample_pairs, warm_up
 
 @dataclass
 class Artifacts:
-    """What the stages have produced so far, as folders in Hugging Face format."""
+    """The newest exports of the stages, as folders in Hugging Face format."""
 
     policy: Path | None = None
     discriminator: Path | None = None
@@ -81,7 +81,7 @@ def _new_policy(run: Run, files: DataFiles):
 
 
 def _learner(run: Run, model: nn.Module):
-    """``model``, set up to learn as the configuration says."""
+    """``model`` with the kernels and the gradient checkpointing of the configuration."""
     use_fused_trunk(model, run.config.model.fused_trunk)
     if run.config.model.gradient_checkpointing:
         use_gradient_checkpointing(model)
@@ -108,7 +108,7 @@ def _policy(run: Run, artifacts: Artifacts, stage: str):
 
 
 def _evaluate(run: Run, policy: nn.Module, processor: Processor, files: DataFiles, after: str) -> None:
-    """Of the policy that was trained, in memory. Its weights are those of the export, which writes them as they are."""
+    """Evaluate the trained policy as it is in memory; its weights are those of the export."""
     if (path := files.paths.get("eval")) is not None:
         evaluate(run, policy, processor, DataReader(run, "eval").read("eval", path, processor), after=after)
 
@@ -214,7 +214,7 @@ def _start(config: Config, run: Run) -> Artifacts:
 
 
 def _check_files(config: Config, files: DataFiles) -> None:
-    """Name a missing input before the first stage spends hours, not after."""
+    """Refuse a missing input before the first stage spends hours."""
     files.needed(config.stages)
     check_replay(config)
 
@@ -247,7 +247,7 @@ def run_eval(config: Config, console: Console, *, resume: bool = False) -> float
     """Evaluate ``model.policy`` on ``data.eval`` in the run directory ``config.out``; returns the accuracy.
 
     Raises:
-        Stopped: SIGTERM or SIGINT asked to stop; ``resume=True`` goes on behind the last finished batch.
+        Stopped: SIGTERM or SIGINT asked to stop; ``resume=True`` goes on after the last finished batch.
     """
     with open_run(config, console, resume=resume) as run:
         artifacts = _start(config, run)

@@ -1,4 +1,4 @@
-"""Progress bars that show the numbers that matter while a stage runs."""
+"""Progress bars with the main metrics of a running stage."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ LINES_WITHOUT_TERMINAL = 10  # a stage prints about so many lines into a log fil
 
 
 class Bar:
-    """One stage's bar: ``advance`` with the current numbers."""
+    """The bar of one stage; ``advance`` shows the current metrics."""
 
     def __init__(self, progress: Progress, name: str, total: int | None, done: int):
         self._progress, self._name, self._total, self._done = progress, name, total, done
-        self._task = progress.rich.add_task(name, total=total, completed=done, numbers="")
+        self._task = progress.rich.add_task(name, total=total, completed=done, metrics="")
 
-    def advance(self, **numbers: float | int | None) -> None:
+    def advance(self, **metrics: float | int | None) -> None:
         self._done += 1
         text = "  ".join(
-            f"{key.replace('_', ' ')} {_short(value)}" for key, value in numbers.items() if value is not None
+            f"{key.replace('_', ' ')} {_short(value)}" for key, value in metrics.items() if value is not None
         )
-        self._progress.rich.update(self._task, advance=1, numbers=text)
+        self._progress.rich.update(self._task, advance=1, metrics=text)
         if not self._progress.console.is_terminal:
             every = max(1, (self._total or 500) // LINES_WITHOUT_TERMINAL)
             if self._done % every == 0 or self._done == self._total:
@@ -55,7 +55,7 @@ class Progress:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[metrics]}"),
             console=console,
             disable=not console.is_terminal,
         )

@@ -1,5 +1,4 @@
-"""Reading a run's data files: one place that knows which reader a file of the configuration needs, and what is done
-about samples that cannot be used."""
+"""Reads a run's data files: chooses the reader of each and handles samples that cannot be used."""
 
 from __future__ import annotations
 
@@ -31,13 +30,13 @@ def open_samples(config: Config, name: str, path: Path, problems: list[DataError
 
 @dataclass(frozen=True)
 class DataFiles:
-    """The file of each key of ``SOURCES``, where there is one."""
+    """The file of each key of ``SOURCES`` that has one."""
 
     paths: dict[str, Path]
 
     @classmethod
     def of(cls, config: Config) -> DataFiles:
-        """The files that a configuration names; it need not be able to read them."""
+        """The files that a configuration names; they need not exist."""
         named = {key: getattr(config.data, key) for key in SOURCES}
         return cls({key: Path(value) for key, value in named.items() if value is not None})
 
@@ -50,15 +49,15 @@ class DataFiles:
         return path
 
     def needed(self, stages: Sequence[str]) -> dict[str, Path]:
-        """What ``stages`` read, by key. ConfigError names what is missing."""
+        """The files that ``stages`` read, by key. ConfigError names a missing one."""
         return {key: self.need(key, stage) for key, stage in needed_sources(stages, self.paths).items()}
 
 
 class DataReader:
-    """Reads the files of one stage. ``data.on_bad_sample`` decides between an error and a counted omission.
+    """Reads the files of one stage. ``data.on_bad_sample``: a bad sample is an error, or is left out and counted.
 
-    With ``skip`` or ``data.max_prompt_tokens`` every image is decoded once, and what was left out is told on the
-    console and, under the stage ``data``, in the metrics; a resumed run that is past this point writes no second line.
+    With ``skip`` or ``data.max_prompt_tokens`` every image is decoded once, and omissions are shown on the console and
+    logged under the stage ``data``. A run resumed inside the stage does not log them a second time.
     """
 
     def __init__(self, run: Run, stage: str):
@@ -71,19 +70,20 @@ class DataReader:
             DataError: the file cannot be read, or it holds a bad sample and these are not to be skipped.
             ConfigError: no sample is left.
         """
-        found = self.screen(name, path, processor)
-        if found is None:
+        screened = self.screen(name, path, processor)
+        if screened is None:
             return open_samples(self._run.config, name, path)
-        if not len(found.samples):
+        if not len(screened.samples):
             raise ConfigError(
-                f"data.{name}: no usable sample is left of {path}: {_shown(found)}. First problem: {found.problems[0]}"
+                f"data.{name}: no usable sample is left of {path}: {_shown(screened)}. "
+                f"First problem: {screened.problems[0]}"
             )
         if tell:
-            self._tell(name, path, found)
-        return found.samples
+            self._tell(name, path, screened)
+        return screened.samples
 
     def screen(self, name: str, path: Path, processor: Processor | None) -> Screened | None:
-        """What of the file can be used; None when neither skipping nor a limit was asked for."""
+        """The file's usable samples; None when the configuration asks neither for skipping nor for a limit."""
         data = self._run.config.data
         limit = data.max_prompt_tokens if processor is not None else None
         if data.on_bad_sample == "raise" and limit is None:
@@ -95,22 +95,22 @@ class DataReader:
     def _poll(self, name: str) -> Callable[[], None]:
         return lambda: self._run.stop.poll(f"reading data.{name}")
 
-    def _tell(self, name: str, path: Path, found: Screened) -> None:
+    def _tell(self, name: str, path: Path, screened: Screened) -> None:
         run = self._run
         if run.resume.checkpoint_of(self._stage) is not None:
             return
-        tokens = found.prompt_tokens
+        tokens = screened.prompt_tokens
         lengths = {"data/prompt_tokens_max": max(tokens), "data/prompt_tokens_mean": sum(tokens) / len(tokens)}
-        counts = {f"data/{key}": count for key, count in found.counts().items()}
+        counts = {f"data/{key}": count for key, count in screened.counts().items()}
         record = {"name": name, "before": self._stage} | counts | (lengths if tokens else {})
         run.metrics.write("data", 0, record)
-        if found.problems:
-            first = f"; first: {found.problems[0]}"
-            line = f"data.{name}: {_shown(found)} of {path}{first}"
+        if screened.problems:
+            first = f"; first: {screened.problems[0]}"
+            line = f"data.{name}: {_shown(screened)} of {path}{first}"
             run.console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
-def _shown(found: Screened) -> str:
+def _shown(screened: Screened) -> str:
     return ", ".join(
-        f"{count} {key.replace('_', ' ')}" for key, count in found.counts().items() if count or key == "kept"
+        f"{count} {key.replace('_', ' ')}" for key, count in screened.counts().items() if count or key == "kept"
     )

@@ -1,4 +1,4 @@
-"""Which stages of a run are complete, and where a resumed run goes on."""
+"""Records which stages of a run are complete, and where a resumed run goes on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RECORD = "record.json"
 
 @dataclass
 class RunRecord:
-    """``record.json`` of a run directory: rewritten whole, atomically, each time something is complete."""
+    """``record.json`` of a run directory; rewritten atomically when a stage or the sampling of pairs is complete."""
 
     completed: list[str] = field(default_factory=list)
     policy: str | None = None  # newest policy, relative to the run directory if inside
@@ -28,7 +28,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Resume:
-    """Where to go on: the record of what is complete, and a checkpoint inside the stage that is not (if any)."""
+    """Where to go on: the run's record, and the checkpoint inside the unfinished stage, if there is one."""
 
     record: RunRecord
     checkpoint: Checkpoint | None
@@ -37,16 +37,16 @@ class Resume:
         return self.checkpoint if self.checkpoint is not None and self.checkpoint.state["stage"] == stage else None
 
     def metrics_bytes(self) -> int:
-        """What stays of ``metrics.jsonl``: the lines behind it belong to steps that are done again."""
+        """Bytes of ``metrics.jsonl`` to keep; later lines belong to steps that are done again."""
         return self.record.metrics_bytes if self.checkpoint is None else self.checkpoint.state["metrics_bytes"]
 
 
-def fresh() -> Resume:
+def new_run() -> Resume:
     return Resume(RunRecord(), None)
 
 
 def read_resume(folder: Path, *, tell: Callable[[str], None]) -> Resume:
-    """What a run directory allows to continue from.
+    """Where the run in ``folder`` can go on; ``tell`` gets a message for every damaged checkpoint.
 
     Raises:
         CheckpointError: ``record.json`` is damaged.

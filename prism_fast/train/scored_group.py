@@ -1,4 +1,4 @@
-"""What a discriminator scores: a prompt with the framed spans of the teacher and of each student."""
+"""The discriminator's input: a prompt with the framed spans of the teacher and of each student."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ScoredGroup:
         return columns
 
     def computed(self) -> PromptGroup:
-        """What a forward computes: the prompt and its spans."""
+        """The prompt with its distinct spans, as a forward computes them."""
         return PromptGroup(self.prompt, list(self.spans()))
 
 

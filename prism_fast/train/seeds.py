@@ -1,4 +1,4 @@
-"""One seed for a run; every random draw derives its own from it, so nothing depends on what ran before."""
+"""Every random draw derives its own seed from the run's, so it does not depend on earlier draws."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import hashlib
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
-    """A 63-bit seed for the purpose that ``names`` spell, e.g. ``derive_seed(1, "align", "rollout", 12)``."""
+    """A 63-bit seed for the purpose ``names``, e.g. ``derive_seed(1, "align", "rollout", 12)``."""
     text = "/".join(str(part) for part in (seed, *names))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

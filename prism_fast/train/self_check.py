@@ -1,12 +1,11 @@
-"""Packed rows against the unshared path on a stage's own data and models, before anything is learned from them.
+"""Packed rows against the padded layout, on a stage's own data and models, before the stage learns from them.
 
-The same functions compute that the stage calls: the states that it reads (of response tokens for the policy; of the
-scored rows alone, as the last layer computes them, for the discriminator), at the stage's positions. Compared are these
-states and the gradients of a few parameters, through which all of the packing's own work passes: the first layer's norm
-(embeddings, image rows, attention), the last layer's (scored rows), the vision tower's first norm and its first
-DeepStack merger's (image features, also where rows share them). Twice: laid out within the stage's token budget,
-several groups to a row where they fit, and with every group cut into sub-groups. Not compared: what stands behind the
-states (heads, losses, the load-balancing loss), which is one code for both layouts.
+The check calls the functions that the stage calls and compares two things. First the states that the stage reads: of
+response tokens for the policy, of the scored rows alone for the discriminator. Second the gradients of a few parameters
+through which everything that packing does must pass: the first layer's norm (embeddings, image rows, attention), the
+last layer's (scored rows), the vision tower's first norm and its first DeepStack merger's (image features, also where
+rows share them). It does so twice: with rows as large as the stage's token budget, and with every group cut into
+sub-groups. Heads and losses are not compared: both layouts run the same code there.
 """
 
 from __future__ import annotations
@@ -24,30 +23,29 @@ from prism_fast.train.batching import Batching
 from prism_fast.train.layouts import BatchPlan, MicroBatch, PackedPlan, PaddedPlan, longest_item
 
 Read = Callable[[BatchPlan, MicroBatch], tuple[Tensor, Sequence[int]]]
-"""What a stage reads of a micro-batch: states [N, H], and how many of them belong to each of its branches, in order."""
+"""Reads a micro-batch as the stage does: states [N, H], and how many of them belong to each of its branches."""
 
-#: Largest accepted relative difference (root mean square) of states and of each gradient. Rounding stays far below
-#: it in the wide dtypes; in half precision the two paths sum in different orders.
+#: Largest accepted relative difference (root mean square) of states and of each gradient. Rounding is far below it in
+#: float32 and float64; in half precision the two layouts differ more, because they sum in different orders.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
-#: The least for a sparse model: at a near-tie its two paths choose another expert. A wrong layout is off by tenths.
+#: Smallest tolerance for a sparse model: at a near-tie the two layouts choose different experts. A wrong layout is off
+#: by tenths.
 SPARSE_TOLERANCE = 2e-2
 CHECKED = (3, 2)  # branches of the first and of the second group
 
 
 class PackingError(RuntimeError):
-    """Packed and unshared computation of the same rows differ by more than rounding."""
+    """Packed and padded layout differ by more than rounding."""
 
 
 def self_check(
     engine: Engine, batching: Batching, backbone: nn.Module, groups: Sequence[PromptGroup], read: Read
 ) -> float | None:
-    """:func:`check_packing` once per engine, on a few branches of a step: of its first group with images, if it has
-    any, and of another one.
+    """Run :func:`check_packing` once per engine, on a few branches of two groups of a step, those with images first.
 
     Returns:
-        The largest relative difference at a stage's first update, for its metrics; otherwise None (an engine that goes
-        on from a checkpoint is checked as well, without a number: it must repeat the metrics of a run that was never
-        stopped).
+        The largest relative difference at a stage's first update, for its metrics; otherwise None. A resumed engine is
+        checked but gives None, because it must repeat the metrics of a run that was never stopped.
 
     Raises:
         PackingError: they differ by more than rounding explains.
@@ -68,7 +66,7 @@ def self_check(
 
 
 def choose(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
-    """The groups in their order, all branches None but those to be checked; [] if there are none."""
+    """The groups in their order, with None for branches that are not checked; [] if there is no branch."""
     used = [g for g, group in enumerate(groups) if any(branch is not None for branch in group.branches)]
     used.sort(key=lambda g: (groups[g].prompt.pixel_values is None, g))
     limit = dict(zip(used, CHECKED, strict=False))
@@ -78,8 +76,8 @@ def choose(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
 
 
 def _first(branches: Sequence[Sequence[int] | None], count: int) -> list[Sequence[int] | None]:
-    kept = [b for b, branch in enumerate(branches) if branch is not None][:count]
-    return [branch if b in kept else None for b, branch in enumerate(branches)]
+    first = [b for b, branch in enumerate(branches) if branch is not None][:count]
+    return [branch if b in first else None for b, branch in enumerate(branches)]
 
 
 def check_packing(
@@ -92,11 +90,10 @@ def check_packing(
     positions: str = "mrope",
     tolerance: float | None = None,
 ) -> float:
-    """Compute ``groups`` packed, and branch by branch with the prompt in front of each; the largest relative difference
-    found.
+    """The largest relative difference between ``groups`` computed packed and one branch at a time.
 
-    Leaves parameters, their ``.grad`` and ``requires_grad`` as they are. The unshared side runs one sequence at a time,
-    so it needs no more memory than a row. Not for parameters sharded over ranks: their gradient is not at hand.
+    Leaves parameters, their ``.grad`` and ``requires_grad`` as they are. The padded layout runs one sequence at a time,
+    so it needs no more memory than a row. Not for parameters sharded over ranks, whose gradients are not available.
 
     Args:
         backbone: ``Qwen3VLModel`` or ``Qwen3VLMoeModel`` with shared-prefix attention.
@@ -128,10 +125,10 @@ def check_packing(
     return worst
 
 
-def _relative(found: Tensor | None, wanted: Tensor) -> float:
-    found = torch.zeros_like(wanted) if found is None else found
-    size = float(wanted.norm())
-    return float((found - wanted).norm()) / size if size else float(found.norm())
+def _relative(actual: Tensor | None, expected: Tensor) -> float:
+    actual = torch.zeros_like(expected) if actual is None else actual
+    size = float(expected.norm())
+    return float((actual - expected).norm()) / size if size else float(actual.norm())
 
 
 def _compute(plan: BatchPlan, read: Read) -> dict[str, Tensor]:
@@ -144,22 +141,22 @@ def _compute(plan: BatchPlan, read: Read) -> dict[str, Tensor]:
             upstream = []
             for branch, state in zip(batch.branches, rows.detach().double().cpu().split(list(counts)), strict=True):
                 states[branch] = state
-                noise.manual_seed(1009 * branch[0] + branch[1])  # the same for a branch wherever it stands
+                noise.manual_seed(1009 * branch[0] + branch[1])  # the same for a branch in any layout
                 upstream.append(torch.randn(state.shape, generator=noise))
             if rows.requires_grad:
                 (rows * torch.cat(upstream).to(rows)).sum().backward()
                 plan.finish(batch, torch.Tensor.backward)
-        found = {"states": torch.cat([states[branch] for branch in sorted(states)])}
+        results = {"states": torch.cat([states[branch] for branch in sorted(states)])}
         for name, parameter in parameters.items():
             if parameter.grad is not None:
-                found[f"gradient of {name}"] = parameter.grad.double().cpu()
-    return found
+                results[f"gradient of {name}"] = parameter.grad.double().cpu()
+    return results
 
 
 @contextmanager
 def _watched(backbone: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """Those of the watched parameters that are trained, alone in having a gradient, from zero; everything is as before
-    afterwards."""
+    """The watched parameters that are trained, by name. Within the block only they get gradients, from zero; everything
+    is restored afterwards."""
     language_model, visual = trunk(backbone), tower(backbone)
     named = {
         "the first layer's norm": language_model.layers[0].input_layernorm.weight,

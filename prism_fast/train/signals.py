@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved what it needs to go on."""
+    """The run was asked to stop and has saved its state."""
 
 
 class StopRequest:
@@ -16,8 +16,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
-        # Saves what a step in progress needs so that stopping inside it loses that step at most. Returns False where
-        # the step cannot be left (one model updated, the other not yet): then it is finished.
+        # Saves the state inside a step, so that a stop loses at most that step. Returns False where the step must be
+        # finished first (one model is updated, the other is not yet).
         self.save: Callable[[], bool] | None = None
         self._previous: dict[int, object] = {}
 
@@ -36,6 +36,6 @@ class StopRequest:
         self.requested = True
 
     def poll(self, where: str) -> None:
-        """Raise :class:`Stopped` if a stop was asked for, after saving; every loop that may take long calls this."""
+        """Save and raise :class:`Stopped` if a stop was asked for; every long loop calls this."""
         if self.requested and (self.save is None or self.save()):
             raise Stopped(where)

@@ -1,4 +1,4 @@
-"""What a stage's loop keeps so that it can go on exactly where it was."""
+"""The state of a stage's loop: saved in checkpoints, so that a resumed run continues exactly."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class StageState:
 
     A stage's loop is ``for step in state.steps(total, shown=...): ...; state.end_step(metrics)``.
 
-    Random numbers need no saving: every draw is seeded by (seed, stage, step).
+    States of random generators are not saved: every draw is seeded by (seed, stage, step).
 
-    A stop is possible anywhere in a step: before an engine was updated, the state is saved as it was when the step
-    began; after :meth:`hold`, as it is, with the metrics of the step; in between the step is finished.
+    A stop may come anywhere in a step. Before the first update, the state at the beginning of the step is saved; after
+    :meth:`hold`, the current one with the step's metrics; in between the step is finished first.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class StageState:
         """
         self.run, self.stage, self.engines, self.order, self.extra = run, stage, engines, order, extra
         self.step = 0
-        self.held: Metrics | None = None  # of the step whose update is done and whose evaluation is not
+        self.held: Metrics | None = None  # of a step that is updated but not evaluated yet
         self.budgets = {name: TokenBudget(tokens, notify=self._tell) for name, tokens in budgets.items()}
-        if with_rollouts:  # as the recipe says, or below as the checkpoint does: whatever an earlier stage had to do
+        if with_rollouts:  # the recipe's budget, or below the checkpoint's; not one that an earlier stage halved
             self.budgets["rollout"] = run.rollout_budget
             run.rollout_budget.restore(run.config.rollout.tokens_in_flight)
         saved = run.resume.checkpoint_of(stage)
-        kept = 0
+        rollout_bytes = 0
         if saved is not None:
             if saved.state.get("format") != FORMAT:
                 raise CheckpointError(
@@ -81,18 +81,18 @@ class StageState:
             order.load_state_dict(saved.state["order"])
             if extra is not None:
                 extra.load_state_dict(saved.state["extra"])
-            kept = saved.state["rollout_bytes"]
+            rollout_bytes = saved.state["rollout_bytes"]
         self._saved_step = self.step
         self.timer = StepTimer(run.device, run.dtype)
-        self.log = RolloutLog(run.folder, stage, keep_bytes=kept) if with_rollouts else None
+        self.log = RolloutLog(run.folder, stage, keep_bytes=rollout_bytes) if with_rollouts else None
         if self.held is not None:
             self._watch()
 
     def steps(self, total: int, *, shown: Mapping[str, str], done: Callable[[], bool] = lambda: False) -> Iterator[int]:
-        """The numbers of the steps that are left, from 1 to ``total`` or until ``done()``; each ends with `end_step`.
+        """Yield the remaining steps, counted from 1 up to ``total`` or until ``done()``; each ends with `end_step`.
 
-        Begins each step: seeds PyTorch's generators for it (head dropout draws from them). ``shown``: metrics on the
-        progress bar, by the name that they have there.
+        Seeds PyTorch's generators before each step (head dropout draws from them). ``shown``: names of metrics by their
+        label on the progress bar.
         """
         self._finished = lambda: self.step >= total or done()
         self._shown = shown
@@ -110,16 +110,16 @@ class StageState:
         self._watch()
 
     def hold(self, metrics: Metrics) -> None:
-        """The step's updates are done, its evaluation follows: a stop during it saves the step with these metrics, and
-        the resumed run finds them in ``held`` and begins with that evaluation."""
+        """Call between the step's updates and its evaluation. A stop during the evaluation saves these metrics; the
+        resumed run finds them in ``held`` and begins with the evaluation."""
         self.held = metrics
 
     def end_step(self, metrics: Metrics, times: Mapping[str, float] | None = None) -> None:
-        """Write the step's metrics, show some of them, save if it is time, if this was the last step, or if a stop was
-        asked for; then stop.
+        """Write the step's metrics and show some of them. Save a checkpoint when one is due, after the last step, and
+        when a stop was asked for.
 
         Args:
-            times: further seconds by name, ``time/...``.
+            times: more metrics in seconds, by name (``time/...``).
 
         Raises:
             Stopped: SIGTERM or SIGINT arrived; the step is saved.
@@ -145,7 +145,7 @@ class StageState:
             engine.where = f"{self.stage} step {self.step}"
 
     def _save_inside_step(self) -> bool:
-        """What a stop inside a step saves; False if the step must be finished first."""
+        """Save for a stop inside a step; False if the step must be finished first."""
         now = self._facts()
         if self.held is not None:
             self._save(now)
@@ -159,7 +159,7 @@ class StageState:
         return [engine.updates for engine in self.engines.values()]
 
     def _facts(self) -> dict:
-        """Everything that is not the engines' own."""
+        """The state without that of the engines."""
         return {
             "format": FORMAT,
             "stage": self.stage,
@@ -174,7 +174,7 @@ class StageState:
 
     def _save(self, facts: dict) -> None:
         for path in (self.run.metrics.path, *([] if self.log is None else [self.log.path])):
-            sync(path)  # a checkpoint never speaks of lines that a power cut can take back
+            sync(path)  # a checkpoint must not count lines that a power cut can undo
         save_checkpoint(
             self.run.folder / "checkpoints",
             f"{self.stage}-{facts['step']:06d}",

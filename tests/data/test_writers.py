@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +9,9 @@ import pytest
 from PIL import Image
 
 from prism_fast.data import writers
-from prism_fast.data.readers import read_pairs, read_sharegpt, read_tasks
-from prism_fast.data.samples import Demonstration, Pair, Task
-from prism_fast.data.writers import write_pairs, write_sharegpt, write_tasks
+from prism_fast.data.readers import read_sharegpt, read_tasks
+from prism_fast.data.samples import Demonstration, Task
+from prism_fast.data.writers import write_sharegpt, write_tasks
 
 TEXT, IMAGE = {"type": "text", "text": " é?\n"}, {"type": "image"}
 
@@ -41,16 +40,6 @@ def tasks() -> list[Task]:
     return [one(n) for n in range(6)]
 
 
-def pairs() -> list[Pair]:
-    bare = [{"role": "user", "content": "no system, no image"}]
-    whole = Pair("p2", bare, [], teacher_response="a", student_response="b")
-    return [
-        Pair("p0", messages(1), [image(1)], "a", "b", "c", "d"),
-        Pair("p1", bare, [], "a\n", "é", "c", "d", "e", "f"),
-        whole,
-    ]
-
-
 def test_sharegpt_round_trip(tmp_path):
     write_sharegpt(tmp_path / "new" / "a.json", demonstrations())
     assert list(read_sharegpt(tmp_path / "new" / "a.json")) == demonstrations()
@@ -77,29 +66,19 @@ def test_tasks_round_trip(tmp_path):
     assert first["reward_model"] == {"ground_truth": "4", "style": "rule", "equivalent_answers": ["__EMPTY__"]}
 
 
-def test_pairs_round_trip(tmp_path):
-    write_pairs(tmp_path / "a.jsonl", pairs())
-    assert list(read_pairs(tmp_path / "a.jsonl")) == pairs()
-    line = json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    assert line["prompt"] == "<image> é?\n" and line["image"].startswith("a_images/")
-
-
 def test_same_samples_same_bytes(tmp_path):
     for name in ("one", "two"):
         write_sharegpt(tmp_path / name / "a.json", demonstrations())
         write_tasks(tmp_path / name / "a.parquet", tasks())
-        write_pairs(tmp_path / name / "a.jsonl", pairs())
     contents = [
         {str(p.relative_to(tmp_path / name)): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
         for name in ("one", "two")
     ]
     assert contents[0] == contents[1]
-    assert {"a.json", "a.parquet", "a.jsonl"} < set(contents[0])
+    assert {"a.json", "a.parquet"} < set(contents[0])
 
 
-@pytest.mark.parametrize(
-    ("write", "samples"), [(write_sharegpt, demonstrations), (write_tasks, tasks), (write_pairs, pairs)]
-)
+@pytest.mark.parametrize(("write", "samples"), [(write_sharegpt, demonstrations), (write_tasks, tasks)])
 def test_existing_files_are_never_overwritten(tmp_path, write, samples):
     path = tmp_path / "file"
     path.write_text("precious")
@@ -127,12 +106,6 @@ def test_what_the_formats_cannot_say_is_refused(tmp_path):
     with pytest.raises(ValueError, match="part of type 'video'"):
         video = [{"role": "user", "content": [{"type": "video"}]}]
         write_sharegpt(tmp_path / "a.json", [replace(sample, messages=video)])
-    pair = pairs()[0]
-    with pytest.raises(ValueError, match="pair 'p0' has turns .* and 2 images"):
-        write_pairs(tmp_path / "a.jsonl", [replace(pair, images=[image(1), image(2)])])
-    with pytest.raises(ValueError, match=r"pair 'p0' has turns \['user', 'assistant'\]"):
-        roles = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        write_pairs(tmp_path / "a.jsonl", [replace(pair, messages=roles)])
     with pytest.raises(ValueError, match="task 't0': extra holds kind, uid"):
         write_tasks(tmp_path / "a.parquet", [replace(tasks()[0], extra={"uid": 1, "kind": "x", "index": 0})])
     with pytest.raises(pa.ArrowException):

@@ -20,7 +20,8 @@ from prism_fast.models.checkpointing import use_gradient_checkpointing
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.forward import collate, hidden_states
 from prism_fast.models.fused_trunk import fuse, trunk_kernels, use_fused_trunk
-from prism_fast.models.packing import PromptGroup, SharedImages, pack, packed_hidden_states
+from prism_fast.models.packing import PromptGroup, SharedImages, pack
+from tests.support.packed import packed_hidden_states
 from prism_fast.models.policy import build_tiny_policy
 from prism_fast.models.shared_prefix import use_shared_prefix
 from tests.support import triton_liger

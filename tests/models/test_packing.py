@@ -11,9 +11,10 @@ import torch
 from prism_fast import ops
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.forward import collate, hidden_states, response_rows
-from prism_fast.models.packing import PromptGroup, SharedImages, pack, packed_hidden_states
+from prism_fast.models.packing import PromptGroup, SharedImages, pack
 from prism_fast.models.shared_prefix import use_shared_prefix
 from tests.support.float64 import Float64Islands
+from tests.support.packed import packed_hidden_states
 
 # One prompt without image, one with one, one with two of other sizes; ragged branches, one of a single token, some that
 # are not computed, and a group with none at all. Demonstrations: one branch each, so that no segment sees another one.

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.forward import collate, hidden_states, response_rows
-from prism_fast.models.packing import PackedRow, PromptGroup, pack, packed_hidden_states, packed_outputs
+from prism_fast.models.packing import PackedRow, PromptGroup, pack, packed_outputs
 from prism_fast.models.score_rows import states_at
 from prism_fast.models.shared_prefix import use_shared_prefix
 from tests.support.float64 import Float64Islands
+from tests.support.packed import packed_hidden_states
 from tests.support.replayed_experts import by_token, recorded, replayed
 
 ULP = torch.finfo(torch.bfloat16).eps

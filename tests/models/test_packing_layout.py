@@ -11,9 +11,10 @@ import torch
 
 from prism_fast.models.discriminator import build_discriminator, load_balance_loss
 from prism_fast.models.forward import collate, language_outputs
-from prism_fast.models.packing import PromptGroup, SharedImages, pack, packed_hidden_states, packed_outputs
+from prism_fast.models.packing import PromptGroup, SharedImages, pack, packed_outputs
 from prism_fast.models.shared_prefix import NAME, use_shared_prefix
 from tests.support.float64 import Float64Islands
+from tests.support.packed import packed_hidden_states
 
 
 @pytest.fixture(scope="module")

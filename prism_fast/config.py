@@ -56,16 +56,16 @@ class ModelConfig:
     policy: str = "tiny"  # `tiny`, or the folder of any Qwen3-VL checkpoint
     discriminator: str = "upcycle"  # `upcycle` (from the policy), or the folder of a discriminator checkpoint
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # Of policy and discriminator wherever they learn: a layer keeps its input alone and computes the rest again for the
+    # For policy and discriminator in training: a layer keeps only its input and computes the rest again for the
     # backward. The same bits for less memory and a third more work; passes/*_recomputed counts it.
     gradient_checkpointing: bool = False
     # Norms, rotary embedding and SwiGLU of the language models by Liger's kernels. auto: on CUDA where liger-kernel is
-    # installed; liger: or else an error. environment.json and the report say which are in force.
+    # installed; liger: an error where they cannot run. environment.json and the report name the kernels used.
     fused_trunk: Literal["auto", "off", "liger"] = "auto"
-    # Whose kernels compute attention over packed rows and images on CUDA. torch: what is compiled into PyTorch;
-    # flash_attn: the package flash-attn 2; fa3, fa4: FlashAttention 3 on cards of 9.x, 4 on cards of 10.x, put into
-    # PyTorch's place. auto: by a table of cards (ops/flash.py), fa3 or fa4 where they are installed; the others, named,
-    # or else an error. Each has its own bits. environment.json and the report say which are in force.
+    # Kernels of attention over packed rows and images on CUDA. torch: those compiled into PyTorch; flash_attn: the
+    # package flash-attn 2; fa3, fa4: FlashAttention 3 on cards of 9.x, 4 on cards of 10.x, instead of PyTorch's. auto:
+    # by a table of cards (ops/flash.py), fa3 or fa4 where installed. A kernel asked for by name that cannot run is an
+    # error. Results differ in their bits. environment.json and the report name the kernels used.
     attention: Literal["auto", "torch", "flash_attn", "fa3", "fa4"] = "auto"
     tiny: TinyConfig = field(default_factory=TinyConfig)
 
@@ -109,7 +109,7 @@ class JudgeConfig:
     model: str | None = None  # its name there
     api_key_env: str | None = None  # environment variable that holds the key; none: no key is sent
     timeout_s: float = 30.0  # of one try, answer included
-    attempts: int = 3  # tries of one question; what none of them answers is counted as reward/judge_errors
+    attempts: int = 3  # tries of one question; one without an answer is counted as reward/judge_errors
     concurrency: int = 8  # questions asked at the same time
 
     def __post_init__(self) -> None:
@@ -162,8 +162,8 @@ class RolloutConfig:
     """The engine that generates for alignment, RLVR, pair sampling and evaluation alike."""
 
     engine: str = "hf"  # hf: transformers' modules, on any device
-    # In the KV cache at once, a response with its prompt and at its full length; what is more waits. Where memory runs
-    # out it is halved. The same responses come out, whatever it is.
+    # Tokens in the KV cache at once, a response counted with its prompt and at its full length; other responses wait.
+    # Halved when memory runs out. Responses do not depend on it.
     tokens_in_flight: int = 262144
 
 
@@ -190,17 +190,17 @@ class WarmupConfig:
 
 @dataclass
 class DiscriminatorUpdateConfig:
-    """Not given (null) means what ``semantics`` says: clip 10 and regulariser 0.001, under ``paper`` neither. Both also
-    act in the warm-up; under ``released`` they do there only if given."""
+    """null: the default of ``semantics``: clip 10 and regulariser 0.001, under ``paper`` neither. Both also act in the
+    warm-up; under ``released`` only if set."""
 
     score_clip: float | None = None  # scores are clamped to +- this in the loss and the advantage
     score_reg: float | None = None  # weight of the scores' mean square in the discriminator's loss
     # b in score - b * log(1 + tokens of its span), in the loss and the advantage: no text is better for being long.
     length_penalty: float = 0.0
-    # Weight of a term that holds the scores of a prompt's responses apart, at normal quantiles of deviation 1 (GRGC,
-    # arXiv 2609.39757). Bradley-Terry alone is least where all are equal, and equal scores have no advantage.
+    # Weight of a term that keeps the scores of a prompt's responses apart, at normal quantiles of deviation 1 (GRGC,
+    # arXiv 2609.39757). Bradley-Terry alone is smallest where all are equal, and equal scores give no advantage.
     spread: float = 0.0
-    updates: int = 1  # per step; the first learns from the pass that gave the rewards, each further one from its own
+    updates: int = 1  # per step; the first uses the pass that gives the rewards, each further one a pass of its own
     tokens_per_micro_batch: int = 16384
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -210,7 +210,7 @@ class AlignConfig:
     steps: int = 500
     prompts: int = 4  # prompts per step
     advantage: Literal["default", "acc_gating", "gated_align", "rlvr", "rlvr_v2", "sign_align"] = "default"
-    # What the discriminator scores, here and in its warm-up: caption and reasoning by themselves, or the whole response
+    # The texts that the discriminator scores, in its warm-up too: caption and reasoning each, or the whole response
     # against the teacher's whole response (GAD, arXiv 2511.10643).
     discriminate: Literal["spans", "response"] = "spans"
     weights: tuple[float, float] = (0.5, 0.5)  # caption, reasoning
@@ -243,8 +243,8 @@ class AlignConfig:
 
 @dataclass
 class DynamicSamplingConfig:
-    """DAPO's dynamic sampling: a group whose rewards are all equal carries no gradient, so others are generated in its
-    place until a step has ``rlvr.prompts`` useful ones. What a round gives beyond that is kept for the next step."""
+    """DAPO's dynamic sampling: a group whose rewards are all equal has no gradient, so others are generated until a
+    step has ``rlvr.prompts`` useful ones. The surplus of a round goes into the next step."""
 
     enabled: bool = False
     max_rounds: int = 10  # of generation per step; then the step trains on the groups found
@@ -260,8 +260,8 @@ class RlvrConfig:
     steps: int = 1500
     prompts: int = 32
     loss: Loss = "grpo"  # a preset of the policy loss
-    # Optimizer updates of a step, each on its share of the groups. Behind the first one the rollouts are those of
-    # earlier weights, and the loss's clip range begins to act; the published recipes all have 1.
+    # Optimizer updates of a step, each on its share of the groups. After the first one the rollouts are off-policy, and
+    # the loss's clip range begins to act; the published recipes all have 1.
     updates_per_step: int = 1
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     overlong_buffer: int = 0  # tokens before max_new_tokens over which the reward of a response falls; 0: none
@@ -289,13 +289,13 @@ class EvalConfig:
 
 @dataclass
 class WandbConfig:
-    project: str | None = None  # none: no W&B. Who you are there is W&B's own affair (`wandb login`, WANDB_ENTITY)
+    project: str | None = None  # none: no W&B. The account is set by W&B's own means (`wandb login`, WANDB_ENTITY)
     mode: Literal["online", "offline"] = "online"  # offline: files in the run directory, for `wandb sync`
 
 
 @dataclass
 class TrackioConfig:
-    project: str | None = None  # none: no trackio. Where it keeps it is trackio's own affair (TRACKIO_DIR and others)
+    project: str | None = None  # none: no trackio. Its place is set by trackio's own means (TRACKIO_DIR and others)
 
 
 @dataclass
@@ -342,7 +342,7 @@ class Config:
                     f"stages: {stage!r} is not a stage; allowed: {', '.join(STAGES)}{_nearest(stage, STAGES)}"
                 )
         for stage, rollout in (("align", self.align.rollout), ("rlvr", self.rlvr.rollout)):
-            if stage in self.stages:  # otherwise every group is one answer: a run that learns nothing, in silence
+            if stage in self.stages:  # otherwise every group is one answer, and the run silently learns nothing
                 lone = self.semantics == "released"  # the published formula takes a lone reward as its advantage
                 _require(rollout.n >= 2 or lone, f"{stage}.rollout.n", "2 or more: answers are compared", rollout.n)
                 allowed = "positive: greedy answers to one prompt do not differ"

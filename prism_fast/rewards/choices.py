@@ -1,6 +1,6 @@
-"""Multiple choice: which letter an answer chooses, and which letter and text a ground truth names.
+"""Multiple choice: the letter that an answer chooses, and the letter and text that a ground truth names.
 
-Options are A to H. An answer that mentions two different options, or negates, chooses none: the published rule takes
+Options are A to H. An answer that mentions two different options, or a negation, chooses none; the published rule takes
 the first one mentioned.
 """
 

@@ -1,4 +1,4 @@
-"""Typography before comparison: one spelling for what means the same on paper; what carries meaning stays."""
+"""Normalises typography before comparison: one spelling for equal meaning; differences of meaning stay."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def _peel(text: str) -> str:
     if found and _closing_brace(text, found.end() - 1) == len(text) - 1 and text[found.end() : -1].strip():
         return text[found.end() : -1].strip()
     for pattern in (_LEAD, _STATEMENT, _HEDGE):
-        found = pattern.match(text)
-        if found:
-            return text[found.end() :]
+        match = pattern.match(text)
+        if match:
+            return text[match.end() :]
     stripped = text.rstrip(" .;,").lstrip(" ,;")
     return stripped if stripped and not stripped.endswith("\\") else text
 

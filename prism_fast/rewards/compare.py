@@ -2,8 +2,8 @@
 real formulas.
 
 The order is fixed and every branch has a name (`Verdict.by`): `not_a_number`, `exact`, `choice`, `text`, `equation`,
-`number`, `unit`, `union`, `bracket`, `list`, `ratio`, `infinity`, `too_complex`, `math_verify`, `no_match`. What two
-plain numbers say is final; so are brackets of different kinds, units that measure different things and lists of
+`number`, `unit`, `union`, `bracket`, `list`, `ratio`, `infinity`, `too_complex`, `math_verify`, `no_match`. The
+comparison of two plain numbers is final; so are brackets of different kinds, units of different dimensions and lists of
 different lengths. README.md in this folder lists every difference from the published rules.
 """
 
@@ -47,7 +47,7 @@ def _compare_choice(letter: str, text: str, answer: str) -> Verdict:
     if chosen is not None:
         if chosen.letter != letter:
             return Verdict(False, "choice")
-        # The right letter with another number behind it contradicts itself; words may well be a paraphrase.
+        # The right letter followed by another number contradicts itself; other words may be a paraphrase.
         contradicts = text and chosen.text and _compare(clean(text), clean(chosen.text), 0)
         return Verdict(
             not (contradicts and contradicts.correct is False and contradicts.by in ("number", "unit")), "choice"
@@ -115,7 +115,7 @@ def _quantity(gold: str, answer: str, depth: int) -> Verdict | None:
     if gold_unit is None and answer_unit is None and same_number(gold_number, answer_number):
         return Verdict(True, "number")
     if gold_unit is None and answer_unit is None and (_many(gold) or _many(answer)):
-        return None  # "1,234" may also be two values: the list rule has the last word
+        return None  # "1,234" may also be two values: the list rule decides
     return Verdict(
         _same_quantity(gold_number, gold_unit, answer_number, answer_unit),
         "number" if gold_unit == answer_unit else "unit",
@@ -127,7 +127,7 @@ def _same_quantity(gold: Number, gold_unit: Unit | None, answer: Number, answer_
         return same_number(_in_base(gold, gold_unit), _in_base(answer, answer_unit))
     if same_number(gold, answer):
         return True
-    # A percentage is also the number that it is a hundredfold of.
+    # A percentage also equals its hundredth: 50 % is 0.5.
     percent = [unit.dimension == (("percent", 1),) if unit else False for unit in (gold_unit, answer_unit)]
     return any(percent) and same_number(_share(gold, percent[0]), _share(answer, percent[1]))
 
@@ -172,7 +172,7 @@ def _elements(inside: str) -> list[str]:
 
 
 def _group(frame: tuple[str, str, str] | None) -> str | None:
-    """The inside of round brackets that only group one value; None for everything else."""
+    """The content of round brackets that only group one value; None for everything else."""
     return (
         frame[1]
         if frame and frame[0] == "(" and frame[2] == ")" and frame[1] and len(_elements(frame[1])) == 1

@@ -1,5 +1,4 @@
-"""Mathematical text on its way to math-verify: is it mathematics at all, is it small enough, and how is it written in
-LaTeX."""
+"""Preparation of text for math-verify: whether it is mathematics, whether it is small enough, and its LaTeX form."""
 
 from __future__ import annotations
 
@@ -39,9 +38,9 @@ _TOO_LARGE = {
 def refusal(text: str) -> str | None:
     """Why `text` is too large for symbolic mathematics (cheap scans of a short text), or None.
 
-    Refused are: length, bracket depth, operations or digit runs above the limits above, unbalanced brackets, powers of
-    powers, powers and factorials too large to be written out, and binomials, sums or products with large or raised
-    arguments. What is left was seen to finish within a second or two.
+    Refused: length, bracket depth, operations or digit runs above the limits of this module, unbalanced brackets,
+    powers of powers, powers and factorials too large to be written out, and binomials, sums or products with large or
+    raised arguments. Other text was seen to finish within a second or two.
     """
     if len(text) > MAX_LENGTH:
         return f"longer than {MAX_LENGTH} characters"
@@ -69,8 +68,7 @@ def is_mathematical(text: str) -> bool:
     """True when `text` is a formula rather than words: it has an operation, a digit or a known command, and no
     free-standing word.
 
-    Letters are multiplied by a LaTeX reader, so words must never reach it: `on` would equal `no`, `ABC` would equal
-    `ACB`.
+    Words must never reach the LaTeX reader, which multiplies letters: `on` would equal `no`, `ABC` would equal `ACB`.
     """
     if re.search("[0-9][eE][-+]?[0-9]", text):
         return False  # an exponent too large for a number, not a product with e
@@ -89,7 +87,7 @@ def is_mathematical(text: str) -> bool:
 
 
 def letter_runs(text: str) -> list[str]:
-    """Upper-case runs such as point names: both sides must have the same ones, their letters must not be permuted."""
+    """Upper-case runs such as point names. Both sides must have the same ones, without permuted letters."""
     return re.findall(r"[A-Z]{2,}", re.sub(r"\\[a-zA-Z]+", " ", text))
 
 
@@ -98,12 +96,12 @@ def to_latex(text: str) -> str:
     text = re.sub(r"√\s*\(", "sqrt(", text)
     text = re.sub(r"√\s*([0-9]+|[a-zA-Z])", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<![\\a-zA-Z])(pi|theta|infty)(?![a-zA-Z])", r"\\\1 ", text)
-    while (found := re.search(r"(?<![\\a-zA-Z])sqrt\(", text)) is not None:
-        depth, end = 1, found.end()
+    while (match := re.search(r"(?<![\\a-zA-Z])sqrt\(", text)) is not None:
+        depth, end = 1, match.end()
         while end < len(text) and depth:
             depth += {"(": 1, ")": -1}.get(text[end], 0)
             end += 1
         if depth:
             break
-        text = f"{text[: found.start()]}\\sqrt{{{text[found.end() : end - 1]}}}{text[end:]}"
+        text = f"{text[: match.start()]}\\sqrt{{{text[match.end() : end - 1]}}}{text[end:]}"
     return _SYMBOL.sub(lambda match: _SYMBOLS[match[0]], text)

@@ -1,4 +1,4 @@
-"""Reward functions by data source: the built-in graders, and those that a recipe names."""
+"""Reward functions by data source: built-in graders, and functions that a recipe names."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ ODD_TEXTS = ("", "</answer><answer>", "<caption>\x00</caption><think>𝔘</think
 
 
 class RewardFunctionError(ValueError):
-    """A function under ``reward.functions`` is missing, takes something else, raises, or gives something else."""
+    """A function under ``reward.functions`` is missing, raises, or has other arguments or results than it must."""
 
 
 class SourceRewards:
-    """Scores responses, each by the function of its data source; what none is named for, the ``checker`` grades.
+    """Scores responses, each by the function of its data source, or by ``checker`` where none is named.
 
     A context manager; it closes the checker.
 
@@ -68,8 +68,8 @@ class SourceRewards:
         return [rewards[index] for index in range(len(responses))]
 
     def probe(self, row: Judged) -> None:
-        """Call the function of a row of the data with odd texts in the place of its response: a function that gives
-        something else than rewards is found before a run begins. RewardFunctionError as in `score`."""
+        """Call the function of a data row with odd texts as responses, so that a wrong function is found before a run
+        begins. RewardFunctionError as in `score`."""
         texts = (row.text, *ODD_TEXTS)
         self._own(
             row.data_source,
@@ -95,7 +95,7 @@ class SourceRewards:
 
 
 def _trouble(reward: object) -> str:
-    """What is wrong with a reward; nothing if it is one."""
+    """The fault of a reward, or "" if it has none."""
     if not isinstance(reward, Reward):
         return f"is a {type(reward).__name__}, not a prism_fast.rewards.Reward"
     for name in ("score", "accuracy", "format"):
@@ -127,7 +127,7 @@ def load_function(source: str, name: str) -> RewardFunction:
         raise RewardFunctionError(f"{where}: {name} is a {type(function).__name__}, not a function")
     try:
         signature = inspect.signature(function)
-    except ValueError:  # of a function written in C; the first call tells
+    except ValueError:  # a function written in C has no signature; its first call is the check
         return function
     try:
         signature.bind(())
@@ -143,7 +143,7 @@ def _import(name: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):  # something that it imports itself
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):  # a module that it imports is missing
             raise RewardFunctionError(f"{where}: importing {name} failed: {error}; install that module") from error
         raise RewardFunctionError(
             f"{where}: there is no module {error.name!r}. Install it, or name its folder in the environment variable "

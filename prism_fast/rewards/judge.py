@@ -1,8 +1,8 @@
 """A language model as a judge of answers, asked through an OpenAI-compatible chat API.
 
-The answer comes from the policy that the verdict rewards, so it is treated as hostile: it is sent as a JSON string,
-which it cannot leave whatever it spells; a reply counts only if it is one of two words and nothing else; and nothing of
-either is ever evaluated. A judge can still be talked round by an answer; that is why rules come first.
+The answer comes from the policy that the verdict rewards, so it is treated as hostile: it is sent inside a JSON string,
+which no text can leave; a reply counts only if it is exactly one of two words; and neither is ever evaluated. An answer
+can still persuade a judge; that is why rules come first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _REMEMBERED = 8192
 
 
 class JudgeError(RuntimeError):
-    """The judge cannot be used as configured, or answers nothing at all."""
+    """The judge cannot be used as configured, or answered no question."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Judge:
         """Verdicts in order; None where all tries failed.
 
         Raises:
-            JudgeError: the judge refuses requests as such (a wrong key, an unknown model), or answered no question of
-                this call: rewards that are all 0 for want of a judge would teach the policy the wrong thing.
+            JudgeError: the judge refuses all requests (a wrong key, an unknown model), or answered no question of this
+                call: a policy must not learn from rewards that are 0 only because the judge failed.
         """
         import httpx
 
@@ -126,7 +126,7 @@ class Judge:
         return _Outcome(None, reached, trouble)
 
     def _post(self, client, question: JudgeQuestion) -> tuple[int | None, bytes, str]:
-        """(status or None without an answer, body, what went wrong)."""
+        """(status or None without an answer, body, fault)."""
         import httpx
 
         request = {
@@ -160,7 +160,7 @@ def request_text(question: JudgeQuestion) -> str:
 
 
 def read_verdict(body: bytes) -> tuple[bool | None, str]:
-    """(verdict, "") of a chat completion whose text is exactly one of the two words; else (None, what is wrong)."""
+    """(verdict, "") of a chat completion whose text is exactly one of the two words; else (None, the fault)."""
     try:
         text = json.loads(body)["choices"][0]["message"]["content"].strip()
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:

@@ -169,7 +169,7 @@ class _Worker:
         try:
             self._stdin.write(message)  # fits into the empty pipe, so it neither blocks nor is cut
         except BrokenPipeError:
-            pass  # the child is gone: reading its pipe says so, and `receive` reports it
+            pass  # the child has ended: `receive` will report it
 
     def receive(self) -> str | None:
         """The answer that has arrived, None while it is incomplete."""
@@ -203,7 +203,7 @@ class _Worker:
         self._stdout.close()
 
     def abandon(self) -> None:
-        """Forget a worker that belongs to the parent of a fork: neither kill it nor wait for it."""
+        """Drop a worker of the parent of a fork: neither kill it nor wait for it."""
         self._finalizer.detach()
 
 

@@ -1,4 +1,4 @@
-"""Plain numbers as exact fractions: what counts as a number, and when two numbers are the same answer.
+"""Plain numbers as exact fractions: parsing, and equality of two numbers as answers.
 
 Only ASCII digits count (full-width ones are mapped to ASCII by `clean.py`), never Python's own float syntax: `1_000`,
 `nan` and `0x10` are not numbers here. Accepted: integers and decimals, thousands groups of exactly three (`1,234`,
@@ -58,7 +58,7 @@ def parse_number(text: str) -> Number | None:
     whole = match["whole"] or match["whole2"]
     if whole is not None:
         if not 0 < value < 1:
-            return None  # "3 5/2" is no mixed number; leave it to whoever reads expressions
+            return None  # "3 5/2" is no mixed number; later rules read it as an expression
         value += int(whole)
     return Number(-value if match["sign"] == "-" else value, "." in top + bottom)
 

@@ -1,4 +1,4 @@
-"""What a reward function takes and gives."""
+"""Arguments and results of reward functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FAILURES = {"timeouts": "timeout", "worker_deaths": "worker_died", "judge_error
 
 @dataclass(frozen=True)
 class Judged:
-    """One response to score: its decoded text without special tokens, and what its task row says."""
+    """One response to score: its decoded text without special tokens, and fields of its task."""
 
     text: str
     ground_truth: str
@@ -26,7 +26,7 @@ class Reward:
 
     ``score``: the reward, any finite number. ``accuracy``: above 0 where the answer is right (RLVR's and evaluation's
     accuracy, the gates of ``align.advantage``); ``format``: 1 where the response has the wanted form, else 0.
-    ``decided_by``: a word for people and counts, such as the rule that decided.
+    ``decided_by``: a name for reports and counts, such as the rule that decided.
     """
 
     score: float
@@ -46,5 +46,5 @@ class RewardFunction(Protocol):
 
 
 def failures(rewards: Sequence[Reward]) -> dict[str, int]:
-    """How many rewards are 0 only because checking them failed, by kind: none of them may pass unseen."""
+    """The number of rewards that are 0 only because checking failed, by kind; logged so that none passes unseen."""
     return {name: sum(reward.decided_by == by for reward in rewards) for name, by in _FAILURES.items()}

@@ -1,4 +1,4 @@
-"""Which rules grade which `data_source`, as published: the known names, their weights and their format gates."""
+"""The rules of each `data_source`, as published: known names, their weights and their format gates."""
 
 from __future__ import annotations
 

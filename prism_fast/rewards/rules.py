@@ -21,7 +21,7 @@ class Rules:
 
 
 def accepted_answers(gold: str, equivalents: Sequence[str]) -> list[str]:
-    """The ground truth and the equivalents that are none of the placeholders, each once."""
+    """The ground truth and the equivalents, each once, without placeholders."""
     real = (other for other in equivalents if other.strip() not in ("", NO_EQUIVALENT))
     return list(dict.fromkeys([gold, *real]))
 
@@ -45,7 +45,7 @@ def _grade(
 
 
 def _released() -> Rules:
-    from prism_fast.released import graders  # here, because they are built from the verdicts of this package
+    from prism_fast.released import graders  # imported late: it imports this package
 
     return Rules(graders.first_answer, graders.judge_published)
 

@@ -1,4 +1,4 @@
-"""Words: when two answers that are not mathematics are the same."""
+"""Comparison of answers in words."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ def _is_mark(character: str) -> bool:
 
 
 def squeeze(text: str) -> str:
-    """`text` without the spaces that separate nothing: a space stays only between two letters or digits."""
+    """`text` without needless spaces: a space stays only between two letters or digits."""
     return re.sub(r"(?<![\w])\s+|\s+(?![\w])", "", text)

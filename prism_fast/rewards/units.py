@@ -1,5 +1,4 @@
-"""Units at the end of an answer: what they measure and how they convert, so that `5 kg` is not `5 lb` and `1 m` is `100
-cm`.
+"""Units at the end of an answer: dimensions and conversion, so that `5 kg` is not `5 lb` and `1 m` is `100 cm`.
 
 A unit has a dimension (base quantities with powers), an exact scale to the base unit of that dimension and, for
 temperatures, an offset. Units that merely count things (`pieces`, `个`) share the generic dimension `count` and agree
@@ -85,7 +84,7 @@ _UNITS = _table(
 )
 _UNITS["°c"] = _UNITS["celsius"] = _UNITS["°celsius"] = _UNITS["℃"] = Unit((("temperature", 1),), Fraction(1))
 _UNITS["°f"] = _UNITS["fahrenheit"] = _UNITS["℉"] = Unit((("temperature", 1),), Fraction(5, 9), Fraction(-160, 9))
-# One letter is a unit only when it stands apart (`8 m`, `8\text{m}`) and only in this case; glued to a number it is a
+# A single letter is a unit only in this case and when set apart (`8 m`, `8\text{m}`); right after a number it is a
 # variable.
 _LETTERS = {
     "m": _UNITS["meter"],
@@ -108,8 +107,8 @@ _TAIL = re.compile(
 )
 _DEGREE = re.compile(r"\s*(?:\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\(?:circ|degree)(?![a-zA-Z])|[˚º])")
 _SCALE_LETTER = re.compile(r"°\s*(?:\\(?:text|mathrm|rm)\s*\{\s*)?([CF])\s*\}?$")
-# A trailing plural noun names what was counted ("3 apples"), unless the word changes the value ("3 dozens", "2 thirds",
-# "4 millions").
+# A trailing plural noun names the things counted ("3 apples"), unless it changes the value ("3 dozens", "2 thirds", "4
+# millions").
 _COUNTED = re.compile(r"(?<=[0-9]) ((?:[a-z]{3,} )?[a-z]{3,}s)$")
 _CHANGES_VALUE = re.compile(
     r"tens|dozens|scores|hundreds|thousands|millions|billions|trillions|halves|pairs|couples|percents|cubes|squares|roots|powers|logs|"

@@ -1,4 +1,4 @@
-"""What a comparison of two answers returns: a verdict, or a question for the math-verify workers.
+"""Results of comparing two answers: a verdict, or a question for the math-verify workers.
 
 The comparison rules are pure functions without processes. When a rule can decide, it returns `Verdict(True | False,
 branch)`. When only symbolic mathematics can decide, it returns `Verdict(None, branch, question)`; the checker sends the
@@ -45,8 +45,7 @@ def ask(probes: Iterable[Probe], by: str = "math_verify") -> Verdict:
 
 
 def all_of(verdicts: Iterable[Verdict], by: str) -> Verdict:
-    """True when every part is; False as soon as one decided part is False; otherwise the questions of all parts
-    together."""
+    """True if all are; False if a decided one is False; otherwise the questions of all of them together."""
     questions: list[tuple[Probe, ...]] = []
     for verdict in verdicts:
         if verdict.correct is False:

@@ -27,7 +27,7 @@ def main(memory_mb: int) -> None:
     requests, replies = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
-    os.dup2(2, 1)  # whatever a library prints must not enter the protocol
+    os.dup2(2, 1)  # output of libraries must not enter the protocol
     limit = memory_mb * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -51,9 +51,9 @@ def _answer(question: list, methods: dict) -> dict:
     def holds(probe: dict) -> bool:
         try:
             return bool(methods[probe["method"]](probe["gold"], probe["answer"]))
-        except MemoryError:  # the limit is met: what is left of this process is not worth trusting
+        except MemoryError:  # at the limit: this process cannot be trusted any more
             os._exit(1)
-        except Exception as error:  # the libraries raise anything on text they cannot read: sent back, never "correct"
+        except Exception as error:  # libraries may raise anything on unreadable text: reported, never "correct"
             errors.append(f"{type(error).__name__}: {error}"[:200])
             return False
 
@@ -88,7 +88,7 @@ def _methods() -> dict:
                 atom.FUNC_GAMMA = accessor
             else:
                 del atom.FUNC_GAMMA
-            parse_latex_cached.cache_clear()  # it remembers what was read the other way
+            parse_latex_cached.cache_clear()  # holds results of the other way of reading
 
     def latex(gold: str, answer: str) -> bool:
         read_percent(True)

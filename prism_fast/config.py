@@ -313,7 +313,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     threads: int | None = None  # CPU threads of PyTorch; none: PyTorch's own choice
     out: str | None = None  # run directory; none: runs/<recipe>-<time>
-    # prism_fast; released: what the published code does, but for the differences that a run and --dry-run print;
+    # prism_fast; released: the published code, except for the differences that a run and --dry-run print;
     # paper: PRISM's equations as printed (algorithms/semantics.py)
     semantics: Literal["prism_fast", "released", "paper"] = "prism_fast"
     layout: Literal["shared_prefix", "padded"] = "shared_prefix"  # of updates: a prompt once for all, or for each

@@ -293,7 +293,7 @@ class _Planner:
         made: Callable[[], StagePlan] = getattr(self, f"_{name}")
         return made()
 
-    # Stages, each with what stays resident first.
+    # Stages, each with its resident components first.
 
     def _sft(self, name: str = "sft") -> StagePlan:
         sft, response = self.config.sft, self.config.eval.max_new_tokens

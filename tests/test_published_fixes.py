@@ -146,7 +146,7 @@ def policy(processor):
 
 
 @pytest.fixture
-def critic(policy):
+def discriminator(policy):
     return build_discriminator(policy, seed=2, head_std=0.2)
 
 
@@ -157,11 +157,11 @@ def prompt(processor):
     return processor.encode_prompt([{"role": "user", "content": content}], [Image.fromarray(pixels)])
 
 
-def step(critic, processor, groups, *, semantics="prism_fast", budget=10**6, aux_coef=0.0, score_reg=0.001):
+def step(discriminator, processor, groups, *, semantics="prism_fast", budget=10**6, aux_coef=0.0, score_reg=0.001):
     """Loss, scores and gradients of one discriminator step."""
     options = {"semantics": semantics, "score_reg": score_reg, "aux_coef": aux_coef, "pad_id": processor.pad_id}
-    scores = score_and_learn(critic, groups, tokens=budget, layout="padded", **options)
-    return scores.loss, scores, {n: p.grad.clone() for n, p in critic.named_parameters() if p.grad is not None}
+    scores = score_and_learn(discriminator, groups, tokens=budget, layout="padded", **options)
+    return scores.loss, scores, {n: p.grad.clone() for n, p in discriminator.named_parameters() if p.grad is not None}
 
 
 def test_1_long_teacher_texts(processor):
@@ -222,29 +222,31 @@ def test_5_head_dropout(policy, processor, prompt):
     assert torch.equal(*gradient[0.0])
 
 
-def test_6_scores_in_half_precision(critic):
+def test_6_scores_in_half_precision(discriminator):
     hidden = torch.randn(1, 32, generator=torch.Generator().manual_seed(3)).bfloat16()
-    weight = critic.v_head[1].weight.detach()
+    weight = discriminator.v_head[1].weight.detach()
     hidden = torch.cat((hidden, hidden + 1e-2 * weight.sign())).bfloat16()  # another state, a slightly higher score
     assert not torch.equal(*hidden)
-    scale = 3.0 / critic.score_hidden(hidden)[0].abs().item()
+    scale = 3.0 / discriminator.score_hidden(hidden)[0].abs().item()
     with torch.no_grad():
-        critic.v_head[1].weight.mul_(scale)
-        ours = critic.score_hidden(hidden)
-        critic.head_in_float32 = False
-        published = critic.v_head.bfloat16()[1](hidden).squeeze(-1)
+        discriminator.v_head[1].weight.mul_(scale)
+        ours = discriminator.score_hidden(hidden)
+        discriminator.head_in_float32 = False
+        published = discriminator.v_head.bfloat16()[1](hidden).squeeze(-1)
     assert ours.dtype == torch.float32 and ours[0] != ours[1]
     assert published.dtype == torch.bfloat16 and all(float(64 * score).is_integer() for score in published)
     assert torch.equal(torch.tensor(3.0 + 1 / 128).bfloat16(), torch.tensor(3.0).bfloat16()), "a tie that is none"
 
 
-def test_7_the_cut_into_micro_batches(critic, processor, prompt, generator):
+def test_7_the_cut_into_micro_batches(discriminator, processor, prompt, generator):
     groups = [
         ScoredGroup(prompt, ((5, 6), (7,)), [((8,), (9, 10)), None]),
         ScoredGroup(prompt, ((11,), (12,)), [((13,), (14,)), ((15,), (16,))]),
     ]
     loss = {
-        semantics: [step(critic, processor, groups, semantics=semantics, budget=budget)[0] for budget in (10**6, 1)]
+        semantics: [
+            step(discriminator, processor, groups, semantics=semantics, budget=budget)[0] for budget in (10**6, 1)
+        ]
         for semantics in ("released", "prism_fast")
     }
     assert abs(loss["released"][0] - loss["released"][1]) > 1e-3
@@ -270,24 +272,26 @@ def test_8_no_valid_response(generator):
     assert not gradient["prism_fast"].any()
 
 
-def test_9_metrics_are_counts_and_true_means(critic, processor, prompt):
+def test_9_metrics_are_counts_and_true_means(discriminator, processor, prompt):
     cases = {case["name"]: case for case in load("discriminator_loss")["mm_gad_cases"]}
     assert cases["dynamic_batches_all_invalid"]["metrics_per_micro_batch"]["critic/d_acc"] == [0.92]
     logged = cases["dynamic_batches"]["metrics_per_micro_batch"]["critic/d_loss"]
     assert len(logged) == 3 and np.mean(logged) == pytest.approx(sum(logged) / 3), "of parts that add up to the loss"
     groups = [ScoredGroup(prompt, ((5, 6), (7,)), [None, None])]
-    _, scores, _ = step(critic, processor, groups)
+    _, scores, _ = step(discriminator, processor, groups)
     assert not [n for n in scores.metrics if n.startswith(("disc/margin_", "disc/acc_"))], "no pair, no accuracy"
     groups = [ScoredGroup(prompt, ((i,), (i + 1,)), [((i + 20,), (i + 30,))]) for i in range(3)]
-    whole, cut = (step(critic, processor, groups, budget=budget)[0] for budget in (10**6, 1))
+    whole, cut = (step(discriminator, processor, groups, budget=budget)[0] for budget in (10**6, 1))
     assert whole == pytest.approx(cut, rel=1e-5)
 
 
-def test_10_invalid_responses_cost_nothing(critic, processor, prompt, generator):
+def test_10_invalid_responses_cost_nothing(discriminator, processor, prompt, generator):
     framed = ((8,), (9, 10))
     one, many = (ScoredGroup(prompt, ((5, 6), (7,)), [framed, *[None] * n]) for n in (0, 7))
     assert one.spans() == many.spans()
-    (loss, _, gradient), (other, _, same) = (step(critic, processor, [group], score_reg=0.5) for group in (one, many))
+    (loss, _, gradient), (other, _, same) = (
+        step(discriminator, processor, [group], score_reg=0.5) for group in (one, many)
+    )
     assert loss == other and all(torch.equal(gradient[name], same[name]) for name in gradient)
     teacher, student = torch.zeros(1, 2), torch.zeros(2, 2)
     student[1] = 3.0  # published: the invalid response has scores, and their squares are in the loss
@@ -363,7 +367,7 @@ def test_15_modes_that_crash(generator):
         assert not torch.allclose(own, gradient)
 
 
-def test_16_warm_up(critic, processor, prompt, tmp_path):
+def test_16_warm_up(discriminator, processor, prompt, tmp_path):
     found = []
 
     def layer(x):
@@ -373,8 +377,8 @@ def test_16_warm_up(critic, processor, prompt, tmp_path):
     checkpoint(layer, torch.ones(2, 3, requires_grad=True), use_reentrant=True)
     assert not found[0].requires_grad, "with its gradient checkpointing the balance loss has no gradient"
     groups = [ScoredGroup(prompt, ((5, 6), (7,)), [((8,), (9, 10))])]
-    _, _, plain = step(critic, processor, groups)
-    _, _, balanced = step(critic, processor, groups, aux_coef=1.0)
+    _, _, plain = step(discriminator, processor, groups)
+    _, _, balanced = step(discriminator, processor, groups, aux_coef=1.0)
     name = "backbone.language_model.layers.0.mlp.gate.weight"
     assert (balanced[name] - plain[name]).norm() > 1e-3 * plain[name].norm()
     with pytest.raises(DataError, match="does not exist"):  # published: 100 made-up text pairs
@@ -422,8 +426,8 @@ def test_23_extra_information_is_left_alone(tmp_path):
     assert read.extra == before and read == task
 
 
-def test_24_the_export_keeps_the_head(critic, processor, tmp_path):
-    save_discriminator(critic, processor, tmp_path / "ours")
+def test_24_the_export_keeps_the_head(discriminator, processor, tmp_path):
+    save_discriminator(discriminator, processor, tmp_path / "ours")
     published = Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "ours")  # what its export loads
     published.save_pretrained(tmp_path / "published")
     keys = {}

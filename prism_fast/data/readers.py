@@ -209,7 +209,7 @@ def read_tasks(
     optional; ``require_teacher`` asks for ``teacher_caption``, ``teacher_cot`` and ``teacher_response`` in every row,
     ``known_sources`` are the values of ``data_source`` that can be graded (None: any).
     An ``answer`` that differs from the ground truth is kept in ``extra``.
-    ``extra_info`` may hold ``uid``, ``question``, ``kind`` and ``cluster``; what is left of it becomes ``extra``
+    ``extra_info`` may hold ``uid``, ``question``, ``kind`` and ``cluster``; its other entries become ``extra``
     (entries that are null are left out: parquet cannot tell them from absent ones). Tasks without a uid are called
     ``<file stem>-<row>``, with the file's number before it where several files are given.
     """
@@ -320,7 +320,7 @@ def read_pairs(
     the texts ``teacher_caption``, ``student_caption``, ``teacher_cot``, ``student_cot``, or ``teacher_response`` and
     ``student_response``, or all six; ``require`` names those that every line must have.
 
-    The image stands before the text unless the prompt holds an ``<image>`` marker. ``system`` may give the system
+    The image comes before the text unless the prompt holds an ``<image>`` marker. ``system`` may give the system
     prompt of a line (null: none); lines without it get the published one.
     """
     path = Path(path)

@@ -71,7 +71,7 @@ def _shards(folder: Path) -> dict[str, Path]:
         raise ValueError(f"{index} is not a shard index: {error!r}") from error
     for name in set(map(str, names.values())):
         if Path(name).name != name:
-            raise ValueError(f"{index} names {name!r}: shards stand in the folder itself")
+            raise ValueError(f"{index} names {name!r}: shards must be in the folder itself")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing: {index} names it")
     return {key: folder / str(name) for key, name in names.items()}

@@ -1,7 +1,7 @@
 """Plain padded forward of policy and discriminator: rows = prompt + continuation, right-padded.
 
-The images of a prompt are encoded once per batch, however many rows share the prompt; an index copies the features into
-every row, and the gradients of all rows add up in the one encoding.
+The images of a prompt are encoded once per batch, however many rows share the prompt. An index gathers their features
+into every row, and the gradients of all rows add up in the one encoding.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
 
 FusedTrunk = Literal["auto", "off", "liger"]
 DTYPES = (torch.float32, torch.bfloat16)
-ROTARY = "apply_rotary_pos_emb"  # what the stock attention calls
+ROTARY = "apply_rotary_pos_emb"  # the function that the stock attention calls
 
 
 class Kernels(NamedTuple):

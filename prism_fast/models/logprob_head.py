@@ -49,7 +49,7 @@ class LogProbHead(nn.Linear):
 
     @classmethod
     def take_over(cls, linear: nn.Linear) -> LogProbHead:
-        """A head with the very parameters of ``linear``: what was tied to them stays tied.
+        """A head with the same parameter objects as ``linear``, so that tied parameters stay tied.
 
         Raises NotImplementedError for a layer with adapters (LoRA and the like) or a parametrised weight: its product
         is not that of its weight, and the adapter would silently get no gradient. Merge the adapter, or leave the

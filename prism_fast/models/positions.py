@@ -61,6 +61,6 @@ def mrope_positions(
 
 
 def text_positions(length: int) -> tuple[torch.Tensor, int]:
-    """Plain 1-D positions on all three axes, image tokens counted like text: what the published alignment code
-    feeds its discriminator (M-RoPE is the correct form). ``[3, length]`` int64 and the next position."""
+    """Plain 1-D positions on all three axes, image tokens counted like text: ``[3, length]`` int64 and the next
+    position. The published alignment code gives them to its discriminator; M-RoPE is the correct form."""
     return torch.arange(length).expand(3, length), length

@@ -26,7 +26,7 @@ class Group:
 
     stage: str
     step: int
-    first: dict[str, Any]  # what all rollouts of the group share: question, images, ground truth, teacher
+    first: dict[str, Any]  # the fields that the group's rollouts share: question, images, ground truth, teacher
     rollouts: tuple[dict[str, Any], ...]
     total: int  # rollouts of the group in the dump, shown or not
 

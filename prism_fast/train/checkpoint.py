@@ -21,7 +21,7 @@ STATE = "state.json"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used; the message names the file and what is wrong with it."""
+    """A checkpoint cannot be used; the message names the file and its fault."""
 
 
 @dataclass(frozen=True)

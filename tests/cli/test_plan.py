@@ -60,8 +60,8 @@ def test_parameters_of_the_tiny_models_are_exact(processor):
     vocabulary = len(processor.tokenizer)
     plan = make_plan(load_config("digits", [f"model.tiny.vocab_size={vocabulary}", "model.tiny.num_layers=3"]))
     policy = build_tiny_policy(processor, TinyPolicy(num_layers=3), 1)
-    critic = build_discriminator(policy, seed=1)
-    for size, model in ((plan.policy, policy), (plan.discriminator, critic)):
+    discriminator = build_discriminator(policy, seed=1)
+    for size, model in ((plan.policy, policy), (plan.discriminator, discriminator)):
         assert size.parameters == sum(p.numel() for p in model.parameters())
         assert size.weight_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
         assert size.tensors == len(list(model.parameters()))

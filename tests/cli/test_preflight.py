@@ -116,11 +116,11 @@ def test_a_replay_that_cannot_work_is_refused(invoke, everything):
 def test_room_on_the_disk_is_looked_for_before_a_run_and_in_a_dry_run(command, everything, monkeypatch):
     config = load_config("digits", everything)
     policy = load_policy(config.model.policy)
-    critic = load_discriminator(config.model.discriminator)
-    weights, scores = (sum(p.nbytes for p in model.parameters()) for model in (policy, critic))
+    discriminator = load_discriminator(config.model.discriminator)
+    weights, scores = (sum(p.nbytes for p in model.parameters()) for model in (policy, discriminator))
     needs = disk_needs(config)
     assert needs["exports"] == 4 * weights + 2 * scores
-    steps = 4 * (len(list(policy.parameters())) + len(list(critic.parameters())))
+    steps = 4 * (len(list(policy.parameters())) + len(list(discriminator.parameters())))
     assert needs["3 checkpoints"] == 3 * (3 * weights + 3 * scores + steps), "alignment trains both"
     total = sum(needs.values())
     assert "needs" not in check_space(config)

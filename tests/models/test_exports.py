@@ -11,8 +11,8 @@ def test_a_policy_and_every_discriminator_made_of_it(policy, processor, make_pro
     prompt = make_prompt((64, 32), (32, 96))
     save_policy(policy, processor, tmp_path / "policy")
     assert_policy_export(tmp_path / "policy", prompt)
-    upcycle_folder(tmp_path / "policy", tmp_path / "critic", num_experts=3, top_k=2, seed=3, noise_std=0.1)
-    from_released(tmp_path / "critic", tmp_path / "stock")
+    upcycle_folder(tmp_path / "policy", tmp_path / "discriminator", num_experts=3, top_k=2, seed=3, noise_std=0.1)
+    from_released(tmp_path / "discriminator", tmp_path / "stock")
     to_released(tmp_path / "stock", tmp_path / "back")
-    for name in ("critic", "stock", "back"):
+    for name in ("discriminator", "stock", "back"):
         assert_discriminator_export(tmp_path / name, prompt)

@@ -52,7 +52,7 @@ def test_a_group_without_a_valid_response_has_nothing_to_compare():
 
 
 @pytest.fixture(scope="module")
-def critic():
+def small_discriminator():
     processor = Processor.build(train_tokenizer(["<caption>\n- digits: 1 2\n</caption>"] * 9, 320))
     policy = build_tiny_policy(processor, TinyPolicy(num_layers=2), seed=0)
     discriminator = build_discriminator(policy, seed=1).double()
@@ -76,29 +76,32 @@ def _groups(prompts, *, valid=True):
     ]
 
 
-def _step(critic, groups, *, budget=10_000, semantics="prism_fast"):
-    discriminator, processor, _ = critic
+def _step(small_discriminator, groups, *, budget=10_000, semantics="prism_fast"):
+    discriminator, processor, _ = small_discriminator
     options = {"semantics": semantics, "layout": "padded", "pad_id": processor.pad_id}
     scores = score_and_learn(discriminator, groups, tokens=budget, **options)
     return scores, scores.loss, {n: p.grad.clone() for n, p in discriminator.named_parameters() if p.grad is not None}
 
 
-def test_equal_spans_are_computed_once_and_tie_exactly(critic):
-    groups = _groups(critic[2])
+def test_equal_spans_are_computed_once_and_tie_exactly(small_discriminator):
+    groups = _groups(small_discriminator[2])
     assert [len(group.spans()) for group in groups] == [4, 4, 2]
-    scores, _, _ = _step(critic, groups)
+    scores, _, _ = _step(small_discriminator, groups)
     assert scores.tokens == sum(len(g.prompt.input_ids) + len(span) for g in groups for span in g.spans())
     assert scores.student[0, 0] == scores.teacher[0, 0] and scores.student[1, 1] == scores.teacher[0, 1]
     assert scores.student[3:].abs().max() == 0
 
 
-def test_under_released_the_cut_matters_as_published(critic):
-    groups = _groups(critic[2])
-    assert _step(critic, groups, semantics="released")[1] != _step(critic, groups, budget=1, semantics="released")[1]
+def test_under_released_the_cut_matters_as_published(small_discriminator):
+    groups = _groups(small_discriminator[2])
+    assert (
+        _step(small_discriminator, groups, semantics="released")[1]
+        != _step(small_discriminator, groups, budget=1, semantics="released")[1]
+    )
 
 
-def test_a_step_without_any_advantage_updates_nothing(critic):
-    _, processor, prompts = critic
+def test_a_step_without_any_advantage_updates_nothing(small_discriminator):
+    _, processor, prompts = small_discriminator
     policy = build_tiny_policy(processor, TinyPolicy(num_layers=2), seed=4)
     before = {n: p.clone() for n, p in policy.named_parameters()}
     engine = LocalEngine(policy, OptimizerConfig(lr=1e-3))

@@ -15,7 +15,7 @@ from prism_fast.train.expert_shares import SHOWN, ExpertShares, span_information
 from prism_fast.train.layouts import use_layout
 from tests.support.float64 import Float64Islands
 from tests.support.trainers import score_and_learn
-from tests.train.test_score_rows import SIZE, WHOLE, critic, groups  # noqa: F401
+from tests.train.test_score_rows import SIZE, WHOLE, discriminator, groups  # noqa: F401
 from tests.train.test_score_rows import step as learn
 
 
@@ -95,7 +95,7 @@ def test_what_is_not_there_has_no_metric(generator):
 
 @pytest.mark.parametrize("aux_coef", [0.0, 0.5])
 def test_a_step_counts_alike_in_every_layout(processor, groups, aux_coef):  # noqa: F811
-    model, found = critic(processor), []
+    model, found = discriminator(processor), []
     with Float64Islands():
         for layout, budget in (("padded", WHOLE), ("padded", 1), ("shared_prefix", WHOLE), ("shared_prefix", 1)):
             found.append(learn(model, groups, processor, layout, budget, aux_coef=aux_coef)[0].experts)

@@ -43,7 +43,7 @@ def groups(processor, generator) -> list[ScoredGroup]:
     ]
 
 
-def critic(processor, seed: int = 2, size: TinyPolicy = SIZE) -> Discriminator:
+def discriminator(processor, seed: int = 2, size: TinyPolicy = SIZE) -> Discriminator:
     model = build_discriminator(build_tiny_policy(processor, size, seed=seed), seed=seed + 1, head_std=0.2).double()
     use_layout("shared_prefix", model.backbone)
     return model.train()
@@ -83,7 +83,7 @@ class Counter:
 @pytest.mark.parametrize("aux_coef", [0.0, 0.5], ids=["alignment", "warm-up"])
 @pytest.mark.parametrize(("layout", "budget"), [("padded", WHOLE), ("shared_prefix", WHOLE), ("shared_prefix", 1)])
 def test_scores_and_gradients_are_those_of_all_rows(processor, groups, layout, budget, aux_coef):
-    model, full = critic(processor), every_row(critic(processor))
+    model, full = discriminator(processor), every_row(discriminator(processor))
     with Float64Islands() as lifted:
         found = step(model, groups, processor, layout, budget, aux_coef=aux_coef)
         wanted = step(full, groups, processor, layout, budget, aux_coef=aux_coef)
@@ -100,7 +100,7 @@ def test_scores_and_gradients_are_those_of_all_rows(processor, groups, layout, b
 
 @pytest.mark.parametrize("aux_coef", [0.0, 0.5])
 def test_rows_pass_through_gradient_checkpointing(processor, groups, aux_coef):
-    model = critic(processor)
+    model = discriminator(processor)
     counter = Counter(model)
     kept = step(model, groups, processor, "shared_prefix", WHOLE, aux_coef=aux_coef)
     model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
@@ -114,20 +114,20 @@ def test_rows_pass_through_gradient_checkpointing(processor, groups, aux_coef):
 @pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
 @pytest.mark.parametrize("aux_coef", [0.0, 0.5])
 def test_experts_of_the_last_layer_see_one_row_per_span(processor, groups, layout, aux_coef):
-    model = critic(processor)
+    model = discriminator(processor)
     counter = Counter(model)
     scores, *_ = step(model, groups, processor, layout, WHOLE, aux_coef=aux_coef)
     spans = sum(len(group.spans()) for group in groups)
     assert spans == 9 and counter.experts == counter.norm == [spans]
     assert counter.router[0] >= scores.tokens > 5 * spans  # the load-balancing loss is that of all tokens
-    full = every_row(critic(processor))
+    full = every_row(discriminator(processor))
     counter = Counter(full)
     step(full, groups, processor, layout, WHOLE, aux_coef=aux_coef)
     assert counter.experts == counter.norm == counter.router
 
 
 def test_where_deepstack_reaches_the_last_layer_every_row_is_computed(processor, groups):
-    model = critic(processor, size=replace(SIZE, num_layers=2))
+    model = discriminator(processor, size=replace(SIZE, num_layers=2))
     assert type(model.backbone.language_model.layers[-1]) is Qwen3VLMoeTextDecoderLayer
     with Float64Islands():
         packed, _, gradients = step(model, groups, processor, "shared_prefix", WHOLE)
@@ -137,7 +137,7 @@ def test_where_deepstack_reaches_the_last_layer_every_row_is_computed(processor,
 
 
 def test_the_padded_forward_of_the_model_scores_the_same_rows(processor, groups):
-    model = critic(processor).eval()
+    model = discriminator(processor).eval()
     spans = groups[0].spans()
     batch = collate(
         [groups[0].prompt], [0] * len(spans), spans, model_config=model.backbone.config, pad_id=processor.pad_id
@@ -151,7 +151,7 @@ def test_the_padded_forward_of_the_model_scores_the_same_rows(processor, groups)
 
 
 def test_a_failed_forward_leaves_no_rows_behind(processor, groups, monkeypatch):
-    model = critic(processor)
+    model = discriminator(processor)
     block = model.backbone.language_model.layers[-1].mlp
 
     def fail(*args: object, **kwargs: object) -> None:

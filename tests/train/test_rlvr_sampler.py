@@ -65,20 +65,20 @@ def test_without_dynamic_sampling_a_step_is_one_round():
     source = Source("uu")
     sampled = GroupSampler(source, GRADED, SampleOrder(9, seed=1), RlvrConfig(prompts=5)).take(1)
     assert len(source.calls) == 1 and len(sampled.trained.groups) == 5
-    assert sampled.unused == [] and sampled.numbers == {}
+    assert sampled.unused == [] and sampled.metrics.read() == {}
 
 
 def test_only_missing_groups_are_generated_and_never_the_same_prompt_twice():
     source = Source("u.......", "..u.............", "uu.............")
     sampled = _sampler(source).take(1)
     counts = [len(indices) for _, _, indices in source.calls]
-    assert sampled.numbers["sampling/rounds"] == len(counts) == 3
+    assert sampled.metrics.read()["sampling/rounds"] == len(counts) == 3
     asked = [index for _, _, indices in source.calls for index in indices]
-    assert len(set(asked)) == len(asked) == sampled.numbers["sampling/generated"]
+    assert len(set(asked)) == len(asked) == sampled.metrics.read()["sampling/generated"]
     first, second, third = (indices for _, _, indices in source.calls)
     assert _indices(sampled.trained) == [first[0], second[2], *third[:2]]
-    assert sampled.numbers["sampling/useful_share"] == 4 / len(asked)
-    assert sampled.numbers["sampling/missing"] == sampled.numbers["sampling/banked"] == 0
+    assert sampled.metrics.read()["sampling/useful_share"] == 4 / len(asked)
+    assert sampled.metrics.read()["sampling/missing"] == sampled.metrics.read()["sampling/banked"] == 0
     assert len(sampled.unused) == len(asked) - 4
     assert sampled.generated.time == {"time/generate": 3.0}
 
@@ -101,12 +101,12 @@ def test_surplus_is_kept_and_goes_first_oldest_before_newer():
     sampler = _sampler(source)
     first = sampler.take(1)
     surplus = [source.calls[0][2][place] for place in (4, 5, 6)]
-    assert first.numbers["sampling/banked"] == 3 and [g.index for g in sampler.surplus] == surplus
+    assert first.metrics.read()["sampling/banked"] == 3 and [g.index for g in sampler.surplus] == surplus
     assert {g.index for g in first.unused} >= set(surplus), "a replay of this step needs the kept ones too"
     second = sampler.take(2)
     assert _indices(second.trained)[:3] == surplus
     assert len(source.calls[1][2]) < 9, "one is missing, not four"
-    assert second.numbers["sampling/age_max"] == 1 and second.numbers["sampling/age_mean"] == 0.75
+    assert second.metrics.read()["sampling/age_max"] == 1 and second.metrics.read()["sampling/age_mean"] == 0.75
     assert second.trained.groups[3].origin.step == 2
 
 
@@ -118,8 +118,8 @@ def test_a_step_that_the_kept_groups_fill_generates_nothing():
     assert len(sampler.surplus) == 6
     second = sampler.take(2)
     assert len(source.calls) == 1 and second.generated.groups == [] and second.unused == []
-    assert second.numbers["sampling/rounds"] == 0 and second.numbers["sampling/useful_share"] is None
-    assert sampler.take(3).numbers["sampling/age_max"] == 2, "none waits longer than max_oversampling steps"
+    assert second.metrics.read()["sampling/rounds"] == 0 and "sampling/useful_share" not in second.metrics.read()
+    assert sampler.take(3).metrics.read()["sampling/age_max"] == 2, "none waits longer than max_oversampling steps"
 
 
 def published_step(plans: list[str], wanted: int) -> list[tuple[int, int]]:
@@ -150,8 +150,8 @@ def test_the_published_bound_ends_the_run_ours_trains_on_what_was_found():
         published_step(plans, 4)
     source = Source(*plans)
     sampled = _sampler(source).take(1)
-    assert len(source.calls) == 10 and sampled.numbers["sampling/rounds"] == 10
-    assert len(sampled.trained.groups) == 1 and sampled.numbers["sampling/missing"] == 3
+    assert len(source.calls) == 10 and sampled.metrics.read()["sampling/rounds"] == 10
+    assert len(sampled.trained.groups) == 1 and sampled.metrics.read()["sampling/missing"] == 3
 
 
 def test_no_useful_group_at_all_is_an_error_that_says_so():
@@ -166,10 +166,10 @@ def test_the_state_goes_on_exactly_with_the_kept_groups():
     second = _sampler(Source(*plans[1:]))
     second.order.load_state_dict(first.order.state_dict())
     second.load_state_dict(first.state_dict())
-    assert len(second.kept) == 2
+    assert len(second.surplus) == 2
     for step in (2, 3):
         ours, theirs = second.take(step), straight.take(step)
-        assert _indices(ours.trained) == _indices(theirs.trained) and ours.numbers == theirs.numbers
+        assert _indices(ours.trained) == _indices(theirs.trained) and ours.metrics.read() == theirs.metrics.read()
 
 
 def test_overlong_shaping_makes_groups_of_equal_answers_differ():

@@ -68,7 +68,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.backbone = backbone
         hidden_size = backbone.config.text_config.hidden_size
-        head = ScoreHead(hidden_size, as_published=not head_in_float32, device=backbone.device)
+        head = ScoreHead(hidden_size, device=backbone.device)
         self.v_head = nn.Sequential(nn.Dropout(head_dropout), head)
         self.head_in_float32 = head_in_float32
         use_prism_experts(self.backbone)
@@ -90,10 +90,11 @@ class Discriminator(nn.Module):
 
     def score_hidden(self, hidden: Tensor) -> Tensor:
         """Head alone, ``[..., H]`` to ``[...]``: dropout (in train mode) and one dot product per row."""
+        dropout, head = self.v_head
         if not self.head_in_float32:
-            return self.v_head(hidden)
+            return head(dropout(hidden), as_published=True)
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.v_head(hidden.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32))
+            return head(dropout(hidden.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)))
 
 
 def build_discriminator(

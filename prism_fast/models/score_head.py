@@ -19,16 +19,15 @@ class ScoreHead(nn.Linear):
     hidden states give equal scores to the bit. ``as_published``: the product of ``nn.Linear`` instead.
     """
 
-    def __init__(self, hidden_size: int, *, as_published: bool, device: torch.device) -> None:
+    def __init__(self, hidden_size: int, *, device: torch.device) -> None:
         super().__init__(hidden_size, 1, bias=False, device=device)
-        self.as_published = as_published
 
     def reset_parameters(self) -> None:
         """Set zeros: the weight is set right after construction, so no random number is drawn for it."""
         nn.init.zeros_(self.weight)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        if self.as_published:
+    def forward(self, hidden: Tensor, *, as_published: bool = False) -> Tensor:
+        if as_published:
             return super().forward(hidden).squeeze(-1)
         return (hidden * self.weight[0].to(hidden.dtype)).sum(-1)
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from prism_fast.config import load_config
+from prism_fast.track.metrics import reproducible
 from prism_fast.train.pipeline import run_stages
 from tests.train.conftest import SMALL, run_small
 
@@ -20,7 +21,7 @@ SFT = [*SMALL, "stages=[sft]", "data.eval=null", "model.dtype=bfloat16"]
 
 def _lines(folder: Path) -> list[dict]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
+    return [reproducible(record) for record in records]
 
 
 def _val_loss(folder: Path) -> float:

@@ -8,19 +8,20 @@ from typing import Protocol
 
 import torch
 
+from prism_fast.config import changed_keys, dump_config
 from prism_fast.data.order import SampleOrder
 from prism_fast.engine.protocol import Engine
 from prism_fast.models.token_budget import TokenBudget
 from prism_fast.models.writing import sync
 from prism_fast.track.metrics import Metrics
 from prism_fast.track.speed import StepTimer
-from prism_fast.train.checkpoint import CheckpointError, save_checkpoint
+from prism_fast.train.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from prism_fast.train.context import Run
 from prism_fast.train.rollout_log import RolloutLog
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.signals import Stopped
 
-FORMAT = 4  # of a checkpoint's state; another one is refused
+FORMAT = 5  # of a checkpoint's state; another one is refused
 
 
 class Stateful(Protocol):
@@ -54,7 +55,7 @@ class StageState:
         """``budgets``: tokens per micro-batch by name, as configured.
 
         Raises:
-            CheckpointError: the checkpoint was saved by another version.
+            CheckpointError: the checkpoint was saved by another version, or with another recipe.
         """
         self.run, self.stage, self.engines, self.order, self.extra = run, stage, engines, order, extra
         self.step = 0
@@ -63,6 +64,7 @@ class StageState:
         if with_rollouts:  # the recipe's budget, or below the checkpoint's; not one that an earlier stage halved
             self.budgets["rollout"] = run.rollout_budget
             run.rollout_budget.restore(run.config.rollout.tokens_in_flight)
+        self._config = dump_config(run.config)
         saved = run.resume.checkpoint_of(stage)
         rollout_bytes = 0
         if saved is not None:
@@ -71,6 +73,7 @@ class StageState:
                     f"{saved.path} was saved by another version of prism-fast (its format is not "
                     f"{FORMAT}): go on with that version, or start a new run"
                 )
+            self._refuse_changes(saved)
             self.step = saved.state["step"]
             if saved.state["held"] is not None:
                 self.held = Metrics.joined([saved.state["held"]])
@@ -87,6 +90,16 @@ class StageState:
         self.log = RolloutLog(run.folder, stage, keep_bytes=rollout_bytes) if with_rollouts else None
         if self.held is not None:
             self._watch()
+
+    def _refuse_changes(self, saved: Checkpoint) -> None:
+        """Raise CheckpointError if the recipe is another one than that of the checkpoint."""
+        changed = changed_keys(saved.state["config"], self._config)
+        if changed:
+            shown = ", ".join(f"{key}={new} (was {old})" for key, (old, new) in changed.items())
+            raise CheckpointError(
+                f"{self.run.folder / 'config.yaml'} is not that of {saved.path.name}: {shown}. The steps before and "
+                "after would be of two recipes: put it back, or start a new run from an export (model.policy=PATH)"
+            )
 
     def steps(self, total: int, *, shown: Mapping[str, str], done: Callable[[], bool] = lambda: False) -> Iterator[int]:
         """Yield the remaining steps, counted from 1 up to ``total`` or until ``done()``; each ends with `end_step`.
@@ -162,6 +175,7 @@ class StageState:
         """The state without that of the engines."""
         return {
             "format": FORMAT,
+            "config": self._config,
             "stage": self.stage,
             "step": self.step,
             "budgets": {name: budget.tokens for name, budget in self.budgets.items()},

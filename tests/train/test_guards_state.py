@@ -22,7 +22,7 @@ from prism_fast.data.readers import read_tasks
 from prism_fast.models.processor import Processor
 from prism_fast.track.metrics import reproducible
 from prism_fast.train import context, state
-from prism_fast.train.checkpoint import read_checkpoint
+from prism_fast.train.checkpoint import CheckpointError, read_checkpoint
 from prism_fast.train.pipeline import run_eval, run_stages
 from prism_fast.train.record import RunRecord
 from prism_fast.train.signals import Stopped, StopRequest
@@ -72,7 +72,7 @@ def test_a_checkpoint_holds_what_the_next_step_depends_on(finished):
     assert len(tensors) == 4 * len(parameters) > 100
     state = checkpoint.state
     assert set(state) == {
-        "format", "stage", "step", "budgets", "order", "extra", "held", "metrics_bytes", "rollout_bytes",
+        "format", "config", "stage", "step", "budgets", "order", "extra", "held", "metrics_bytes", "rollout_bytes",
     }  # fmt: skip
     assert state["order"]["position"] > 0 and state["extra"] is not None
     manifest = json.loads((checkpoint.path / "manifest.json").read_text())
@@ -162,3 +162,28 @@ def test_digits_that_a_killed_run_had_half_written_are_removed(small_run, tmp_pa
     with pytest.raises(ValueError, match="not empty"):
         run_stages(load_config("digits", [*small_run, f"out={tmp_path / 'run'}"]), Console(quiet=True))
     assert not half.exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (("batch: 16\n", "batch: 8\n"), r"config.yaml is not that of rlvr-000002: sft.batch=8 \(was 16\).*put it back"),
+        (("threads: 1", "threads: 2"), None),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_recipe(finished, tmp_path, edit, message):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    record = json.loads((folder / "record.json").read_text())
+    record["completed"].remove("rlvr")
+    (folder / "record.json").write_text(json.dumps(record))
+    recipe = (folder / "config.yaml").read_text()
+    assert recipe.count(edit[0]) >= 1
+    (folder / "config.yaml").write_text(recipe.replace(*edit))
+    config = load_config(str(folder / "config.yaml"), [f"out={folder}"])
+    if message is None:
+        run_stages(config, Console(quiet=True), resume=True)
+        assert "rlvr" in json.loads((folder / "record.json").read_text())["completed"]
+        return
+    with pytest.raises(CheckpointError, match=message):
+        run_stages(config, Console(quiet=True), resume=True)

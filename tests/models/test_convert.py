@@ -182,7 +182,7 @@ def test_a_shard_that_is_missing_or_outside_is_named(released, tmp_path):
         from_released(source, tmp_path / "out")
     index = source / "model.safetensors.index.json"
     index.write_text(index.read_text().replace(gone.name, f"../{gone.name}"))
-    with pytest.raises(ValueError, match=r"\.\./.*stand in the folder itself"):
+    with pytest.raises(ValueError, match=r"\.\./.*must be in the folder itself"):
         from_released(source, tmp_path / "out")
     index.write_text("[]")
     with pytest.raises(ValueError, match="is not a shard index"):

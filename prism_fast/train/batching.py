@@ -9,6 +9,7 @@ from typing import TypeVar
 from torch import nn
 from transformers import PreTrainedConfig
 
+from prism_fast.engine.protocol import Engine
 from prism_fast.models.packing import PromptGroup
 from prism_fast.models.token_budget import TokenBudget
 from prism_fast.track.flops import forward_flops
@@ -52,7 +53,22 @@ class Batching:
         metrics.sum("perf/forward_flops", forward_flops(config, groups, vocabulary=vocabulary))
         return metrics
 
+    def budget_metrics(self, prefix: str) -> Metrics:
+        """``<prefix>token_budget`` if memory ran out since the last call."""
+        metrics = Metrics()
+        if (tokens := self.budget.change()) is not None:
+            metrics.last(f"{prefix}token_budget", tokens)
+        return metrics
+
     def run(self, attempt: Callable[[int], T], groups: Sequence[PromptGroup], *, discard: Callable[[], None]) -> T:
         """Call ``attempt(tokens)`` within the budget; see ``TokenBudget.run``."""
         longest = longest_item(self.layout, groups, whole_groups=self.whole_groups)
         return self.budget.run(attempt, discard=discard, longest=longest)
+
+
+def update_weights(engine: Engine, prefix: str) -> Metrics:
+    """``engine.step()`` and its metrics ``<prefix>grad_norm`` and ``<prefix>lr``. Raises NonFiniteError as it does."""
+    update, metrics = engine.step(), Metrics()
+    metrics.mean(f"{prefix}grad_norm", update.grad_norm)
+    metrics.last(f"{prefix}lr", update.lr)
+    return metrics

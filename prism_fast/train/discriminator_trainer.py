@@ -26,7 +26,7 @@ from prism_fast.models.experts import chosen_experts
 from prism_fast.models.transfer import moved
 from prism_fast.ops import PairwiseStats
 from prism_fast.track.metrics import Metrics
-from prism_fast.train.batching import Batching
+from prism_fast.train.batching import Batching, update_weights
 from prism_fast.train.expert_shares import ExpertShares
 from prism_fast.train.layouts import BatchPlan, Ends, MicroBatch
 from prism_fast.train.passes import counted_passes
@@ -108,14 +108,7 @@ class DiscriminatorTrainer:
             StepTooLargeError: the largest indivisible item does not fit into memory.
         """
         self.engine.module.train()
-        packing_error = self._check(groups)
-        scores = self._run(groups, self.prefix, learn=True, poll=lambda: None)
-        computed = [group.computed() for group in groups]
-        work = self.batching.work(self.engine.module.backbone.config, computed, vocabulary=False)
-        scores = scores._replace(metrics=scores.metrics | work)
-        if packing_error is not None:
-            scores.metrics.last(f"{self.prefix}packing_error", packing_error)
-        return scores
+        return self._run(groups, self.prefix, learn=True, poll=lambda: None)
 
     def score(
         self, groups: Sequence[ScoredGroup], *, prefix: str, poll: Callable[[], None] = lambda: None
@@ -123,25 +116,16 @@ class DiscriminatorTrainer:
         """Score ``groups`` in eval mode, without gradient. ``prefix``: of the metrics' names. ``poll`` is called before
         each micro-batch and may raise to stop. Raises StepTooLargeError as above."""
         self.engine.module.eval()
-        self._check(groups)
         return self._run(groups, prefix, learn=False, poll=poll)
 
     def step(self) -> Metrics:
         """Update the weights. Raises NonFiniteError if the gradient norm is not finite; nothing is updated then."""
-        update, metrics = self.engine.step(), Metrics()
-        metrics.mean(f"{self.prefix}grad_norm", update.grad_norm)
-        metrics.last(f"{self.prefix}lr", update.lr)
-        if (tokens := self.batching.budget.change()) is not None:
-            metrics.last(f"{self.prefix}token_budget", tokens)
-        return metrics
-
-    def _check(self, groups: Sequence[ScoredGroup]) -> float | None:
-        computed = [group.computed() for group in groups]
-        return self_check(self.engine, self.batching, self.engine.module.backbone, computed, end_states)
+        return update_weights(self.engine, self.prefix) | self.batching.budget_metrics(self.prefix)
 
     def _run(self, groups: Sequence[ScoredGroup], prefix: str, *, learn: bool, poll: Callable[[], None]) -> GroupScores:
         backbone = self.engine.module.backbone
         computed = [group.computed() for group in groups]
+        packing_error = self_check(self.engine, self.batching, backbone, computed, end_states)
 
         def attempt(tokens: int) -> tuple[_Step, Metrics]:
             with counted_passes(backbone) as passes:
@@ -157,7 +141,12 @@ class DiscriminatorTrainer:
         step, passes = self.batching.run(attempt, computed, discard=self.engine.discard)
         self.engine.verify()  # before the scores reward anything
         student, teacher = step.scores()
-        return GroupScores(student, teacher, step.metrics | passes)
+        metrics = step.metrics | passes
+        if learn:
+            metrics |= self.batching.work(backbone.config, computed, vocabulary=False)
+            if packing_error is not None:
+                metrics.last(f"{prefix}packing_error", packing_error)
+        return GroupScores(student, teacher, metrics)
 
 
 class _Step:
@@ -176,8 +165,8 @@ class _Step:
         self.divide_by_micro_batch = SEMANTICS[self.loss.semantics].divide_by_micro_batch
         self.groups, self.plan, self.prefix, self.poll = groups, plan, prefix, poll
         self.device = self.discriminator.backbone.device
-        self.keys = [list(group.spans()) for group in groups]
-        self.columns = [list(group.spans().values()) for group in groups]
+        spans = [group.spans() for group in groups]
+        self.keys, self.columns = [list(s) for s in spans], [list(s.values()) for s in spans]
         text = self.discriminator.backbone.config.text_config
         self.experts = (text.num_experts, text.num_experts_per_tok)
         self.shares = ExpertShares(self.spans, text.num_experts)

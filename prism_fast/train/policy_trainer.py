@@ -19,7 +19,7 @@ from prism_fast.models.transfer import moved
 from prism_fast.ops import PolicyLossOptions
 from prism_fast.rollout.protocol import Completion
 from prism_fast.track.metrics import Metrics
-from prism_fast.train.batching import Batching
+from prism_fast.train.batching import Batching, update_weights
 from prism_fast.train.layouts import BatchPlan, Forward, MicroBatch
 from prism_fast.train.passes import counted_passes
 from prism_fast.train.rollouts import StepRollouts
@@ -155,16 +155,10 @@ class PolicyTrainer:
         Raises:
             NonFiniteError: the gradient norm is NaN or infinite; nothing was updated.
         """
-        metrics = Metrics()
-        if self._has_gradient:
-            update = self.engine.step()
-            metrics.mean("policy/grad_norm", update.grad_norm)
-            metrics.last("policy/lr", update.lr)
+        metrics = update_weights(self.engine, "policy/") if self._has_gradient else Metrics()
         self._has_gradient = False
         metrics.sum("policy/bad_values", ops.bad_values(self.policy.device))
-        if (tokens := self.batching.budget.change()) is not None:
-            metrics.last("policy/token_budget", tokens)
-        return metrics
+        return metrics | self.batching.budget_metrics("policy/")
 
     def _denominator(self, lengths: Tensor) -> Tensor:
         """The loss's denominator for responses of these lengths, 0-d on the device."""

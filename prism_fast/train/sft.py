@@ -19,7 +19,7 @@ from prism_fast.models.packing import PromptGroup
 from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor
 from prism_fast.track.metrics import Metrics
-from prism_fast.train.batching import Batching
+from prism_fast.train.batching import Batching, update_weights
 from prism_fast.train.context import Run
 from prism_fast.train.layouts import BatchPlan, MicroBatch, use_layout
 from prism_fast.train.passes import counted_passes
@@ -86,12 +86,7 @@ class SftTrainer:
         Raises:
             NonFiniteError: the loss or the gradient norm is NaN or infinite; nothing was updated.
         """
-        update, metrics = self.engine.step(), Metrics()
-        metrics.mean("sft/grad_norm", update.grad_norm)
-        metrics.last("sft/lr", update.lr)
-        if (tokens := self.batching.budget.change()) is not None:
-            metrics.last("sft/token_budget", tokens)
-        return metrics
+        return update_weights(self.engine, "sft/") | self.batching.budget_metrics("sft/")
 
     @torch.no_grad()
     def validate(self, groups: Sequence[PromptGroup], *, poll: Callable[[], None]) -> float:

@@ -19,6 +19,8 @@ from prism_fast.data.problems import ImageError, Place
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 DEFAULT_MAX_IMAGE_PIXELS = 64 * 2**20
+MAX_ASPECT_RATIO = 200
+"""Long side over short side; Qwen's image processors resize nothing longer (transformers, ``smart_resize``)."""
 
 _URL = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+://|data:)")
 
@@ -60,8 +62,9 @@ def load_image(source: bytes | Path, place: Place, field: str, max_image_pixels:
     """Decode one image to RGB: turned upright by its EXIF tag, transparency on white, 16-bit grey scaled to 8 bits; not
     resized.
 
-    Raises ImageError for a file that is no image, is larger than ``max_image_pixels``, animated or damaged, or has a
-    pixel mode without a defined white (32-bit integers, floats).
+    Raises ImageError for a file that is no image, is larger than ``max_image_pixels``, longer than `MAX_ASPECT_RATIO`
+    allows, animated or damaged, or has a pixel mode without a defined white (32-bit integers, floats) or one whose
+    transparent colour Pillow cannot tell from others (16-bit colours).
     """
     refuse = partial(place.error, kind=ImageError)
     name = str(source) if isinstance(source, Path) else f"{len(source)} inline bytes"
@@ -81,10 +84,17 @@ def load_image(source: bytes | Path, place: Place, field: str, max_image_pixels:
         if width * height > max_image_pixels:
             wrong = f"{name}: {width} x {height} = {width * height} pixels, the limit is {max_image_pixels}"
             raise refuse(field, wrong, "Resize the image, or raise max_image_pixels if you trust the file")
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            wrong = f"{name}: {width} x {height}; one side is more than {MAX_ASPECT_RATIO} times the other"
+            raise refuse(field, wrong, "No image processor takes it: crop or pad the image")
+        stored = str(image.tile[0].args) if image.tile else ""  # Pillow's name of the pixels in the file
+        if "transparency" in image.info and stored.startswith("RGB;16"):
+            wrong = f"{name}: 16-bit colours, one of them transparent, which 8 bits cannot tell from its neighbours"
+            raise refuse(field, wrong, "Save it with 8 bits, or with an alpha channel")
         try:
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             if frames == 1 and image.mode not in ("I", "F"):
-                return _rgb(ImageOps.exif_transpose(image))
+                return _rgb(ImageOps.exif_transpose(_transparency_as_decoded(image, stored)))
         except Exception as error:  # decoders of damaged files raise anything from SyntaxError to struct.error
             raise refuse(field, f"{name}: cannot be decoded ({type(error).__name__}: {error})", damaged) from error
         if frames > 1:
@@ -93,10 +103,21 @@ def load_image(source: bytes | Path, place: Place, field: str, max_image_pixels:
         raise refuse(field, wrong, "Save it with 8 or 16 bits")
 
 
+def _transparency_as_decoded(image: Image.Image, stored: str) -> Image.Image:
+    """Grey of 2 or 4 bits is spread over 8 bits, so its transparent value must be too; Pillow leaves it as it was."""
+    spread = {"L;2": 85, "L;4": 17}.get(stored)
+    if spread is not None and "transparency" in image.info:
+        image.info["transparency"] *= spread
+    return image
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 instead of scaling
         values = np.asarray(image).astype(np.uint32)  # [H, W], 65535 is white
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+        grey = ((values + 128) // 257).astype(np.uint8)
+        if "transparency" in image.info:
+            grey[values == image.info["transparency"]] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +69,63 @@ def test_modes(name):
     np.testing.assert_allclose([shown.getpixel((x, 0)) for x in (0, 1)], expected, atol=1)
 
 
+def png(rows: bytes, depth: int, color: int, transparent: bytes, width: int = 2) -> bytes:
+    """A PNG of one row with a transparent colour, in forms that Pillow does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, color, 0, 0, 0)) + chunk(b"tRNS", transparent)
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" + rows)) + chunk(b"IEND", b"")
+
+
+GREY, COLOR = 0, 2
+TRANSPARENT = {
+    "1 bit": (png(b"\x40", 1, GREY, b"\0\1"), [(0,) * 3, (255,) * 3]),
+    "2 bits": (png(b"\x60", 2, GREY, b"\0\1"), [(255,) * 3, (170,) * 3]),
+    "4 bits": (png(b"\x7a", 4, GREY, b"\0\7"), [(255,) * 3, (170,) * 3]),
+    "8 bits": (png(b"\x07\xc8", 8, GREY, b"\0\7"), [(255,) * 3, (200,) * 3]),
+    "16 bits, black": (png(struct.pack(">2H", 0, 257 * 200), 16, GREY, b"\0\0"), [(255,) * 3, (200,) * 3]),
+    "16 bits, a neighbour": (png(struct.pack(">2H", 1799, 1800), 16, GREY, b"\7\7"), [(255,) * 3, (7,) * 3]),
+    "colour": (png(bytes([1, 2, 3, 9, 9, 9]), 8, COLOR, bytes([0, 1, 0, 2, 0, 3])), [(255,) * 3, (9,) * 3]),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPARENT)
+def test_a_transparent_value_is_white(name):
+    data, expected = TRANSPARENT[name]
+    shown = load_image(data, Place(Path("f")), "image", 2**20)
+    assert [shown.getpixel((x, 0)) for x in (0, 1)] == expected
+
+
+def test_a_transparent_16_bit_colour_is_refused():
+    """Pillow keeps 8 of the 16 bits, so neighbours of the transparent colour would vanish with it."""
+    data = png(struct.pack(">6H", 300, 600, 900, 301, 600, 900), 16, COLOR, struct.pack(">3H", 300, 600, 900))
+    with pytest.raises(ImageError, match="16-bit colours, one of them transparent"):
+        load_image(data, Place(Path("f")), "image", 2**20)
+
+
+@pytest.mark.parametrize("size", [(800, 4), (4, 800), (801, 4), (4, 801), (900, 4)])
+def test_what_no_image_processor_takes_is_refused(size):
+    """The limit is that of Qwen's own image processor, so the readers and the encoding give the same verdict."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    buffer = io.BytesIO()
+    Image.new("L", size).save(buffer, format="PNG")
+    width, height = size
+    try:
+        smart_resize(height, width)
+        taken = True
+    except ValueError:
+        taken = False
+    if taken:
+        assert load_image(buffer.getvalue(), Place(Path("f")), "image", 2**20).size == size
+    else:
+        with pytest.raises(ImageError, match=f"{width} x {height}; one side is more than 200 times the other"):
+            load_image(buffer.getvalue(), Place(Path("f")), "image", 2**20)
+    assert taken == (max(size) == 800)
+
+
 def test_adobe_cmyk_jpeg_is_not_inverted():
     shown = decoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
     np.testing.assert_allclose(shown.getpixel((8, 8)), (255, 0, 0), atol=6)
@@ -74,9 +133,9 @@ def test_adobe_cmyk_jpeg_is_not_inverted():
 
 def test_16_bit_grey_keeps_its_order():
     """Pillow's own conversion clips everything above 255 to white."""
-    values = np.sort(np.random.default_rng(1).integers(0, 2**16, 256, dtype=np.uint16))[None]
-    grey = np.asarray(decoded(Image.fromarray(values), "PNG"))[0, :, 0].astype(int)
-    assert (np.diff(grey) >= 0).all() and np.abs(grey - values[0] / 257).max() <= 0.5
+    values = np.sort(np.random.default_rng(1).integers(0, 2**16, 256, dtype=np.uint16)).reshape(2, 128)
+    grey = np.asarray(decoded(Image.fromarray(values), "PNG"))[:, :, 0].astype(int)
+    assert (np.diff(grey.ravel()) >= 0).all() and np.abs(grey - values / 257).max() <= 0.5
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

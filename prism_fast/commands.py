@@ -15,6 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from prism_fast.data.check import Findings
     from prism_fast.doctor import Check
+    from prism_fast.models.processor import Processor
 
 STYLES = {"ok": "green", "absent": "yellow", "broken": "bold red"}
 
@@ -214,11 +215,7 @@ def check(
 
     if file_format is not None and file_format not in FORMATS:
         raise typer.BadParameter(f"{file_format!r} is not one of {', '.join(FORMATS)}", param_hint="--format")
-    processor = None
-    if policy is not None:
-        from prism_fast.models.processor import Processor
-
-        processor = Processor.from_pretrained(policy)
+    processor = None if policy is None else _processor(policy)
     pixels = DataConfig().max_image_pixels if max_image_pixels is None else max_image_pixels
     findings = [
         check_file(
@@ -240,21 +237,85 @@ def check(
     raise typer.Exit(1 if any(finding.problems for finding in findings) else 0)
 
 
+@data.command()
+def preview(
+    path: Annotated[Path, typer.Argument(help="A data file that `data check` reads.")],
+    out: Annotated[Path | None, typer.Option(help="The page; default: FILE-preview.html in this folder.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many, evenly spaced from the first to the last.")] = 8,
+    policy: Annotated[Path | None, typer.Option(help="Count tokens with the processor of this folder.")] = None,
+    file_format: Annotated[str | None, typer.Option("--format", help="As for `data check`.")] = None,
+) -> None:
+    """Write a page with some samples of a data file: turns, images, texts with their spans, as training reads them."""
+    from prism_fast.config import DataConfig
+    from prism_fast.data.formats import FORMATS, Wanted, format_of, open_file
+    from prism_fast.report.preview import write_preview
+
+    if file_format is not None and file_format not in FORMATS:
+        raise typer.BadParameter(f"{file_format!r} is not one of {', '.join(FORMATS)}", param_hint="--format")
+    form = format_of(path) if file_format is None else file_format
+    pixels = DataConfig().max_image_pixels
+    opened = open_file(path, form, Wanted(), max_image_pixels=pixels, problems=None)
+    page = Path(f"{path.stem}-preview.html") if out is None else out
+    processor = None if policy is None else _processor(policy)
+    count = write_preview(opened, page, count=samples, processor=processor)
+    console.print(f"written: {page} ({count} of {len(opened)} samples)", markup=False, highlight=False, soft_wrap=True)
+
+
+def _processor(folder: Path) -> Processor:
+    from prism_fast.models.processor import Processor
+
+    return Processor.from_pretrained(folder)
+
+
 def _as_plain(findings: Findings) -> dict[str, object]:
-    lengths = findings.prompt_tokens
+    from prism_fast.data.problems import by_kind
+
     return {
         "path": str(findings.path),
         "form": findings.form,
         "good": findings.samples,
         "problems": [str(problem) for problem in findings.problems],
-        "prompt_tokens": {"mean": sum(lengths) / len(lengths), "max": max(lengths)} if lengths else None,
+        "kinds": [
+            {"count": len(alike), "first": str(alike[0]), "rows": [problem.place.row for problem in alike]}
+            for alike in by_kind(findings.problems)
+        ],
+        "prompt_tokens": _lengths(findings.prompt_tokens),
+        "text_tokens": {field: _lengths(lengths) for field, lengths in findings.text_tokens.items()},
     }
 
 
+_PERCENTILES = (50, 90, 99)
+_MAX_KINDS = 20
+
+
+def _lengths(lengths: list[int]) -> dict[str, float] | None:
+    if not lengths:
+        return None
+    import numpy as np
+
+    found = np.percentile(lengths, _PERCENTILES, method="inverted_cdf").tolist()
+    percentiles = {f"p{share}": int(value) for share, value in zip(_PERCENTILES, found, strict=True)}
+    return {"mean": sum(lengths) / len(lengths), **percentiles, "max": max(lengths)}
+
+
 def _show_findings(findings: Findings) -> None:
-    line = f"{findings.path}: {findings.form}, {findings.samples} good, {len(findings.problems)} problem(s)"
-    if lengths := findings.prompt_tokens:
-        line += f"; prompts of {sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths)} at most"
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for problem in findings.problems:
-        console.print(f"  {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+    from prism_fast.data.problems import by_kind
+
+    def show(line: str, style: str | None = None) -> None:
+        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    show(f"{findings.path}: {findings.form}, {findings.samples} good, {len(findings.problems)} problem(s)")
+    for field, lengths in {"prompt": findings.prompt_tokens, **findings.text_tokens}.items():
+        if found := _lengths(lengths):
+            percentiles = ", ".join(f"{found[f'p{share}']} ({share} %)" for share in _PERCENTILES)
+            show(f"  {field}: {found['mean']:.0f} tokens on average; {percentiles}, {found['max']} at most")
+    kinds = by_kind(findings.problems)
+    for alike in kinds[:_MAX_KINDS]:
+        if len(alike) == 1:
+            show(f"  {alike[0]}", "red")
+            continue
+        places = ", ".join(problem.place.row for problem in alike[:3]) + (", …" if len(alike) > 3 else "")
+        show(f"  {len(alike)} rows ({places}): {alike[0].about}", "red")
+    if len(kinds) > _MAX_KINDS:
+        left = sum(map(len, kinds[_MAX_KINDS:]))
+        show(f"  and {left} problem(s) of {len(kinds) - _MAX_KINDS} other kinds; --json lists them all", "red")

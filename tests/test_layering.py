@@ -37,6 +37,7 @@ SIDEWAYS = {
     ("cli", "bench"),
     ("commands", "doctor"),
     ("commands", "plan"),
+    ("commands", "report"),  # the preview of a data file shows spans as the report does
     ("preflight", "plan"),
     ("released", "data"),
     ("released", "rewards"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from prism_fast.models.processor import Processor
 class Findings:
     """Result of a check: the number of usable ``samples`` of ``form``, and the problems of the others.
 
-    ``prompt_tokens``: lengths of the expanded prompts that could be measured, too long ones included; empty without a
-    processor.
+    ``prompt_tokens``: lengths of the expanded prompts that could be measured, too long ones included; ``text_tokens``:
+    of the texts to learn from or to score, by field. Both are empty without a processor.
     """
 
     path: Path
@@ -26,6 +26,7 @@ class Findings:
     samples: int
     problems: list[DataError]
     prompt_tokens: list[int]
+    text_tokens: dict[str, list[int]]
 
 
 def check_file(
@@ -37,12 +38,14 @@ def check_file(
     max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
     processor: Processor | None = None,
     max_prompt_tokens: int | None = None,
+    each: Callable[[], None] = lambda: None,
 ) -> Findings:
     """Read ``path`` in the format of its name and first record: parquet tasks, ShareGPT JSON, or jsonl pairs.
 
-    ``format``, a key of ``FORMATS``, overrides it. With a ``processor``, prompts are measured as in training, images
-    expanded, and those of more than ``max_prompt_tokens`` are problems. ``known_sources``: see `read_tasks`.
-    Problems of the file as a whole (missing, no such format, wrong column types) are findings like any other.
+    ``format``, a key of ``FORMATS``, overrides it. With a ``processor``, prompts and texts are encoded as in training,
+    pixels included, and prompts of more than ``max_prompt_tokens`` are problems. ``known_sources``: see `read_tasks`.
+    Problems of the file as a whole (missing, no such format, wrong column types) are findings like any other. ``each``
+    is called before every sample.
     """
     path = Path(path)
     if format is not None and format not in FORMATS:
@@ -51,14 +54,16 @@ def check_file(
         raise ValueError("max_prompt_tokens needs a processor: tokens are those of a particular policy")
     problems: list[DataError] = []
     lengths: list[int] = []
+    texts: dict[str, list[int]] = {}
     form = "unknown"
     usable = 0
     try:
         form = format_of(path) if format is None else format
         wanted = Wanted(require_teacher=require_teacher, known_sources=known_sources)
         samples = open_file(path, form, wanted, max_image_pixels=max_image_pixels, problems=problems)
-        found = screen(samples, processor=processor, max_prompt_tokens=max_prompt_tokens, problems=problems)
-        usable, lengths = len(found.samples), found.prompt_tokens
+        limits = dict(processor=processor, max_prompt_tokens=max_prompt_tokens)
+        found = screen(samples, **limits, problems=problems, each=each, encode=processor is not None)
+        usable, lengths, texts = len(found.samples), found.prompt_tokens, found.text_tokens
     except DataError as error:
         problems.append(error)
-    return Findings(path, form, usable, problems, lengths)
+    return Findings(path, form, usable, problems, lengths, texts)

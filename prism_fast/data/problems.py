@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 _MAX_SHOWN = 600  # characters of a message; a quoted value can be a megabyte long
+# What differs between problems of one kind: quoted values, remarks in brackets, paths, numbers.
+_DETAIL = re.compile(r"'[^']*'|\"[^\"]*\"|\([^()]*\)|\S*[/\\]\S*|\d[\d.,]*")
 _CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|image_pad|video_pad)\|>")
 
 
@@ -16,10 +19,24 @@ def holds_control_token(text: str) -> bool:
 
 
 class DataError(ValueError):
-    """A file or sample cannot be used. ``str()`` is one sentence for a terminal, naming the place and the cure;
-    ``reason``: the kind under which omitted samples are counted."""
+    """A file or sample cannot be used. ``str()`` is one sentence for a terminal, naming the place and the cure.
+
+    Attributes:
+        reason: the kind under which omitted samples are counted.
+        place, field: where it is; ``field`` may be empty.
+        about: the same sentence without the place.
+        kind: equal for problems that differ in rows, names and numbers alone.
+    """
 
     reason = "bad"
+
+    def __init__(self, place: Place, field: str, wrong: str, cure: str) -> None:
+        where = f"{place.file}, {place.row}" if place.row else str(place.file)
+        says = f"{' '.join(wrong.split())[:_MAX_SHOWN]}. {cure}."
+        self.place, self.field = place, field
+        self.about = _shown(f"field '{field}': {says}" if field else says)
+        self.kind = (re.sub(r"\[\d+\]", "", field), _DETAIL.sub("…", says))
+        super().__init__(f"{_shown(where)}: {self.about}")
 
 
 class ImageError(DataError):
@@ -42,9 +59,7 @@ class Place:
     row: str = ""
 
     def error(self, field: str, wrong: str, cure: str, *, kind: type[DataError] = DataError) -> DataError:
-        where = f"{self.file}, {self.row}" if self.row else str(self.file)
-        about = f" field '{field}':" if field else ""
-        return kind(_shown(f"{where}:{about} {' '.join(wrong.split())[:_MAX_SHOWN]}. {cure}."))
+        return kind(self, field, wrong, cure)
 
     def text(self, value: object, field: str, *, empty: bool = False) -> str:
         """``value`` if it is a (non-empty, unless ``empty``) string that can be tokenised as plain text.
@@ -84,3 +99,11 @@ def _shown(message: str) -> str:
 
 def _kind(value: object) -> str:
     return "missing (null)" if value is None else f"of type {type(value).__name__}"
+
+
+def by_kind(problems: Iterable[DataError]) -> list[list[DataError]]:
+    """``problems`` of one kind together, in the order of their first ones."""
+    found: dict[tuple[str, str], list[DataError]] = {}
+    for problem in problems:
+        found.setdefault(problem.kind, []).append(problem)
+    return list(found.values())

@@ -148,13 +148,22 @@ def picture(run: RunDirectory, digest: Any, problems: list[str]) -> Picture | No
         return None
     if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 24:
         raise ValueError(f"rollouts/images/{digest}.png is not a PNG")
-    width, height = struct.unpack(">II", content[16:24])
-    if max(width, height) > _MAX_IMAGE_SIDE:
-        image = Image.open(BytesIO(content)).convert("RGB")
-        image.thumbnail((_MAX_IMAGE_SIDE, _MAX_IMAGE_SIDE))
-        buffer = BytesIO()
-        image.save(buffer, format="PNG", optimize=True)
-        content, (width, height) = buffer.getvalue(), image.size
+    size = struct.unpack(">II", content[16:24])
+    if max(size) > _MAX_IMAGE_SIDE:
+        return page_picture(Image.open(BytesIO(content)).convert("RGB"))
+    return _picture(content, *size)
+
+
+def page_picture(image: Image.Image) -> Picture:
+    """An image for the page, scaled down where it is large."""
+    image = image.copy()
+    image.thumbnail((_MAX_IMAGE_SIDE, _MAX_IMAGE_SIDE))
+    buffer = BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return _picture(buffer.getvalue(), *image.size)
+
+
+def _picture(content: bytes, width: int, height: int) -> Picture:
     scale = max(1, min(192 // max(width, 1), 192 // max(height, 1)))
     uri = "data:image/png;base64," + base64.b64encode(content).decode("ascii")
     return Picture(uri, width * scale, height * scale, pixelated=scale > 1)

@@ -116,3 +116,44 @@ def test_prompt_lengths_as_the_policy_sees_them(invoke, invoke_json, processor, 
 def test_wrong_options_are_one_message(command, data_files, options, words):
     code, message = command("data", "check", data_files["sft"], *options)
     assert code == 1 and words in message and "Traceback" not in message
+
+
+def test_rows_with_one_problem_are_one_line(invoke, invoke_json, tmp_path):
+    """A wrong key in every row, and one row with a problem of its own."""
+    wrong = [{"messages": [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "text": f"It is {n}"}]}
+             for n in range(500)]  # fmt: skip
+    path = write(tmp_path / "wrong.json", [*wrong, {**GOOD, "images": ["no.png"]}, GOOD])
+    code, shown = invoke("data", "check", path)
+    head, alike, own = shown.splitlines()
+    assert code == 1 and head.endswith("sharegpt, 1 good, 501 problem(s)")
+    assert alike.startswith("  500 rows (row 0, row 1, row 2, …): field 'messages[1]")
+    assert "row 500" in own and "no.png" in own
+    (finding,) = invoke_json("data", "check", path)
+    assert [kind["count"] for kind in finding["kinds"]] == [500, 1] and len(finding["problems"]) == 501
+    assert finding["kinds"][0]["rows"] == [f"row {n}" for n in range(500)]
+
+
+def test_percentiles_of_prompts_and_responses(invoke, invoke_json, processor, policy_folder, tmp_path):
+    answers = [" ".join(["word"] * n) for n in range(1, 101)]
+    turn = GOOD["messages"][0]
+    rows = [
+        {"id": str(n), "messages": [turn, {"role": "assistant", "content": text}]} for n, text in enumerate(answers)
+    ]
+    path = write(tmp_path / "a.json", rows)
+    lengths = sorted(len(processor.encode_plain(text)) for text in answers)
+    (found,) = invoke_json("data", "check", path, "--policy", policy_folder)
+    expected = {f"p{share}": lengths[share - 1] for share in (50, 90, 99)}
+    assert found["text_tokens"]["response"] == {"mean": sum(lengths) / 100, **expected, "max": lengths[-1]}
+    assert found["prompt_tokens"]["p50"] == found["prompt_tokens"]["max"]
+    shown = invoke("data", "check", path, "--policy", policy_folder)[1]
+    assert f"response: {sum(lengths) / 100:.0f} tokens on average; {lengths[49]} (50 %), {lengths[89]} (90 %)" in shown
+
+
+def test_what_cannot_be_encoded_is_a_problem(invoke, policy_folder, tmp_path):
+    """The check encodes as training does: an image that no processor takes is found here, not after two updates."""
+    Image.new("L", (900, 4)).save(tmp_path / "long.png")
+    turns = [{"role": "user", "content": "<image>x"}, GOOD["messages"][1]]
+    path = write(tmp_path / "a.json", [GOOD, {"id": "long", "messages": turns, "images": ["long.png"]}])
+    for policy in ([], ["--policy", policy_folder]):
+        code, shown = invoke("data", "check", path, *policy)
+        assert code == 1 and "1 good, 1 problem(s)" in shown and "900 x 4" in shown and "row 1" in shown

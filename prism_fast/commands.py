@@ -204,6 +204,7 @@ def check(
     ] = None,
     max_image_pixels: Annotated[int | None, typer.Option(help="Refuse larger images.")] = None,
     policy: Annotated[Path | None, typer.Option(help="Measure prompts with the processor of this folder.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="As data.max_pixels of the run; needs --policy.")] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(help="Report longer prompts; needs --policy.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -215,7 +216,9 @@ def check(
 
     if file_format is not None and file_format not in FORMATS:
         raise typer.BadParameter(f"{file_format!r} is not one of {', '.join(FORMATS)}", param_hint="--format")
-    processor = None if policy is None else _processor(policy)
+    if max_pixels is not None and policy is None:
+        raise typer.BadParameter("needs --policy: each model makes tokens of its own", param_hint="--max-pixels")
+    processor = None if policy is None else _processor(policy, max_pixels)
     pixels = DataConfig().max_image_pixels if max_image_pixels is None else max_image_pixels
     findings = [
         check_file(
@@ -261,10 +264,10 @@ def preview(
     console.print(f"written: {page} ({count} of {len(opened)} samples)", markup=False, highlight=False, soft_wrap=True)
 
 
-def _processor(folder: Path) -> Processor:
+def _processor(folder: Path, max_pixels: int | None = None) -> Processor:
     from prism_fast.models.processor import Processor
 
-    return Processor.from_pretrained(folder)
+    return Processor.from_pretrained(folder, max_pixels=max_pixels)
 
 
 def _as_plain(findings: Findings) -> dict[str, object]:

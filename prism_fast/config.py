@@ -93,11 +93,20 @@ class DataConfig:
     eval: str | None = None  # parquet
     pairs: str | None = None  # pairwise jsonl; none: the policy samples its own
     max_image_pixels: int = 16_777_216  # a larger image is refused before it is decoded
+    # Images are resized to at least and at most so many pixels, as the model's image processor does; none: its own
+    # limits. 1,024 pixels are one token of Qwen3-VL. Exported models keep the limits they were trained with.
+    min_pixels: int | None = None
+    max_pixels: int | None = None
     max_prompt_tokens: int | None = None  # a longer prompt (image tokens counted) is a bad sample; none: no limit
     # raise: name file, row and field and stop. skip: leave it out and count it under its reason in the metrics. With
     # skip or a token limit every image is decoded once when a stage starts.
     on_bad_sample: Literal["raise", "skip"] = "raise"
     digits: DigitsSpec = field(default_factory=DigitsSpec)  # sizes of the built-in dataset
+
+    def __post_init__(self) -> None:
+        if self.min_pixels is not None and self.max_pixels is not None:
+            allowed = f"at most data.max_pixels = {self.max_pixels}"
+            _require(self.min_pixels <= self.max_pixels, "data.min_pixels", allowed, self.min_pixels)
 
 
 @dataclass

@@ -159,8 +159,9 @@ def _check_models(config: Config) -> list[str]:
         folder = Path(config.model.policy)
         policy_config(config)
         _read_headers(folder)
-        Processor.from_pretrained(folder)
-        lines.append(f"policy: {folder}")
+        limits = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
+        low, high = Processor.from_pretrained(folder, **limits).image_area
+        lines += [f"policy: {folder}", f"images: resized to between {low:,} and {high:,} pixels"]
     if config.model.discriminator != "upcycle":
         folder = Path(config.model.discriminator)
         discriminator = discriminator_config(config, policy_config(config))

@@ -113,11 +113,26 @@ class Processor:
             # Older checkpoints have the template in a file of its own, which only a full processor reads.
             tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        if min_pixels is not None or max_pixels is not None:
-            low = image_processor.size["shortest_edge"] if min_pixels is None else min_pixels
-            high = image_processor.size["longest_edge"] if max_pixels is None else max_pixels
-            image_processor.size = _area_limits(low, high)
-        return cls(tokenizer, image_processor)
+        processor = cls(tokenizer, image_processor)
+        processor.limit_images(min_pixels, max_pixels)
+        return processor
+
+    def limit_images(self, min_pixels: int | None, max_pixels: int | None) -> None:
+        """Replace the limits of the image area, in pixels; None: as it is. Images outside are resized into them.
+
+        Raises:
+            ValueError: the smaller limit is above the larger one.
+        """
+        low, high = self.image_area
+        self.image_processor.size = _area_limits(
+            low if min_pixels is None else min_pixels, high if max_pixels is None else max_pixels
+        )
+
+    @property
+    def image_area(self) -> tuple[int, int]:
+        """Pixels of the smallest and the largest image that is not resized (except to whole patches)."""
+        size = self.image_processor.size
+        return int(size["shortest_edge"]), int(size["longest_edge"])
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write tokenizer, chat template, image and video settings. Stock ``AutoProcessor`` loads the folder as a

@@ -72,7 +72,7 @@ def _new_policy(run: Run, files: DataFiles):
         demos = DataReader(run, "sft").read("sft", path, None, tell=False)
         corpus = (text for demo in demos for text in demonstration_texts(demo))
     tokenizer = train_tokenizer(corpus, tiny.vocab_size)
-    processor = Processor.build(tokenizer)
+    processor = _limited(run, Processor.build(tokenizer))
     sizes = asdict(tiny)
     del sizes["vocab_size"]
     size = TinyPolicy(**sizes)
@@ -98,7 +98,17 @@ def demonstration_texts(demo: Demonstration) -> Iterator[str]:
 
 def _load_policy(run: Run, folder: Path):
     policy = load_policy(folder, dtype=run.dtype, device=run.device)
-    return _learner(run, policy), Processor.from_pretrained(folder)
+    return _learner(run, policy), _limited(run, Processor.from_pretrained(folder))
+
+
+def _limited(run: Run, processor: Processor) -> Processor:
+    """``processor`` with the image limits of the configuration, which exports keep."""
+    low, high = run.config.data.min_pixels, run.config.data.max_pixels
+    if low is not None or high is not None:
+        processor.limit_images(low, high)
+        low, high = processor.image_area
+        run.console.print(f"images are resized to between {low:,} and {high:,} pixels", highlight=False)
+    return processor
 
 
 def _policy(run: Run, artifacts: Artifacts, stage: str):

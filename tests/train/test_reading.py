@@ -199,3 +199,27 @@ def test_a_run_with_bad_rows(small_data, files, tmp_path, monkeypatch):
     again = [json.loads(line) for line in (tmp_path / "crashed" / "metrics.jsonl").read_text().splitlines()]
     untimed = [[reproducible(line) for line in run] for run in (lines, again)]
     assert untimed[0] == untimed[1]
+
+
+def test_image_limits_of_a_run(small_data, tmp_path):
+    """Images are resized as the processor does, the log says so, and the exported model keeps the limits."""
+    settings = ["threads=1", "model.tiny.vocab_size=600", "model.tiny.num_layers=1", "sft.batch=2", "sft.max_updates=1"]
+    settings += ["sft.eval_every=1", "stages=[sft]", "eval.max_new_tokens=2", "data.max_prompt_tokens=400"]
+    longest, shown = {}, {}
+    for name, limits in (("own", []), ("small", ["data.max_pixels=1024"])):
+        console = Console(file=StringIO(), width=1000)
+        config = load_config("digits", [*settings, *small_data, *limits, f"out={tmp_path / name}"])
+        folder = run_stages(config, console)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        longest[name] = next(line["data/prompt_tokens_max"] for line in lines if line["stage"] == "data")
+        shown[name] = "images are resized to between 1,024 and 1,024 pixels" in console.file.getvalue()
+    assert longest["own"] - longest["small"] == 4 - 2  # 128 x 32 pixels become 64 x 32: no side is below a patch
+    assert shown == {"own": False, "small": True}
+    exported = Processor.from_pretrained(tmp_path / "small" / "export" / "sft")
+    assert exported.image_area == (1024, 1024)
+    assert Processor.from_pretrained(tmp_path / "own" / "export" / "sft").image_area == (1024, 512 * 512)
+
+
+def test_contradicting_image_limits_are_refused():
+    with pytest.raises(ConfigError, match=r"data.min_pixels must be at most data.max_pixels = 10, got 20"):
+        load_config("digits", ["data.min_pixels=20", "data.max_pixels=10"])

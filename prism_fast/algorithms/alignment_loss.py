@@ -42,7 +42,8 @@ def discriminator_loss(
             ``prism_fast`` and ``paper``: sums over valid students divided by ``denominator``; squares of each teacher
             score counted once; nothing is learnt from pairs where no student is valid.
             ``released``: for one micro-batch, not scaled by its share of the mini-batch. Divided by its own valid
-            students; the teacher's squares are counted once per student; NaN and infinite scores become 0; where no
+            students; the teacher's squares are counted once per student; scores are clamped before the length
+            penalty as well; NaN and infinite scores become 0; where no
             rank has a valid student (``valid_everywhere`` = 0), 0.01 * -log sigmoid(mean teacher score) per score.
         score_clip, lengths, length_penalty, spread: ``clip``, ... of ``pairwise_loss``.
         score_reg: weight of the mean square over all scores, invalid ones included.

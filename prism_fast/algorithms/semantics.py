@@ -22,6 +22,7 @@ class Semantics:
     ``all_invalid``: advantage of a group without a valid response; ``penalty`` leaves the format penalty as it is.
     ``positions``: of the discriminator's tokens in alignment, see ``models.forward.collate``.
     ``format_penalty``, ``score_clip``, ``score_reg``: defaults of the recipe's keys of these names.
+    ``clips_before_penalty``: the score clamp acts before the length penalty too, not after it alone.
     ``head_dropout``: of the discriminator's score head while it learns.
     ``divide_by_micro_batch``: each micro-batch's loss is divided by its own counts, so that it depends on the cut.
     ``learns_without_pairs``: the discriminator is updated where no response of a step is valid.
@@ -39,6 +40,7 @@ class Semantics:
     format_penalty: float
     score_clip: float | None
     score_reg: float
+    clips_before_penalty: bool = False
     head_dropout: float = 0.0
     divide_by_micro_batch: bool = False
     learns_without_pairs: bool = False

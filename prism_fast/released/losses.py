@@ -34,6 +34,9 @@ def discriminator_loss(
     teacher, student = _finite(teacher)[group.long()], _finite(student)  # the published batch repeats the teacher
     if lengths is not None:
         lengths = (lengths[0][group.long()], lengths[1])
+        # Published: clamped before the length penalty, and `pairwise_loss` clamps once more after it.
+        if score_clip is not None and length_penalty != 0.0:
+            teacher, student = (score.clamp(-score_clip, score_clip) for score in (teacher, student))
     own = torch.arange(student.shape[0], device=student.device)
     loss, stats = pairwise_loss(
         teacher,

@@ -14,6 +14,7 @@ TERMS: dict[str, Any] = dict(
     format_penalty=1.5,
     score_clip=10.0,
     score_reg=0.001,
+    clips_before_penalty=True,
     head_dropout=0.1,
     divide_by_micro_batch=True,
     learns_without_pairs=True,

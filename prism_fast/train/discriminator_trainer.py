@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -272,7 +273,9 @@ class _Step:
         if penalty := self.loss.length_penalty:
             lengths = span_lengths(groups, self.device)
             options = {"lengths": lengths, "length_penalty": penalty}
-            reward = [as_scored(score, n, penalty, None) for score, n in zip(reward, lengths, strict=True)]
+            clip = self.loss.score_clip if SEMANTICS[self.loss.semantics].clips_before_penalty else None
+            shaped = partial(as_scored, penalty=penalty, clip=clip, clip_first=True)
+            reward = [shaped(score, n) for score, n in zip(reward, lengths, strict=True)]
             self._add_length_penalty(penalty * lengths[1].log1p(), valid)
         loss, stats = discriminator_loss(
             *learned,

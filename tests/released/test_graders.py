@@ -2,6 +2,7 @@
 
 import pytest
 
+from prism_fast.released.geo3k import spoken_form
 from prism_fast.released.graders import first_answer
 from prism_fast.released.mm_gad import compare_mm_gad
 from prism_fast.rewards import AnswerChecker, Judged
@@ -32,6 +33,42 @@ def test_every_case(checker, vector):
         found, wanted = (reward.accuracy, reward.format), (expected["acc_reward"], expected["format_reward"])
         assert found == wanted, case
         assert reward.score == pytest.approx(expected["score"], abs=1e-9), case
+
+
+# Verdicts of the published grader (mathruler 0.1.0 with pylatexenc 2.10): commands that it does not know vanish.
+GEOMETRY = [
+    ("B", r"\triangle B", 1),
+    (r"\triangle ABC", "ABC", 1),
+    ("B", r"\foo B", 1),
+    (r"\angle B", "B", 0),
+    ("5", r"\angle 5", 0),
+    ("AB", r"\overline{AB}", 1),
+    ("AB", r"\perp AB", 0),
+    (r"\perp", "⊥", 1),
+    ("R", r"\mathbb{R}", 0),
+    ("x", r"\hat{x}", 0),
+    ("é", r"\'e", 1),
+    ("sqrt(5)", r"\sqrt[3]{5}", 1),
+    ("5", r"\textcolor{red}{5}", 1),
+    ("5", r"\hspace{1cm}5", 1),
+    ("15", r"\hspace{1cm}5", 0),
+    ("6", r"\displaystyle 6", 1),
+    ("[1 2]", r"\begin{pmatrix}1&2\end{pmatrix}", 1),
+    (r"\frac~\frac", r"\frac ~\frac", 1),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer", "accuracy"), GEOMETRY)
+def test_latex_commands_of_geometry(checker, gold, answer, accuracy):
+    (reward,) = checker.score([Judged(f"<answer>{answer}</answer>", gold, "hiyouga/geometry3k")])
+    assert reward.accuracy == accuracy
+
+
+def test_no_answer_leaves_something_to_the_next_one():
+    """pylatexenc's reader remembers a title that one text sets, and shows it where another one asks for it."""
+    before = spoken_form(r"\maketitle")
+    spoken_form(r"\title{secret}")
+    assert spoken_form(r"\maketitle") == before and "secret" not in before
 
 
 def test_branch_names(checker):

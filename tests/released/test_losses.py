@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from prism_fast.algorithms.alignment_loss import discriminator_loss
 from prism_fast.algorithms.scored import as_scored
+from prism_fast.ops import native
 from tests.ops.golden import DTYPES, load
 
 VECTORS = load("discriminator_loss")
@@ -66,3 +69,36 @@ def test_released_vectors(case):
                 assert float(stats.accuracy[column]) == pytest.approx(float((best > other).double().mean()))
         else:  # published: a placeholder of 0.92
             assert stats.accuracy.isnan().all() and metrics["critic/d_acc"][number] == 0.92
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_scores_are_clamped_before_the_length_penalty_and_after_it(backend):
+    """The published vectors have no case with both. Both sides of one pair, in float64: 13.1687 becomes 10 - 0.52,
+    -9.9 - 0.52 becomes -10; a score that the first clamp changed has no gradient."""
+    if backend == "native" and not native.available():
+        pytest.skip("the native module is not built")
+    teacher = torch.tensor([[13.1687, 3.0]], dtype=torch.float64, requires_grad=True)
+    student = torch.tensor([[-9.9, 10.2]], dtype=torch.float64, requires_grad=True)
+    tokens = torch.tensor([[7, 7]])
+    loss, stats = discriminator_loss(
+        teacher,
+        student,
+        torch.zeros(1, dtype=torch.int64),
+        torch.ones(1, dtype=torch.bool),
+        semantics="released",
+        score_clip=10.0,
+        score_reg=0.001,
+        lengths=(tokens, tokens),
+        length_penalty=0.25,
+        backend=backend,
+    )
+    penalty = 0.25 * math.log(8.0)
+    best, other = (10.0 - penalty, 3.0 - penalty), (-10.0, 10.0 - penalty)
+    wanted = sum(math.log1p(math.exp(s - t)) for t, s in zip(best, other, strict=True))
+    wanted += 0.001 * sum(x * x for x in (*best, *other)) / 4
+    assert loss.item() == pytest.approx(wanted, rel=1e-12)
+    assert stats.teacher.tolist() == pytest.approx(best) and stats.student.tolist() == pytest.approx(other)
+    loss.backward()
+    share = 1 / (1 + math.exp(best[1] - other[1]))
+    assert teacher.grad.tolist()[0] == pytest.approx([0.0, -share + 0.0005 * best[1]])
+    assert student.grad.tolist() == [[0.0, 0.0]]

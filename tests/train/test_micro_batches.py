@@ -315,3 +315,21 @@ def test_out_of_memory_repeats_the_discriminators_step_in_smaller_pieces(process
     found = gradients(budget)
     assert budget.tokens == longest and len(notes) == 1 and len(calls) == 2 + 3
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize(("semantics", "first"), [("released", True), ("prism_fast", False)])
+def test_rewards_beyond_the_clamp_are_ordered_by_length_as_published_alone(processor, prompts, semantics, first):
+    model = build_discriminator(build_tiny_policy(processor, SIZE, seed=2), seed=3, head_std=40.0)
+    engine, groups, found = engine_of(model, torch.float64), groups_of(processor, prompts, torch.Generator(), 2), []
+    use_layout("padded", engine.module.backbone)
+    with Float64Islands():
+        for shape in ({}, {"length_penalty": 0.3}):
+            options = options_of(processor, layout="padded", **shape) | {"semantics": semantics, "score_clip": 5.0}
+            found.append(discriminate(engine, groups, TokenBudget(WHOLE, notify=pytest.fail), learn=False, **options))
+    plain, shorter = found
+    assert (plain.teacher.abs() > 5).any()
+    tokens = torch.tensor([[len(span) for span in group.teacher] for group in groups])
+    scores = plain.teacher.clamp(-5, 5) if first else plain.teacher
+    expected = scores - 0.3 * tokens.log1p()
+    expected = expected.clamp(-5, 5) if first else expected
+    torch.testing.assert_close(shorter.teacher, expected, rtol=1e-6, atol=1e-6)

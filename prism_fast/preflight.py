@@ -20,7 +20,7 @@ from prism_fast.models.sizes import discriminator_size, policy_size
 from prism_fast.models.tokenizer import check_vocab_size
 from prism_fast.models.writing import DiskFullError, shown_bytes
 from prism_fast.plan import adamw_bytes, discriminator_config, make_plan, policy_config, summary
-from prism_fast.rewards import Judged, SourceRewards
+from prism_fast.rewards import SourceRewards
 from prism_fast.train.context import (
     DTYPES,
     answer_checker,
@@ -30,6 +30,7 @@ from prism_fast.train.context import (
     resolve_device,
     trunk_in_force,
 )
+from prism_fast.train.grading import judged
 from prism_fast.train.reading import DataFiles, open_samples
 from prism_fast.train.replay import check_replay
 
@@ -201,6 +202,4 @@ def _probe(samples: Samples[Task], rewards: SourceRewards) -> None:
         task = samples.without_images(index)
         if task.data_source in left:
             left.remove(task.data_source)
-            response = task.teacher_response or task.ground_truth
-            row = Judged(response, task.ground_truth, task.data_source, task.equivalent_answers, task.question)
-            rewards.probe(row)
+            rewards.probe(judged(task, task.teacher_response or task.ground_truth))

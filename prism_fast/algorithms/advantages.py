@@ -120,6 +120,7 @@ def outcome_advantage(
     reward: Tensor,
     group: Tensor,
     *,
+    scored: Tensor | None = None,
     normalize: str = "per_score",
     eps: float = 1e-6,
     singleton: str = "zero",
@@ -127,10 +128,11 @@ def outcome_advantage(
 ) -> Tensor:
     """[B] advantage of one reward per response.
 
+    ``scored``: [B] bool, responses that have a reward; None = all. The others get 0, and their group is normalised
+    without them (as in TRL, where a reward function gave None).
     ``normalize``: ``per_score`` is GRPO (arXiv 2402.03300), ``mean_only`` Dr. GRPO (arXiv 2503.20783), the others as
     in ``group_advantage``. The published GRPO treats a response without rival as ``singleton="identity"``.
     Raises ValueError as ``group_advantage`` does.
     """
-    return group_advantage(
-        reward[:, None], group, weights=(1.0,), normalize=normalize, eps=eps, singleton=singleton, backend=backend
-    )
+    options = {"normalize": normalize, "eps": eps, "singleton": singleton, "backend": backend}
+    return group_advantage(reward[:, None], group, weights=(1.0,), valid=scored, invalid="exclude", **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +32,16 @@ def _spans(prefix: str, name: str) -> tuple[tuple[str, str], ...]:
 
 def _one(title: str, key: str, note: str = "", scale: str = "zero", optional: bool = False) -> Chart:
     return Chart(title, ((key, title.lower()),), note, scale, optional=optional)
+
+
+REWARD_PARTS = "reward/parts/"  # before the names that a reward function gives its parts
+
+
+def reward_parts(keys: Iterable[str]) -> tuple[Chart, ...]:
+    """The chart of the parts among a stage's metrics; none without any."""
+    series = tuple((key, key.removeprefix(REWARD_PARTS)) for key in keys if key.startswith(REWARD_PARTS))
+    chart = Chart("Parts of the reward", series, "of your reward functions, means over the responses that have them")
+    return (chart,) if series else ()
 
 
 _CHANCE = {"scale": "share", "line": 0.5, "line_name": "chance"}

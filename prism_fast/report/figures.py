@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prism_fast.report.charts import CHARTS, SCORED, Chart
+from prism_fast.report.charts import CHARTS, SCORED, Chart, reward_parts
 from prism_fast.report.rundir import RunDirectory, Series
 from prism_fast.report.statistics import Interval
 from prism_fast.report.summary import Summary, stage_name
@@ -32,7 +32,7 @@ def stage_curves(run: RunDirectory, stage: str) -> StageCurves:
     charts, absent, asked = [], [], set()
     whole = ((run.config or {}).get("align") or {}).get("discriminate") == "response"
     unscored = SCORED[:2] if whole else SCORED[2:]
-    for chart in CHARTS.get(stage, ()):
+    for chart in (*CHARTS.get(stage, ()), *reward_parts(run.keys(stage))):
         expected = [(key, label) for key, label in chart.series if not key.endswith(unscored)]
         found = [(label, run.series(stage, key)) for key, label in expected]
         if not chart.optional:

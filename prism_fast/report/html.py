@@ -270,7 +270,7 @@ def _rollout(record: dict[str, Any]) -> dict[str, Any]:
     pieces, warning = samples.segments(record["text"], record.get("spans"))
     advantage = record.get("advantage")
     reward = dict(record.get("reward") or {})
-    decided_by = reward.pop("decided_by", None)
+    decided_by, parts = reward.pop("decided_by", None), reward.pop("parts", None) or {}
     tokens = record.get("tokens")
     footer = [] if tokens is None else [f"{tokens} tokens"]
     footer += [] if decided_by is None else [f"answer decided by {decided_by}"]
@@ -281,7 +281,7 @@ def _rollout(record: dict[str, Any]) -> dict[str, Any]:
         "footer": ", ".join(footer),
         "finish": record.get("finish"),
         "scores": _numbers(record.get("scores")),
-        "reward": _numbers({"reward" if name == "score" else name: value for name, value in reward.items()}),
+        "reward": _numbers({"reward" if name == "score" else name: value for name, value in reward.items()} | parts),
         "advantage": None if advantage is None else f"{advantage:+.2f}".replace("-", "\u2212"),
         "tone": "flat" if not advantage else "up" if advantage > 0 else "down",
     }

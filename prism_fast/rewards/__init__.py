@@ -3,7 +3,7 @@
 from prism_fast.rewards.checker import AnswerChecker
 from prism_fast.rewards.functions import RewardFunctionError, SourceRewards
 from prism_fast.rewards.judge import Judge, JudgeError
-from prism_fast.rewards.reward import Judged, Reward, RewardFunction, failures
+from prism_fast.rewards.reward import Judged, Reward, RewardFunction, failures, summed_parts
 from prism_fast.rewards.routes import JUDGED, ROUTES, known_sources
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "SourceRewards",
     "failures",
     "known_sources",
+    "summed_parts",
 ]

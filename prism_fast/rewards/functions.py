@@ -6,13 +6,17 @@ import difflib
 import importlib
 import inspect
 import math
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 
 from prism_fast.rewards.checker import AnswerChecker
-from prism_fast.rewards.reward import Judged, Reward, RewardFunction
+from prism_fast.rewards.plain import adapted, is_plain
+from prism_fast.rewards.reward import Judged, Reward, RewardFunction, RewardResultError, place_of
 from prism_fast.rewards.routes import known_sources
 
+PART_NAME = re.compile(r"[A-Za-z0-9_.\-/]{1,80}")
 ODD_TEXTS = ("", "</answer><answer>", "<caption>\x00</caption><think>𝔘</think><answer>{\\frac{1}{</answer>", "7 " * 500)
 
 
@@ -53,7 +57,8 @@ class SourceRewards:
         """One reward per response, in order; each function is called once, with all responses of its data source.
 
         Raises:
-            RewardFunctionError: a function raises or gives anything but one finite reward per response.
+            RewardFunctionError: a function raises, exits, or gives anything but one reward of finite numbers per
+                response; it names the function, the row and the response.
             NotImplementedError, ValueError, JudgeError: as ``AnswerChecker.score``.
         """
         places: dict[str | None, list[int]] = {}
@@ -70,47 +75,72 @@ class SourceRewards:
     def probe(self, row: Judged) -> None:
         """Call the function of a data row with odd texts as responses, so that a wrong function is found before a run
         begins. RewardFunctionError as in `score`."""
-        texts = (row.text, *ODD_TEXTS)
-        self._own(
-            row.data_source,
-            [Judged(text, row.ground_truth, row.data_source, row.equivalent_answers, row.question) for text in texts],
-        )
+        self._own(row.data_source, [replace(row, text=text) for text in (row.text, *ODD_TEXTS)])
 
     def _own(self, source: str, responses: Sequence[Judged]) -> list[Reward]:
         where = f"reward.functions.{source} ({self._names[source]})"
+        function = self.functions[source]
         try:
-            rewards = self.functions[source](responses)
-        except Exception as error:
-            raise RewardFunctionError(f"{where} raised {type(error).__name__}: {error}") from error
+            rewards = function(responses)
+        except RewardResultError as error:
+            raise RewardFunctionError(f"{where} {error}") from error
+        except (Exception, SystemExit) as error:
+            raise RewardFunctionError(f"{where} {_ended(error)} for {_culprit(function, responses)}") from error
         if not isinstance(rewards, list) or len(rewards) != len(responses):
             given = f"{len(rewards)}" if isinstance(rewards, list) else f"a {type(rewards).__name__}"
             raise RewardFunctionError(
                 f"{where} must give a list with one prism_fast.rewards.Reward for each of {len(responses)} responses, "
-                f"in order; got {given}"
+                f"in order; got {given}. (With a parameter named 'completions' it would be called as TRL calls it)"
             )
         for index, reward in enumerate(rewards):
             if trouble := _trouble(reward):
-                raise RewardFunctionError(f"{where}: reward {index} of {len(rewards)} {trouble}")
+                raise RewardFunctionError(f"{where}: the reward of {place_of(responses, index)} {trouble}")
         return rewards
+
+
+def _ended(error: BaseException) -> str:
+    return f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {_shown(error)}"
+
+
+def _shown(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _culprit(function: RewardFunction, responses: Sequence[Judged]) -> str:
+    """The response at which a function fails, found by giving it one at a time."""
+    for index, response in enumerate(responses):
+        try:
+            function([response])
+        except (Exception, SystemExit):
+            return place_of(responses, index)
+    return f"{len(responses)} responses together, though for none of them alone"
 
 
 def _trouble(reward: object) -> str:
     """The fault of a reward, or "" if it has none."""
     if not isinstance(reward, Reward):
         return f"is a {type(reward).__name__}, not a prism_fast.rewards.Reward"
-    for name in ("score", "accuracy", "format"):
-        value = getattr(reward, name)
+    if not isinstance(reward.parts, Mapping):
+        return f"has parts={reward.parts!r}; they must be a mapping of names to numbers"
+    for name in reward.parts:
+        if not isinstance(name, str) or not PART_NAME.fullmatch(name):
+            return f"has a part named {name!r}; names are letters, digits and _ . - /"
+    numbers = {name: getattr(reward, name) for name in ("score", "accuracy", "format")} | dict(reward.parts)
+    if reward.score is None:
+        del numbers["score"]
+    for name, value in numbers.items():
         if not isinstance(value, int | float) or not math.isfinite(value):
             return f"has {name}={value!r}; it must be a finite number"
     return "" if isinstance(reward.decided_by, str) else f"has decided_by={reward.decided_by!r}; it must be a text"
 
 
 def load_function(source: str, name: str) -> RewardFunction:
-    """The function ``package.module:function`` that a recipe names for a data source.
+    """The function ``package.module:function`` that a recipe names for a data source; a plain one is adapted
+    (`plain.adapted`).
 
     Raises:
-        RewardFunctionError: the name has another form, the module or the function does not exist, importing it raises,
-            or it cannot be called with one argument.
+        RewardFunctionError: the name has another form, the module or the function does not exist, importing it raises
+            or exits, or it can be called neither with the responses nor as TRL calls its functions.
     """
     where = f"reward.functions.{source}"
     module_name, colon, function_name = name.partition(":")
@@ -129,12 +159,17 @@ def load_function(source: str, name: str) -> RewardFunction:
         signature = inspect.signature(function)
     except ValueError:  # a function written in C has no signature; its first call is the check
         return function
+    if is_plain(signature):
+        try:
+            return adapted(function, signature)
+        except ValueError as error:
+            raise RewardFunctionError(f"{where}: {name}{signature} {error}") from error
     try:
         signature.bind(())
     except TypeError as error:
         raise RewardFunctionError(
-            f"{where}: {name}{signature} must take one argument, the responses (prism_fast.rewards.RewardFunction): "
-            f"{error}"
+            f"{where}: {name}{signature} must take one argument, the responses (prism_fast.rewards.RewardFunction), or "
+            f"as TRL's functions 'completions' and other keywords: {error}"
         ) from error
     return function
 
@@ -149,5 +184,9 @@ def _import(name: str, where: str) -> ModuleType:
             f"{where}: there is no module {error.name!r}. Install it, or name its folder in the environment variable "
             "PYTHONPATH"
         ) from error
+    except SystemExit as error:
+        raise RewardFunctionError(
+            f"{where}: importing {name} {_ended(error)}; put the module's own program under if __name__ == '__main__'"
+        ) from error
     except Exception as error:
-        raise RewardFunctionError(f"{where}: importing {name} raised {type(error).__name__}: {error}") from error
+        raise RewardFunctionError(f"{where}: importing {name} raised {_shown(error)}") from error

@@ -21,6 +21,7 @@ from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import Discriminator, save_discriminator
 from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor
+from prism_fast.rewards import RewardFunctionError
 from prism_fast.track.metrics import Metrics
 from prism_fast.train.batching import Batching
 from prism_fast.train.context import Run
@@ -142,6 +143,14 @@ def step_advantage(
     align, semantics, metrics = config.align, SEMANTICS[config.semantics], Metrics()
     clip = discriminator_loss_of(config).score_clip
     scores = scores if clip is None else scores.clamp(-clip, clip)
+    unscored = any(reward.score is None for reward in rollouts.rewards)
+    if unscored and (align.advantage != "default" or align.answer_credit == "verifier"):
+        verified = align.answer_credit == "verifier"
+        setting = "align.answer_credit=verifier" if verified else f"align.advantage={align.advantage}"
+        raise RewardFunctionError(
+            f"a reward function gave None, but {setting} needs the accuracy of every response: let it give a number "
+            "(reward/unscored counts its None)"
+        )
     valid = torch.tensor([split.valid for split in rollouts.splits])
     accuracy = torch.tensor([r.accuracy for r in rollouts.rewards])
     shared = {"valid": valid, "eps": semantics.eps, "invalid": semantics.invalid, "singleton": semantics.singleton}

@@ -11,7 +11,7 @@ from prism_fast.data.grammar import split_text
 from prism_fast.data.samples import Task
 from prism_fast.models.processor import Processor
 from prism_fast.models.writing import write_whole
-from prism_fast.rewards import Reward, failures
+from prism_fast.rewards import Reward, failures, summed_parts
 from prism_fast.rollout.protocol import Completion, Sampling
 from prism_fast.train.chunks import ChunkLog
 from prism_fast.train.context import Run
@@ -66,6 +66,7 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
             "eval/format": sum(r["format"] for r in records) / count,
             "eval/length": sum(r["length"] for r in records) / count,
             "eval/items": count,
+            **{f"eval/parts/{name}": total / number for name, (total, number) in summed_parts(graded).items()},
             **{f"eval/{kind}": number for kind, number in failures(graded).items()},
             **{f"eval/accuracy/{kind}": sum(c) / len(c) for kind, c in sorted(by_kind.items())},
         },
@@ -89,4 +90,4 @@ def _item(task: Task, text: str, completion: Completion, reward: Reward) -> dict
         "length": len(completion.token_ids),
         "finish": completion.finish_reason,
         "decided_by": reward.decided_by,
-    }
+    } | ({"parts": dict(reward.parts)} if reward.parts else {})

@@ -35,9 +35,18 @@ class Grader:
 
     def score(self, tasks: Sequence[Task], texts: Sequence[str]) -> list[Reward]:
         """The reward of each of ``texts``, a response to the task in the same place."""
-        return self._checker.score(
-            [
-                Judged(text, task.ground_truth, task.data_source, task.equivalent_answers, task.question)
-                for text, task in zip(texts, tasks, strict=True)
-            ]
-        )
+        return self._checker.score([judged(task, text) for text, task in zip(texts, tasks, strict=True)])
+
+
+def judged(task: Task, text: str) -> Judged:
+    """A response to a task, as reward functions get it."""
+    return Judged(
+        text,
+        task.ground_truth,
+        task.data_source,
+        task.equivalent_answers,
+        task.question,
+        uid=task.uid,
+        messages=task.messages,
+        columns={"kind": task.kind, "cluster": task.cluster, **task.extra},
+    )

@@ -38,8 +38,8 @@ class SampledGroups:
 
 
 def training_reward(rollouts: StepRollouts, config: RlvrConfig) -> Tensor:
-    """The checked reward plus `length_penalty`, [B] float32."""
-    return torch.tensor([reward.score for reward in rollouts.rewards]) + length_penalty(rollouts, config)
+    """The checked reward plus `length_penalty`, [B] float32; a reward without a score counts as 0 here."""
+    return torch.tensor([reward.score or 0.0 for reward in rollouts.rewards]) + length_penalty(rollouts, config)
 
 
 def length_penalty(rollouts: StepRollouts, config: RlvrConfig) -> Tensor:
@@ -114,7 +114,8 @@ class GroupSampler:
 
     def _useful(self, rollouts: StepRollouts) -> list[RolloutGroup]:
         reward = training_reward(rollouts, self.config)
-        useful = useful_groups(reward, rollouts.group, len(rollouts.groups)).tolist()
+        scored = torch.ones_like(reward, dtype=torch.bool) if rollouts.scored is None else rollouts.scored
+        useful = useful_groups(reward[scored], rollouts.group[scored], len(rollouts.groups)).tolist()
         return [group for group, keep in zip(rollouts.groups, useful, strict=True) if keep]
 
     def state_dict(self) -> dict:

@@ -59,7 +59,8 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
         rollouts = sampled.trained
         with dumped(state, rollouts, last_step=config.steps, also=sampled.unused) as dump:
             reward = training_reward(rollouts, config)
-            advantage = outcome_advantage(reward, rollouts.group, normalize=normalize, singleton=semantics.singleton)
+            how = {"normalize": normalize, "singleton": semantics.singleton}
+            advantage = outcome_advantage(reward, rollouts.group, scored=rollouts.scored, **how)
             dump.advantage = advantage
             metrics = Metrics()
             with state.timer.part("update", learns=True):

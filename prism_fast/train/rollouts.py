@@ -16,7 +16,7 @@ from prism_fast.data.grammar import ResponseSplit, split_tokens
 from prism_fast.data.samples import Task
 from prism_fast.engine.protocol import Engine
 from prism_fast.models.processor import Processor, Prompt
-from prism_fast.rewards import Reward, failures
+from prism_fast.rewards import Reward, failures, summed_parts
 from prism_fast.rollout.protocol import Completion, Rollout, Sampling
 from prism_fast.track.metrics import Metrics
 from prism_fast.train.context import Run
@@ -58,15 +58,24 @@ class StepRollouts:
         """Of graded groups (`grading.Grader`)."""
         return [reward for group in self.groups for reward in group.rewards]
 
+    @cached_property
+    def scored(self) -> Tensor | None:
+        """[B] bool, rollouts whose reward has a score; None: all."""
+        scored = [reward.score is not None for reward in self.rewards]
+        return None if all(scored) else torch.tensor(scored)
+
     def of_group(self, g: int) -> list[tuple[ResponseSplit, Completion]]:
         return list(zip(self.groups[g].splits, self.groups[g].completions, strict=True))
 
     def reward_metrics(self) -> Metrics:
         metrics = Metrics()
         for reward in self.rewards:
-            metrics.mean("reward/mean", reward.score)
-            metrics.mean("reward/acc", reward.accuracy)
+            if reward.score is not None:
+                metrics.mean("reward/mean", reward.score)
+                metrics.mean("reward/acc", reward.accuracy)
             metrics.mean("reward/format", reward.format)
+        for name, (total, count) in summed_parts(self.rewards).items():
+            metrics.mean(f"reward/parts/{name}", total, count)
         for kind, count in failures(self.rewards).items():
             metrics.sum(f"reward/{kind}", count)
         return metrics

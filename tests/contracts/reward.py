@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 from prism_fast.rewards import Judged, Reward, RewardFunction
 from prism_fast.rewards.functions import ODD_TEXTS
@@ -27,10 +28,13 @@ def check(function: RewardFunction, right: Judged, wrong: Judged, *, seconds: fl
     for response, reward in zip(responses, together, strict=True):
         shown = repr(response.text[:40])
         assert isinstance(reward, Reward), f"gives a {type(reward).__name__} for {shown}"
-        for name in ("score", "accuracy", "format"):
-            value = getattr(reward, name)
+        numbers = {name: getattr(reward, name) for name in ("score", "accuracy", "format")} | dict(reward.parts)
+        for name, value in numbers.items():
+            if name == "score" and value is None:
+                continue
             assert isinstance(value, int | float) and math.isfinite(value), f"gives {name}={value!r} for {shown}"
         assert isinstance(reward.decided_by, str), f"gives decided_by={reward.decided_by!r} for {shown}"
+    assert None not in (together[0].score, together[1].score), "gives the right or the wrong answer no score"
     assert together[0].score > together[1].score, "does not score the right answer above the wrong one"
     again = _within(seconds, function, responses)
     assert again == together, "gives other rewards for the same responses"
@@ -41,7 +45,7 @@ def check(function: RewardFunction, right: Judged, wrong: Judged, *, seconds: fl
 
 
 def _with(row: Judged, text: str) -> Judged:
-    return Judged(text, row.ground_truth, row.data_source, row.equivalent_answers, row.question)
+    return replace(row, text=text)
 
 
 def _within(seconds: float, function: RewardFunction, responses: Sequence[Judged]) -> list[Reward]:

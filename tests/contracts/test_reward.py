@@ -27,6 +27,11 @@ def test_the_example(monkeypatch):
     check(load_function("brief", "own_reward:exact_and_brief"), RIGHT, WRONG)
 
 
+def test_the_plain_example(monkeypatch):
+    monkeypatch.syspath_prepend("examples")
+    check(load_function("counted", "plain_reward:close_and_short"), RIGHT, WRONG)
+
+
 def good(responses):
     return [Reward(float("<answer>7<" in r.text), 0.0, 1.0, "seven") for r in responses]
 
@@ -52,6 +57,11 @@ BROKEN = {
     "leaves one out": (lambda rs: good(rs)[:-1], "rewards for"),
     "order of scores": (lambda rs: sorted(good(rs), key=lambda reward: -reward.score), "above the wrong one"),
     "a number that is not finite": (nan, "score=nan"),
+    "a part that is not finite": (
+        lambda rs: [replace(r, parts={"brief": float("inf")}) for r in good(rs)],
+        "brief=inf",
+    ),
+    "no score": (lambda rs: [replace(r, score=None) for r in good(rs)], "no score"),
     "drawn at random": (
         lambda rs: [replace(r, accuracy=random.random()) for r in good(rs)],
         "other rewards for the same",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -13,7 +14,7 @@ from prism_fast.data.writers import write_tasks
 from prism_fast.models.policy import build_tiny_policy, save_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
-from prism_fast.rewards import AnswerChecker, Judged, Reward, RewardFunctionError, SourceRewards
+from prism_fast.rewards import AnswerChecker, Judged, Reward, RewardFunctionError, SourceRewards, summed_parts
 from prism_fast.train.pipeline import run_eval
 from tests.rewards.cases import judged
 from tests.support.small_policy import SMALL
@@ -45,6 +46,25 @@ def infinite(responses):
 def raises(responses):
     return [1 / len(r.text) for r in responses]
 
+def leaves(responses):
+    import sys
+    sys.exit(3) if any(not r.text for r in responses) else None
+    return by_length(responses)
+
+def parts(responses):
+    return [Reward(1.0, 1.0, 1.0, "parts", {"length": len(r.text), "half": 0.5}) for r in responses]
+
+def bad_part(responses):
+    return [Reward(1.0, 1.0, 1.0, "parts", {"length": float("nan")}) for r in responses]
+
+def odd_name(responses):
+    return [Reward(1.0, 1.0, 1.0, "parts", {"a b": 1.0}) for r in responses]
+
+def several(responses):
+    if len(responses) > 1:
+        raise RuntimeError("one at a time")
+    return by_length(responses)
+
 constant = 3
 """
 
@@ -56,6 +76,7 @@ def functions(tmp_path, monkeypatch):
     (tmp_path / f"{module}.py").write_text(SOURCE)
     (tmp_path / f"{module}_bad.py").write_text("import no_such_thing_at_all\n")
     (tmp_path / f"{module}_worse.py").write_text("1 / 0\n")
+    (tmp_path / f"{module}_exits.py").write_text("import sys\nsys.exit('no GPU')\n")
     monkeypatch.syspath_prepend(tmp_path)
     return lambda name: {"mine": f"{module}{name}" if name.startswith(("_", ":")) else name}
 
@@ -78,6 +99,7 @@ def test_each_source_has_its_function_and_order_is_kept(functions):
         ("json.no_such_part:f", "no module 'json.no_such_part'"),
         ("_bad:f", "importing own_.* failed: No module named 'no_such_thing_at_all'; install that module"),
         ("_worse:f", "importing own_.* raised ZeroDivisionError"),
+        ("_exits:f", r"importing own_.* called sys.exit\('no GPU'\).*__main__"),
         (":by_lenght", "has no 'by_lenght'. Did you mean 'by_length'?"),
         (":constant", "is a int, not a function"),
         (":nothing", r"nothing\(\) must take one argument"),
@@ -99,13 +121,25 @@ def test_a_built_in_source_is_not_replaced(functions):
     [
         (":none", "must give a list .* for each of 5 responses, in order; got a NoneType"),
         (":short", "for each of 5 responses, in order; got 4"),
-        (":infinite", "reward 0 of 5 has score=inf; it must be a finite number"),
-        (":raises", "raised ZeroDivisionError"),
+        (":infinite", r"reward of row 'train-12', response 1 of 5 \('text'\) has score=inf; it must be a finite"),
+        (":raises", r"raised ZeroDivisionError: .* for row 'train-12', response 2 of 5 \(''\)"),
+        (":leaves", r"called sys.exit\(3\) for row 'train-12', response 2 of 5 \(''\)"),
+        (":several", "raised RuntimeError: one at a time for 5 responses together"),
+        (":bad_part", "response 1 of 5 .* has length=nan; it must be a finite number"),
+        (":odd_name", "has a part named 'a b'; names are"),
     ],
 )
 def test_a_function_that_gives_something_else_is_found_by_odd_texts(functions, name, said):
-    with SourceRewards(AnswerChecker(), functions(name)) as rewards, pytest.raises(RewardFunctionError, match=said):
-        rewards.probe(Judged("text", "7", "mine"))
+    with SourceRewards(AnswerChecker(), functions(name)) as rewards, pytest.raises(RewardFunctionError) as caught:
+        rewards.probe(Judged("text", "7", "mine", uid="train-12"))
+    assert re.match(f"reward.functions.mine .own_.*{said}", str(caught.value)), str(caught.value)
+
+
+def test_parts_are_summed_by_name(functions):
+    with SourceRewards(AnswerChecker(), functions(":parts")) as rewards:
+        found = rewards.score([Judged("xx", "7", "mine"), judged("7", "7"), Judged("xxxx", "7", "mine")])
+    assert found[0].parts == {"length": 2, "half": 0.5} and found[1].parts == {}
+    assert summed_parts(found) == {"half": (1.0, 2), "length": (6.0, 2)}
 
 
 def test_a_run_grades_with_it_and_its_configuration_names_it(tmp_path, monkeypatch):

@@ -22,7 +22,8 @@ from prism_fast.engine.optimizer import OptimizerConfig
 from prism_fast.recipes.checks import check_numbers, check_yaml
 
 Loss = Literal["prism", "grpo", "dapo", "gspo", "dr_grpo", "bnpo", "cispo", "sapo"]
-STAGES = ("sft", "sft_continued", "warmup", "align", "rlvr")
+STAGES = ("sft", "sft_continued", "rlvr_direct", "warmup", "align", "rlvr")
+CONTROLS = ("sft_continued", "rlvr_direct")  # start from SFT's policy; no later stage starts from theirs
 
 
 class ConfigError(ValueError):
@@ -266,6 +267,8 @@ class DynamicSamplingConfig:
 
 @dataclass
 class RlvrConfig:
+    """Of the stages rlvr and rlvr_direct; the latter takes its number of steps from `control_updates`."""
+
     steps: int = 1500
     prompts: int = 32
     loss: Loss = "grpo"  # a preset of the policy loss
@@ -326,7 +329,8 @@ class Config:
     # paper: PRISM's equations as printed (algorithms/semantics.py)
     semantics: Literal["prism_fast", "released", "paper"] = "prism_fast"
     layout: Literal["shared_prefix", "padded"] = "shared_prefix"  # of updates: a prompt once for all, or for each
-    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    # rlvr_direct, RLVR without alignment before it, runs only where it is named: it costs more than alignment and RLVR.
+    stages: list[str] = field(default_factory=lambda: [stage for stage in STAGES if stage != "rlvr_direct"])
     checkpoint_every: int = 50  # updates or steps; a stage's last one is always kept
     keep_checkpoints: int = 2
     dump_rollouts_every: int = 10  # alignment and RLVR steps whose rollouts are kept as text
@@ -350,7 +354,8 @@ class Config:
                 raise ConfigError(
                     f"stages: {stage!r} is not a stage; allowed: {', '.join(STAGES)}{_nearest(stage, STAGES)}"
                 )
-        for stage, rollout in (("align", self.align.rollout), ("rlvr", self.rlvr.rollout)):
+        for stage in ("align", "rlvr", "rlvr_direct"):
+            rollout = sampling_of(self, stage)
             if stage in self.stages:  # otherwise every group is one answer, and the run silently learns nothing
                 lone = self.semantics == "released"  # the published formula takes a lone reward as its advantage
                 _require(rollout.n >= 2 or lone, f"{stage}.rollout.n", "2 or more: answers are compared", rollout.n)
@@ -358,6 +363,11 @@ class Config:
                 _require(rollout.temperature > 0, f"{stage}.rollout.temperature", allowed, rollout.temperature)
         order = [STAGES.index(stage) for stage in self.stages]
         _require(order == sorted(set(order)), "stages", f"in the order {', '.join(STAGES)}, each once", self.stages)
+        for control in CONTROLS:
+            if control in self.stages and control_updates(self) == 0:
+                raise ConfigError(
+                    f"stages: {control} is the control of align and rlvr: one of them must be there and have steps"
+                )
         if self.semantics == "released":  # the published code stops with a KeyError in this mode
             allowed = "'spans' with semantics=released, which has no whole-response mode"
             _require(self.align.discriminate == "spans", "align.discriminate", allowed, self.align.discriminate)
@@ -372,6 +382,17 @@ class Config:
             _require(self.align.credit == "response", "align.credit", allowed, self.align.credit)
             allowed = "'default' with semantics=paper, whose equations have no other"
             _require(self.align.advantage == "default", "align.advantage", allowed, self.align.advantage)
+
+
+def sampling_of(config: Config, stage: str) -> SamplingConfig:
+    """How a stage that trains on rollouts samples them."""
+    return (config.align if stage == "align" else config.rlvr).rollout
+
+
+def control_updates(config: Config) -> int:
+    """Updates of the policy in alignment and RLVR together, where they are in ``stages``: the controls get as many."""
+    updates = {"align": config.align.steps, "rlvr": config.rlvr.steps * config.rlvr.updates_per_step}
+    return sum(count for stage, count in updates.items() if stage in config.stages)
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

@@ -334,7 +334,7 @@ class _Planner:
         tokens["discriminator"] = align.discriminator.updates * self._discriminator_tokens(align.prompts, n, response)
         return StagePlan("align", phases, tokens)
 
-    def _rlvr(self) -> StagePlan:
+    def _rlvr(self, name: str = "rlvr") -> StagePlan:
         rlvr = self.config.rlvr
         response, n = rlvr.rollout.max_new_tokens, rlvr.rollout.n
         dynamic = rlvr.dynamic_sampling
@@ -346,7 +346,10 @@ class _Planner:
             Phase("policy update", (*held, *policy)),
             *self._eval(),
         )
-        return StagePlan("rlvr", phases, self._rollout_tokens(rlvr.prompts, n, response))
+        return StagePlan(name, phases, self._rollout_tokens(rlvr.prompts, n, response))
+
+    def _rlvr_direct(self) -> StagePlan:
+        return self._rlvr("rlvr_direct")
 
     # Parts of phases.
 

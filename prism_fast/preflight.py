@@ -123,6 +123,7 @@ def disk_needs(config: Config) -> dict[str, int]:
     trained = {
         "sft": [policy],
         "sft_continued": [policy],
+        "rlvr_direct": [policy],
         "warmup": [discriminator],
         "align": [policy, discriminator],
         "rlvr": [policy],

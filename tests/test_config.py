@@ -9,7 +9,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from prism_fast.config import Config, ConfigError, dump_config, load_config, shipped_recipes
+from prism_fast.config import Config, ConfigError, control_updates, dump_config, load_config, shipped_recipes
 from prism_fast.recipes.checks import check_numbers
 
 
@@ -20,6 +20,17 @@ def test_every_shipped_recipe_resolves_and_reads_back(tmp_path):
         path = tmp_path / f"{recipe}.yaml"
         path.write_text(dump_config(config), encoding="utf-8")
         assert load_config(str(path)) == config
+
+
+def test_rlvr_from_sft_runs_in_the_demo_alone():
+    assert {name for name in shipped_recipes() if "rlvr_direct" in load_config(name).stages} == {"digits"}
+    assert "rlvr_direct" not in Config().stages
+
+
+def test_controls_have_the_updates_of_the_stages_that_run():
+    steps = ["align.steps=3", "rlvr.steps=5", "rlvr.updates_per_step=2"]
+    assert control_updates(load_config("digits", steps)) == 13
+    assert control_updates(load_config("digits", [*steps, "stages=[sft,sft_continued,rlvr]"])) == 10
 
 
 def test_overrides_win_over_the_recipe():
@@ -43,6 +54,8 @@ def test_overrides_win_over_the_recipe():
         ("model.dtype=float16", ["float16", "bfloat16"]),
         ("stages=[sft,algn]", ["algn", "align"]),
         ("stages=[rlvr,sft]", ["stages", "order"]),
+        ("stages=[sft,rlvr_direct,warmup]", ["stages", "rlvr_direct", "align and rlvr"]),
+        ("stages=[sft_continued]", ["stages", "sft_continued", "align and rlvr"]),
         ("data.digits.noise=1.5", ["data.digits.noise", "0 or more and at most 1"]),
         ("align.rollout.temperature=-1", ["align.rollout.temperature", "positive"]),
         ("rlvr.optimizer.lr=0", ["rlvr.optimizer.lr", "positive and at most 1"]),

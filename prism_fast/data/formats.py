@@ -88,7 +88,7 @@ SOURCES: dict[str, Source] = {
     "sft": Source("sharegpt", ("sft", "sft_continued")),
     "sft_val": Source("sharegpt", ("sft",)),
     "align": Source("tasks", ("warmup", "align"), require_teacher=True),
-    "rlvr": Source("tasks", ("rlvr",)),
+    "rlvr": Source("tasks", ("rlvr_direct", "rlvr")),
     "eval": Source("tasks"),  # where given, evaluated after each stage
     "pairs": Source("pairs"),  # where given, the warm-up reads it and not `align`
 }

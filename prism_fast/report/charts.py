@@ -159,6 +159,14 @@ _SAMPLING = (
     _one("Overlong responses", "reward/overlong_share", "share of rollouts in the buffer", "percent", True),
     _one("Overlong penalty", "reward/overlong_penalty", "mean over all rollouts", "free", True),
 )
+_RLVR = (
+    *_POLICY,
+    _one("Gradient norm", "policy/grad_norm", "before clipping"),
+    _one("Groups without signal", "advantage/zero_groups", "whose rollouts all got the same reward, per step"),
+    _one("Tokens computed", "policy/tokens", "per step, prompts included"),
+    *_STALE,
+    *_SAMPLING,
+)
 CHARTS: dict[str, tuple[Chart, ...]] = {
     "sft": (Chart("Loss", (("sft/loss", "training"), ("sft/val_loss", "validation")), _NLL), *_SFT),
     "sft_continued": (Chart("Loss", (("sft/loss", "training"),), _NLL), *_SFT),
@@ -173,12 +181,6 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             "zero",
         ),
     ),
-    "rlvr": (
-        *_POLICY,
-        _one("Gradient norm", "policy/grad_norm", "before clipping"),
-        _one("Groups without signal", "advantage/zero_groups", "whose rollouts all got the same reward, per step"),
-        _one("Tokens computed", "policy/tokens", "per step, prompts included"),
-        *_STALE,
-        *_SAMPLING,
-    ),
+    "rlvr_direct": _RLVR,
+    "rlvr": _RLVR,
 }

@@ -15,7 +15,13 @@ from prism_fast.track.metrics import WALL_CLOCK
 
 # Distinct with every common kind of colour blindness, and legible on white and on near-black.
 COLOURS = ("#3b82d6", "#e08a1e", "#1f9e77", "#c8509b", "#8a79d6", "#8b949e")
-STAGE_COLOURS = {"sft": COLOURS[0], "sft_continued": COLOURS[5], "align": COLOURS[1], "rlvr": COLOURS[2]}
+STAGE_COLOURS = {
+    "sft": COLOURS[0],
+    "sft_continued": COLOURS[5],
+    "rlvr_direct": COLOURS[4],
+    "align": COLOURS[1],
+    "rlvr": COLOURS[2],
+}
 _SMOOTH_FROM = 30  # points; below, the raw curve is legible by itself
 
 

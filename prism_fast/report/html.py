@@ -25,11 +25,13 @@ from prism_fast.models.writing import write_whole
 from prism_fast.report import experts, figures, samples
 from prism_fast.report.rundir import TRAINED, RunDirectory, read_run
 from prism_fast.report.summary import (
+    ABSENT,
     CONTROLS,
     NAMES,
     RESAMPLES,
     SEED,
     Summary,
+    count,
     duration,
     p_value,
     points,
@@ -37,6 +39,7 @@ from prism_fast.report.summary import (
     summarise,
     updates,
     verdicts,
+    wall,
 )
 from prism_fast.track.metrics import WALL_CLOCK
 
@@ -184,8 +187,10 @@ def _row(summary: Summary, stage: str, run: RunDirectory) -> dict[str, Any]:
         "length": f"{entry.mean_length:.1f}",
         "truncated": None if entry.truncated is None else f"{100 * entry.truncated:.1f}",
         "count": entry.accuracy.items,
-        "updates": entry.updates,
-        "seconds": None if entry.seconds is None else duration(entry.seconds),
+        "updates": count(entry.updates),
+        "seconds": wall(entry.seconds),
+        "arm_rollouts": ABSENT if entry.arm is None else count(entry.arm.rollouts),
+        "arm_seconds": ABSENT if entry.arm is None else wall(entry.arm.seconds),
     }
 
 
@@ -204,8 +209,8 @@ def _kind_cell(entry: Any, kind: str) -> dict[str, Any] | None:
 
 def _stage(run: RunDirectory, stage: str, figure: Any) -> dict[str, Any]:
     drawn = figures.stage_curves(run, stage)
-    count, spent = updates(run, stage), run.finished.get(stage)
-    facts = [] if count is None else [f"{count} updates"]
+    made, spent = updates(run, stage), run.finished.get(stage)
+    facts = [] if made is None else [f"{made} updates"]
     facts += [] if spent is None else [f"{duration(spent)} wall time"]
     charts = [
         {"id": figure(f"{stage}-{index}", value), "title": chart.title, "note": chart.note}
@@ -232,14 +237,14 @@ def _timings(run: RunDirectory, stage: str) -> dict[str, Any] | None:
         series = run.series(stage, key)
         if series is None or not key.startswith((*WALL_CLOCK, "passes/")):
             continue
-        total, count = sum(series.values), len(series.values)
+        total, steps = sum(series.values), len(series.values)
         if key.startswith("time/"):
             share = "–" if not whole else f"{100 * total / whole:.0f} %"
-            rows.append((key.removeprefix("time/"), duration(total), share, f"{1000 * total / count:.0f} ms", count))
+            rows.append((key.removeprefix("time/"), duration(total), share, f"{1000 * total / steps:.0f} ms", steps))
         elif key.startswith("perf/"):
-            rows.append((key.removeprefix("perf/").replace("_", " "), "–", "–", f"{total / count:.4g}", count))
+            rows.append((key.removeprefix("perf/").replace("_", " "), "–", "–", f"{total / steps:.4g}", steps))
         else:
-            rows.append((f"{key.removeprefix('passes/')} (passes)", f"{total:g}", "–", f"{total / count:.2f}", count))
+            rows.append((f"{key.removeprefix('passes/')} (passes)", f"{total:g}", "–", f"{total / steps:.2f}", steps))
     if whole is None and not rows:
         return None
     return {"name": stage_name(stage), "total": "not finished" if whole is None else duration(whole), "rows": rows}

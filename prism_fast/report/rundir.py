@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 import zstandard
 
-EVALUATED = ("sft", "sft_continued", "align", "rlvr")  # stages that end with an evaluation, in the order of a run
-TRAINED = ("sft", "sft_continued", "warmup", "align", "rlvr")
+# In the order of a run: stages that end with an evaluation, and all stages.
+EVALUATED = ("sft", "sft_continued", "rlvr_direct", "align", "rlvr")
+TRAINED = ("sft", "sft_continued", "rlvr_direct", "warmup", "align", "rlvr")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _EVAL_FIELDS = ("uid", "kind", "cluster", "correct", "format", "length")
 

@@ -13,23 +13,35 @@ from prism_fast.report.charts import SCORED
 from prism_fast.report.rundir import EVALUATED, RunDirectory
 from prism_fast.report.statistics import Interval, PairedInterval, accuracy_interval, paired_difference
 
+ABSENT = "–"  # in place of a figure that the run does not have
 RESAMPLES = 2000
 SEED = 0  # of every bootstrap in table and report: the same run directory always gives the same results
 NAMES = {
     "sft": "SFT",
     "sft_continued": "SFT continued",
+    "rlvr_direct": "RLVR from SFT",
     "warmup": "Discriminator warm-up",
     "align": "Alignment",
     "rlvr": "RLVR",
 }
-CONTROLS = ("sft", "sft_continued")  # stages that the others are compared with
+CONTROLS = ("sft", "sft_continued", "rlvr_direct")  # stages that the others are compared with
+_ARMS = {  # by the stage that ends it: the stages behind SFT that led to its policy
+    "sft_continued": ("sft_continued",),
+    "rlvr_direct": ("rlvr_direct",),
+    "align": ("warmup", "align"),
+    "rlvr": ("warmup", "align", "rlvr"),
+}
 _LOSS = {
     "sft": "sft/loss",
     "sft_continued": "sft/loss",
+    "rlvr_direct": "policy/loss",
     "warmup": "warmup/loss",
     "align": "policy/loss",
     "rlvr": "policy/loss",
 }
+
+
+_RLVR = ("rlvr_direct", "rlvr")  # stages of which a step may have several updates
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,19 @@ class Accuracy:
     items: int
     mean: float
     interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of everything behind SFT that led to a policy, the discriminator's warm-up included; None where the run has
+    not logged it."""
+
+    updates: int | None  # of the policy
+    rollouts: int | None  # sampled from the policy, those of the warm-up's pairs included
+    seconds: float | None  # wall-clock, without evaluations
+
+    def in_words(self) -> str:
+        return f"{count(self.updates)} updates, {count(self.rollouts)} rollouts, {wall(self.seconds)}"
 
 
 @dataclass(frozen=True)
@@ -53,6 +78,7 @@ class StageSummary:
     truncated: float | None  # share of answers cut at the length limit
     updates: int | None
     seconds: float | None  # wall-clock, evaluation included; None until the stage has ended
+    arm: Cost | None  # None for SFT, which the arms share
     against: dict[str, PairedInterval]
 
 
@@ -95,6 +121,7 @@ def summarise(run: RunDirectory) -> Summary:
                 truncated=_mean([reason == "length" for reason in finish]) if len(finish) == len(items) else None,
                 updates=updates(run, stage),
                 seconds=run.finished.get(stage),
+                arm=_cost(run, stage),
                 against=against,
             )
         )
@@ -103,23 +130,72 @@ def summarise(run: RunDirectory) -> Summary:
 
 
 def updates(run: RunDirectory, stage: str) -> int | None:
-    """Number of optimizer updates: steps that logged the stage's training loss."""
+    """Number of optimizer updates: those of the steps that logged the stage's training loss."""
     series = run.series(stage, _LOSS.get(stage, ""))
     if series is None:
         return None
     # The last step number, not the count of lines: a stage may log its loss every few steps only.
-    return series.steps[-1] + (1 if series.steps[0] == 0 else 0)
+    steps = series.steps[-1] + (1 if series.steps[0] == 0 else 0)
+    rlvr = (run.config or {}).get("rlvr")
+    return steps * rlvr.get("updates_per_step", 1) if stage in _RLVR and isinstance(rlvr, dict) else steps
+
+
+def _cost(run: RunDirectory, stage: str) -> Cost | None:
+    if stage not in _ARMS:
+        return None
+    arm = [name for name in _ARMS[stage] if name in run.steps]
+    return Cost(
+        updates=_sum([updates(run, name) for name in arm if name != "warmup"]),
+        rollouts=_sum([_rollouts(run, name) for name in arm]),
+        seconds=_sum([_seconds(run, name) for name in arm]),
+    )
+
+
+def _rollouts(run: RunDirectory, stage: str) -> int | None:
+    """Responses sampled in a stage; None where it samples some and has not logged how many."""
+    if stage == "sft_continued":
+        return 0
+    if stage == "warmup":  # none where the pairs come from a file
+        series = [run.series(stage, key) for key in ("pairs/kept", "pairs/dropped")]
+        return int(sum(sum(found.values) for found in series if found is not None))
+    found = run.series(stage, "rollout/responses")
+    return None if found is None else int(sum(found.values))
+
+
+def _seconds(run: RunDirectory, stage: str) -> float | None:
+    """Wall-clock of a stage without its evaluation."""
+    whole = run.finished.get(stage)
+    if whole is None or stage not in run.evals:
+        return whole
+    evaluation = run.eval_metrics.get(stage, {}).get("time/seconds")
+    return None if evaluation is None else whole - evaluation
+
+
+def _sum(values: Sequence[Any]) -> Any:
+    """Their sum, None where one is missing."""
+    return None if None in values else sum(values)
 
 
 def verdicts(run: RunDirectory, summary: Summary) -> list[str]:
     """The results in words; a comparison that cannot be made is named as missing."""
-    sentences = [_against(summary, "rlvr", control) for control in CONTROLS]
+    sentences = [_whole(summary), *(_against(summary, "rlvr", control) for control in ("sft", "sft_continued"))]
     sentences.append(_alignment(summary))
     return [*sentences, *_warmup(run)]
 
 
-def _against(summary: Summary, stage: str, control: str) -> str:
-    left, right = stage_name(stage), stage_name(control)
+def _whole(summary: Summary) -> str:
+    """PRISM against as many updates of RLVR without it, and the cost of both."""
+    whole = "the whole of PRISM (warm-up, alignment, RLVR)" if summary.stage("align") else stage_name("rlvr")
+    sentence = _against(summary, "rlvr", "rlvr_direct", whole)
+    entry, base = summary.stage("rlvr"), summary.stage("rlvr_direct")
+    if entry is None or base is None or entry.arm is None or base.arm is None:
+        return sentence
+    return f"{sentence} Cost behind SFT, evaluation left out: {entry.arm.in_words()} against {base.arm.in_words()}."
+
+
+def _against(summary: Summary, stage: str, control: str, left: str | None = None) -> str:
+    """``left``: the stage's name in the sentence."""
+    left, right = left or stage_name(stage), stage_name(control)
     entry, base = summary.stage(stage), summary.stage(control)
     if entry is None or base is None:
         missing = " and ".join(stage_name(name) for name in (stage, control) if summary.stage(name) is None)
@@ -128,6 +204,7 @@ def _against(summary: Summary, stage: str, control: str) -> str:
     if difference is None:
         return f"Whether {left} is better than {right} cannot be said: there is no paired comparison (see the notes)."
     numbers = f"{points(difference)} percentage points, {p_value(difference.p)}, {entry.accuracy.items} items"
+    left = left[0].upper() + left[1:]
     if difference.low > 0:
         return f"{left} is above {right} at 95 % confidence: {numbers}."
     if difference.high < 0:
@@ -168,6 +245,14 @@ def points(value: Interval | PairedInterval) -> str:
 
 def p_value(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def count(value: int | None) -> str:
+    return ABSENT if value is None else f"{value:,}"
+
+
+def wall(seconds: float | None) -> str:
+    return ABSENT if seconds is None else duration(seconds)
 
 
 def duration(value: float) -> str:

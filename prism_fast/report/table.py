@@ -10,17 +10,17 @@ from rich.text import Text
 from prism_fast.report.rundir import read_run
 from prism_fast.report.samples import visible
 from prism_fast.report.statistics import PairedInterval
-from prism_fast.report.summary import CONTROLS, Accuracy, StageSummary, duration, points, stage_name, summarise
+from prism_fast.report.summary import ABSENT, CONTROLS, Accuracy, count, points, stage_name, summarise, wall
 
-_ABSENT = "–"
-_CONTROL_LABELS = {"sft": "vs SFT", "sft_continued": "vs continued"}  # short: the table must fit 80 columns
+# Short: the table must fit 80 columns.
+_CONTROL_LABELS = {"sft": "vs SFT", "sft_continued": "vs continued", "rlvr_direct": "vs RLVR from SFT"}
 
 
 def stage_table(run_dir: str | Path) -> Table:
     """Held-out results after each evaluated stage.
 
     Per stage: accuracy with its 95 % interval, accuracy per question kind, format rate, mean length, updates, wall
-    time, and the paired differences to SFT and to SFT continued.
+    time, the paired differences to SFT and to the controls, and the cost of everything behind SFT.
 
     Raises:
         FileNotFoundError, ValueError: as in `read_run`.
@@ -51,28 +51,31 @@ def stage_table(run_dir: str | Path) -> Table:
     row("format, %", [f"{100 * entry.format_rate:.1f}" for entry in stages])
     row("tokens", [f"{entry.mean_length:.1f}" for entry in stages])
     row("items", [str(entry.accuracy.items) for entry in stages])
-    row("updates", [_ABSENT if entry.updates is None else str(entry.updates) for entry in stages])
-    row("wall time", [_wall(entry) for entry in stages])
+    row("updates", [count(entry.updates) for entry in stages])
+    row("wall time", [wall(entry.seconds) for entry in stages])
+    arms = [entry.arm for entry in stages]
+    if any(arms):
+        table.add_section()
+        row("behind SFT:", [""] * len(stages))
+        row("updates", [ABSENT if arm is None else count(arm.updates) for arm in arms])
+        row("rollouts", [ABSENT if arm is None else count(arm.rollouts) for arm in arms])
+        row("time", [ABSENT if arm is None else wall(arm.seconds) for arm in arms])
     return table
 
 
 def _accuracy(accuracy: Accuracy | None, *, interval: bool) -> str:
     if accuracy is None:
-        return _ABSENT
+        return ABSENT
     text = f"{100 * accuracy.mean:.1f}"
     if not interval:
         return text
     if accuracy.interval is None:
         return f"{text}\nno interval"
-    return f"{text}\n[{100 * accuracy.interval.low:.1f}, {100 * accuracy.interval.high:.1f}]"
+    return f"{text}\n[{100 * accuracy.interval.low:.1f},\n{100 * accuracy.interval.high:.1f}]"
 
 
 def _difference(difference: PairedInterval | None) -> str:
-    return _ABSENT if difference is None else points(difference).replace(" [", "\n[", 1)
-
-
-def _wall(entry: StageSummary) -> str:
-    return _ABSENT if entry.seconds is None else duration(entry.seconds)
+    return ABSENT if difference is None else points(difference).replace(" ", "\n")
 
 
 def _caption(problems: list[str], notes: tuple[str, ...]) -> Text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,7 +24,7 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
     """Answer every task with ``model``, write ``evals/<after>.jsonl`` and one ``eval`` line of metrics; returns the
     accuracy. A stop loses only the batch that is being generated.
     """
-    config = run.config.eval
+    config, started = run.config.eval, time.perf_counter()
     count = len(tasks) if config.limit is None else min(config.limit, len(tasks))
     if count == 0:
         raise ValueError("the evaluation set is empty; give data.eval with at least one row or raise eval.limit")
@@ -69,6 +70,7 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
             **{f"eval/parts/{name}": total / number for name, (total, number) in summed_parts(graded).items()},
             **{f"eval/{kind}": number for kind, number in failures(graded).items()},
             **{f"eval/accuracy/{kind}": sum(c) / len(c) for kind, c in sorted(by_kind.items())},
+            "time/seconds": time.perf_counter() - started,
         },
     )
     log.remove()

@@ -91,9 +91,10 @@ class GroupSampler:
         generated = join(rounds)
         if not useful:
             raise NoUsefulGroupError(
-                f"rlvr step {step}: in none of the {len(generated.groups)} groups generated in {len(rounds)} rounds do "
-                "the rewards differ: every answer right, or every answer wrong. Take harder or easier tasks, more "
-                "rollouts per prompt (rlvr.rollout.n), or more rounds (rlvr.dynamic_sampling.max_rounds)"
+                f"{self.source.stage} step {step}: in none of the {len(generated.groups)} groups generated in "
+                f"{len(rounds)} rounds do the rewards differ: every answer right, or every answer wrong. Take harder "
+                "or easier tasks, more rollouts per prompt (rlvr.rollout.n), or more rounds "
+                "(rlvr.dynamic_sampling.max_rounds)"
             )
         trained, self.surplus = useful[:wanted], useful[wanted:]
         sampled_now = sum(group.origin.step == step for group in useful)

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from prism_fast.algorithms.semantics import SEMANTICS
-from prism_fast.config import Config, ConfigError
+from prism_fast.config import Config, ConfigError, control_updates
 from prism_fast.data.digits import DigitsFiles, tokenizer_corpus, write_digits
 from prism_fast.data.formats import SOURCES
 from prism_fast.data.samples import Demonstration, Pair
@@ -134,10 +134,7 @@ def _sft(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
 def _sft_continued(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     model, processor = _policy(run, artifacts, "sft_continued")
     demos = DataReader(run, "sft_continued").read("sft", files.need("sft", "sft_continued"), processor)
-    updates = sum(getattr(run.config, stage).steps for stage in ("align", "rlvr") if stage in run.config.stages)
-    if updates == 0:
-        raise ConfigError("sft_continued is the control of alignment and RLVR: at least one of them must be in stages")
-    continue_sft(run, model, processor, demos, updates)
+    continue_sft(run, model, processor, demos, control_updates(run.config))
     _evaluate(run, model, processor, files, "sft_continued")
 
 
@@ -198,13 +195,31 @@ def _align(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
 
 
 def _rlvr(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
-    policy, processor = _policy(run, artifacts, "rlvr")
-    tasks = DataReader(run, "rlvr").read("rlvr", files.need("rlvr", "rlvr"), processor)
-    artifacts.policy = rlvr(run, policy, processor, tasks)
-    _evaluate(run, policy, processor, files, "rlvr")
+    artifacts.policy = _train_rlvr(run, files, artifacts, "rlvr", run.config.rlvr.steps)
 
 
-RUNNERS = {"sft": _sft, "sft_continued": _sft_continued, "warmup": _warmup, "align": _align, "rlvr": _rlvr}
+def _rlvr_direct(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
+    """The control of alignment: RLVR from SFT with as many updates as alignment and RLVR have."""
+    steps = -(-control_updates(run.config) // run.config.rlvr.updates_per_step)
+    _train_rlvr(run, files, artifacts, "rlvr_direct", steps)
+
+
+def _train_rlvr(run: Run, files: DataFiles, artifacts: Artifacts, stage: str, steps: int) -> Path:
+    policy, processor = _policy(run, artifacts, stage)
+    tasks = DataReader(run, stage).read("rlvr", files.need("rlvr", stage), processor)
+    folder = rlvr(run, policy, processor, tasks, stage=stage, steps=steps)
+    _evaluate(run, policy, processor, files, stage)
+    return folder
+
+
+RUNNERS = {
+    "sft": _sft,
+    "sft_continued": _sft_continued,
+    "rlvr_direct": _rlvr_direct,
+    "warmup": _warmup,
+    "align": _align,
+    "rlvr": _rlvr,
+}
 
 
 def _start(config: Config, run: Run) -> Artifacts:

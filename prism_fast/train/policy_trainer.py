@@ -274,8 +274,9 @@ def rows_of(forward: Forward, lengths: Sequence[int], places: Sequence[int]) -> 
 
 
 def response_metrics(completions: Sequence[Completion]) -> Metrics:
-    """Lengths, entropy and the share of responses cut at the limit."""
+    """Count, lengths, entropy and the share of responses cut at the limit."""
     metrics = Metrics()
+    metrics.sum("rollout/responses", len(completions))
     for completion in completions:
         length = len(completion.token_ids)
         metrics.mean("response_length/mean", length)

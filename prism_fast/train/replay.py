@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from prism_fast.config import Config, load_config
+from prism_fast.config import Config, load_config, sampling_of
 from prism_fast.data.samples import Task
 from prism_fast.models.processor import Processor, Prompt
 from prism_fast.train.context import grading_rules
@@ -15,7 +15,7 @@ from prism_fast.train.rollout_record import Origin, RolloutGroup, group_from_rec
 
 def check_replay(config: Config) -> None:
     """Raise RolloutLogError if the run that ``config.replay`` names cannot be replayed in a stage of this one."""
-    for stage in ("align", "rlvr"):
+    for stage in ("align", "rlvr", "rlvr_direct"):
         if config.replay is not None and stage in config.stages:
             Replay(Path(config.replay), stage, config)
 
@@ -46,8 +46,8 @@ class Replay:
         if not recorded.is_file():
             raise RolloutLogError(f"replay: {folder} is not a run directory (it has no config.yaml)")
         theirs = load_config(str(recorded))
-        sampling = getattr(config, stage).rollout
-        if (used := getattr(theirs, stage).rollout) != sampling:
+        sampling = sampling_of(config, stage)
+        if (used := sampling_of(theirs, stage)) != sampling:
             raise RolloutLogError(f"replay: {folder} sampled {stage} with {used}, this run asks for {sampling}")
         if (used := _grading(theirs)) != (asked := _grading(config)):
             raise RolloutLogError(

@@ -32,17 +32,20 @@ from prism_fast.train.seeds import derive_seed
 from prism_fast.train.state import StageState
 
 
-def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
-    """Run the stage; returns the folder of the exported policy."""
+def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task], *, stage: str, steps: int) -> Path:
+    """Run ``steps`` of ``stage`` (rlvr or rlvr_direct); returns the folder of the exported policy.
+
+    Both stages take the tasks in the same order.
+    """
     config, semantics = run.config.rlvr, SEMANTICS[run.config.semantics]
     use_layout(run.config.layout, policy)
     order = SampleOrder(len(tasks), seed=derive_seed(run.config.seed, "rlvr", "order"))
     generator = run.rollout_engine(policy, processor)
-    source = RolloutSource(run, "rlvr", generator, processor, tasks, config.rollout)
+    source = RolloutSource(run, stage, generator, processor, tasks, config.rollout)
     sampler = GroupSampler(source, Grader(run.checker), order, config)
     engines = {"policy": LocalEngine(policy, config.optimizer)}
     budgets = {"policy": config.tokens_per_micro_batch}
-    state = StageState(run, "rlvr", engines=engines, budgets=budgets, order=order, extra=sampler, with_rollouts=True)
+    state = StageState(run, stage, engines=engines, budgets=budgets, order=order, extra=sampler, with_rollouts=True)
     trainer = PolicyTrainer(
         engines["policy"],
         Batching(run.config.layout, state.budgets["policy"], processor.pad_id),
@@ -54,10 +57,10 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
     normalize = reward_normalization(config.loss)
     shown = {"acc": "reward/acc", "format": "reward/format"}
     shown |= {"length": "response_length/mean", "entropy": "policy/entropy"}
-    for step in state.steps(config.steps, shown=shown):
+    for step in state.steps(steps, shown=shown):
         sampled = sampler.take(step)
         rollouts = sampled.trained
-        with dumped(state, rollouts, last_step=config.steps, also=sampled.unused) as dump:
+        with dumped(state, rollouts, last_step=steps, also=sampled.unused) as dump:
             reward = training_reward(rollouts, config)
             how = {"normalize": normalize, "singleton": semantics.singleton}
             advantage = outcome_advantage(reward, rollouts.group, scored=rollouts.scored, **how)
@@ -72,7 +75,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task]) -> Path:
             if sampled.generated.groups:
                 metrics |= generation_metrics(sampled.generated, config)
         state.end_step(metrics, sampled.generated.time)
-    return run.export("rlvr", policy, partial(save_policy, policy, processor))
+    return run.export(stage, policy, partial(save_policy, policy, processor))
 
 
 def mini_batches(rollouts: StepRollouts, advantage: Tensor, step: int, count: int) -> list[PolicyBatch]:

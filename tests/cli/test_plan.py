@@ -267,7 +267,7 @@ def test_peaks_and_sums_add_up(config, invoke_json, policy_folder):
     plan = make_plan(config, prompt_tokens=100)
     shown = invoke_json("plan", "digits", f"model.policy={policy_folder}", "--prompt-tokens", 100)
     assert shown == json.loads(plan.as_json())
-    assert [s["stage"] for s in shown["stages"]] == ["sft", "sft_continued", "warmup", "align", "rlvr"]
+    assert [s["stage"] for s in shown["stages"]] == ["sft", "sft_continued", "rlvr_direct", "warmup", "align", "rlvr"]
     for stage in shown["stages"]:
         for phase in stage["phases"]:
             assert phase["bytes"] == sum(c["bytes"] for c in phase["components"]) > 0

@@ -20,7 +20,7 @@ def test_every_file_of_the_configuration_has_a_row():
 @pytest.mark.parametrize(
     ("stages", "given", "needed"),
     [
-        (STAGES, (), {"sft": "sft", "sft_val": "sft", "align": "warmup", "rlvr": "rlvr"}),
+        (STAGES, (), {"sft": "sft", "sft_val": "sft", "align": "warmup", "rlvr": "rlvr_direct"}),
         (["sft_continued"], ("eval",), {"sft": "sft_continued", "eval": "eval"}),
         (["warmup"], ("pairs",), {"pairs": "warmup"}),
         (["warmup", "align"], ("pairs",), {"pairs": "warmup", "align": "align"}),

@@ -14,8 +14,8 @@ import zstandard
 from PIL import Image, ImageDraw
 
 KINDS = ("compare", "count_even", "difference", "maximum", "sort", "sum")
-ACCURACY = {"sft": 0.62, "sft_continued": 0.63, "align": 0.645, "rlvr": 0.74}
-STAGES = ["sft", "sft_continued", "warmup", "align", "rlvr"]
+ACCURACY = {"sft": 0.62, "sft_continued": 0.63, "rlvr_direct": 0.68, "align": 0.645, "rlvr": 0.74}
+STAGES = ["sft", "sft_continued", "rlvr_direct", "warmup", "align", "rlvr"]
 
 
 def write_run(
@@ -50,7 +50,7 @@ def write_run(
             answers = eval_items(stage, items, seed)
             append_lines(path / "evals" / f"{stage}.jsonl", answers)
             append_lines(path / "metrics.jsonl", [eval_line(stage, trained, answers)])
-        if rollouts and stage in ("align", "rlvr"):
+        if rollouts and stage in ("rlvr_direct", "align", "rlvr"):
             write_frames(path / "rollouts" / f"{stage}.jsonl.zst", rollout_records(path, stage, steps, dice))
         append_lines(
             path / "metrics.jsonl", [{"stage": "stage", "step": 0, "name": stage, "time/seconds": 0.6 * steps}]
@@ -74,7 +74,7 @@ def write_frames(path: Path, records: list[dict[str, Any]], per_frame: int = 16)
 
 
 def metric_lines(stage: str, steps: int, dice: random.Random) -> list[dict[str, Any]]:
-    lines = []
+    lines = [{"stage": stage, "step": 0, "pairs/kept": 500, "pairs/dropped": 12}] if stage == "warmup" else []
     for step in range(1, steps + 1):
         share = step / steps
 
@@ -121,8 +121,9 @@ def metric_lines(stage: str, steps: int, dice: random.Random) -> list[dict[str, 
                 "rollout/logprob_gap_max": 10 ** dice.gauss(-5, 0.1),
             }
             values |= {"response_length/mean": noisy(60, 52, 1), "response_length/max": 80 + dice.randint(0, 16)}
+            values["rollout/responses"] = 64 if stage == "align" else 256
             values["response_length/clip_ratio"] = abs(0.01 * dice.gauss(0, 1))
-        if stage == "rlvr":
+        if stage in ("rlvr_direct", "rlvr"):
             values["advantage/zero_groups"] = dice.randint(0, 3)
         if stage == "align":
             values["disc/tokens"] = 12000 + dice.randint(0, 900)
@@ -167,7 +168,7 @@ def eval_items(stage: str, count: int, seed: int) -> list[dict[str, Any]]:
 
 def eval_line(stage: str, trained: int, items: list[dict[str, Any]]) -> dict[str, Any]:
     accuracy = sum(item["correct"] for item in items) / len(items)
-    return {"stage": "eval", "step": trained, "after": stage, "eval/accuracy": accuracy}
+    return {"stage": "eval", "step": trained, "after": stage, "eval/accuracy": accuracy, "time/seconds": 4.0}
 
 
 def response(caption: str, think: str, answer: str) -> tuple[str, dict[str, list[int]]]:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from plotly.offline import get_plotlyjs
 
 from prism_fast.report.html import SILENT_AFTER, json_for_script, write_report
@@ -60,7 +61,7 @@ def test_header_and_state(page: Element) -> None:
     assert page.one("h1").text == "digits" and page.one(id="state").text == "complete"
     facts = {fact.one("dt").text: fact.one("dd").text for fact in page.one("dl", css="facts").all("div")}
     assert facts["seed"] == "1" and facts["semantics"] == "prism_fast" and facts["torch"] == "2.13.0"
-    assert facts["wall time of finished stages"] == "2 min 00 s"
+    assert facts["wall time of finished stages"] == "2 min 24 s"
 
 
 def test_table_and_charts_show_the_numbers_of_the_statistics(page: Element, finished_run: Path) -> None:
@@ -70,7 +71,7 @@ def test_table_and_charts_show_the_numbers_of_the_statistics(page: Element, fini
     rows = {
         row.all("th")[0].text.strip(): row.all("td") for row in page.one("table", id="stages").one("tbody").all("tr")
     }
-    assert list(rows) == ["SFT", "SFT continued", "Alignment", "RLVR"]
+    assert list(rows) == ["SFT", "SFT continued", "RLVR from SFT", "Alignment", "RLVR"]
     for name, stage in (("SFT", "sft"), ("Alignment", "align"), ("RLVR", "rlvr")):
         interval = accuracy_interval(correct[stage], clusters, seed=SEED, resamples=RESAMPLES)
         assert rows[name][0].one("strong").text == f"{100 * interval.mean:.1f}"
@@ -94,6 +95,48 @@ def test_table_and_charts_show_the_numbers_of_the_statistics(page: Element, fini
     assert bar["x"][0] == pytest.approx(100 * gain.mean, rel=1e-5)
     assert bar["error_x"]["array"][0] == pytest.approx(100 * (gain.high - gain.mean), rel=1e-4)
     assert f"RLVR is above SFT continued at 95 % confidence: {expected}" in page.one("ul", css="verdicts").text
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "verdict"), [("rlvr", "above"), ("sft", "below"), ("rlvr_direct", "cannot be told from")]
+)
+def test_the_first_sentence_compares_prism_with_rlvr_from_sft_at_its_cost(
+    run_dir: Path, evaluation: str, verdict: str
+) -> None:
+    """Whichever way it falls. PRISM's rollouts: 512 for the warm-up's pairs, 40 x 64 and 40 x 256."""
+    path = run_dir / "evals" / "rlvr.jsonl"
+    path.write_text((run_dir / "evals" / f"{evaluation}.jsonl").read_text())
+    config = json.dumps(yaml.safe_load((run_dir / "config.yaml").read_text()) | {"rlvr": {"updates_per_step": 2}})
+    (run_dir / "config.yaml").write_text(config)
+    page = report(run_dir)
+    told = page.one("ul", css="verdicts").all("li")[0].text
+    is_or_not = verdict if verdict.startswith("cannot") else f"is {verdict}"
+    assert told.startswith(f"The whole of PRISM (warm-up, alignment, RLVR) {is_or_not}")
+    assert "RLVR from SFT at 95 % confidence: " in told
+    costs = "120 updates, 13,312 rollouts, 1 min 04 s against 80 updates, 10,240 rollouts, 20.0 s."
+    assert told.endswith(f"Cost behind SFT, evaluation left out: {costs}")
+    rows = {row.all("th")[0].text.strip(): row.all("td") for row in page.one(id="stages").one("tbody").all("tr")}
+    behind = {name: [cell.text for cell in cells[-2:]] for name, cells in rows.items()}
+    assert behind == {
+        "SFT": ["–", "–"],
+        "SFT continued": ["0", "20.0 s"],
+        "RLVR from SFT": ["10,240", "20.0 s"],
+        "Alignment": ["3,072", "44.0 s"],
+        "RLVR": ["13,312", "1 min 04 s"],
+    }
+
+
+def test_without_the_control_or_its_records_nothing_is_claimed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", stages=["sft", "warmup", "align", "rlvr"])
+    told = report(run).one("ul", css="verdicts").all("li")[0].text
+    whole = "the whole of PRISM (warm-up, alignment, RLVR)"
+    assert told == f"Whether {whole} is better than RLVR from SFT cannot be said: no evaluation of RLVR from SFT."
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    old = [{k: v for k, v in line.items() if k != "rollout/responses"} for line in lines]
+    old = [{k: v for k, v in line.items() if line["stage"] != "eval" or k != "time/seconds"} for line in old]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    rows = report(run).one(id="stages").one("tbody").all("tr")
+    assert [cell.text for cell in rows[-1].all("td")[-2:]] == ["–", "–"]
 
 
 def swap_evaluations(path: Path, a: str, b: str) -> None:
@@ -128,7 +171,7 @@ def test_a_gain_within_the_interval_is_no_gain(run_dir: Path) -> None:
     told = page.one("ul", css="verdicts").text
     assert "RLVR cannot be told from SFT at 95 % confidence: +0.4 [0.0," in told
     assert "against SFT: not distinguishable from no effect." in told
-    row = page.one("table", id="stages").one("tbody").all("tr")[3]
+    row = page.one("table", id="stages").one("tbody").all("tr")[4]
     assert row.all("td")[1].attributes["class"] == "flat"
 
 
@@ -141,7 +184,7 @@ def test_figures_cannot_end_their_element() -> None:
 def test_every_logged_metric_is_drawn_once_or_named(page: Element, finished_run: Path) -> None:
     run = read_run(finished_run)
     drawn = figures(page)
-    titles = [caption.one("b").text for caption in page.one(id="stage-4").all("figcaption")]
+    titles = [caption.one("b").text for caption in page.one(id="stage-5").all("figcaption")]
     for title in (
         "Discriminator margin",
         "Discriminator accuracy",
@@ -155,7 +198,7 @@ def test_every_logged_metric_is_drawn_once_or_named(page: Element, finished_run:
     loss = run.series("sft", "sft/loss")
     raw = next(trace for trace in drawn["sft-0"]["data"] if trace["name"] == "training")
     assert raw["x"] == list(loss.steps) and raw["y"] == pytest.approx(loss.values, rel=1e-5)
-    assert "Logged but not drawn: warmup/lr." in page.one(id="stage-3").text
+    assert "Logged but not drawn: pairs/dropped, pairs/kept, warmup/lr." in page.one(id="stage-4").text
     target = next(
         f for f in drawn.values() if any(s["label"]["text"] == "target" for s in f["layout"].get("shapes", ()))
     )
@@ -215,10 +258,14 @@ def test_text_of_models_and_data_stays_text(tmp_path: Path) -> None:
 def test_rollouts_show_sections_scores_and_images(page: Element, finished_run: Path) -> None:
     articles = page.all("article")
     assert sum(len(article.all("div", css="card")) for article in articles) <= 60
-    assert [article.one("h3").text.split(",")[0] for article in articles] == ["Alignment"] * 5 + ["RLVR"] * 5
+    assert [article.one("h3").text.split(",")[0] for article in articles] == [
+        *["RLVR from SFT"] * 5,
+        *["Alignment"] * 5,
+        *["RLVR"] * 5,
+    ]
     buttons = page.one(id="picker").all("button")
-    assert [int(button.attributes["data-group"]) for button in buttons] == list(range(10))
-    article = articles[0]
+    assert [int(button.attributes["data-group"]) for button in buttons] == list(range(15))
+    article = articles[5]
     assert {mark.attributes["class"] for mark in article.all("mark")} == {"caption", "think", "answer"}
     assert (
         "teacher's caption" in article.text
@@ -243,7 +290,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
         "The effect of alignment was not measured",
     ):
         assert sentence in told
-    assert told.count("This stage has not run yet") == 5
+    assert told.count("This stage has not run yet") == 6
     assert figures(page) == {} and not page.all("div", css="plot")
 
 
@@ -252,8 +299,8 @@ def test_stages_that_have_not_run_are_words_not_drawings(tmp_path: Path) -> None
     assert set(figures(page)) & {"align-0", "rlvr-0"} == set()
     assert {trace["name"] for trace in figures(page)["accuracy"]["data"]} == {"SFT", "SFT continued"}
     rows = page.one("table", id="stages").one("tbody").all("tr")
-    assert [row.text.split("\n")[-2].strip() for row in rows[2:]] == ["has not run"] * 2
-    assert "This stage has not run yet" in page.one(id="stage-4").text
+    assert [row.text.split("\n")[-2].strip() for row in rows[2:]] == ["has not run"] * 3
+    assert "This stage has not run yet" in page.one(id="stage-5").text
     assert "no evaluation of RLVR." in page.one("ul", css="verdicts").text
 
 
@@ -282,7 +329,7 @@ def test_what_a_killed_run_left_is_shown_and_told(run_dir: Path) -> None:
     assert "metrics.jsonl ends inside line" in notes and "ends inside a compressed frame" in notes
     assert "The evaluation of RLVR is not finished: 239 items so far." in notes and "so they are not compared" in notes
     assert "there is no paired comparison" in page.one("ul", css="verdicts").text
-    assert "1 image(s) missing from the run directory" in page.text and len(page.all("article")) == 10
+    assert "1 image(s) missing from the run directory" in page.text and len(page.all("article")) == 15
 
 
 def test_an_evaluation_alone_is_complete(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ def test_reads_what_a_run_wrote(finished_run: Path) -> None:
     run = read_run(finished_run)
     assert run.problems == []
     assert run.complete and run.planned == tuple(STAGES)
-    assert run.evaluated == ("sft", "sft_continued", "align", "rlvr")
-    assert run.rollout_stages == ("align", "rlvr")
+    assert run.evaluated == ("sft", "sft_continued", "rlvr_direct", "align", "rlvr")
+    assert run.rollout_stages == ("rlvr_direct", "align", "rlvr")
     assert run.finished == dict.fromkeys(STAGES, 24.0)
     assert run.environment["torch"] == "2.13.0"
     assert [item["uid"] for item in run.evals["sft"]] == sorted(item["uid"] for item in run.evals["sft"])

@@ -42,11 +42,15 @@ def test_numbers_are_those_of_the_statistics(finished_run: Path) -> None:
         f"{100 * interval.mean:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
     )
     gain = paired_difference(correct["rlvr"], correct["sft"], clusters, seed=SEED, resamples=RESAMPLES)
-    assert cells(text, "vs SFT")[3] == f"{100 * gain.mean:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+    assert cells(text, "vs SFT")[4] == f"{100 * gain.mean:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
     assert cells(text, "vs SFT")[0] == "–" and cells(text, "vs continued")[:2] == ["–", "–"]
     sums = [item["correct"] for item in sft if item["kind"] == "sum"]
     assert cells(text, "sum")[0] == f"{100 * sum(sums) / len(sums):.1f}"
-    assert cells(text, "updates") == ["40"] * 4 and cells(text, "wall time") == ["24.0 s"] * 4
+    assert cells(text, "updates") == ["40"] * 5 and cells(text, "wall time") == ["24.0 s"] * 5
+    behind = text[text.index("behind SFT:") :]
+    assert cells(behind, "updates") == ["–", "40", "40", "40", "80"]
+    assert cells(behind, "rollouts") == ["–", "0", "10,240", "3,072", "13,312"]
+    assert cells(behind, "time") == ["–", "20.0 s", "20.0 s", "44.0 s", "1 min 04 s"]
 
 
 def test_fits_eighty_columns_without_cutting(finished_run: Path) -> None:
@@ -71,5 +75,5 @@ def test_a_cut_evaluation_is_not_compared(run_dir: Path) -> None:
     path = run_dir / "evals" / "rlvr.jsonl"
     path.write_text(path.read_text()[:-30])
     text = text_of(run_dir, width=200)
-    assert cells(text, "vs SFT")[3] == "–" and cells(text, "items")[3] == "239"
+    assert cells(text, "vs SFT")[4] == "–" and cells(text, "items")[4] == "239"
     assert "The evaluation of RLVR is not finished: 239 items so far." in text

@@ -173,7 +173,7 @@ def test_every_stage_takes_it_from_the_configuration_and_says_which_passes_ran(f
             assert plain[f"passes/{model}_without_gradient"] == 0
         assert plain == again
     assert set(stages) == {
-        *("sft policy", "sft_continued policy", "warmup discriminator"),
+        *("sft policy", "sft_continued policy", "rlvr_direct policy", "warmup discriminator"),
         *("align policy", "align discriminator", "rlvr policy"),
     }
     assert min(stages.values()) > 0, stages

@@ -53,6 +53,8 @@ PHASES = [
     ("export sft", "evaluation after sft"),
     ("poll evaluation after sft", "evaluation after sft"),
     ("update sft_continued step 2", "sft_continued step 2"),
+    ("poll rlvr_direct step 2, while generating", "rlvr_direct step 2, while generating"),
+    ("poll evaluation after rlvr_direct", "evaluation after rlvr_direct"),
     ("poll sampling pairs", "sampling pairs"),
     ("complete pairs", "warmup step 1"),
     ("poll held-out pairs", "held-out pairs"),

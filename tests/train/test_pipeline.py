@@ -13,7 +13,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prism_fast import cli
-from prism_fast.config import load_config
+from prism_fast.config import STAGES, load_config
 from prism_fast.models.discriminator import load_discriminator
 from prism_fast.models.policy import load_policy
 from prism_fast.report.html import write_report
@@ -21,6 +21,7 @@ from prism_fast.rollout.engines import ENGINES
 from prism_fast.rollout.hf import HFRollout
 from prism_fast.track.metrics import reproducible
 from prism_fast.train.pipeline import run_eval, run_stages
+from prism_fast.train.rollout_log import RolloutReader, dump_path
 from tests.train.conftest import SMALL
 
 
@@ -34,8 +35,8 @@ def _of(folder: Path, stage: str) -> list[dict]:
 
 
 def test_every_stage_leaves_its_metrics_and_its_model(finished):
-    assert [r["name"] for r in _of(finished, "stage")] == ["sft", "sft_continued", "warmup", "align", "rlvr"]
-    assert [r["after"] for r in _of(finished, "eval")] == ["sft", "sft_continued", "align", "rlvr"]
+    assert [r["name"] for r in _of(finished, "stage")] == list(STAGES)
+    assert [r["after"] for r in _of(finished, "eval")] == [stage for stage in STAGES if stage != "warmup"]
     assert _of(finished, "sft")[-1]["sft/loss"] < 0.5 * _of(finished, "sft")[0]["sft/loss"]
     rates = [step["sft/lr"] for step in _of(finished, "sft_continued")]
     # A tenth of the rate of SFT (continued_lr_scale), its warm-up of 20 updates, and on the way to zero.
@@ -44,7 +45,7 @@ def test_every_stage_leaves_its_metrics_and_its_model(finished):
         assert step["disc/tokens"] > 0 and step["policy/entropy"] > 0 and step["response_length/max"] <= 72
         assert step.get("rollout/logprob_gap_max", 0) < 1e-4  # float32: the sampler's policy is the one that learns
     assert any("disc/margin_reasoning" in step or step["disc/ties_reasoning"] for step in _of(finished, "align"))
-    for name in ("sft", "sft_continued", "align", "rlvr"):
+    for name in ("sft", "sft_continued", "rlvr_direct", "align", "rlvr"):
         load_policy(finished / "export" / name)
         items = [json.loads(line) for line in (finished / "evals" / f"{name}.jsonl").read_text().splitlines()]
         assert len(items) == 10 and {item["correct"] for item in items} <= {0, 1}
@@ -53,15 +54,34 @@ def test_every_stage_leaves_its_metrics_and_its_model(finished):
 
 
 def test_evaluations_are_at_the_training_step_behind_which_they_were_made(finished):
-    trained = [_of(finished, stage)[-1]["step"] for stage in ("sft", "sft_continued", "warmup", "align", "rlvr")]
+    trained = [_of(finished, stage)[-1]["step"] for stage in STAGES]
     reached = list(accumulate(trained))
-    assert min(trained) > 0 and [r["step"] for r in _of(finished, "eval")] == [*reached[:2], *reached[3:]]
+    assert min(trained) > 0 and [r["step"] for r in _of(finished, "eval")] == [*reached[:3], *reached[4:]]
     board = EventAccumulator(str(finished / "tensorboard"))
     board.Reload()
-    assert [event.step for event in board.Scalars("eval/accuracy")] == [*reached[:2], *reached[3:]]
-    assert [event.step for event in board.Scalars("align/policy/loss")] == list(range(reached[2] + 1, reached[3] + 1))
+    assert [event.step for event in board.Scalars("eval/accuracy")] == [*reached[:3], *reached[4:]]
+    assert [event.step for event in board.Scalars("align/policy/loss")] == list(range(reached[3] + 1, reached[4] + 1))
     tags = board.Tags()["scalars"]
     assert "sft/loss" in tags and not [tag for tag in tags if len(set(tag.split("/"))) < len(tag.split("/"))]
+
+
+def test_the_control_of_alignment_is_rlvr_from_sft_with_as_many_updates_and_the_same_tasks(
+    finished, run_again, tmp_path
+):
+    """Alone from SFT's export it gives the bits of the whole run, where SFT continued goes before it."""
+    start = [f"model.policy={finished / 'export/sft'}", f"model.discriminator={finished / 'export/discriminator'}"]
+    more = ["stages=[rlvr_direct,align,rlvr]", "dump_rollouts_every=1", "data.eval=null"]
+    run = run_again(tmp_path / "run", *start, *more)
+    weights = "export/rlvr_direct/model.safetensors"
+    assert (run / weights).read_bytes() == (finished / weights).read_bytes()
+    # Alignment and RLVR have two updates each. Two prompts of a step have four responses each.
+    for stage, steps in (("rlvr_direct", 4), ("align", 2), ("rlvr", 2)):
+        assert [step["rollout/responses"] for step in _of(run, stage)] == [8] * steps
+    assert sum("policy/grad_norm" in step for step in _of(run, "rlvr_direct")) > 0
+    readers = {stage: RolloutReader(dump_path(run, stage)) for stage in ("rlvr_direct", "rlvr")}
+    for step in (1, 2):
+        control, last = ([record["uid"] for record in reader.step(step)] for reader in readers.values())
+        assert control == last and len(control) == 8
 
 
 def test_joint_updates_move_policy_and_discriminator(finished):

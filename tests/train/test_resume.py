@@ -38,9 +38,9 @@ def _wait_for(folder: Path, stage: str, process: subprocess.Popen) -> None:
 
 def _assert_equal(folder: Path, finished: Path) -> None:
     assert _metrics(folder) == _metrics(finished)
-    for name in ("sft", "align", "rlvr"):
+    for name in ("sft", "rlvr_direct", "align", "rlvr"):
         assert (folder / "evals" / f"{name}.jsonl").read_bytes() == (finished / "evals" / f"{name}.jsonl").read_bytes()
-    for stage in ("align", "rlvr"):
+    for stage in ("rlvr_direct", "align", "rlvr"):
         name = f"{stage}.jsonl.zst"
         assert (folder / "rollouts" / name).read_bytes() == (finished / "rollouts" / name).read_bytes()
 
@@ -49,7 +49,12 @@ def _assert_equal(folder: Path, finished: Path) -> None:
 def test_killed_and_stopped_in_several_stages_a_run_ends_the_same(finished, small_run, tmp_path):
     folder = tmp_path / "run"
     arguments = ["run", "digits", f"out={folder}", *small_run, "checkpoint_every=7"]
-    for stage, how in (("sft", signal.SIGKILL), ("warmup", signal.SIGTERM), ("align", signal.SIGKILL)):
+    for stage, how in (
+        ("sft", signal.SIGKILL),
+        ("rlvr_direct", signal.SIGKILL),
+        ("warmup", signal.SIGTERM),
+        ("align", signal.SIGKILL),
+    ):
         process = _start(arguments)
         _wait_for(folder, stage, process)
         process.send_signal(how)

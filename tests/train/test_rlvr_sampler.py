@@ -30,6 +30,8 @@ def _group(index: int, scores: list[float], origin: Origin) -> RolloutGroup:
 class Source:
     """Gives groups by a plan: for each call, which of its groups have unequal rewards."""
 
+    stage = "rlvr"
+
     def __init__(self, *plans: str):
         self.plans, self.calls, self.restored = list(plans), [], []
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from prism_fast import ops
 from prism_fast.algorithms.presets import policy_options
-from prism_fast.config import OptimizerConfig
+from prism_fast.config import CONTROLS, OptimizerConfig
 from prism_fast.engine.local import LocalEngine
 from prism_fast.models import packing, shared_prefix
 from prism_fast.models.discriminator import build_discriminator
@@ -261,10 +261,10 @@ def test_a_wrong_packing_stops_the_update(processor, groups, monkeypatch, spoil,
     assert all(p.grad is None and p.requires_grad for p in engine.module.parameters())
 
 
-@pytest.mark.parametrize("stage", ["sft", "sft_continued", "warmup", "align", "rlvr"])
+@pytest.mark.parametrize("stage", ["sft", "sft_continued", "rlvr_direct", "warmup", "align", "rlvr"])
 def test_every_packed_stage_checks_before_it_learns(finished, run_again, tmp_path, monkeypatch, stage):
     export = finished / "export"
-    stages = "[sft_continued,rlvr]" if stage == "sft_continued" else f"[{stage}]"
+    stages = f"[{stage},rlvr]" if stage in CONTROLS else f"[{stage}]"
     start = [f"model.policy={export / 'sft'}", f"stages={stages}", "data.eval=null"]
     start += [f"model.discriminator={export / 'discriminator-warmup'}"] if stage == "align" else []
     branches_see_each_other(monkeypatch)

@@ -13,7 +13,7 @@ import re
 
 from pylatexenc.latex2text import LatexNodes2Text
 
-from prism_fast.rewards.expressions import to_latex
+from prism_fast.released.calculator import to_latex
 from prism_fast.rewards.verdict import Probe, Verdict, all_of, ask
 
 _ENCLOSING_TEXT = re.compile(r"^\\text\{(.+?)\}$")

@@ -7,7 +7,7 @@ question to a worker and completes the verdict.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 
@@ -37,6 +37,10 @@ class Verdict:
         if self.correct is not None:
             raise ValueError(f"this verdict is already decided by {self.by!r}")
         return Verdict(holds, "no_match" if self.by == "math_verify" and not holds else self.by)
+
+
+Inner = Callable[[str, str], Verdict]
+"""Compares a part of the ground truth with a part of the answer, one level deeper."""
 
 
 def ask(probes: Iterable[Probe], by: str = "math_verify") -> Verdict:

@@ -12,12 +12,15 @@ so the kernel ends the process even inside one long big-integer operation, and a
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
 import resource
 import signal
 import sys
+from pathlib import Path
+from types import ModuleType
 
 _LENGTH = 4
 
@@ -61,14 +64,15 @@ def _answer(question: list, methods: dict) -> dict:
 
 
 def _methods() -> dict:
-    """Ways to compare. `latex` (the default semantics) reads LaTeX only, which needs no evaluation of text as Python;
-    the others are the published calls."""
+    """Ways to compare. `latex` and `rounded` (the default semantics: exact, and with a rounded decimal on a side) read
+    LaTeX only, which needs no evaluation of text as Python; the others are the published calls."""
     from latex2sympy2_extended import NormalizationConfig
     from latex2sympy2_extended.antlr_parser import PSParser
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtractionConfig, parse, verify
     from math_verify.parser import parse_latex_cached
     from sympy import S, simplify
 
+    algebra = _load_algebra()
     plain = LatexExtractionConfig(
         normalization_config=NormalizationConfig(
             basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
@@ -90,7 +94,7 @@ def _methods() -> dict:
                 del atom.FUNC_GAMMA
             parse_latex_cached.cache_clear()  # holds results of the other way of reading
 
-    def latex(gold: str, answer: str) -> bool:
+    def compared(gold: str, answer: str, rounded: bool) -> bool:
         read_percent(True)
         sides = [
             parse(f"${text}$", [plain], fallback_mode="no_fallback", parsing_timeout=None) for text in (gold, answer)
@@ -99,7 +103,18 @@ def _methods() -> dict:
             raise ValueError("not readable as LaTeX")
         if any(side[0].has(S.NaN, S.ComplexInfinity) for side in sides):
             raise ValueError("undefined value")
-        return verify(sides[0], sides[1], timeout_seconds=None, raise_on_error=True)
+        return algebra.same(
+            sides[0][0],
+            sides[1][0],
+            rounded,
+            lambda: verify(sides[0], sides[1], timeout_seconds=None, raise_on_error=True),
+        )
+
+    def latex(gold: str, answer: str) -> bool:
+        return compared(gold, answer, False)
+
+    def rounded(gold: str, answer: str) -> bool:
+        return compared(gold, answer, True)
 
     def published(gold: str, answer: str) -> bool:
         read_percent(False)
@@ -120,7 +135,16 @@ def _methods() -> dict:
         ]
         return all(sides) and simplify(sides[0][0] - sides[1][0]) == 0
 
-    return {"latex": latex, "published": published, "boxed": boxed, "difference": difference}
+    return {"latex": latex, "rounded": rounded, "published": published, "boxed": boxed, "difference": difference}
+
+
+def _load_algebra() -> ModuleType:
+    """The neighbouring file, by path: this process does not import the package."""
+    spec = importlib.util.spec_from_file_location("prism_algebra", Path(__file__).with_name("algebra.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _read(descriptor: int) -> dict | None:

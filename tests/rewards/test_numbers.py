@@ -5,9 +5,9 @@ from fractions import Fraction
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from prism_fast.rewards.clean import clean
 from prism_fast.rewards.compare import compare
-from prism_fast.rewards.quantities import Number, parse_number, same_number
+from prism_fast.rewards.compare.numbers import Number, parse_number, same_number
+from prism_fast.rewards.compare.rules import normalise
 
 WHOLE = st.integers(-(10**12), 10**12)
 DECIMAL = st.decimals(-(10**9), 10**9, allow_nan=False, allow_infinity=False, places=4)
@@ -91,5 +91,5 @@ def test_the_parser_reads_only_what_it_can_write(text):
 @given(gold=st.text(max_size=40), answer=st.text(max_size=40))
 def test_any_two_texts_are_compared_without_an_exception(gold, answer):
     compare(gold, answer)
-    if "nan" not in clean(gold).lower():
-        assert compare(gold, gold).correct is bool(clean(gold))
+    if "nan" not in normalise(gold).lower():
+        assert compare(gold, gold).correct is bool(normalise(gold))

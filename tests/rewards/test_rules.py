@@ -3,7 +3,7 @@
 import pytest
 
 from prism_fast.rewards.compare import compare
-from prism_fast.rewards.structure import list_readings
+from prism_fast.rewards.compare.structure import list_readings
 
 SAME = {
     "numbers": [
@@ -37,6 +37,7 @@ SAME = {
         ("5", "y = 5"),
         ("inf", "∞"),
         ("12", "１２"),
+        ("5", "five"),
     ],
     "units": [
         ("5 cm", "5cm"),
@@ -131,7 +132,6 @@ DIFFERENT = {
         ("1000", "1_000"),
         ("16", "0x10"),
         ("12", "١٢"),
-        ("5", "five"),
         ("5", "not 5"),
         ("5", "5 or 6"),
         ("5", "5, 6"),

@@ -194,9 +194,9 @@ def _done(folder: Path) -> None:
 
 @data.command()
 def check(
-    paths: Annotated[list[Path], typer.Argument(help="Data files: .json, .jsonl, .parquet.")],
+    paths: Annotated[list[Path], typer.Argument(help="JSON, JSON lines, parquet or Arrow; folders, globs, hub names.")],
     file_format: Annotated[
-        str | None, typer.Option("--format", help="sharegpt, tasks or pairs, where name and content do not tell.")
+        str | None, typer.Option("--format", help="demonstrations, tasks or pairs, where the first row does not tell.")
     ] = None,
     require_teacher: Annotated[bool, typer.Option(help="Tasks must have teacher columns (alignment).")] = False,
     data_source: Annotated[
@@ -211,11 +211,11 @@ def check(
     """Report every problem of data files with file, row and field. Exit code 1 if there are any."""
     from prism_fast.config import DataConfig
     from prism_fast.data.check import check_file
-    from prism_fast.data.formats import FORMATS
+    from prism_fast.data.formats import ROLES
     from prism_fast.rewards import known_sources
 
-    if file_format is not None and file_format not in FORMATS:
-        raise typer.BadParameter(f"{file_format!r} is not one of {', '.join(FORMATS)}", param_hint="--format")
+    if file_format is not None and file_format not in ROLES:
+        raise typer.BadParameter(f"{file_format!r} is not one of {', '.join(ROLES)}", param_hint="--format")
     if max_pixels is not None and policy is None:
         raise typer.BadParameter("needs --policy: each model makes tokens of its own", param_hint="--max-pixels")
     processor = None if policy is None else _processor(policy, max_pixels)
@@ -250,14 +250,14 @@ def preview(
 ) -> None:
     """Write a page with some samples of a data file: turns, images, texts with their spans, as training reads them."""
     from prism_fast.config import DataConfig
-    from prism_fast.data.formats import FORMATS, Wanted, format_of, open_file
+    from prism_fast.data.formats import ROLES, open_samples, role_of
+    from prism_fast.data.parsing import Settings
     from prism_fast.report.preview import write_preview
 
-    if file_format is not None and file_format not in FORMATS:
-        raise typer.BadParameter(f"{file_format!r} is not one of {', '.join(FORMATS)}", param_hint="--format")
-    form = format_of(path) if file_format is None else file_format
-    pixels = DataConfig().max_image_pixels
-    opened = open_file(path, form, Wanted(), max_image_pixels=pixels, problems=None)
+    if file_format is not None and file_format not in ROLES:
+        raise typer.BadParameter(f"{file_format!r} is not one of {', '.join(ROLES)}", param_hint="--format")
+    form = role_of(path) if file_format is None else file_format
+    opened = open_samples(path, form, Settings(max_image_pixels=DataConfig().max_image_pixels))
     page = Path(f"{path.stem}-preview.html") if out is None else out
     processor = None if policy is None else _processor(policy)
     count = write_preview(opened, page, count=samples, processor=processor)

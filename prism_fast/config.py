@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from prism_fast.data.digit_sizes import DigitsSpec
+from prism_fast.data.entries import check_columns, entries_of
 from prism_fast.engine.optimizer import OptimizerConfig
 from prism_fast.recipes.checks import check_numbers, check_yaml
 
@@ -84,15 +85,22 @@ class UpcycleConfig:
 
 @dataclass
 class DataConfig:
-    """Files in the published formats. ``source: digits`` writes them first; ``source: files`` reads yours."""
+    """``source: digits`` writes the built-in data first; ``source: files`` reads yours. Each key is a file, a folder, a
+    glob, a hub name, a list of these, or ``{path, weight, split, name, columns, image_root}`` (data/entries.py)."""
 
     source: Literal["digits", "files"] = "files"
-    sft: str | None = None  # ShareGPT JSON
-    sft_val: str | None = None  # ShareGPT JSON
-    align: str | None = None  # parquet with teacher columns
-    rlvr: str | None = None  # parquet
-    eval: str | None = None  # parquet
-    pairs: str | None = None  # pairwise jsonl; none: the policy samples its own
+    sft: Any = None  # demonstrations
+    sft_val: Any = None  # demonstrations; none: a part of sft
+    align: Any = None  # tasks with teacher texts
+    rlvr: Any = None  # tasks
+    eval: Any = None  # tasks
+    pairs: Any = None  # of a teacher and a student; none: the policy samples its own
+    validation_split: float = 0.05  # of data.sft, where data.sft_val is not given; an image is never on both sides
+    columns: dict[str, str] = field(default_factory=dict)  # our name of a field: its name in the files
+    image_root: str | None = None  # where relative image paths begin; none: at their file
+    # For rows without a system turn. published: the one that asks for caption, think and answer; or a text, or a file
+    # (.txt, .md). none: nothing is added (pairs: the published one).
+    system_prompt: str | None = None
     max_image_pixels: int = 16_777_216  # a larger image is refused before it is decoded
     # Images are resized to at least and at most so many pixels, as the model's image processor does; none: its own
     # limits. 1,024 pixels are one token of Qwen3-VL. Exported models keep the limits they were trained with.
@@ -105,6 +113,14 @@ class DataConfig:
     digits: DigitsSpec = field(default_factory=DigitsSpec)  # sizes of the built-in dataset
 
     def __post_init__(self) -> None:
+        try:
+            for key in ("sft", "sft_val", "align", "rlvr", "eval", "pairs"):
+                if (value := getattr(self, key)) is not None:
+                    entries_of(value, f"data.{key}", weights=key in ("sft", "align", "rlvr"))
+            check_columns(self.columns, "data.columns")
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        _require(0 < self.validation_split < 1, "data.validation_split", "between 0 and 1", self.validation_split)
         if self.min_pixels is not None and self.max_pixels is not None:
             allowed = f"at most data.max_pixels = {self.max_pixels}"
             _require(self.min_pixels <= self.max_pixels, "data.min_pixels", allowed, self.min_pixels)

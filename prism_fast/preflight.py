@@ -10,9 +10,10 @@ from rich.console import Console
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import Config, ConfigError, dump_config
 from prism_fast.data.digits import check_digits
+from prism_fast.data.entries import shown
 from prism_fast.data.formats import SOURCES
-from prism_fast.data.readers import Samples
-from prism_fast.data.samples import Task
+from prism_fast.data.notes import notes_on
+from prism_fast.data.samples import Samples, Task
 from prism_fast.models.checkpoints import open_weights, read_model_type, weight_files
 from prism_fast.models.processor import Processor
 from prism_fast.models.score_head import read_head
@@ -186,13 +187,15 @@ def _check_data(config: Config, rewards: SourceRewards) -> list[str]:
         check_digits(data.digits)
         return ["data: the built-in digits, written when the run starts"]
     lines = []
-    for key, path in DataFiles.of(config).needed(config.stages).items():
+    for key, value in DataFiles.of(config).needed(config.stages).items():
         problems = [] if data.on_bad_sample == "skip" else None
-        samples = open_samples(config, key, path, problems)
+        samples = open_samples(config, key, value, problems)
         skipped = f", {len(problems)} rows to skip" if problems else ""
-        lines.append(f"data.{key}: {path}, {len(samples)} samples{skipped}")
-        if rewards.functions and SOURCES[key].format == "tasks":
-            _probe(samples, rewards)
+        lines.append(f"data.{key}: {shown(value)}, {len(samples)} samples{skipped}")
+        if SOURCES[key].role == "tasks":
+            lines += notes_on(samples, key) if len(samples) else []
+            if rewards.functions:
+                _probe(samples, rewards)
     return lines
 
 

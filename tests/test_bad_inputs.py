@@ -77,7 +77,7 @@ def test_demonstrations(name, tmp_path):
     lines = [json.dumps({**DEMO, "id": "first"}), row if isinstance(row, str) else json.dumps(row), json.dumps(DEMO)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     refused(read_sharegpt, name, "line 2", path)
-    assert len(check_file(path, format="sharegpt").problems) == 1
+    assert len(check_file(path, format="demonstrations").problems) == 1
 
 
 @pytest.mark.parametrize("name", PAIRS)

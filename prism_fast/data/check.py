@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from prism_fast.data.formats import FORMATS, Wanted, format_of, open_file
+from prism_fast.data.formats import ROLES, open_samples, role_of
 from prism_fast.data.images import DEFAULT_MAX_IMAGE_PIXELS
+from prism_fast.data.parsing import Settings, Wanted
 from prism_fast.data.problems import DataError
 from prism_fast.data.screen import screen
 from prism_fast.models.processor import Processor
@@ -40,16 +41,17 @@ def check_file(
     max_prompt_tokens: int | None = None,
     each: Callable[[], None] = lambda: None,
 ) -> Findings:
-    """Read ``path`` in the format of its name and first record: parquet tasks, ShareGPT JSON, or jsonl pairs.
+    """Read all that ``path`` names, a file, folder, glob or hub data set, as what its first row says: demonstrations,
+    tasks or pairs.
 
-    ``format``, a key of ``FORMATS``, overrides it. With a ``processor``, prompts and texts are encoded as in training,
+    ``format``, a key of ``ROLES``, overrides it. With a ``processor``, prompts and texts are encoded as in training,
     pixels included, and prompts of more than ``max_prompt_tokens`` are problems. ``known_sources``: see `read_tasks`.
     Problems of the file as a whole (missing, no such format, wrong column types) are findings like any other. ``each``
     is called before every sample.
     """
     path = Path(path)
-    if format is not None and format not in FORMATS:
-        raise ValueError(f"format {format!r} is not known; allowed: {', '.join(FORMATS)}")
+    if format is not None and format not in ROLES:
+        raise ValueError(f"format {format!r} is not known; allowed: {', '.join(ROLES)}")
     if max_prompt_tokens is not None and processor is None:
         raise ValueError("max_prompt_tokens needs a processor: tokens are those of a particular policy")
     problems: list[DataError] = []
@@ -58,9 +60,10 @@ def check_file(
     form = "unknown"
     usable = 0
     try:
-        form = format_of(path) if format is None else format
+        form = role_of(path) if format is None else format
         wanted = Wanted(require_teacher=require_teacher, known_sources=known_sources)
-        samples = open_file(path, form, wanted, max_image_pixels=max_image_pixels, problems=problems)
+        settings = Settings(wanted, max_image_pixels=max_image_pixels)
+        samples = open_samples(path, form, settings, problems=problems)
         limits = dict(processor=processor, max_prompt_tokens=max_prompt_tokens)
         found = screen(samples, **limits, problems=problems, each=each, encode=processor is not None)
         usable, lengths, texts = len(found.samples), found.prompt_tokens, found.text_tokens

@@ -11,6 +11,7 @@ _MAX_SHOWN = 600  # characters of a message; a quoted value can be a megabyte lo
 # What differs between problems of one kind: quoted values, remarks in brackets, paths, numbers.
 _DETAIL = re.compile(r"'[^']*'|\"[^\"]*\"|\([^()]*\)|\S*[/\\]\S*|\d[\d.,]*")
 _CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|image_pad|video_pad)\|>")
+_SPECIAL = re.compile(r"<\|(?:(?:object_ref|box|quad)_(?:start|end)|vision_pad)\|>")
 
 
 def holds_control_token(text: str) -> bool:
@@ -78,6 +79,16 @@ class Place:
         except UnicodeEncodeError as error:
             raise self.error(field, f"is not valid Unicode ({error.reason})", "Save the text as UTF-8") from error
         return value
+
+    def response(self, value: object, field: str) -> str:
+        """`text` of a response that is trained on or scored. Special tokens of Qwen's grounding format are refused: in
+        a prompt they are one id each, but a response is encoded as plain letters and decoded without special tokens.
+        """
+        text = self.text(value, field)
+        if special := _SPECIAL.search(text):
+            wrong = f"holds the special token {special[0]}, which would be trained as plain letters"
+            raise self.error(field, wrong, "Write the position in words or JSON: responses are plain text")
+        return text
 
     def listing(self, value: object, field: str) -> list:
         """``value`` if it is a list."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Generic
 
 from prism_fast.data.problems import DataError, LongPromptError, Place
-from prism_fast.data.readers import Samples, T
+from prism_fast.data.samples import Samples, T
 from prism_fast.models.processor import Processor
 
 REASONS = ("bad", "image", "long")

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from prism_fast.data.messages import marked_text
-from prism_fast.data.readers import NO_EQUIVALENTS
 from prism_fast.data.samples import Demonstration, Task
+from prism_fast.data.tasks import NO_EQUIVALENTS
 from prism_fast.models.writing import refuse_existing, whole_file, write_whole
 
 _TEXT = pa.string()

@@ -12,8 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from prism_fast.data.grammar import split_text
 from prism_fast.data.problems import DataError
-from prism_fast.data.readers import Samples
-from prism_fast.data.samples import Demonstration, Pair, Task
+from prism_fast.data.samples import Demonstration, Pair, Samples, Task
 from prism_fast.models.processor import Processor
 from prism_fast.models.writing import write_whole
 from prism_fast.report.samples import page_picture, segments, spread, visible

@@ -15,8 +15,8 @@ from prism_fast.algorithms.presets import policy_options
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import Config
 from prism_fast.data.framing import SPANS, frame_student, frame_teacher, side_texts
-from prism_fast.data.order import SampleOrder
-from prism_fast.data.samples import Task
+from prism_fast.data.order import order_of
+from prism_fast.data.samples import Samples, Task
 from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import Discriminator, save_discriminator
 from prism_fast.models.policy import save_policy
@@ -37,11 +37,11 @@ from prism_fast.train.state import StageState
 
 
 def align(
-    run: Run, policy, discriminator: Discriminator, processor: Processor, tasks: Sequence[Task]
+    run: Run, policy, discriminator: Discriminator, processor: Processor, tasks: Samples[Task]
 ) -> tuple[Path, Path]:
     """Run the stage; returns the folders of the exported policy and discriminator."""
     config, spans = run.config.align, SPANS[run.config.align.discriminate]
-    order = SampleOrder(len(tasks), seed=derive_seed(run.config.seed, "align", "order"))
+    order = order_of(tasks, derive_seed(run.config.seed, "align", "order"))
     engines = {
         "policy": LocalEngine(policy, config.optimizer),
         "discriminator": LocalEngine(discriminator, config.discriminator.optimizer),

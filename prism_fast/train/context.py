@@ -52,6 +52,8 @@ class Run:
     stop: StopRequest
     resume: Resume
     rollout_budget: TokenBudget = field(init=False)
+    # Of the data read so far, by its key under `data`; a checkpoint keeps them, and a resumed run compares.
+    fingerprints: dict[str, str] = field(init=False, default_factory=dict)
     _rollout: Rollout | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:

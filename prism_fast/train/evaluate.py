@@ -31,7 +31,8 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
     sampling = Sampling(n=1, temperature=config.temperature, max_new_tokens=config.max_new_tokens)
     engine, grader = run.rollout_engine(model, processor), Grader(run.checker)
     log = ChunkLog(
-        run.folder / "evals" / f"{after}.chunks", {**asdict(config), "seed": run.config.seed, "items": count}
+        run.folder / "evals" / f"{after}.chunks",
+        {**asdict(config), "seed": run.config.seed, "items": count, "data": run.fingerprints.get("eval")},
     )
     with run.progress.bar(f"eval {after}", -(-count // config.batch), done=len(log.chunks)) as bar:
         for start in range(len(log.chunks) * config.batch, count, config.batch):

@@ -12,7 +12,7 @@ from torch import Tensor
 from prism_fast.algorithms.dynamic_sampling import UsefulShare, useful_groups
 from prism_fast.algorithms.overlong import overlong_penalty
 from prism_fast.config import RlvrConfig
-from prism_fast.data.order import SampleOrder
+from prism_fast.data.order import MixedOrder, SampleOrder
 from prism_fast.track.metrics import Metrics
 from prism_fast.train.grading import Grader
 from prism_fast.train.rollout_record import RolloutGroup, training_records
@@ -66,7 +66,7 @@ class GroupSampler:
     Checkpoints hold the surplus groups and the running share of useful ones.
     """
 
-    def __init__(self, source: RolloutSource, grader: Grader, order: SampleOrder, config: RlvrConfig):
+    def __init__(self, source: RolloutSource, grader: Grader, order: SampleOrder | MixedOrder, config: RlvrConfig):
         self.source, self.grader, self.order, self.config = source, grader, order, config
         self.surplus: list[RolloutGroup] = []
         self.share = UsefulShare()

@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from prism_fast.config import ConfigError
-from prism_fast.data.readers import Samples
-from prism_fast.data.samples import Pair, Task
+from prism_fast.data.samples import Pair, Samples, Task
 from prism_fast.models.writing import write_whole
 
 

@@ -65,11 +65,10 @@ def prepare_data(run: Run) -> DataFiles:
 def _new_policy(run: Run, files: DataFiles):
     """The tiny policy with a tokenizer trained on the SFT texts."""
     tiny = run.config.model.tiny
-    path = files.need("sft", "sft")
     if run.config.data.source == "digits":
-        corpus = tokenizer_corpus(DigitsFiles.in_folder(path.parent))
+        corpus = tokenizer_corpus(DigitsFiles.in_folder(files.need("sft", "sft").parent))
     else:
-        demos = DataReader(run, "sft").read("sft", path, None, tell=False)
+        demos, _ = DataReader(run, "sft").demonstrations(files, None, tell=False)
         corpus = (text for demo in demos for text in demonstration_texts(demo))
     tokenizer = train_tokenizer(corpus, tiny.vocab_size)
     processor = _limited(run, Processor.build(tokenizer))
@@ -126,14 +125,16 @@ def _evaluate(run: Run, policy: nn.Module, processor: Processor, files: DataFile
 def _sft(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     model, processor = _new_policy(run, files) if artifacts.policy is None else _load_policy(run, artifacts.policy)
     reader = DataReader(run, "sft")
-    demos, val = (reader.read(name, files.need(name, "sft"), processor) for name in ("sft", "sft_val"))
+    demos, val = reader.demonstrations(files, processor)
+    if val is None:
+        val = reader.read("sft_val", files.need("sft_val", "sft"), processor)
     artifacts.policy = train_sft(run, model, processor, demos, val)
     _evaluate(run, model, processor, files, "sft")
 
 
 def _sft_continued(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     model, processor = _policy(run, artifacts, "sft_continued")
-    demos = DataReader(run, "sft_continued").read("sft", files.need("sft", "sft_continued"), processor)
+    demos, _ = DataReader(run, "sft_continued").demonstrations(files, processor)
     continue_sft(run, model, processor, demos, control_updates(run.config))
     _evaluate(run, model, processor, files, "sft_continued")
 

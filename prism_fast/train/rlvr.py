@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -14,8 +13,8 @@ from prism_fast.algorithms.advantages import outcome_advantage
 from prism_fast.algorithms.presets import policy_options, reward_normalization
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import RlvrConfig
-from prism_fast.data.order import SampleOrder
-from prism_fast.data.samples import Task
+from prism_fast.data.order import order_of
+from prism_fast.data.samples import Samples, Task
 from prism_fast.engine.local import LocalEngine
 from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor
@@ -32,14 +31,14 @@ from prism_fast.train.seeds import derive_seed
 from prism_fast.train.state import StageState
 
 
-def rlvr(run: Run, policy, processor: Processor, tasks: Sequence[Task], *, stage: str, steps: int) -> Path:
+def rlvr(run: Run, policy, processor: Processor, tasks: Samples[Task], *, stage: str, steps: int) -> Path:
     """Run ``steps`` of ``stage`` (rlvr or rlvr_direct); returns the folder of the exported policy.
 
     Both stages take the tasks in the same order.
     """
     config, semantics = run.config.rlvr, SEMANTICS[run.config.semantics]
     use_layout(run.config.layout, policy)
-    order = SampleOrder(len(tasks), seed=derive_seed(run.config.seed, "rlvr", "order"))
+    order = order_of(tasks, derive_seed(run.config.seed, "rlvr", "order"))
     generator = run.rollout_engine(policy, processor)
     source = RolloutSource(run, stage, generator, processor, tasks, config.rollout)
     sampler = GroupSampler(source, Grader(run.checker), order, config)

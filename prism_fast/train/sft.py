@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from prism_fast.config import SftConfig
-from prism_fast.data.order import SampleOrder
-from prism_fast.data.samples import Demonstration
+from prism_fast.data.order import MixedOrder, SampleOrder, order_of
+from prism_fast.data.samples import Demonstration, Samples
 from prism_fast.engine.local import LocalEngine
 from prism_fast.engine.protocol import Engine
 from prism_fast.models.packing import PromptGroup
@@ -157,13 +157,13 @@ class PlateauDecay:
 
 
 def train_sft(
-    run: Run, model, processor: Processor, demos: Sequence[Demonstration], val: Sequence[Demonstration]
+    run: Run, model, processor: Processor, demos: Samples[Demonstration], val: Sequence[Demonstration]
 ) -> Path:
     """SFT to the plateau of the validation loss; returns the folder of the exported policy."""
     config = run.config.sft
     decay = PlateauDecay(config)
     engine = LocalEngine(model, config.optimizer, schedule=decay)
-    order = SampleOrder(len(demos), seed=derive_seed(run.config.seed, "sft", "order"))
+    order = order_of(demos, derive_seed(run.config.seed, "sft", "order"))
     validation = encode([val[i] for i in range(len(val))], processor)
     state, trainer = _prepare(run, "sft", engine, order, processor, decay)
     shown = {"loss": "sft/loss", "val_loss": "sft/val_loss", "lr": "sft/lr"}
@@ -183,13 +183,13 @@ def train_sft(
     return run.export("sft", model, partial(save_policy, model, processor))
 
 
-def continue_sft(run: Run, model, processor: Processor, demos: Sequence[Demonstration], updates: int) -> Path:
+def continue_sft(run: Run, model, processor: Processor, demos: Samples[Demonstration], updates: int) -> Path:
     """The control: as many more SFT updates on the same mixture as alignment and RLVR take, decayed to zero."""
     config = run.config.sft
     engine = LocalEngine(
         model, config.optimizer, schedule=lambda update: config.continued_lr_scale * (1.0 - update / updates)
     )
-    order = SampleOrder(len(demos), seed=derive_seed(run.config.seed, "sft_continued", "order"))
+    order = order_of(demos, derive_seed(run.config.seed, "sft_continued", "order"))
     state, trainer = _prepare(run, "sft_continued", engine, order, processor)
     for _ in state.steps(updates, shown={"loss": "sft/loss", "lr": "sft/lr"}):
         groups = encode([demos[i] for i in order.next_indices(config.batch)], processor)
@@ -203,7 +203,7 @@ def _prepare(
     run: Run,
     stage: str,
     engine: LocalEngine,
-    order: SampleOrder,
+    order: SampleOrder | MixedOrder,
     processor: Processor,
     decay: PlateauDecay | None = None,
 ) -> tuple[StageState, SftTrainer]:

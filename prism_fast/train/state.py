@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from prism_fast.config import changed_keys, dump_config
-from prism_fast.data.order import SampleOrder
+from prism_fast.data.order import MixedOrder, SampleOrder
 from prism_fast.engine.protocol import Engine
 from prism_fast.models.token_budget import TokenBudget
 from prism_fast.models.writing import sync
@@ -21,7 +21,7 @@ from prism_fast.train.rollout_log import RolloutLog
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.signals import Stopped
 
-FORMAT = 5  # of a checkpoint's state; another one is refused
+FORMAT = 6  # of a checkpoint's state; another one is refused
 
 
 class Stateful(Protocol):
@@ -48,14 +48,14 @@ class StageState:
         *,
         engines: dict[str, Engine],
         budgets: dict[str, int],
-        order: SampleOrder,
+        order: SampleOrder | MixedOrder,
         extra: Stateful | None = None,
         with_rollouts: bool = False,
     ):
         """``budgets``: tokens per micro-batch by name, as configured.
 
         Raises:
-            CheckpointError: the checkpoint was saved by another version, or with another recipe.
+            CheckpointError: the checkpoint was saved by another version, with another recipe, or of other data.
         """
         self.run, self.stage, self.engines, self.order, self.extra = run, stage, engines, order, extra
         self.step = 0
@@ -74,6 +74,7 @@ class StageState:
                     f"{FORMAT}): go on with that version, or start a new run"
                 )
             self._refuse_changes(saved)
+            self._refuse_other_data(saved)
             self.step = saved.state["step"]
             if saved.state["held"] is not None:
                 self.held = Metrics.joined([saved.state["held"]])
@@ -99,6 +100,17 @@ class StageState:
             raise CheckpointError(
                 f"{self.run.folder / 'config.yaml'} is not that of {saved.path.name}: {shown}. The steps before and "
                 "after would be of two recipes: put it back, or start a new run from an export (model.policy=PATH)"
+            )
+
+    def _refuse_other_data(self, saved: Checkpoint) -> None:
+        """Raise CheckpointError if data that the stage reads holds other rows than before, or another order of them."""
+        before, now = saved.state["data"], self.run.fingerprints
+        changed = [f"data.{name}" for name in now if name in before and before[name] != now[name]]
+        if changed:
+            raise CheckpointError(
+                f"{', '.join(changed)}: the rows, or their order, are not those of {saved.path.name}. The steps before "
+                "and after would be of two data sets: put the old files back, or start a new run from an export "
+                "(model.policy=PATH)"
             )
 
     def steps(self, total: int, *, shown: Mapping[str, str], done: Callable[[], bool] = lambda: False) -> Iterator[int]:
@@ -176,6 +188,7 @@ class StageState:
         return {
             "format": FORMAT,
             "config": self._config,
+            "data": dict(self.run.fingerprints),
             "stage": self.stage,
             "step": self.step,
             "budgets": {name: budget.tokens for name, budget in self.budgets.items()},

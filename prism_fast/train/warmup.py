@@ -16,8 +16,7 @@ from prism_fast.data.framing import SPANS, frame_warmup, side_texts
 from prism_fast.data.grammar import split_tokens
 from prism_fast.data.order import SampleOrder
 from prism_fast.data.problems import holds_control_token
-from prism_fast.data.readers import Samples
-from prism_fast.data.samples import Pair, Task
+from prism_fast.data.samples import Pair, Samples, Task
 from prism_fast.engine.local import LocalEngine
 from prism_fast.models.discriminator import Discriminator, save_discriminator
 from prism_fast.models.processor import Processor, Prompt

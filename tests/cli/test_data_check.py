@@ -26,8 +26,8 @@ def test_good_files_are_counted(invoke, data_files, tmp_path):
     code, shown = invoke("data", "check", *data_files.values(), pairs)
     assert code == 0
     assert [line.split(": ")[1] for line in shown.splitlines()] == [
-        "sharegpt, 3 good, 0 problem(s)",
-        "sharegpt, 3 good, 0 problem(s)",
+        "demonstrations, 3 good, 0 problem(s)",
+        "demonstrations, 3 good, 0 problem(s)",
         "tasks, 4 good, 0 problem(s)",
         "tasks, 5 good, 0 problem(s)",
         "tasks, 5 good, 0 problem(s)",
@@ -41,7 +41,7 @@ def test_all_problems_of_all_files_with_file_row_and_field(invoke, data_files, t
     code, shown = invoke("data", "check", bad, data_files["sft"], gone)
     lines = shown.splitlines()
     assert code == 1 and len(lines) == 7
-    assert lines[0] == f"{bad}: sharegpt, 1 good, 3 problem(s)"
+    assert lines[0] == f"{bad}: demonstrations, 1 good, 3 problem(s)"
     assert [f"row {n}" in line for n, line in zip((1, 2, 3), lines[1:4], strict=True)] == [True] * 3
     assert "messages[1]" in lines[1] and "images[0]" in lines[3]
     assert "0 problem(s)" in lines[4] and "gone.parquet: " in lines[5] and "does not exist" in lines[6]
@@ -57,18 +57,22 @@ def test_json(invoke_json, data_files, tmp_path):
 
 def test_a_format_can_be_forced(invoke, tmp_path):
     turned = write(tmp_path / "turned.jsonl", [{"note": "no clue"}, GOOD])
-    assert "pairs, 0 good, 2 problem(s)" in invoke("data", "check", turned)[1]
-    assert "sharegpt, 1 good, 1 problem(s)" in invoke("data", "check", turned, "--format", "sharegpt")[1]
+    code, shown = invoke("data", "check", turned)
+    assert code == 1 and "unknown, 0 good, 1 problem(s)" in shown
+    assert "line 1: no known format has these fields (note)" in shown
+    code, shown = invoke("data", "check", turned, "--format", "demonstrations")
+    assert code == 1 and "demonstrations, 1 good, 1 problem(s)" in shown
     code, shown = invoke("data", "check", turned, "--format", "tasks")
-    assert code == 1 and "tasks, 0 good, 1 problem(s)" in shown
+    assert code == 1 and "tasks, 0 good, 2 problem(s)" in shown and "are fields of demonstrations" in shown
     assert invoke("data", "check", turned, "--format", "other")[0] == 2
 
 
 def test_rows_for_a_reward_function_of_your_own_are_accepted_by_name(invoke, tmp_path):
-    write_tasks(tmp_path / "own.parquet", [Task("t0", GOOD["messages"][:1], [], "brief", "2")])
+    write_tasks(tmp_path / "own.parquet", [Task("t0", GOOD["messages"][:1], [], "mm_gad_2", "2")])
     refused, shown = invoke("data", "check", tmp_path / "own.parquet")
-    assert refused == 1 and "no reward is known for 'brief'" in shown and "reward.functions" in shown
-    assert invoke("data", "check", tmp_path / "own.parquet", "--data-source", "brief")[0] == 0
+    assert refused == 1 and "no reward is known for 'mm_gad_2'; is 'mm_gad' meant?" in shown
+    assert "reward.functions" in shown
+    assert invoke("data", "check", tmp_path / "own.parquet", "--data-source", "mm_gad_2")[0] == 0
 
 
 def test_teacher_columns_where_they_are_needed(invoke, data_files):
@@ -125,7 +129,7 @@ def test_rows_with_one_problem_are_one_line(invoke, invoke_json, tmp_path):
     path = write(tmp_path / "wrong.json", [*wrong, {**GOOD, "images": ["no.png"]}, GOOD])
     code, shown = invoke("data", "check", path)
     head, alike, own = shown.splitlines()
-    assert code == 1 and head.endswith("sharegpt, 1 good, 501 problem(s)")
+    assert code == 1 and head.endswith("demonstrations, 1 good, 501 problem(s)")
     assert alike.startswith("  500 rows (row 0, row 1, row 2, …): field 'messages[1]")
     assert "row 500" in own and "no.png" in own
     (finding,) = invoke_json("data", "check", path)

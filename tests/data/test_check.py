@@ -21,7 +21,7 @@ def test_all_problems_at_once(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"messages": TURNS, "images": [name]} for name in names] + [{"messages": TURNS}]))
     findings = check_file(path)
-    assert (findings.form, findings.samples) == ("sharegpt", 2)
+    assert (findings.form, findings.samples) == ("demonstrations", 2)
     assert [str(p).split(":")[0].split(", ")[-1] for p in findings.problems] == ["row 2", "row 4", "row 1"]
 
 
@@ -29,9 +29,9 @@ def test_all_problems_at_once(tmp_path):
     ("name", "lines", "form", "samples", "problems"),
     [
         ("a.jsonl", [PAIR, {"prompt": "x"}], "pairs", 1, 1),
-        ("b.jsonl", [{"messages": TURNS}, {"messages": PLAIN}], "sharegpt", 1, 1),
-        ("c.jsonl", ["no object"], "pairs", 0, 1),
-        ("d.json", [], "sharegpt", 0, 1),
+        ("b.jsonl", [{"messages": TURNS}, {"messages": PLAIN}], "demonstrations", 1, 1),
+        ("c.jsonl", ["no object"], "unknown", 0, 1),
+        ("d.json", [], "unknown", 0, 1),
         ("e.csv", [], "unknown", 0, 1),
     ],
 )

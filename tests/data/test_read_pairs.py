@@ -91,6 +91,6 @@ def test_bad_image_and_collected_problems(tmp_path):
     problems: list[DataError] = []
     pairs = read_pairs(path, problems=problems)
     assert [str(problem).split(":")[0].split(", ")[-1] for problem in problems] == ["line 2"]
-    with pytest.raises(DataError, match=r"pairs.jsonl, line 1: field 'image\[0\]': .*bad.png"):
+    with pytest.raises(DataError, match=r"pairs.jsonl, line 1: field 'image': .*bad.png"):
         pairs[0]
     assert pairs[1].uid == "pairs-3"

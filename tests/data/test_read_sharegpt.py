@@ -97,8 +97,8 @@ BAD_RECORDS = {
         r"'messages\[0\].role': unknown role 'tool'. Known roles: system, user, human",
     ),
     "content of parts": (
-        [record(messages=[{"role": "user", "content": [{"type": "text", "text": "x"}]}, REPLY])],
-        r"'messages\[0\].content': is a list of typed parts.*<image> marker per image",
+        [record(messages=[{"role": "user", "content": [{"type": "audio", "audio": "x"}]}, REPLY])],
+        r"'messages\[0\].content\[0\].type': unknown type of part 'audio'. Known types: text, image",
     ),
     "content number": (
         [record(messages=[{"role": "user", "content": 3}, REPLY])],
@@ -143,7 +143,7 @@ BAD_RECORDS = {
     "image object": ([record(images=[{"url": "x"}])], r"\[0\]': has none of bytes, path, image, .*\(it has: url"),
     "same id": ([record(id="a"), record(id="a")], r"row 1: field 'uid': 'a' is also the uid of .*sft.json, row 0"),
     "bad id": ([record(id=[1])], r"field 'uid': is of type list"),
-    "base64": ([record(images=["iVBORw0KGgo" * 40])], r"\[0\]': is no path \(File name too long: iVBOR.*\.\.\.\)"),
+    "base64": ([record(images=["iVBORw0KGgo" * 40])], r"\[0\]': is base64 text \(iVBOR.*…\). Decode it"),
     "control token": (
         [record(messages=[{"role": "user", "content": "<image><|image_pad|>"}, REPLY])],
         r"'messages\[0\].content': holds the control token <\|image_pad\|>. Remove it",

@@ -80,14 +80,26 @@ def test_image_columns_of_every_published_form(tmp_path):
 
 
 def test_teacher_columns_are_optional_unless_required(tmp_path):
-    path = write(tmp_path, [row(teacher_caption=DROP, teacher_cot=None)])
+    path = write(tmp_path, [row(teacher_caption=DROP, teacher_cot=None, teacher_response=DROP)])
     (task,) = read_tasks(path, require_teacher=False)
     assert (task.teacher_caption, task.teacher_cot) == (None, None)
-    with pytest.raises(DataError, match=r"a.parquet: field 'teacher_caption': the column is missing \(the"):
+    with pytest.raises(DataError, match=r"a.parquet: field 'teacher_response': the column is missing \(the"):
         read_tasks(path, require_teacher=True)
     path = write(tmp_path, [row(), row(teacher_cot="")], "b.parquet")
     with pytest.raises(DataError, match=r"b.parquet, row 1: field 'teacher_cot': is empty"):
         read_tasks(path, require_teacher=True)
+
+
+def test_caption_and_reasoning_are_cut_out_of_the_response(tmp_path):
+    whole = "<caption>c</caption>\n<think>t</think>\n<answer>3</answer>"
+    path = write(tmp_path, [row(teacher_caption=DROP, teacher_cot=DROP, teacher_response=whole)])
+    (task,) = read_tasks(path, require_teacher=True)
+    assert (task.teacher_caption, task.teacher_cot) == ("<caption>c</caption>", whole.partition("\n")[2])
+    path = write(tmp_path, [row(teacher_caption=None, teacher_cot=None, teacher_response="It is 3.")], "b.parquet")
+    with pytest.raises(DataError, match=r"row 0: field 'teacher_response': cannot be cut into <caption>"):
+        read_tasks(path, require_teacher=True)
+    (task,) = read_tasks(path, require_teacher=False)
+    assert (task.teacher_caption, task.teacher_response) == (None, "It is 3.")
 
 
 def test_only_the_blocks_that_are_needed_are_decoded(tmp_path, monkeypatch):
@@ -96,8 +108,10 @@ def test_only_the_blocks_that_are_needed_are_decoded(tmp_path, monkeypatch):
     path = write(tmp_path, rows, row_group_size=4)
     monkeypatch.setattr(parquet, "ROWS_PER_BATCH", 2)
     reads = []
-    original = parquet.TaskFile.read_block
-    monkeypatch.setattr(parquet.TaskFile, "read_block", lambda file, g, b: reads.append((g, b)) or original(file, g, b))
+    original = parquet.ParquetRecords.read_block
+    monkeypatch.setattr(
+        parquet.ParquetRecords, "read_block", lambda file, g, b, c: reads.append((g, b)) or original(file, g, b, c)
+    )
     tasks = read_tasks(path, require_teacher=True)
     assert reads == []
     order = np.random.default_rng(3).permutation(11).tolist()
@@ -113,35 +127,36 @@ def test_only_the_blocks_that_are_needed_are_decoded(tmp_path, monkeypatch):
 def test_blocks_in_memory_are_bounded_by_their_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "ROWS_PER_BATCH", 1)
     path = write(tmp_path, [row(images=[{"bytes": png_bytes(n), "path": None}]) for n in range(6)])
-    file = parquet.TaskFile(path, require_teacher=False)
-    size = file.read_block(0, 0).nbytes
-    images = parquet.EncodedImages(keep_bytes=int(3.5 * size))
+    file = parquet.ParquetRecords(path)
+    size = file.read_block(0, 0, "images").nbytes
+    images = parquet.EncodedCells(keep_bytes=int(3.5 * size))
     reads = []
-    monkeypatch.setattr(file, "read_block", lambda g, b: reads.append(b) or parquet.TaskFile.read_block(file, g, b))
+    original = parquet.ParquetRecords.read_block
+    monkeypatch.setattr(file, "read_block", lambda g, b, c: reads.append(b) or original(file, g, b, c))
     for index in (0, 1, 2, 0, 3, 1, 0):  # the fourth block drives out the one used longest ago, which is 1
-        assert images.entries(file, index)[0]["bytes"] == png_bytes(index)
+        assert images.cell(file, index, "images")[0]["bytes"] == png_bytes(index)
     assert reads == [0, 1, 2, 3, 1]
-    assert parquet.EncodedImages(keep_bytes=0).entries(file, 5)[0]["bytes"] == png_bytes(5)
+    assert parquet.EncodedCells(keep_bytes=0).cell(file, 5, "images")[0]["bytes"] == png_bytes(5)
 
 
 def test_going_forward_decodes_a_group_once(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "ROWS_PER_BATCH", 1)
     path = write(tmp_path, [row(images=[{"bytes": png_bytes(n), "path": None}]) for n in range(8)], row_group_size=6)
-    file = parquet.TaskFile(path, require_teacher=False)
+    file = parquet.ParquetRecords(path)
     opened = []
-    monkeypatch.setattr(file, "_blocks", lambda g: opened.append(g) or parquet.TaskFile._blocks(file, g))
-    images = parquet.EncodedImages(keep_bytes=0)
+    monkeypatch.setattr(file, "_blocks", lambda g, c: opened.append(g) or parquet.ParquetRecords._blocks(file, g, c))
+    images = parquet.EncodedCells(keep_bytes=0)
     for index in (0, 1, 2, 5, 6, 7, 6, 3, 4):
-        assert images.entries(file, index)[0]["bytes"] == png_bytes(index)
+        assert images.cell(file, index, "images")[0]["bytes"] == png_bytes(index)
     assert opened == [0, 1, 1, 0]  # forward, the next group, back inside it, back to the first
 
 
 MEASURE = """
 import sys
 from pathlib import Path
-from prism_fast.data import parquet, readers
+from prism_fast.data import parquet, parsing, readers
 parquet.ROWS_PER_BATCH = 8
-readers.load_image = lambda source, *rest: len(source)
+parsing.load_image = lambda source, *rest: len(source)
 readers.read_tasks(sys.argv[1], require_teacher=False)[0]
 def status(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
@@ -181,20 +196,20 @@ def test_several_files_keep_their_order(tmp_path):
     named = row(extra_info={"uid": "same"})
     paths = [write(tmp_path, [named], f"{name}.parquet") for name in ("c", "d")]
     with pytest.raises(DataError, match=r"d.parquet, row 0: field 'uid': 'same' is also the uid of .*c.parquet, row 0"):
-        read_tasks(paths, require_teacher=True)
-    with pytest.raises(ValueError, match="no file"):
+        read_tasks(tmp_path / "[cd].parquet", require_teacher=True)
+    assert [task.uid for task in read_tasks(paths, require_teacher=True)] == ["0-same", "1-same"]  # two data sets
+    with pytest.raises(ValueError, match="an empty list"):
         read_tasks([], require_teacher=True)
 
 
 REWARD = {"ground_truth": "3", "style": "rule"}
 BAD_ROWS = {
     "no prompt": (row(prompt=DROP), r"a.parquet: field 'prompt': the column is missing \(the file has: images"),
-    "no data_source": (row(data_source=DROP), r"field 'data_source': the column is missing"),
-    "no reward_model": (row(reward_model=DROP), r"field 'reward_model': the column is missing"),
-    "prompt text": (row(prompt="hi"), r"field 'prompt': the column has type string, wanted list<struct<role: string"),
-    "prompt of parts": (
+    "no reward_model": (row(reward_model=DROP, answer=DROP), r"field 'reward_model': the column is missing"),
+    "prompt number": (row(prompt=5), r"field 'prompt': the column has type int64, wanted string, or list<struct<role"),
+    "prompt of empty parts": (
         row(prompt=[{"role": "user", "content": [{"type": "text"}]}]),
-        r"field 'prompt': the column has type list<.*content: list<.*wanted list<struct<role: string, content: string",
+        r"row 0: field 'prompt\[0\].content\[0\].text': is missing \(null\)",
     ),
     "image not in a list": (
         row(images={"bytes": b"x", "path": None}),

@@ -51,7 +51,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
     (folder / "sft.json").write_text(json.dumps(demos))
     task = {"prompt": PROMPT, "data_source": "mm_gad", "reward_model": {"ground_truth": "3"}, **TEACHER}
     rows = [{**task, "images": [{"bytes": None, "path": name}]} for name in images]
-    rows[1]["data_source"] = "unheard_of"
+    rows[1]["data_source"] = "mm_gda"
     pq.write_table(pa.Table.from_pylist(rows), folder / "rlvr.parquet")
     rows[1] |= {"data_source": "mm_gad", "teacher_cot": None}
     pq.write_table(pa.Table.from_pylist(rows), folder / "align.parquet")
@@ -73,6 +73,7 @@ def fake_run(*overrides: str, checkpoint: bool = False) -> SimpleNamespace:
     """The parts of a run that reading uses."""
     return SimpleNamespace(
         config=load_config("digits", ["data.source=files", *overrides]),
+        fingerprints={},
         metrics=Metrics(),
         console=Console(file=StringIO(), width=1000),
         stop=SimpleNamespace(poll=lambda where: None),

@@ -21,6 +21,7 @@ class Chart:
     line: float | str | None = None  # dotted line at this value, or at that of this key of the configuration
     line_name: str = ""
     optional: bool = False  # some configurations do not write these metrics: not reported as missing
+    exact: bool = False  # a schedule: drawn as it is, without a running mean and with all of its range
 
 
 SCORED = ("caption", "reasoning", "response")  # names of scores; a run has the first two or the last
@@ -44,10 +45,14 @@ def reward_parts(keys: Iterable[str]) -> tuple[Chart, ...]:
     return (chart,) if series else ()
 
 
+def _schedule(title: str, key: str) -> Chart:
+    return Chart(title, ((key, title.lower()),), scale="zero", exact=True)
+
+
 _CHANCE = {"scale": "share", "line": 0.5, "line_name": "chance"}
 _SFT = (
     _one("Gradient norm", "sft/grad_norm", "before clipping"),
-    _one("Learning rate", "sft/lr"),
+    _schedule("Learning rate", "sft/lr"),
 )
 _NLL = "mean negative log-likelihood per response token"
 _WARMUP = (
@@ -68,6 +73,7 @@ _WARMUP = (
     Chart("Training margin", _spans("warmup", "margin"), line=0.0),
     Chart("Training accuracy", _spans("warmup", "acc"), **_CHANCE),
     _one("Gradient norm", "warmup/grad_norm", "before clipping"),
+    _schedule("Learning rate", "warmup/lr"),
 )
 _DISCRIMINATOR = (
     Chart(
@@ -88,6 +94,7 @@ _DISCRIMINATOR = (
         "mean discriminator score of valid rollouts",
     ),
     Chart("Discriminator loss", (("disc/loss", "loss"),), "pairwise loss of the step, before its update"),
+    _schedule("Discriminator's learning rate", "disc/lr"),
     Chart("Pairs", _spans("disc", "pairs"), "that differ from the teacher's text, per step", "zero"),
     Chart("Ties", _spans("disc", "ties"), "student texts equal to the teacher's, per step", "zero"),
     Chart(
@@ -115,7 +122,7 @@ _POLICY = (
         "|rollout − trainer| per token, nats",
         "log",
     ),
-    _one("Learning rate", "policy/lr"),
+    _schedule("Learning rate", "policy/lr"),
     Chart(
         "Answers without a verdict",
         (

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prism_fast.report.axes import y_axis
 from prism_fast.report.charts import CHARTS, SCORED, Chart, reward_parts
 from prism_fast.report.rundir import RunDirectory, Series
 from prism_fast.report.statistics import Interval
@@ -67,16 +68,17 @@ def curve_figure(chart: Chart, drawn: Sequence[tuple[str, Series]], line: float 
         colour = COLOURS[index % len(COLOURS)]
         base = {"type": "scatter", "x": list(series.steps), "name": plotly_text(label), "legendgroup": label}
         many = len(series.steps) >= _SMOOTH_FROM
+        smooth = many and not chart.exact
         raw = {**base, "y": [_short(value) for value in series.values], "mode": "lines" if many else "lines+markers"}
-        raw["line"] = {"color": colour, "width": 1 if many else 2}
-        if many:
+        raw["line"] = {"color": colour, "width": 1 if smooth else 2}
+        if smooth:
             raw |= {"opacity": 0.4, "showlegend": False, "hoverinfo": "skip"}
-            smooth = [_short(value) for value in running_mean(series.values, len(series.values) // 15)]
-            traces += [raw, {**base, "y": smooth, "mode": "lines", "line": {"color": colour, "width": 2}}]
+            means = [_short(value) for value in running_mean(series.values, len(series.values) // 15)]
+            traces += [raw, {**base, "y": means, "mode": "lines", "line": {"color": colour, "width": 2}}]
         else:
             traces.append(raw | {"marker": {"color": colour, "size": 5}})
-    layout: dict[str, Any] = {"yaxis": _axis(chart, [value for _, series in drawn for value in series.values])}
-    layout["showlegend"] = len(drawn) > 1
+    layout: dict[str, Any] = {"xaxis": {"title": {"text": "step"}}, "showlegend": len(drawn) > 1}
+    layout |= y_axis(chart, [series.values for _, series in drawn], line)
     if line is not None:
         layout["shapes"] = [
             {
@@ -92,22 +94,6 @@ def curve_figure(chart: Chart, drawn: Sequence[tuple[str, Series]], line: float 
             }
         ]
     return {"data": traces, "layout": layout}
-
-
-def _axis(chart: Chart, values: Sequence[float]) -> dict[str, Any]:
-    low, high = min(values), max(values)
-    if chart.scale == "share":
-        return {"range": [-0.02, 1.02], "tickformat": ".0%"}
-    if chart.scale == "log" and low > 0:
-        return {"type": "log", "dtick": 1, "exponentformat": "power"}
-    axis: dict[str, Any] = {"exponentformat": "power" if high < 1e-3 else "none"}
-    if chart.scale == "percent":
-        axis = {"tickformat": ".1~%"}
-    if low == high:  # plotly would draw a constant on an axis from -1 to 1, however small it is
-        axis["range"] = [min(0.0, 1.3 * low), max(0.0, 1.3 * high)] if low else [0.0, 1.0]
-    elif chart.scale != "free":
-        axis["rangemode"] = "tozero"
-    return axis
 
 
 def accuracy_figure(summary: Summary) -> dict[str, Any]:
@@ -161,11 +147,11 @@ def difference_figure(summary: Summary) -> dict[str, Any] | None:
     rows.reverse()  # plotly counts categories upwards
     means = [100.0 * value.mean for _, _, value in rows]
     colours = [STAGE_COLOURS.get(entry.stage, COLOURS[3]) for _, entry, _ in rows]
-    intervals = [Interval(*(100.0 * part for part in value[:3])) for _, _, value in rows]
-    left, right = (
-        min(0.0, *(interval.low for interval in intervals)),
-        max(0.0, *(interval.high for interval in intervals)),
-    )
+    intervals = [
+        None if value.interval is None else Interval(*(100.0 * part for part in value.interval)) for _, _, value in rows
+    ]
+    ends = [0.0, *means, *(end for interval in intervals if interval is not None for end in interval[1:])]
+    left, right = min(ends), max(ends)
     pad = 0.04 * (right - left) or 1.0  # so that the line at zero is inside the picture, not on its border
     traces = [
         {

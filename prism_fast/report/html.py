@@ -24,6 +24,8 @@ from plotly.offline import get_plotlyjs
 from prism_fast.models.writing import write_whole
 from prism_fast.report import experts, figures, samples
 from prism_fast.report.rundir import TRAINED, RunDirectory, read_run
+from prism_fast.report.speed import speed_of
+from prism_fast.report.statistics import ENOUGH, Difference
 from prism_fast.report.summary import (
     ABSENT,
     CONTROLS,
@@ -33,6 +35,7 @@ from prism_fast.report.summary import (
     Summary,
     count,
     duration,
+    no_interval,
     p_value,
     points,
     stage_name,
@@ -41,7 +44,6 @@ from prism_fast.report.summary import (
     verdicts,
     wall,
 )
-from prism_fast.track.metrics import WALL_CLOCK
 
 SILENT_AFTER = 600.0  # seconds without a write after which an unfinished run counts as dead
 
@@ -86,10 +88,11 @@ def render(run: RunDirectory, now: float) -> str:
         "accuracy_figure": figure("accuracy", figures.accuracy_figure(summary)) if summary.stages else None,
         "difference_figure": figure("difference", effects) if effects is not None else None,
         "stages": stages,
-        "timings": [timing for stage in _shown_stages(run) if (timing := _timings(run, stage)) is not None],
+        "speeds": [found for stage in _shown_stages(run) if (found := speed_of(run, stage)) is not None],
         "groups": groups,
         "group_stages": list(dict.fromkeys((group["stage"], group["name"]) for group in groups)),
         "seed": SEED,
+        "enough": ENOUGH,
         "resamples": f"{RESAMPLES:,}",
         "config": None if run.config is None else yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
         "notes": list(dict.fromkeys([*summary.notes, *problems])),
@@ -171,11 +174,7 @@ def _row(summary: Summary, stage: str, run: RunDirectory) -> dict[str, Any]:
     against = []
     for control in CONTROLS:
         difference = entry.against.get(control)
-        tone = ""
-        if difference is not None:
-            tone = "up" if difference.low > 0 else "down" if difference.high < 0 else "flat"
-        text = None if difference is None else {"points": points(difference), "p": p_value(difference.p), "tone": tone}
-        against.append(text)
+        against.append(None if difference is None else _difference_cell(difference))
     return {
         "name": stage_name(stage),
         "missing": None,
@@ -187,6 +186,7 @@ def _row(summary: Summary, stage: str, run: RunDirectory) -> dict[str, Any]:
         "length": f"{entry.mean_length:.1f}",
         "truncated": None if entry.truncated is None else f"{100 * entry.truncated:.1f}",
         "count": entry.accuracy.items,
+        "images": entry.accuracy.clusters,
         "updates": count(entry.updates),
         "seconds": wall(entry.seconds),
         "arm_rollouts": ABSENT if entry.arm is None else count(entry.arm.rollouts),
@@ -194,9 +194,18 @@ def _row(summary: Summary, stage: str, run: RunDirectory) -> dict[str, Any]:
     }
 
 
+def _difference_cell(difference: Difference) -> dict[str, str]:
+    return {
+        "points": points(difference),
+        "p": p_value(difference.p),
+        "why": no_interval(difference),
+        "tone": ("down", "flat", "up")[difference.direction + 1],
+    }
+
+
 def _interval_text(accuracy: Any) -> str:
     if accuracy.interval is None:
-        return "no interval: one cluster"
+        return "no interval: one image"
     return f"{100 * accuracy.interval.low:.1f} to {100 * accuracy.interval.high:.1f}"
 
 
@@ -227,27 +236,6 @@ def _stage(run: RunDirectory, stage: str, figure: Any) -> dict[str, Any]:
         "absent": drawn.absent if ran else (),
         "extra": [key for key in drawn.extra if not experts.is_expert_metric(key)],
     }
-
-
-def _timings(run: RunDirectory, stage: str) -> dict[str, Any] | None:
-    """Wall-clock of a stage, of its timed parts, its speed and its pass counts; None where it logged none of them."""
-    whole = run.finished.get(stage)
-    rows = []
-    for key in run.keys(stage):
-        series = run.series(stage, key)
-        if series is None or not key.startswith((*WALL_CLOCK, "passes/")):
-            continue
-        total, steps = sum(series.values), len(series.values)
-        if key.startswith("time/"):
-            share = "–" if not whole else f"{100 * total / whole:.0f} %"
-            rows.append((key.removeprefix("time/"), duration(total), share, f"{1000 * total / steps:.0f} ms", steps))
-        elif key.startswith("perf/"):
-            rows.append((key.removeprefix("perf/").replace("_", " "), "–", "–", f"{total / steps:.4g}", steps))
-        else:
-            rows.append((f"{key.removeprefix('passes/')} (passes)", f"{total:g}", "–", f"{total / steps:.2f}", steps))
-    if whole is None and not rows:
-        return None
-    return {"name": stage_name(stage), "total": "not finished" if whole is None else duration(whole), "rows": rows}
 
 
 def _group(run: RunDirectory, group: samples.Group, problems: list[str]) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from typing import Any
 
 from prism_fast.report.charts import SCORED
 from prism_fast.report.rundir import EVALUATED, RunDirectory
-from prism_fast.report.statistics import Interval, PairedInterval, accuracy_interval, paired_difference
+from prism_fast.report.statistics import ENOUGH, Difference, Interval, accuracy_interval, paired_difference
 
 ABSENT = "–"  # in place of a figure that the run does not have
 RESAMPLES = 2000
-SEED = 0  # of every bootstrap in table and report: the same run directory always gives the same results
+SEED = 0  # of every bootstrap: the same run directory always gives the same results
 NAMES = {
     "sft": "SFT",
     "sft_continued": "SFT continued",
@@ -46,9 +46,10 @@ _RLVR = ("rlvr_direct", "rlvr")  # stages of which a step may have several updat
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of correct items. ``interval`` is None where the items form fewer than two clusters."""
+    """Share of correct items of ``clusters`` images. ``interval`` is None where there are fewer than two."""
 
     items: int
+    clusters: int
     mean: float
     interval: Interval | None
 
@@ -79,7 +80,7 @@ class StageSummary:
     updates: int | None
     seconds: float | None  # wall-clock, evaluation included; None until the stage has ended
     arm: Cost | None  # None for SFT, which the arms share
-    against: dict[str, PairedInterval]
+    against: dict[str, Difference]
 
 
 @dataclass(frozen=True)
@@ -203,11 +204,11 @@ def _against(summary: Summary, stage: str, control: str, left: str | None = None
     difference = entry.against.get(control)
     if difference is None:
         return f"Whether {left} is better than {right} cannot be said: there is no paired comparison (see the notes)."
-    numbers = f"{points(difference)} percentage points, {p_value(difference.p)}, {entry.accuracy.items} items"
+    numbers = f"{points(difference)} percentage points, {evidence(difference)}, {entry.accuracy.items} items"
     left = left[0].upper() + left[1:]
-    if difference.low > 0:
+    if difference.direction > 0:
         return f"{left} is above {right} at 95 % confidence: {numbers}."
-    if difference.high < 0:
+    if difference.direction < 0:
         return f"{left} is below {right} at 95 % confidence: {numbers}."
     return f"{left} cannot be told from {right} at 95 % confidence: {numbers}."
 
@@ -218,9 +219,10 @@ def _alignment(summary: Summary) -> str:
     if entry is None or difference is None:
         return "The effect of alignment was not measured: it takes an evaluation after SFT and one after alignment."
     what = f"Alignment by itself changed held-out accuracy by {points(difference)} percentage points against SFT"
-    if difference.low > 0:
+    what += f" ({evidence(difference)})"
+    if difference.direction > 0:
         return f"{what}: a gain at 95 % confidence."
-    if difference.high < 0:
+    if difference.direction < 0:
         return f"{what}: a loss at 95 % confidence."
     return f"{what}: not distinguishable from no effect."
 
@@ -237,10 +239,24 @@ def _warmup(run: RunDirectory) -> list[str]:
     return [f"Held-out margin of the discriminator at the end of its warm-up: {', '.join(parts)}."]
 
 
-def points(value: Interval | PairedInterval) -> str:
-    """A difference of shares as signed percentage points with its interval, ``+3.2 [+1.0, +5.3]``."""
-    mean, low, high = (_signed(100.0 * part) for part in value[:3])
-    return f"{mean} [{low}, {high}]"
+def points(difference: Difference) -> str:
+    """As signed percentage points with the interval, ``+3.2 [+1.0, +5.3]``, or ``+3.2`` where there is none."""
+    mean, interval = _signed(100.0 * difference.mean), difference.interval
+    return mean if interval is None else f"{mean} [{_signed(100.0 * interval.low)}, {_signed(100.0 * interval.high)}]"
+
+
+def evidence(difference: Difference) -> str:
+    """p, and why there is no interval where there is none."""
+    return ", ".join(filter(None, (p_value(difference.p), no_interval(difference))))
+
+
+def no_interval(difference: Difference) -> str:
+    """Why the difference has no interval; "" where it has one."""
+    if difference.interval is not None:
+        return ""
+    count = difference.differing
+    differ = "no image differs" if count == 0 else f"{count} image{'s differ' if count > 1 else ' differs'}"
+    return f"no interval: {differ}, it takes {ENOUGH}"
 
 
 def p_value(p: float) -> str:
@@ -280,16 +296,13 @@ def _mean(values: Sequence[float]) -> float:
 
 def _accuracy(items: Sequence[dict[str, Any]]) -> Accuracy:
     correct = [item["correct"] for item in items]
-    clusters = [item["cluster"] for item in items]
-    interval = (
-        accuracy_interval(correct, clusters, seed=SEED, resamples=RESAMPLES)
-        if len(set(map(str, clusters))) > 1
-        else None
-    )
-    return Accuracy(len(items), _mean(correct), interval)
+    clusters = [str(item["cluster"]) for item in items]
+    count = len(set(clusters))
+    interval = accuracy_interval(correct, clusters) if count > 1 else None
+    return Accuracy(len(items), count, _mean(correct), interval)
 
 
-def _difference(run: RunDirectory, stage: str, control: str, notes: list[str]) -> PairedInterval | None:
+def _difference(run: RunDirectory, stage: str, control: str, notes: list[str]) -> Difference | None:
     a, b = run.evals[stage], run.evals[control]
     uids = [item["uid"] for item in a], [item["uid"] for item in b]
     left, right = stage_name(stage), stage_name(control)
@@ -303,11 +316,6 @@ def _difference(run: RunDirectory, stage: str, control: str, notes: list[str]) -
     clusters = [item["cluster"] for item in a]
     if clusters != [item["cluster"] for item in b]:
         notes.append(f"{left} and {right} name different clusters for the same items, so they are not compared.")
-        return None
-    if len(set(map(str, clusters))) < 2:
-        notes.append(
-            f"{left} and {right} have a single cluster of items, so there is no interval for their difference."
-        )
         return None
     correct = [item["correct"] for item in a], [item["correct"] for item in b]
     return paired_difference(*correct, clusters, seed=SEED, resamples=RESAMPLES, uids=uids)

@@ -9,8 +9,8 @@ from rich.text import Text
 
 from prism_fast.report.rundir import read_run
 from prism_fast.report.samples import visible
-from prism_fast.report.statistics import PairedInterval
-from prism_fast.report.summary import ABSENT, CONTROLS, Accuracy, count, points, stage_name, summarise, wall
+from prism_fast.report.statistics import ENOUGH, Difference
+from prism_fast.report.summary import ABSENT, CONTROLS, Accuracy, count, p_value, points, stage_name, summarise, wall
 
 # Short: the table must fit 80 columns.
 _CONTROL_LABELS = {"sft": "vs SFT", "sft_continued": "vs continued", "rlvr_direct": "vs RLVR from SFT"}
@@ -74,10 +74,16 @@ def _accuracy(accuracy: Accuracy | None, *, interval: bool) -> str:
     return f"{text}\n[{100 * accuracy.interval.low:.1f},\n{100 * accuracy.interval.high:.1f}]"
 
 
-def _difference(difference: PairedInterval | None) -> str:
-    return ABSENT if difference is None else points(difference).replace(" ", "\n")
+def _difference(difference: Difference | None) -> str:
+    if difference is None:
+        return ABSENT
+    text = points(difference).replace(" ", "\n")
+    return text if difference.interval is not None else f"{text}\n{p_value(difference.p)}"
 
 
 def _caption(problems: list[str], notes: tuple[str, ...]) -> Text:
-    lines = ["[ ]: 95 % intervals, bootstrap over held-out images; differences are paired, in percentage points"]
+    lines = [
+        "[ ]: 95 % intervals that count held-out images, not items; differences are paired, in percentage points; "
+        f"where fewer than {ENOUGH} images differ, the exact p of a sign-flip test stands for an interval"
+    ]
     return Text(visible("\n".join([*lines, *notes, *problems])), style="dim")

@@ -92,6 +92,7 @@ def metric_lines(stage: str, steps: int, dice: random.Random) -> list[dict[str, 
                 "warmup/loss": noisy(0.7, 0.3, 0.03),
                 "warmup/grad_norm": abs(noisy(2, 1, 0.2)),
                 "warmup/lr": 5e-4,
+                "warmup/aux": 1.0,
             }
             for span in ("caption", "reasoning"):
                 values[f"warmup/margin_{span}"] = noisy(0, 2.2, 0.3)
@@ -103,7 +104,10 @@ def metric_lines(stage: str, steps: int, dice: random.Random) -> list[dict[str, 
             values |= {
                 "time/generate": 0.3 + 0.01 * dice.random(),
                 "time/reward": 0.01,
-                "perf/tokens_per_second": 1234.0,
+                "time/step": 0.4 if step % 2 else 0.6,
+                "perf/tokens_per_second": 1500.0 if step % 2 else 1000.0,
+                "perf/peak_memory_mib": 100.0 + step,
+                "passes/policy_learned": 3,
                 "policy/loss": 0.01 * dice.gauss(0, 1),
             }
             values |= {"reward/mean": noisy(0.6, 0.8, 0.04), "reward/acc": noisy(0.5, 0.75, 0.05)}
@@ -125,7 +129,9 @@ def metric_lines(stage: str, steps: int, dice: random.Random) -> list[dict[str, 
             values["response_length/clip_ratio"] = abs(0.01 * dice.gauss(0, 1))
         if stage in ("rlvr_direct", "rlvr"):
             values["advantage/zero_groups"] = dice.randint(0, 3)
+            values |= {"reward/parts/brevity": noisy(0.2, 0.6, 0.01), "reward/parts/two_words": 0.5}
         if stage == "align":
+            values["disc/lr"] = 5e-5
             values["disc/tokens"] = 12000 + dice.randint(0, 900)
             for span in ("caption", "reasoning"):
                 values |= {

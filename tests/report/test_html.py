@@ -11,6 +11,7 @@ import pytest
 import yaml
 from plotly.offline import get_plotlyjs
 
+from prism_fast.report import html
 from prism_fast.report.html import SILENT_AFTER, json_for_script, write_report
 from prism_fast.report.rundir import read_run
 from prism_fast.report.statistics import accuracy_interval, paired_difference
@@ -73,11 +74,11 @@ def test_table_and_charts_show_the_numbers_of_the_statistics(page: Element, fini
     }
     assert list(rows) == ["SFT", "SFT continued", "RLVR from SFT", "Alignment", "RLVR"]
     for name, stage in (("SFT", "sft"), ("Alignment", "align"), ("RLVR", "rlvr")):
-        interval = accuracy_interval(correct[stage], clusters, seed=SEED, resamples=RESAMPLES)
+        interval = accuracy_interval(correct[stage], clusters)
         assert rows[name][0].one("strong").text == f"{100 * interval.mean:.1f}"
         assert rows[name][0].one("small").text == f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
     gain = paired_difference(correct["rlvr"], correct["sft_continued"], clusters, seed=SEED, resamples=RESAMPLES)
-    expected = f"{100 * gain.mean:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+    expected = f"{100 * gain.mean:+.1f} [{100 * gain.interval.low:+.1f}, {100 * gain.interval.high:+.1f}]"
     assert expected in rows["RLVR"][2].text and rows["RLVR"][2].attributes["class"] == "up"
 
     dots = {trace["name"]: trace for trace in figures(page)["accuracy"]["data"]}
@@ -85,7 +86,7 @@ def test_table_and_charts_show_the_numbers_of_the_statistics(page: Element, fini
     for position, kind in enumerate(KINDS, start=1):
         items = [item for item in run.evals["sft"] if item["kind"] == kind]
         names = [item["cluster"] for item in items]
-        own = accuracy_interval([item["correct"] for item in items], names, seed=SEED, resamples=RESAMPLES)
+        own = accuracy_interval([item["correct"] for item in items], names)
         assert dots["SFT"]["y"][position] == pytest.approx(own.mean, rel=1e-5)
         assert dots["SFT"]["error_y"]["array"][position] == pytest.approx(own.high - own.mean, rel=1e-4)
         assert dots["SFT"]["error_y"]["arrayminus"][position] == pytest.approx(own.mean - own.low, rel=1e-4)
@@ -93,7 +94,7 @@ def test_table_and_charts_show_the_numbers_of_the_statistics(page: Element, fini
     bars = {trace["y"][0]: trace for trace in figures(page)["difference"]["data"]}
     bar = bars["RLVR − SFT continued"]
     assert bar["x"][0] == pytest.approx(100 * gain.mean, rel=1e-5)
-    assert bar["error_x"]["array"][0] == pytest.approx(100 * (gain.high - gain.mean), rel=1e-4)
+    assert bar["error_x"]["array"][0] == pytest.approx(100 * (gain.interval.high - gain.mean), rel=1e-4)
     assert f"RLVR is above SFT continued at 95 % confidence: {expected}" in page.one("ul", css="verdicts").text
 
 
@@ -158,7 +159,8 @@ def test_sentences_follow_the_numbers(run_dir: Path) -> None:
     assert re.search(r"Alignment by itself changed held-out accuracy by −[\d.]+ \[.*\] .*: a loss at 95 %", told)
     shutil.copy(run_dir / "evals" / "sft.jsonl", run_dir / "evals" / "rlvr.jsonl")
     page = report(run_dir)
-    assert "RLVR cannot be told from SFT at 95 % confidence: 0.0 [0.0, 0.0]" in page.one("ul", css="verdicts").text
+    told = page.one("ul", css="verdicts").text
+    assert "RLVR cannot be told from SFT at 95 % confidence: 0.0 percentage points, p = 1.000, no interval" in told
     assert "RLVR: metrics.jsonl says an accuracy of" in page.one("ul", id="notes").text
 
 
@@ -169,8 +171,8 @@ def test_a_gain_within_the_interval_is_no_gain(run_dir: Path) -> None:
     (run_dir / "evals" / "align.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     page = report(run_dir)
     told = page.one("ul", css="verdicts").text
-    assert "RLVR cannot be told from SFT at 95 % confidence: +0.4 [0.0," in told
-    assert "against SFT: not distinguishable from no effect." in told
+    assert "RLVR cannot be told from SFT at 95 % confidence: +0.4 percentage points, p = 1.000, no interval: 1" in told
+    assert "p = 1.000, no interval: 1 image differs, it takes 20): not distinguishable from no effect." in told
     row = page.one("table", id="stages").one("tbody").all("tr")[4]
     assert row.all("td")[1].attributes["class"] == "flat"
 
@@ -198,7 +200,7 @@ def test_every_logged_metric_is_drawn_once_or_named(page: Element, finished_run:
     loss = run.series("sft", "sft/loss")
     raw = next(trace for trace in drawn["sft-0"]["data"] if trace["name"] == "training")
     assert raw["x"] == list(loss.steps) and raw["y"] == pytest.approx(loss.values, rel=1e-5)
-    assert "Logged but not drawn: pairs/dropped, pairs/kept, warmup/lr." in page.one(id="stage-4").text
+    assert "Logged but not drawn: pairs/dropped, pairs/kept, warmup/aux." in page.one(id="stage-4").text
     target = next(
         f for f in drawn.values() if any(s["label"]["text"] == "target" for s in f["layout"].get("shapes", ()))
     )
@@ -341,9 +343,36 @@ def test_an_evaluation_alone_is_complete(tmp_path: Path) -> None:
     assert [row.one("th").text for row in page.one("table", id="stages").one("tbody").all("tr")] == ["eval"]
 
 
-def test_timings_add_up(page: Element) -> None:
+def test_speed_memory_and_parts_of_the_steps(page: Element) -> None:
+    rows = {
+        row.one("th").text: [cell.text for cell in row.all("td")]
+        for row in page.one("table", id="speed").one("tbody").all("tr")
+    }
+    assert list(rows) == ["SFT", "SFT continued", "RLVR from SFT", "Discriminator warm-up", "Alignment", "RLVR"]
+    # All tokens over all seconds: (0.4 s * 1500/s + 0.6 s * 1000/s) / 1 s.
+    assert rows["RLVR"] == ["24.0 s", "40", "500 ms", "1,200", "140.0 MiB", "–"]
     body = page.one("table", id="times").all("tbody")[-1]
-    rows = {row.one("th").text: [cell.text for cell in row.all("td")] for row in body.all("tr")}
-    assert list(rows) == ["RLVR", "tokens per second", "generate", "reward"]
-    assert rows["RLVR"][0] == "24.0 s" and rows["reward"] == ["0.4 s", "2 %", "10 ms", "40"]
-    assert rows["tokens per second"] == ["–", "–", "1234", "40"]
+    parts = {row.one("th").text: [cell.text for cell in row.all("td")] for row in body.all("tr")}
+    assert list(parts) == ["RLVR", "generate", "reward"], "the dearest first, and the pass counters elsewhere"
+    assert parts["RLVR"][0] == "24.0 s" and parts["reward"] == ["0.4 s", "2 %", "10 ms"]
+    assert "policy learned" in page.one("table", id="passes").text and "policy learned" not in body.text
+
+
+def test_no_first_column_breaks_inside_short_words() -> None:
+    """In a table as wide as the page, a cell that may break anywhere shrinks to one letter if nothing holds it open;
+    and a table that is wider than the page scrolls by itself."""
+    assets = Path(html.__file__).parent / "assets"
+    style, template = (assets / "report.css").read_text(), (assets / "report.html.j2").read_text()
+    rule = re.search(r"th:first-child \{([^}]*)\}", style)[1]
+    assert "overflow-wrap: anywhere" in rule and "min-width: 9rem" in rule
+    assert len(re.findall(r'<div class="scroll">\s*<table', template)) == template.count("<table")
+
+
+def test_parts_of_own_rewards_are_drawn(page: Element) -> None:
+    stages = {
+        section.one("h3").text.split("  ")[0].split(" 40")[0]: section for section in page.all("section", css="stage")
+    }
+    chart = next(f for f in stages["RLVR"].all("figure") if f.one("b").text == "Parts of the reward")
+    traces = figures(page)[chart.one("div", css="plot").attributes["data-figure"]]["data"]
+    assert {trace["name"] for trace in traces} == {"brevity", "two_words"}
+    assert "reward/parts" not in stages["RLVR"].text and "Parts of" not in stages["Alignment"].text

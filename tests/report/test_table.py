@@ -37,12 +37,13 @@ def test_numbers_are_those_of_the_statistics(finished_run: Path) -> None:
     sft, rlvr = run.evals["sft"], run.evals["rlvr"]
     clusters = [item["cluster"] for item in sft]
     correct = {name: [item["correct"] for item in items] for name, items in (("sft", sft), ("rlvr", rlvr))}
-    interval = accuracy_interval(correct["sft"], clusters, seed=SEED, resamples=RESAMPLES)
+    interval = accuracy_interval(correct["sft"], clusters)
     assert cells(text, "accuracy, %")[0] == (
         f"{100 * interval.mean:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
     )
     gain = paired_difference(correct["rlvr"], correct["sft"], clusters, seed=SEED, resamples=RESAMPLES)
-    assert cells(text, "vs SFT")[4] == f"{100 * gain.mean:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+    mean, low, high = (100 * value for value in gain.interval)
+    assert cells(text, "vs SFT")[4] == f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
     assert cells(text, "vs SFT")[0] == "–" and cells(text, "vs continued")[:2] == ["–", "–"]
     sums = [item["correct"] for item in sft if item["kind"] == "sum"]
     assert cells(text, "sum")[0] == f"{100 * sum(sums) / len(sums):.1f}"
@@ -77,3 +78,15 @@ def test_a_cut_evaluation_is_not_compared(run_dir: Path) -> None:
     text = text_of(run_dir, width=200)
     assert cells(text, "vs SFT")[4] == "–" and cells(text, "items")[4] == "239"
     assert "The evaluation of RLVR is not finished: 239 items so far." in text
+
+
+def test_two_images_get_a_p_and_no_interval(run_dir: Path) -> None:
+    """One item better in each of two images: +25 points, which the sign test gives p = 0.5."""
+    for stage, right in (("sft", (0, 4)), ("rlvr", (0, 1, 4, 5))):
+        path = run_dir / "evals" / f"{stage}.jsonl"
+        items = [json.loads(line) for line in path.read_text().splitlines()][:8]
+        items = [item | {"cluster": i // 4, "correct": int(i in right)} for i, item in enumerate(items)]
+        path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    assert cells(text_of(run_dir), "vs SFT")[4] == "+25.0 p = 0.500"
+    low, high = (float(part) for part in cells(text_of(run_dir), "accuracy, %")[0][6:-1].split(","))
+    assert low < 1 and high > 99

@@ -7,10 +7,11 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 import prism_fast
 from prism_fast.bench.command import app as bench
@@ -24,7 +25,21 @@ HELP = """Train multimodal models with PRISM: SFT, adversarial alignment against
 A RECIPE is the name of a shipped recipe (`digits` runs anywhere) or the path of a YAML file. OVERRIDES are
 `key.sub=value` pairs, e.g. `seed=2 align.steps=100 out=runs/mine`."""
 
-app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+MEANT = {"train": "run", "start": "run", "continue": "resume", "evaluate": "eval", "test": "eval"}
+
+
+class _Commands(TyperGroup):
+    """Knows the commands by the names that they have elsewhere; the nearest spelling of `train` is `align`."""
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:
+        if args and args[0] in MEANT:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {MEANT[args[0]]!r}?")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Commands, help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
 console = Console()
 errors = Console(stderr=True)
 
@@ -62,7 +77,10 @@ def _train(recipe: str, overrides: list[str] | None, stages: list[str] | None, d
 
 
 def _run(config: Config, *, resume: bool) -> None:
+    from prism_fast.config import ConfigError
     from prism_fast.preflight import preflight
+    from prism_fast.track.jsonl import RecordError
+    from prism_fast.train.checkpoint import CheckpointError
     from prism_fast.train.context import run_folder
     from prism_fast.train.pipeline import run_stages
     from prism_fast.train.signals import Stopped
@@ -74,12 +92,12 @@ def _run(config: Config, *, resume: bool) -> None:
         run_stages(config, console, resume=resume)
     except Stopped as stopped:
         _say(f"stopped at {stopped}, saved; go on with: prism-fast resume {folder}")
-    except Exception:  # a failed run gets its report too
-        if ours and folder.exists():
+    except Exception as error:  # a failed run gets its report too, one that was refused has not begun
+        if ours and folder.exists() and not isinstance(error, ConfigError | CheckpointError | RecordError):
             try:
                 _show_report(folder)
-            except Exception as error:  # must not hide the failure of the run
-                _say(f"no report: {error}")
+            except Exception as fault:  # must not hide the failure of the run
+                _say(f"no report: {fault}")
         raise
     _show_report(folder)
 
@@ -209,15 +227,16 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _curable(error: Exception) -> bool:
-    """Whether the user can cure the error by its message. Imports late: `doctor` must start without the trainer."""
+    """Whether the user can cure the error by its message."""
     if isinstance(error, ImportError):  # of another package; of our own modules it is a defect
         return not (error.name or "").startswith("prism_fast")
+    if isinstance(error, ValueError | OSError):  # a wrong key is answered at once: before torch, which takes seconds
+        return True
     try:
-        from prism_fast.config import ConfigError
         from prism_fast.train.errors import USER_ERRORS
-    except ImportError:
+    except ImportError:  # `doctor` starts without the trainer
         return False
-    return isinstance(error, (ConfigError, OSError, *USER_ERRORS))
+    return isinstance(error, USER_ERRORS)
 
 
 if __name__ == "__main__":

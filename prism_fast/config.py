@@ -6,7 +6,6 @@ of range are errors that name the key. The resolved configuration is written to 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
@@ -21,6 +20,7 @@ from prism_fast.data.digit_sizes import DigitsSpec
 from prism_fast.data.entries import check_columns, entries_of
 from prism_fast.engine.optimizer import OptimizerConfig
 from prism_fast.recipes.checks import check_numbers, check_yaml
+from prism_fast.recipes.hints import how_to_write, nearest
 
 Loss = Literal["prism", "grpo", "dapo", "gspo", "dr_grpo", "bnpo", "cispo", "sapo"]
 STAGES = ("sft", "sft_continued", "rlvr_direct", "warmup", "align", "rlvr")
@@ -368,7 +368,7 @@ class Config:
         for stage in self.stages:
             if stage not in STAGES:
                 raise ConfigError(
-                    f"stages: {stage!r} is not a stage; allowed: {', '.join(STAGES)}{_nearest(stage, STAGES)}"
+                    f"stages: {stage!r} is not a stage; allowed: {', '.join(STAGES)}{nearest(stage, STAGES)}"
                 )
         for stage in ("align", "rlvr", "rlvr_direct"):
             rollout = sampling_of(self, stage)
@@ -411,11 +411,6 @@ def control_updates(config: Config) -> int:
     return sum(count for stage, count in updates.items() if stage in config.stages)
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
-    match = difflib.get_close_matches(name, names, n=1)
-    return f". Did you mean {match[0]!r}?" if match else ""
-
-
 def shipped_recipes() -> list[str]:
     folder = resources.files("prism_fast.recipes")
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
@@ -439,7 +434,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     else:
         raise ConfigError(
             f"no recipe {recipe!r}: neither a file nor a shipped recipe "
-            f"({', '.join(shipped)}){_nearest(recipe, shipped)}"
+            f"({', '.join(shipped)}){nearest(recipe, shipped)}"
         )
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -460,8 +455,10 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
         message = str(error.msg or error).strip().splitlines()[0]
         if isinstance(error, ConfigKeyError) and "Did you mean" not in message and is_dataclass(error.object_type):
             message += f", which has {', '.join(entry.name for entry in fields(error.object_type))}"
-        key = getattr(error, "full_key", None)
-        raise ConfigError(f"{origin} with {list(overrides)}: {message}" + (f" (key {key})" if key else "")) from error
+        if key := getattr(error, "full_key", None):
+            given = dict(override.split("=", 1) for override in overrides).get(key)
+            message += f" (key {key}){how_to_write(Config, key, given)}"
+        raise ConfigError(f"{origin} with {list(overrides)}: {message}") from error
     except (yaml.YAMLError, ValueError) as error:  # a duplicate key, a number of thousands of digits
         raise ConfigError(f"{origin} with {list(overrides)}: {' '.join(str(error).split())}") from error
     assert isinstance(resolved, Config)

@@ -16,7 +16,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
-from prism_fast.config import Config, ConfigError
+from prism_fast.config import Config, ConfigError, SamplingConfig, WarmupConfig, sampling_of
 from prism_fast.data.framing import SPANS
 from prism_fast.models.family import Family, Role, family_of
 from prism_fast.models.policy import TinyPolicy, tiny_config
@@ -32,6 +32,7 @@ from prism_fast.models.upcycle import sparse_config
 from prism_fast.models.writing import shown_bytes
 from prism_fast.ops import budgets
 from prism_fast.ops.reference.linear_logprob import block_rows
+from prism_fast.recipes.hints import how_to_get
 from prism_fast.rollout.hf import SCORES_AT_ONCE
 from prism_fast.train.context import DTYPES
 from prism_fast.train.layouts import Layout
@@ -183,7 +184,7 @@ def _model_folder(role: Role, name: str) -> tuple[Path, Family]:
     folder, key = Path(name), f"model.{role}"
     file = folder / "config.json"
     if not file.is_file():
-        raise ConfigError(f"{key}: {file} does not exist; give the folder of a checkpoint")
+        raise ConfigError(f"{key}: {file} does not exist; give the folder of a checkpoint{how_to_get(name)}")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))["model_type"]
     except (ValueError, KeyError, TypeError) as error:
@@ -192,6 +193,27 @@ def _model_folder(role: Role, name: str) -> tuple[Path, Family]:
         return folder, family_of(role, found, folder)
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from error
+
+
+def check_positions(config: Config, policy: Qwen3VLConfig, *, prompt: int) -> None:
+    """Raise ConfigError where a stage's longest response to ``prompt`` tokens of text has more positions than the
+    policy knows."""
+    known, tiny = policy.text_config.max_position_embeddings, config.model.policy == "tiny"
+    limits: dict[str, SamplingConfig | WarmupConfig] = {
+        f"{'align' if stage == 'align' else 'rlvr'}.rollout": sampling_of(config, stage)
+        for stage in ("align", "rlvr", "rlvr_direct")
+        if stage in config.stages
+    }
+    if "warmup" in config.stages and config.data.pairs is None:
+        limits["warmup"] = config.warmup
+    for key, limit in limits.items():
+        if prompt + limit.max_new_tokens > known:
+            whose = "the tiny policy, which model.policy names" if tiny else f"model.policy={config.model.policy}"
+            cure = "name the policy that is meant with model.policy=PATH" if tiny else "give it a smaller value"
+            raise ConfigError(
+                f"{key}.max_new_tokens={limit.max_new_tokens} after a prompt of {prompt} tokens of text or more: "
+                f"longer than the {known:,} positions of {whose}; {cure}"
+            )
 
 
 def make_plan(
@@ -214,6 +236,7 @@ def make_plan(
     if prompt < 1 or not 0 <= images <= prompt:
         raise ConfigError(f"need 1 <= prompt tokens and 0 <= image tokens <= prompt tokens, got {prompt} and {images}")
     planner = _Planner(config, prompt, images, card)
+    check_positions(config, planner.dense, prompt=1 if prompt_tokens is None else prompt - images)
     stages = tuple(planner.stage(name) for name in config.stages)
     assumed = f"A prompt has {prompt} tokens, {images} of them from images" + (
         " (assumed; --prompt-tokens and --image-tokens set them)." if prompt_tokens is None else "."

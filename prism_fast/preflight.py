@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from prism_fast.models.score_head import read_head
 from prism_fast.models.sizes import discriminator_size, policy_size
 from prism_fast.models.tokenizer import check_vocab_size
 from prism_fast.models.writing import DiskFullError, shown_bytes
-from prism_fast.plan import adamw_bytes, discriminator_config, make_plan, policy_config, summary
+from prism_fast.plan import adamw_bytes, check_positions, discriminator_config, make_plan, policy_config, summary
 from prism_fast.rewards import SourceRewards
 from prism_fast.train.context import (
     DTYPES,
@@ -70,6 +71,7 @@ def preflight(config: Config, *, resume: bool = False) -> list[str]:
         folder = Path(config.out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"the run directory {folder} is not empty; give another with out=PATH")
+    _check_writable(Path(config.out or "runs"))
     lines.append(f"run directory: {config.out or 'a new one under runs'}")
     _check_order(config)
     check_views(config)
@@ -101,8 +103,7 @@ def check_space(config: Config) -> str:
         for file in (folder / part).rglob("*")
         if file.is_file()
     )
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(_nearest_place(folder)).free
     total = sum(needs.values())
     parts = ", ".join(f"{name} {shown_bytes(count)}" for name, count in needs.items())
     if total - written > free:
@@ -112,6 +113,24 @@ def check_space(config: Config) -> str:
             "disk (out=PATH)"
         )
     return f"disk: {shown_bytes(total)} ({parts}), {shown_bytes(free)} free"
+
+
+def _nearest_place(folder: Path) -> Path:
+    """The innermost of ``folder`` and its parents that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise ConfigError where the run directory could not be made or written."""
+    place = _nearest_place(folder)
+    if not place.is_dir():
+        raise ConfigError(
+            f"the run directory {folder} cannot be made: {place} is not a folder; give another with out=PATH"
+        )
+    if not os.access(place, os.W_OK | os.X_OK):  # also False where the file system is mounted read-only
+        raise ConfigError(
+            f"the run directory {folder} cannot be written: {place} is read-only; give another with out=PATH"
+        )
 
 
 def disk_needs(config: Config) -> dict[str, int]:
@@ -158,9 +177,10 @@ def _check_models(config: Config) -> list[str]:
     lines = []
     if config.model.policy == "tiny":
         check_vocab_size(config.model.tiny.vocab_size)
+        check_positions(config, policy_config(config), prompt=1)
     else:
         folder = Path(config.model.policy)
-        policy_config(config)
+        check_positions(config, policy_config(config), prompt=1)
         _read_headers(folder)
         limits = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
         low, high = Processor.from_pretrained(folder, **limits).image_area

@@ -1,4 +1,5 @@
-"""Errors that name something the user can cure; the command line prints them without a traceback."""
+"""Errors that name something the user can cure; the command line prints them without a traceback, as it does every
+ValueError and OSError."""
 
 from __future__ import annotations
 
@@ -21,6 +22,4 @@ USER_ERRORS: tuple[type[Exception], ...] = (
     RecordError,
     JudgeError,
     FloatingPointError,
-    FileNotFoundError,
-    ValueError,
 )

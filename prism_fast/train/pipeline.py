@@ -21,6 +21,7 @@ from prism_fast.models.fused_trunk import use_fused_trunk
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy, load_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
+from prism_fast.recipes.hints import how_to_get
 from prism_fast.train.align import align
 from prism_fast.train.context import Run, open_run
 from prism_fast.train.evaluate import evaluate
@@ -235,7 +236,7 @@ def _start(config: Config, run: Run) -> Artifacts:
         artifacts.discriminator = run.folder / record.discriminator
     for key, folder in (("model.policy", artifacts.policy), ("model.discriminator", artifacts.discriminator)):
         if folder is not None and not folder.is_dir():
-            raise ConfigError(f"{key}: {folder} is not a folder")
+            raise ConfigError(f"{key}: {folder} is not a folder{how_to_get(str(folder))}")
     return artifacts
 
 

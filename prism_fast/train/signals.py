@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from types import FrameType
@@ -9,6 +10,11 @@ from types import FrameType
 
 class Stopped(Exception):
     """The run was asked to stop and has saved its state."""
+
+
+def _tell(text: str) -> None:
+    """A line on standard error, by one system call: a handler may interrupt a print."""
+    os.write(2, f"{text}\n".encode())
 
 
 class StopRequest:
@@ -31,8 +37,11 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
         if self.requested:
-            raise KeyboardInterrupt(f"second {signal.Signals(number).name}")
+            _tell(f"second {name}: stopped at once; a resumed run goes on from the newest checkpoint")
+            raise KeyboardInterrupt(f"second {name}")
+        _tell(f"{name}: saving as soon as the step in progress allows; a second one stops at once")
         self.requested = True
 
     def poll(self, where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import pytest
 
 import prism_fast
 from prism_fast import cli, commands
-from prism_fast.config import Config, dump_config, load_config, shipped_recipes
+from prism_fast.config import Config, ConfigError, dump_config, load_config, shipped_recipes
+from prism_fast.track.jsonl import RecordError
 from prism_fast.train import pipeline
+from prism_fast.train.checkpoint import CheckpointError
 from prism_fast.train.signals import Stopped
 
 ROOT = Path(prism_fast.__file__).resolve().parents[1]
@@ -26,7 +29,14 @@ def test_version(invoke):
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [(["aling"], "align"), (["docter"], "doctor"), (["convert", "upcylce"], "upcycle"), (["data", "chek"], "check")],
+    [
+        (["aling"], "align"),
+        (["docter"], "doctor"),
+        (["convert", "upcylce"], "upcycle"),
+        (["data", "chek"], "check"),
+        (["train", "digits"], "run"),
+        (["evaluate", "digits"], "eval"),
+    ],
 )
 def test_an_unknown_command_names_the_nearest(invoke, typed, meant):
     code, shown = invoke(*typed)
@@ -36,6 +46,62 @@ def test_an_unknown_command_names_the_nearest(invoke, typed, meant):
 def test_an_unknown_recipe_names_the_nearest(command):
     code, message = command("plan", "digts")
     assert code == 1 and "Did you mean 'digits'" in message
+
+
+# What takes seconds to import. A mistyped key needs none of it to be told.
+HEAVY = ("torch", "transformers", "numpy", "scipy", "pyarrow", "sklearn", "sympy", "plotly", "PIL", "datasets")
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("run digits nosuchkey=1", 1, "Key 'nosuchkey' not in 'Config'"),
+        ("align digits align.stepz=3", 1, "align.stepz"),
+        ("run digits sft.batch=0", 1, "sft.batch must be 1 or more, got 0"),
+        ("run digts", 1, "Did you mean 'digits'"),
+        ("resume no-such-run", 1, "no-such-run does not exist"),
+        ("train digits", 2, "Did you mean 'run'"),
+        ("--help", 0, "OVERRIDES"),
+        ("run --help", 0, "--dry-run"),
+        ("--version", 0, "prism-fast"),
+    ],
+)
+def test_a_mistake_is_answered_before_anything_heavy_is_imported(tmp_path, line, code, words):
+    """In a process of its own, through the installed entry point."""
+    program = (
+        "import sys\n"
+        "from prism_fast.entry import main\n"
+        f"sys.argv = ['prism-fast', *{line.split()!r}]\n"
+        "try: main()\n"
+        f"finally: print('imported:', *(name for name in {HEAVY!r} if name in sys.modules))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == code and words in done.stdout + done.stderr, done
+    assert done.stdout.splitlines()[-1] == "imported:", done.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["align.weights=0.5,0.5"], "it takes a list: 'align.weights=[0.5,0.5]'"),
+        (["stages=sft,rlvr"], "it takes a list: 'stages=[sft,rlvr]'"),
+        (["sft.optimizer.betas=0.9"], "it takes a list: 'sft.optimizer.betas=[0.9]'"),
+        (["model.dtype=bf16"], "Did you mean 'bfloat16'?"),
+        (["model.dtype=fp32"], "Did you mean 'float32'?"),
+        (["semantics=release"], "Did you mean 'released'?"),
+        (["rlvr.loss=grop"], "Did you mean 'grpo'?"),
+    ],
+)
+def test_a_wrong_value_is_told_with_the_right_one(overrides, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_config("digits", overrides)
+
+
+def test_a_list_of_a_file_is_told_how_it_is_written(tmp_path):
+    (tmp_path / "mine.yaml").write_text("align: {weights: 0.5}\n")
+    with pytest.raises(ConfigError, match=re.escape("align.weights); it takes a list: [..., ...]")):
+        load_config(str(tmp_path / "mine.yaml"))
 
 
 def test_recipes_complete(tmp_path, monkeypatch):
@@ -142,6 +208,28 @@ def test_a_stopped_run_says_how_to_go_on_and_a_failed_one_why(tmp_path, monkeypa
     monkeypatch.setattr(pipeline, "run_eval", _ends(Stopped("evaluation after eval")))
     code, shown = invoke("eval", "digits", "out=graded")
     assert code == 0 and "prism-fast resume graded" in shown
+
+
+@pytest.mark.parametrize("refusal", [ConfigError, CheckpointError, RecordError])
+def test_a_refused_resume_writes_no_report_and_a_failed_one_does(tmp_path, monkeypatch, command, refusal):
+    def refuses(error):
+        def run(config, console, resume):
+            raise error
+
+        return run
+
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump_config(load_config("digits", ["out=mine"])))
+    (folder / "metrics.jsonl").write_text("")
+    before = sorted(folder.iterdir())
+    monkeypatch.setattr(pipeline, "run_stages", refuses(refusal("put it back")))
+    code, message = command("resume", "mine")
+    assert code == 1 and "put it back" in message and sorted(folder.iterdir()) == before
+    monkeypatch.setattr(pipeline, "run_stages", refuses(FloatingPointError("step 3")))
+    code, message = command("resume", "mine")
+    assert code == 1 and "step 3" in message and (folder / "report.html").exists()
 
 
 @pytest.mark.parametrize(

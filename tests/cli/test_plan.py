@@ -256,6 +256,16 @@ def test_a_card_is_told_whether_the_published_recipe_fits(invoke, invoke_json, f
         assert ("a smaller rollout.tokens_in_flight" in text) == ("rlvr, rollout: " in text) == (card == "h100")
 
 
+def test_a_recipe_for_long_answers_is_not_planned_with_the_tiny_policy(command, folder_of_4b, invoke):
+    code, message = command("plan", "rlvr_grpo")
+    assert code == 1 and "rlvr.rollout.max_new_tokens=8192 after a prompt of 1 tokens of text or more" in message
+    assert "the tiny policy" in message and "model.policy=PATH" in message
+    assert invoke("plan", "rlvr_grpo", f"model.policy={folder_of_4b}")[0] == 0
+    for images, code in ((1000, 0), (0, 1)):  # images take fewer positions than tokens, texts as many
+        line = ["plan", "digits", "--prompt-tokens", 4050, "--image-tokens", images]
+        assert command(*line)[0] == code
+
+
 def test_without_a_card_nothing_is_said_and_an_unknown_one_is_refused(config, invoke_json):
     shown = invoke_json("plan", "digits")
     assert shown["card"] is shown["card_bytes"] is shown["fits"] is None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -132,6 +134,43 @@ def test_room_on_the_disk_is_looked_for_before_a_run_and_in_a_dry_run(command, e
         for dry in ([], ["--dry-run"]):
             code, message = command("run", "digits", "out=out", *everything, *dry)
             assert code == 1 and "the run needs" in message and "keep_checkpoints" in message and "out" in message
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry run", "run"])
+def test_a_folder_that_cannot_be_written_is_found(command, everything, tmp_path_factory, monkeypatch, dry):
+    place = tmp_path_factory.mktemp("place")
+    (place / "file").write_text("")
+    code, message = command("run", "digits", f"out={place / 'file' / 'x'}", *everything, *dry)
+    assert code == 1 and f"{place / 'file'} is not a folder" in message and "out=PATH" in message
+    locked = place / "locked"
+    locked.mkdir(mode=0o500)
+    if os.access(locked, os.W_OK):  # as root; what a read-only mount answers to anybody
+        real = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked and real(path, mode))
+    code, message = command("run", "digits", f"out={locked / 'new' / 'x'}", *everything, *dry)
+    assert code == 1 and f"{locked} is read-only" in message and "out=PATH" in message
+    assert not list(locked.iterdir())
+
+
+def test_responses_longer_than_the_policy_knows_are_refused(command, everything):
+    for key in ("align.rollout", "rlvr.rollout", "warmup"):
+        for tokens, well in ((4095, True), (4096, False)):
+            setting = f"{key}.max_new_tokens={tokens}"
+            code, message = command("run", "digits", "out=out", *everything, setting, "--dry-run")
+            told = f"{setting} after a prompt of 1 tokens of text or more: longer than the 4,096 positions of "
+            assert (code, told in message) == ((0, False) if well else (1, True)), message
+
+
+def test_a_name_on_the_hub_is_told_how_to_get_it(command, everything):
+    name = "Qwen/Qwen3-VL-4B-Instruct"
+    for line in (["rlvr", "digits", "--dry-run"], ["plan", "rlvr_grpo"], ["eval", "digits", "out=out"]):
+        code, message = command(line[0], line[1], *everything, *line[2:], f"model.policy={name}")
+        assert code == 1 and f"hf download {name} --local-dir Qwen3-VL-4B-Instruct" in message, message
+    (runs := Path("runs")).mkdir()
+    for path in ("runs/gone", "gone", "a/b/c"):
+        code, message = command("plan", "rlvr_grpo", f"model.policy={path}")
+        assert code == 1 and "does not exist" in message and "hf download" not in message
+    runs.rmdir()
 
 
 def test_the_shipped_recipe_is_ready(invoke):

@@ -26,15 +26,16 @@ def _metrics(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
-def both_stages(small_data, finished) -> list[str]:
+def sampling_stages(small_data, finished) -> list[str]:
     export = finished / "export"
     models = [f"model.policy={export / 'sft'}", f"model.discriminator={export / 'discriminator-warmup'}"]
     dynamic = ["rlvr.dynamic_sampling.enabled=true", "rlvr.steps=3", "rlvr.updates_per_step=2"]
-    return [*small_data, *SMALL, *models, *dynamic, "stages=[align,rlvr]", "data.eval=null", "dump_rollouts_every=1"]
+    stages = "stages=[rlvr_direct,align,rlvr]"
+    return [*small_data, *SMALL, *models, *dynamic, stages, "data.eval=null", "dump_rollouts_every=1"]
 
 
 @pytest.fixture(scope="session")
-def recorded(both_stages, tmp_path_factory) -> Path:
+def recorded(sampling_stages, tmp_path_factory) -> Path:
     """A run that kept every step; now and then the answer checker ran out of time."""
     folder, count = tmp_path_factory.mktemp("recorded") / "run", iter(range(10**6))
 
@@ -44,7 +45,7 @@ def recorded(both_stages, tmp_path_factory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AnswerChecker, "score", sometimes_late)
-        return run_small(folder, both_stages)
+        return run_small(folder, sampling_stages)
 
 
 @pytest.fixture
@@ -56,32 +57,33 @@ def forbidden(monkeypatch):
     monkeypatch.setattr(AnswerChecker, "score", fail)
 
 
-def test_a_replay_is_the_run_to_the_bit(recorded, both_stages, tmp_path, forbidden):
-    again = run_small(tmp_path / "again", [*both_stages, f"replay={recorded}"])
+def test_a_replay_is_the_run_to_the_bit(recorded, sampling_stages, tmp_path, forbidden):
+    again = run_small(tmp_path / "again", [*sampling_stages, f"replay={recorded}"])
     assert _metrics(again) == _metrics(recorded)
-    steps = [r for r in _metrics(again) if r["stage"] in ("align", "rlvr")]
-    assert len(steps) == 5 and sum(r.get("reward/timeouts", 0) for r in steps) > 0
+    steps = [r for r in _metrics(again) if r["stage"] in ("rlvr_direct", "align", "rlvr")]
+    assert len(steps) == 4 + 2 + 3  # the control: 2 + 3 * 2 updates, 2 in a step
+    assert sum(r.get("reward/timeouts", 0) for r in steps) > 0
     assert any(r.get("sampling/banked") for r in steps)
-    for name in ("align", "discriminator", "rlvr"):
+    for name in ("rlvr_direct", "align", "discriminator", "rlvr"):
         file = Path("export") / name / "model.safetensors"
         ours, theirs = load_file(again / file), load_file(recorded / file)
         assert set(ours) == set(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    for stage in ("align", "rlvr"):
+    for stage in ("rlvr_direct", "align", "rlvr"):
         assert dump_path(again, stage).read_bytes() == dump_path(recorded, stage).read_bytes()
 
 
 def test_other_training_on_the_same_rollouts_differs_only_behind_the_first_update(
-    recorded, both_stages, tmp_path, forbidden
+    recorded, sampling_stages, tmp_path, forbidden
 ):
     settings = ["stages=[align]", "align.optimizer.lr=1e-3", f"replay={recorded}"]
-    other = _metrics(run_small(tmp_path / "other", [*both_stages, *settings]))
+    other = _metrics(run_small(tmp_path / "other", [*sampling_stages, *settings]))
     first, second = (r for r in other if r["stage"] == "align")
     ours, theirs = (r for r in _metrics(recorded) if r["stage"] == "align")
     assert {**first, "policy/lr": 0} == {**ours, "policy/lr": 0}
     assert second["reward/mean"] == theirs["reward/mean"] and second["policy/grad_norm"] != theirs["policy/grad_norm"]
 
 
-def test_a_dump_of_other_end_tokens_is_trained_on_as_it_was_recorded(recorded, both_stages, tmp_path, forbidden):
+def test_a_dump_of_other_end_tokens_is_trained_on_as_it_was_recorded(recorded, sampling_stages, tmp_path, forbidden):
     """Recorded runs in which `<|endoftext|>` did not end a response, from before the recipe had a section `rollout`."""
     pad = Processor.from_pretrained(recorded / "export" / "align").pad_id
 
@@ -93,7 +95,7 @@ def test_a_dump_of_other_end_tokens_is_trained_on_as_it_was_recorded(recorded, b
     config = yaml.safe_load((old / "config.yaml").read_text())
     del config["rollout"]
     (old / "config.yaml").write_text(yaml.safe_dump(config))
-    again = run_small(tmp_path / "again", [*both_stages, "stages=[align]", f"replay={old}"])
+    again = run_small(tmp_path / "again", [*sampling_stages, "stages=[align]", f"replay={old}"])
     ours, theirs = (RolloutReader(dump_path(folder, "align")).step(1) for folder in (again, old))
     assert [r["token_ids"] for r in ours] == [r["token_ids"] for r in theirs]
     assert all(r["token_ids"][1] == pad and len(r["token_ids"]) > 2 for r in ours)
@@ -133,18 +135,18 @@ CASES = [
 
 
 @pytest.mark.parametrize(("change", "message"), CASES)
-def test_what_does_not_match_names_step_and_uid(recorded, both_stages, tmp_path, forbidden, change, message):
+def test_what_does_not_match_names_step_and_uid(recorded, sampling_stages, tmp_path, forbidden, change, message):
     broken = _rewritten(recorded, tmp_path / "broken", change)
     with pytest.raises(RolloutLogError, match=message):
-        run_small(tmp_path / "again", [*both_stages, "stages=[align]", f"replay={broken}"])
+        run_small(tmp_path / "again", [*sampling_stages, "stages=[align]", f"replay={broken}"])
 
 
-def test_damage_is_found_and_told_with_the_last_whole_step(recorded, both_stages, tmp_path, forbidden):
+def test_damage_is_found_and_told_with_the_last_whole_step(recorded, sampling_stages, tmp_path, forbidden):
     broken = _broken(recorded, tmp_path / "broken", "align", lambda data: data[:-1])
     with pytest.raises(
         RolloutLogError, match=r"align\.jsonl\.zst is damaged after step 1: the file ends inside a step"
     ):
-        run_small(tmp_path / "again", [*both_stages, "stages=[align]", f"replay={broken}"])
+        run_small(tmp_path / "again", [*sampling_stages, "stages=[align]", f"replay={broken}"])
 
 
 @pytest.mark.parametrize(
@@ -160,9 +162,9 @@ def test_damage_is_found_and_told_with_the_last_whole_step(recorded, both_stages
         (["replay=no-such-run"], "no-such-run is not a run directory"),
     ],
 )
-def test_another_configuration_is_refused(recorded, both_stages, tmp_path, forbidden, settings, message):
+def test_another_configuration_is_refused(recorded, sampling_stages, tmp_path, forbidden, settings, message):
     with pytest.raises(RolloutLogError, match=message):
-        run_small(tmp_path / "again", [*both_stages, "stages=[align]", f"replay={recorded}", *settings])
+        run_small(tmp_path / "again", [*sampling_stages, "stages=[align]", f"replay={recorded}", *settings])
 
 
 def test_a_run_that_cannot_be_replayed_is_refused_before_the_first_stage(recorded, small_run, tmp_path):

@@ -64,6 +64,10 @@ def _line_of(run: RunDirectory, chart: Chart) -> float | None:
 def curve_figure(chart: Chart, drawn: Sequence[tuple[str, Series]], line: float | None = None) -> dict[str, Any]:
     """A plotly figure: raw values thin, their running mean bold where there are many; ``line``: dotted, horizontal."""
     traces = []
+    layout: dict[str, Any] = {"xaxis": {"title": {"text": "step"}}, "showlegend": len(drawn) > 1}
+    layout |= y_axis(chart, [series.values for _, series in drawn], line)
+    # A spike outside the axis would lift the mean of all its neighbours out of sight.
+    inside = layout["yaxis"]["range"] if "annotations" in layout else None
     for index, (label, series) in enumerate(drawn):
         colour = COLOURS[index % len(COLOURS)]
         base = {"type": "scatter", "x": list(series.steps), "name": plotly_text(label), "legendgroup": label}
@@ -73,12 +77,10 @@ def curve_figure(chart: Chart, drawn: Sequence[tuple[str, Series]], line: float 
         raw["line"] = {"color": colour, "width": 1 if smooth else 2}
         if smooth:
             raw |= {"opacity": 0.4, "showlegend": False, "hoverinfo": "skip"}
-            means = [_short(value) for value in running_mean(series.values, len(series.values) // 15)]
+            means = [_short(value) for value in running_mean(series.values, len(series.values) // 15, inside)]
             traces += [raw, {**base, "y": means, "mode": "lines", "line": {"color": colour, "width": 2}}]
         else:
             traces.append(raw | {"marker": {"color": colour, "size": 5}})
-    layout: dict[str, Any] = {"xaxis": {"title": {"text": "step"}}, "showlegend": len(drawn) > 1}
-    layout |= y_axis(chart, [series.values for _, series in drawn], line)
     if line is not None:
         layout["shapes"] = [
             {
@@ -181,16 +183,23 @@ def difference_figure(summary: Summary) -> dict[str, Any] | None:
     }
 
 
-def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Centred running mean over ``2 * (window // 2) + 1`` values; at the borders over those that exist."""
+def running_mean(values: Sequence[float], window: int, inside: Sequence[float] | None = None) -> list[float | None]:
+    """Centred mean over ``2 * (window // 2) + 1`` values; at the borders over those that exist.
+
+    Values that are not finite or not ``inside`` (low, high) do not count; None where none does.
+    """
+    low, high = inside or (-math.inf, math.inf)
     half = max(window, 1) // 2
-    sums = [0.0]
+    sums, counts = [0.0], [0]
     for value in values:
-        sums.append(sums[-1] + value)
-    out = []
+        counts_in = math.isfinite(value) and low <= value <= high
+        sums.append(sums[-1] + (value if counts_in else 0.0))
+        counts.append(counts[-1] + counts_in)
+    out: list[float | None] = []
     for index in range(len(values)):
-        low, high = max(0, index - half), min(len(values), index + half + 1)
-        out.append((sums[high] - sums[low]) / (high - low))
+        first, end = max(0, index - half), min(len(values), index + half + 1)
+        count = counts[end] - counts[first]
+        out.append((sums[end] - sums[first]) / count if count else None)
     return out
 
 
@@ -212,6 +221,6 @@ def _error_bars(means: Sequence[float], intervals: Sequence[Interval | None], co
     }
 
 
-def _short(value: float) -> float | None:
+def _short(value: float | None) -> float | None:
     """``value`` with six digits, more than a screen shows; None, a gap, where it is not finite (JSON has no NaN)."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None

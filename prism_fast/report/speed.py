@@ -49,7 +49,7 @@ def speed_of(run: RunDirectory, stage: str) -> Speed | None:
     return Speed(
         name=stage_name(stage),
         total="not finished" if whole is None else duration(whole),
-        steps=max(map(len, (seconds or (), rates or (), *values.values()))) if values or seconds or rates else 0,
+        steps=sum(record["step"] > 0 for record in run.steps.get(stage, ())),  # 0 holds what was before the first
         step=ABSENT if seconds is None else f"{1000 * sum(seconds) / len(seconds):.0f} ms",
         tokens_per_second=ABSENT if rates is None else f"{_rate(rates, seconds):,.0f}",
         peak_memory=ABSENT if memory is None else shown_bytes(int(max(memory) * 2**20)),

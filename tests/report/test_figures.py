@@ -7,7 +7,7 @@ import math
 import pytest
 
 from prism_fast.report.charts import CHARTS, Chart
-from prism_fast.report.figures import curve_figure
+from prism_fast.report.figures import curve_figure, running_mean
 from prism_fast.report.rundir import Series
 
 LOSS = Chart("Loss", (("x", "loss"),))
@@ -27,6 +27,14 @@ def test_a_steep_start_does_not_flatten_the_rest() -> None:
     above = sum(value > high for value in loss)
     assert note["text"] == f"{above} above, up to 8 (double-click)" and above < 50
     assert max(figure["data"][0]["y"]) == 8.0, "outliers stay in the figure, for whoever zooms out"
+
+
+def test_a_spike_outside_the_axis_does_not_lift_its_neighbours_mean() -> None:
+    values = [1.0] * 150 + [900.0] + [1.0 + step % 2 for step in range(149)]
+    raw, mean = draw(values)["data"]
+    assert raw["y"][150] == 900.0 and 1.0 <= min(mean["y"]) and max(mean["y"]) < 2.0
+    assert running_mean([1.0, math.nan, 3.0], 3) == [1.0, 2.0, 3.0]
+    assert running_mean([5.0, 6.0, 1.0, 2.0], 1, (0.0, 3.0)) == [None, None, 1.0, 2.0]
 
 
 @pytest.mark.parametrize("scale", ["free", "zero"])

@@ -365,6 +365,8 @@ def test_no_first_column_breaks_inside_short_words() -> None:
     style, template = (assets / "report.css").read_text(), (assets / "report.html.j2").read_text()
     rule = re.search(r"th:first-child \{([^}]*)\}", style)[1]
     assert "overflow-wrap: anywhere" in rule and "min-width: 9rem" in rule
+    for columns in re.findall(r"repeat\(auto-fill, minmax\(([^;]*)\)", style):
+        assert columns.startswith("min(") and "100%" in columns, "a column wider than a narrow page"
     assert len(re.findall(r'<div class="scroll">\s*<table', template)) == template.count("<table")
 
 

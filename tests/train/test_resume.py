@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from prism_fast.track.metrics import reproducible
+from prism_fast.track.metrics import WALL_CLOCK, reproducible
 
 
 def _metrics(folder: Path) -> list[dict]:
@@ -43,6 +44,32 @@ def _assert_equal(folder: Path, finished: Path) -> None:
     for stage in ("rlvr_direct", "align", "rlvr"):
         name = f"{stage}.jsonl.zst"
         assert (folder / "rollouts" / name).read_bytes() == (finished / "rollouts" / name).read_bytes()
+    _assert_curves(folder, finished)
+
+
+def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) by tag, as Python programs read TensorBoard's files."""
+    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    return {
+        tag: [(event.step, event.value) for event in board.Scalars(tag)]
+        for tag in board.Tags()["scalars"]
+        if not any(name in tag for name in WALL_CLOCK)
+    }
+
+
+def _assert_curves(folder: Path, finished: Path) -> None:
+    curves, training = _curves(folder), {}
+    assert curves == _curves(finished)
+    for tag, points in curves.items():
+        steps = [step for step, _ in points]
+        assert steps == sorted(set(steps)), f"{tag} has repeated or disordered steps"
+        parts = tag.split("/")
+        assert parts[0] not in parts[1:], f"{tag} is doubled"
+        training[parts[0]] = max(training.get(parts[0], 0), steps[-1])
+    evaluated = [step for step, _ in curves["eval/accuracy"]]
+    assert evaluated == [training[stage] for stage in ("sft", "sft_continued", "rlvr_direct", "align", "rlvr")]
+    assert 0 < evaluated[0] and evaluated == sorted(set(evaluated))
 
 
 @pytest.mark.timeout(600)

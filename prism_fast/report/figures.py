@@ -65,6 +65,8 @@ def curve_figure(chart: Chart, drawn: Sequence[tuple[str, Series]], line: float 
     """A plotly figure: raw values thin, their running mean bold where there are many; ``line``: dotted, horizontal."""
     traces = []
     layout: dict[str, Any] = {"xaxis": {"title": {"text": "step"}}, "showlegend": len(drawn) > 1}
+    if max(series.steps[-1] - series.steps[0] for _, series in drawn) < 5:
+        layout["xaxis"]["dtick"] = 1  # there is no step 1.5
     layout |= y_axis(chart, [series.values for _, series in drawn], line)
     # A spike outside the axis would lift the mean of all its neighbours out of sight.
     inside = layout["yaxis"]["range"] if "annotations" in layout else None

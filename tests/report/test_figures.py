@@ -68,4 +68,5 @@ def test_schedules_are_drawn_as_logged() -> None:
 
 
 def test_curves_name_their_axis() -> None:
-    assert draw([1.0, 2.0])["layout"]["xaxis"]["title"]["text"] == "step"
+    assert draw([1.0, 2.0])["layout"]["xaxis"] == {"title": {"text": "step"}, "dtick": 1}
+    assert draw([1.0] * 6)["layout"]["xaxis"] == {"title": {"text": "step"}}

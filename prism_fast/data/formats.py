@@ -233,12 +233,12 @@ def _format_of(record: Mapping[str, Any], role: Role, place: Place) -> Format:
         raise place.error("", wrong, f"Give the file there, or {role} here")
     if role == "pairs" and place.row:
         return formats[0]  # its parser names the first text that is missing
-    nearest = min(formats, key=lambda format: len(format.lacks(record)))
-    if len(nearest.lacks(record)) < len(nearest.keys):
-        field = nearest.lacks(record)[0]
-        raise place.error(field, holds, _column_cure(record, [field]))
+    for format in formats:
+        lacks = format.lacks(record)
+        if len(lacks) < len(format.keys):  # some of its fields are there
+            raise place.error(lacks[0], holds, _column_cure(record, lacks[0]))
     wrong = f"wanted one of {_either(formats)}, found neither ({'the file' if not place.row else 'it'} has: "
-    raise place.error("", wrong + f"{', '.join(record) or 'nothing'})", _column_cure(record, nearest.lacks(record)))
+    raise place.error("", wrong + f"{', '.join(record) or 'nothing'})", _column_cure(record, formats[0].keys[0][0]))
 
 
 def _either(formats: list[Format]) -> str:
@@ -249,11 +249,11 @@ def _bare(format: Format) -> str:
     return str(format).replace("'", "")
 
 
-def _column_cure(record: Mapping[str, Any], lacks: list[str]) -> str:
+def _column_cure(record: Mapping[str, Any], field: str) -> str:
     """How to name the file's column: the one that holds turns, or an example."""
     turns = [key for key, value in record.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    theirs = turns[0] if turns and lacks[0] == "conversations" else "NAME"
-    return f"Add it, or name the file's own: data.columns.{lacks[0]}={theirs}"
+    theirs = turns[0] if turns and field == "conversations" else "NAME"
+    return f"Add it, or name the file's own: data.columns.{field}={theirs}"
 
 
 def _no_such_column(place: Place, ours: str, theirs: str, names: Iterable[str]) -> DataError:

@@ -136,15 +136,12 @@ def open_samples(
         columns = {**settings.columns, **entry.columns}
         here = replace(settings, columns=columns, image_root=entry.image_root or settings.image_root)
         for records in found:
-            context = Context(records, here, columns, f"{number}-" if several else "", _own_prefix(index, entries))
+            prefix, own_prefix = f"{number}-" if several else "", f"{index}-" if len(entries) > 1 else ""
+            context = Context(records, here, columns, prefix, own_prefix, names_images=role == "demonstrations")
             rows += [row._replace(entry=index) for row in _parse(records, role, context, seen, problems)]
             number += 1
     weights = tuple(entry.weight for entry in entries) if entries[0].weight is not None else None
     return Samples(rows, weights)
-
-
-def _own_prefix(index: int, entries: tuple) -> str:
-    return f"{index}-" if len(entries) > 1 else ""
 
 
 def role_of(value: Any) -> Role:
@@ -180,6 +177,7 @@ def _parse(
     if records.schema is not None:
         _check_table(records, role, context)
     parsed, empty, mapped = [], True, set()
+    known: dict[tuple[str, ...], Format] = {}  # by fields
     for place, raw in records.rows():
         empty = False
         try:
@@ -187,10 +185,13 @@ def _parse(
                 raise raw
             record = context.named(place.mapping(raw, ""))
             mapped |= {ours for ours, theirs in context.columns.items() if theirs in raw}
-            format = _format_of(record, role, place)
+            fields = tuple(record)
+            format = known[fields] = known.get(fields) or _format_of(record, role, place)
             uid, make, pictures = format.parse(place, record, context)
             uid = _take_uid(uid, seen, place, shared=format.shared_ids)
-            shares = pictures.names or (_digest(make.keywords["messages"]).hex(),)
+            shares = pictures.names
+            if context.names_images and not shares:
+                shares = (_digest(make.keywords["messages"]).hex(),)
             parsed.append(Row(place, partial(_build, make, uid, pictures), _digest(raw), shares))
         except DataError as error:
             if problems is None:

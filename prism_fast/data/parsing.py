@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +48,16 @@ class Settings:
 @dataclass(frozen=True)
 class Context:
     """Of the rows of one file: ``columns`` maps our names to the file's; ``prefix`` begins the uids that are made here,
-    ``own_prefix`` those of the rows."""
+    ``own_prefix`` those of the rows; ``names_images``: whether `Pictures.names` are wanted."""
 
     records: Records
     settings: Settings
     columns: Mapping[str, str]
     prefix: str = ""
     own_prefix: str = ""
+    names_images: bool = False
 
-    @property
+    @cached_property
     def root(self) -> Path:
         given = self.settings.image_root
         return Path(given) if given is not None else self.records.path.parent
@@ -87,7 +90,8 @@ class Pictures:
         found = [(field, image_source(image, place, field, context.root)) for field, image in find(value)]
         self._sources = found if context.records.schema is None else None
         self.count = len(found)
-        self.names = tuple(_name(source) for _, source in found)
+        # Rows of tasks are never divided; hashing their images would double the time of reading them.
+        self.names = tuple(_name(source) for _, source in found) if context.names_images else ()
 
     def load(self) -> list[Image]:
         place, context = self._place, self._context
@@ -160,4 +164,4 @@ def finished(turns: list[dict[str, Any]], images: int, place: Place, field: str,
 
 
 def _name(source: bytes | Path) -> str:
-    return hashlib.sha256(source).hexdigest()[:24] if isinstance(source, bytes) else str(source.absolute())
+    return hashlib.sha256(source).hexdigest()[:24] if isinstance(source, bytes) else os.path.abspath(source)

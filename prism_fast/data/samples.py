@@ -74,8 +74,8 @@ T = TypeVar("T", Demonstration, Task, Pair)
 
 class Row(NamedTuple, Generic[T]):
     """A parsed row. ``build``: of whether to decode the images, the sample. ``digest``: of the row as the file has it.
-    ``shares``: names of its images, or of its prompt where it has none; rows with a common one belong together.
-    ``entry``: number of its data set."""
+    ``shares``, of demonstrations: names of its images, or of its prompt where it has none; rows with a common one
+    belong together. ``entry``: number of its data set."""
 
     place: Place
     build: Callable[[bool], T]

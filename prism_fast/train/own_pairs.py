@@ -1,7 +1,7 @@
 """Warm-up pairs that a run samples itself: the student's texts for the run's own alignment tasks.
 
-The public format of pairs holds one image and one user turn, but a task may have several of both. A line therefore
-names its task and holds only the student's texts; prompt, images and teacher come from the task.
+A line names its task and holds only the student's texts; prompt, images and teacher come from the task, so that nothing
+is stored twice.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def image(seed: int) -> Image.Image:
 
 
 def two_image_task(uid: str, seed: int) -> Task:
-    """Two images and an assistant's turn, which the public format of pairs cannot hold."""
+    """Two images and an assistant's turn."""
     first = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}, {"type": "text", "text": "?"}]
     turns = [("user", first), ("assistant", "Two pictures."), ("user", "Which is larger?")]
     messages = [{"role": role, "content": content} for role, content in turns]

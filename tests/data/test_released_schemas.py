@@ -74,8 +74,8 @@ def alignment_rows() -> list[dict]:
         "extra_info": {"index": 0, "split": "train", "answer": "2", "question": "How many squares are there?"},
     }
     named = {"images": [{"bytes": png(), "path": "squares.png"}], "extra_info": {**base["extra_info"], "index": 1}}
-    nothing = {"style": "rule", "ground_truth": "two", "equivalent_answers": None}
-    some = {"style": "rule", "ground_truth": "two", "equivalent_answers": ["2", "__EMPTY__"]}
+    nothing = {"style": "rule", "ground_truth": "a pair", "equivalent_answers": None}
+    some = {"style": "rule", "ground_truth": "a pair", "equivalent_answers": ["2", "__EMPTY__"]}
     return [base, {**base, **named}, {**base, "reward_model": nothing}, {**base, "reward_model": some}]
 
 

@@ -83,6 +83,9 @@ class UpcycleConfig:
         _require(1 <= self.top_k <= self.num_experts, "warmup.upcycle.top_k", "between 1 and num_experts", self.top_k)
 
 
+_DATA_SETS = ("data.sft", "data.sft_val", "data.align", "data.rlvr", "data.eval", "data.pairs")
+
+
 @dataclass
 class DataConfig:
     """``source: digits`` writes the built-in data first; ``source: files`` reads yours. Each key is a file, a folder, a
@@ -114,9 +117,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         try:
-            for key in ("sft", "sft_val", "align", "rlvr", "eval", "pairs"):
-                if (value := getattr(self, key)) is not None:
-                    entries_of(value, f"data.{key}", weights=key in ("sft", "align", "rlvr"))
+            for key in _DATA_SETS:
+                if (value := getattr(self, key.removeprefix("data."))) is not None:
+                    entries_of(value, key, weights=key in ("data.sft", "data.align", "data.rlvr"))
             check_columns(self.columns, "data.columns")
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -445,6 +448,9 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     try:
         config = OmegaConf.structured(Config)
         config = OmegaConf.merge(config, OmegaConf.create(text))
+        for key in (override.partition("=")[0] for override in overrides):
+            if key in _DATA_SETS:  # replaces the recipe's, which may be a list where this is a mapping
+                OmegaConf.update(config, key, None)
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
         resolved = OmegaConf.to_object(config)
     except ConfigError as error:
@@ -459,7 +465,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
             given = dict(override.split("=", 1) for override in overrides).get(key)
             message += f" (key {key}){how_to_write(Config, key, given)}"
         raise ConfigError(f"{origin} with {list(overrides)}: {message}") from error
-    except (yaml.YAMLError, ValueError) as error:  # a duplicate key, a number of thousands of digits
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # a duplicate key, a number of thousands of digits
         raise ConfigError(f"{origin} with {list(overrides)}: {' '.join(str(error).split())}") from error
     assert isinstance(resolved, Config)
     _checked(lambda: check_numbers(resolved), origin)

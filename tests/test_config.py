@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -115,3 +116,20 @@ def test_an_unknown_key_in_a_recipe_file_names_the_file(tmp_path):
     path.write_text("sft:\n  batchsize: 3\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"mine\.yaml.*batchsize"):
         load_config(str(path))
+
+
+def test_data_sets_as_lists_and_mappings(tmp_path):
+    """They survive the saved configuration; an override of the key replaces the recipe's, one below it changes it."""
+    recipe = tmp_path / "mine.yaml"
+    listed = ["a.json", {"path": "b/*.parquet", "columns": {"problem": "q"}}]
+    recipe.write_text(f"data: {{rlvr: {json.dumps(listed)}, sft: {{path: c.json, split: train}}}}\n")
+    config = load_config(str(recipe))
+    assert config.data.rlvr == listed and config.data.sft == {"path": "c.json", "split": "train"}
+    recipe.write_text(dump_config(config))
+    assert load_config(str(recipe)) == config
+    changed = load_config(str(recipe), ["data.rlvr={path: x}", "data.sft.path=d.json", "data.columns.answer=gold"])
+    assert changed.data.rlvr == {"path": "x"} and changed.data.columns == {"answer": "gold"}
+    assert changed.data.sft == {"path": "d.json", "split": "train"}
+    assert load_config(str(recipe), ["data.sft=[a,b]"]).data.sft == ["a", "b"]
+    with pytest.raises(ConfigError, match="Cannot merge"):
+        load_config(str(recipe), ["data.rlvr.0=x"])

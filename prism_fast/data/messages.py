@@ -86,6 +86,8 @@ def inline_images(turns: Any) -> list[tuple[str, Any]]:
                 value = part[key] if key is not None else None
                 if key == "image_url" and isinstance(value, dict):
                     value = value.get("url")
+                if isinstance(value, dict) and not any(value.values()):
+                    value = None  # a table's empty cell
                 if value is not None:
                     found.append((f"[{number}].content[{index}].{key}", value))
     return found

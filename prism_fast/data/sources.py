@@ -96,14 +96,18 @@ def open_entry(entry: Entry, split: str) -> list[Records]:
 
 
 def not_found(path: Path) -> DataError:
-    """The error of a path that does not exist, with the nearest name beside it."""
+    """The error of a path that does not exist."""
+    return Place(path).error("", "the file does not exist", f"Check the path{nearest(path)}")
+
+
+def nearest(path: Path) -> str:
+    """``; there is PATH`` with the file beside ``path`` whose name is nearest to its own, or nothing."""
     try:
-        beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        beside = [item.name for item in path.parent.iterdir()]
     except OSError:
-        beside = []
+        return ""
     near = difflib.get_close_matches(path.name, beside, n=1)
-    cure = f"Check the path; there is {path.parent / near[0]}" if near else "Check the path"
-    return Place(path).error("", "the file does not exist", cure)
+    return f"; there is {path.parent / near[0]}" if near else ""
 
 
 def _here(text: str) -> bool:

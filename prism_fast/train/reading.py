@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from prism_fast.config import Config, ConfigError
@@ -16,7 +17,7 @@ from prism_fast.data.parsing import Settings, Wanted
 from prism_fast.data.problems import DataError
 from prism_fast.data.samples import Demonstration, Samples
 from prism_fast.data.screen import Screened, screen
-from prism_fast.data.sources import missing
+from prism_fast.data.sources import missing, nearest
 from prism_fast.data.split import split_samples
 from prism_fast.data.system_prompt import system_prompt
 from prism_fast.models.processor import Processor
@@ -66,7 +67,7 @@ class DataFiles:
             raise ConfigError(f"stage {stage} needs data.{name}=PATH (or data.source=digits)")
         for entry in entries_of(value, f"data.{name}"):
             if missing(entry):
-                raise ConfigError(f"data.{name}: {entry.path} does not exist")
+                raise ConfigError(f"data.{name}: {entry.path} does not exist{nearest(Path(entry.path))}")
         return value
 
     def needed(self, stages: Sequence[str]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ FORMS = {
         rows("train.json", TASK),
         "rlvr",
         "trian.json",
-        ["data.rlvr: trian.json does not exist"],
+        ["data.rlvr: trian.json does not exist; there is train.json"],
     ),
     "an empty list": (text("a.json", "[]"), "sft", "a.json", ["a.json: holds no rows", "Give a file with samples"]),
     "no rows": (text("a.jsonl", "\n\n"), "sft", "a.jsonl", ["a.jsonl: holds no rows"]),

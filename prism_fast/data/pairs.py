@@ -19,8 +19,8 @@ def parse_pair(place: Place, record: dict[str, Any], context: Context):
     """``prompt`` (a text, or turns) or ``question``, images, and the texts of both sides; see `read_pairs`."""
     name = "prompt" if record.get("prompt") is not None else "question"
     if isinstance(record.get(name), list):
-        pictures = pictures_of(record, place, context, turns=name)
         turns = read_turns(record[name], place, name, "role", "content")
+        pictures = pictures_of(record, place, context, turns=name)
     else:
         pictures = pictures_of(record, place, context)
         turns = flat_prompt(record.get(name), pictures.count, place, name if name in record else "prompt")

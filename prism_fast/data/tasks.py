@@ -23,7 +23,7 @@ def parse_verl(place: Place, record: dict[str, Any], context: Context):
     reward = place.mapping(record["reward_model"], "reward_model")
     truth = _truth(reward.get("ground_truth"), place, "reward_model.ground_truth")
     equivalents = _equivalents(reward.get("equivalent_answers"), place)
-    extra = _extra(record)
+    extra = _extra(record, place)
     if record.get("answer") not in (None, reward.get("ground_truth")):
         extra.setdefault("answer", record["answer"])
     return _task(place, record, context, "prompt", truth, equivalents, extra)
@@ -35,11 +35,14 @@ def parse_problem(place: Place, record: dict[str, Any], context: Context):
     answer = record["answer"]
     if isinstance(answer, int) and not isinstance(answer, bool):
         answer = str(answer)
-    return _task(place, record, context, field, _truth(answer, place, "answer"), (), _extra(record))
+    return _task(place, record, context, field, _truth(answer, place, "answer"), (), _extra(record, place))
 
 
-def _extra(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in (record.get("extra_info") or {}).items() if value is not None}
+def _extra(record: dict[str, Any], place: Place) -> dict[str, Any]:
+    if record.get("extra_info") is None:
+        return {}
+    found = place.mapping(record["extra_info"], "extra_info")
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _task(

@@ -14,8 +14,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.prism-fast-installed
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
-# A file stays on one worker, so that what its tests share is built once.
-PYTEST := $(PY) -m pytest -n 2 --dist loadfile
+# A file stays on one worker, so that what its tests share is built once; files begin in the order of tests/conftest.py.
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # An interpreter that imports verl and torch; tests/integrations/README.md says how to make one.
 VERL_PYTHON ?=

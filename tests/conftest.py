@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 
 # Two test processes on a small machine must not fight over cores, and no test may reach for a network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,7 +22,16 @@ if not HAS_GPU:
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+# The dearest files and folders. They go first, so that no worker begins one when the others have nothing left.
+FIRST = ("kernels/test_kernel_forms.py", "train/")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        return next((rank for rank, name in enumerate(FIRST) if path.startswith(name)), len(FIRST))
+
+    items.sort(key=place)
     if HAS_GPU:
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")

@@ -9,20 +9,21 @@ from rich.console import Console
 
 from prism_fast.config import load_config
 from prism_fast.data.digit_sizes import DigitsSpec
-from prism_fast.data.digits import write_digits
+from prism_fast.data.digits import DigitsFiles, write_digits
 from prism_fast.data.readers import read_tasks
 from prism_fast.data.samples import Demonstration
 from prism_fast.data.writers import write_sharegpt
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.train.pipeline import run_stages
+from tests.support.shared import made_once
 
 SMALL = [
     "threads=1",
     "model.tiny.vocab_size=600",
     "model.tiny.num_layers=2",
     "sft.batch=16",
-    "sft.max_updates=90",
+    "sft.max_updates=60",
     "sft.eval_every=30",
     "sft.optimizer.lr=4e-3",
     "sft.tokens_per_micro_batch=1200",
@@ -47,16 +48,20 @@ def processor() -> Processor:
     return Processor.build(train_tokenizer(["<caption>\n- digits: 1 2\n</caption>"] * 9, 320))
 
 
-@pytest.fixture(scope="session")
-def small_data(tmp_path_factory) -> list[str]:
-    """Published-format files, small enough for seconds; the SFT set is the exact teacher's, soon learnt."""
-    folder = tmp_path_factory.mktemp("small")
+def write_small_data(folder: Path) -> None:
     spec = DigitsSpec(sft_images=2, sft_val_images=2, align_tasks=48, rlvr_tasks=8, eval_images=2)
     files = write_digits(folder / "digits", spec, seed=3)
     tasks = read_tasks(files.align, require_teacher=True)
     demos = [Demonstration(t.uid, t.messages, t.teacher_response, t.images) for t in (tasks[i] for i in range(48))]
     write_sharegpt(folder / "sft.json", demos)
     write_sharegpt(folder / "sft_val.json", demos[:8])
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory) -> list[str]:
+    """Published-format files, small enough for seconds; the SFT set is the exact teacher's, soon learnt."""
+    folder = made_once(tmp_path_factory, "small", write_small_data)
+    files = DigitsFiles.in_folder(folder / "digits")
     paths = {"sft": folder / "sft.json", "sft_val": folder / "sft_val.json"}
     paths |= {"align": files.align, "rlvr": files.rlvr, "eval": files.eval}
     return ["data.source=files", *(f"data.{name}={path}" for name, path in paths.items())]
@@ -74,7 +79,7 @@ def small_run(small_data) -> list[str]:
 
 @pytest.fixture(scope="session")
 def finished(small_run, tmp_path_factory) -> Path:
-    return run_small(tmp_path_factory.mktemp("run") / "first", small_run)
+    return made_once(tmp_path_factory, "finished", lambda folder: run_small(folder, small_run))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from itertools import accumulate
 from pathlib import Path
@@ -94,8 +95,8 @@ def test_joint_updates_move_policy_and_discriminator(finished):
     assert any(not torch.equal(before[key], after[key]) for key in before)
 
 
-def test_the_report_of_a_real_run_is_written(finished):
-    page = write_report(finished).read_text(encoding="utf-8")
+def test_the_report_of_a_real_run_is_written(finished, tmp_path):
+    page = write_report(shutil.copytree(finished, tmp_path / "run")).read_text(encoding="utf-8")
     assert "data:image/png;base64" in page
 
 

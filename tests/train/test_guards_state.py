@@ -72,7 +72,8 @@ def test_a_checkpoint_holds_what_the_next_step_depends_on(finished):
     assert len(tensors) == 4 * len(parameters) > 100
     state = checkpoint.state
     assert set(state) == {
-        "format", "config", "stage", "step", "budgets", "order", "extra", "held", "metrics_bytes", "rollout_bytes",
+        "format", "config", "data", "stage", "step", "budgets", "order", "extra", "held", "metrics_bytes",
+        "rollout_bytes",
     }  # fmt: skip
     assert state["order"]["position"] > 0 and state["extra"] is not None
     manifest = json.loads((checkpoint.path / "manifest.json").read_text())

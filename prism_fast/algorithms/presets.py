@@ -34,6 +34,23 @@ def policy_options(preset: str, *, max_response: int) -> PolicyLossOptions:
     return PolicyLossOptions(**PRESETS[preset], norm_length=norm_length)
 
 
+def shown_terms(preset: str, *, max_response: int) -> str:
+    """The terms of a preset as they act, defaults of its loss filled in, for people. Arguments and errors as
+    `policy_options`."""
+    options = policy_options(preset, max_response=max_response)
+    terms = {
+        "clip": None if options.loss == "sapo" else "{:g}/{:g}".format(*options.clips),
+        "temperatures": "{:g}/{:g}".format(*options.sapo_temperature) if options.loss == "sapo" else None,
+        "dual clip": options.bound,
+        "aggregation": options.aggregates,
+        "length": options.norm_length,
+        "KL": options.kl_coef or None,
+        "entropy": options.entropy_coef or None,
+    }
+    shown = ", ".join(f"{name} {value}" for name, value in terms.items() if value is not None)
+    return f"preset {preset}: {options.loss}, {shown}"
+
+
 def reward_normalization(preset: str) -> str:
     """``normalize`` of ``outcome_advantage`` that a preset's paper prescribes.
 

@@ -20,6 +20,7 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 import prism_fast
+from prism_fast.algorithms.presets import reward_normalization, shown_terms
 from prism_fast.config import Config, ConfigError, dump_config
 from prism_fast.engine.finite import NonFiniteError
 from prism_fast.models.fused_trunk import trunk_kernels
@@ -32,6 +33,7 @@ from prism_fast.rewards.rules import RULES
 from prism_fast.rollout.engines import engine_maker
 from prism_fast.rollout.protocol import Rollout
 from prism_fast.track.tracker import Tracker, open_views, require_packages
+from prism_fast.train.discriminator_trainer import discriminator_loss_of
 from prism_fast.train.progress import Progress
 from prism_fast.train.record import Resume, RunRecord, new_run, read_resume
 from prism_fast.train.signals import Stopped, StopRequest
@@ -129,8 +131,8 @@ def attention_in_force(config: Config, device: torch.device) -> str:
 
 
 def environment(config: Config, device: torch.device) -> dict[str, str | int]:
-    """Versions, machine and kernels in use, for ``environment.json`` and the report. Raises as :func:`trunk_in_force`
-    and :func:`attention_in_force`."""
+    """Versions, machine, kernels and losses in use, for ``environment.json`` and the report. Raises as
+    :func:`trunk_in_force` and :func:`attention_in_force`."""
     names = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn", "math-verify")
     versions = {name: metadata.version(name) for name in names}
     facts: dict[str, str | int] = {
@@ -144,6 +146,19 @@ def environment(config: Config, device: torch.device) -> dict[str, str | int]:
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
+    return facts | losses_in_force(config)
+
+
+def losses_in_force(config: Config) -> dict[str, str]:
+    """The terms of the losses of the stages of ``config``, presets and defaults of ``semantics`` resolved, by key."""
+    facts = {}
+    if "align" in config.stages:
+        facts["align.loss"] = shown_terms(config.align.loss, max_response=config.align.rollout.max_new_tokens)
+        terms = asdict(discriminator_loss_of(config))
+        facts["align.discriminator"] = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in terms.items())
+    if {"rlvr", "rlvr_direct"} & set(config.stages):
+        shown = shown_terms(config.rlvr.loss, max_response=config.rlvr.rollout.max_new_tokens)
+        facts["rlvr.loss"] = f"{shown}, rewards normalised {reward_normalization(config.rlvr.loss)}"
     return facts
 
 
@@ -223,11 +238,13 @@ def open_run(config: Config, console: Console, *, resume: bool = False) -> Itera
 
 @contextmanager
 def _opened(config: Config, console: Console, folder: Path, device: torch.device, *, resume: bool) -> Iterator[Run]:
+    recipe = dump_config(config)
     if resume:
-        resumed = read_resume(folder, tell=lambda text: console.print(text, style="yellow", highlight=False))
+        resumed = read_resume(folder, recipe, tell=lambda text: console.print(text, style="yellow", highlight=False))
     else:
-        resumed = new_run()
-        write_whole(folder / "config.yaml", dump_config(config))
+        resumed = new_run(recipe)
+        write_whole(folder / "config.yaml", recipe)
+    resumed.record.write(folder)
     write_whole(folder / "environment.json", json.dumps(environment(config, device), indent=1))
     # CPU kernels are all deterministic; PyTorch warns about a CUDA kernel without a deterministic form.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -117,43 +117,38 @@ class SftTrainer:
 
 
 class PlateauDecay:
-    """Learning-rate scale: 1 until the validation loss stops improving, then a linear decay to 0, then the end."""
+    """Learning-rate scale: 1 until the validation loss stops improving, then a linear decay to 0, then the end.
+
+    Without a plateau the decay begins where it still ends at ``max_updates`` with its whole length, whenever the loss
+    is evaluated.
+    """
 
     def __init__(self, config: SftConfig):
         self.config = config
         self.best = math.inf
         self.stale = 0
-        self.decay_start: int | None = None
+        self.start = int(config.max_updates / (1 + config.decay_share))
         self.end = config.max_updates
 
     def state_dict(self) -> dict:
-        return {"best": self.best, "stale": self.stale, "decay_start": self.decay_start, "end": self.end}
+        return {"best": self.best, "stale": self.stale, "start": self.start, "end": self.end}
 
     def load_state_dict(self, state: dict) -> None:
-        self.best, self.stale, self.decay_start, self.end = (state[k] for k in ("best", "stale", "decay_start", "end"))
+        self.best, self.stale, self.start, self.end = (state[k] for k in ("best", "stale", "start", "end"))
 
     def observe(self, updates: int, validation_loss: float) -> None:
         """Record a validation loss; the decay begins after ``patience`` evaluations without improvement."""
-        if self.decay_start is not None:
+        if updates >= self.start:
             return
         improved = validation_loss < self.best * (1 - self.config.min_improvement)
         self.best = min(self.best, validation_loss)
         self.stale = 0 if improved else self.stale + 1
-        if self.stale >= self.config.patience or updates >= self.decay_latest():
-            self.begin_decay(updates)
-
-    def decay_latest(self) -> int:
-        """The update at which the decay must begin so that it ends by ``max_updates``."""
-        return int(self.config.max_updates / (1 + self.config.decay_share))
-
-    def begin_decay(self, updates: int) -> None:
-        self.decay_start = updates
-        self.end = min(self.config.max_updates, updates + max(1, round(self.config.decay_share * updates)))
+        if self.stale >= self.config.patience:
+            self.start = updates
+            self.end = updates + max(1, round(self.config.decay_share * updates))
 
     def __call__(self, update: int) -> float:
-        if self.decay_start is None:
-            return 1.0
-        return max(0.0, (self.end - update) / max(1, self.end - self.decay_start))
+        return 1.0 if update <= self.start else max(0.0, (self.end - update) / (self.end - self.start))
 
 
 def train_sft(

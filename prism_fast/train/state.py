@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from prism_fast.config import changed_keys, dump_config
+from prism_fast.config import dump_config
 from prism_fast.data.order import MixedOrder, SampleOrder
 from prism_fast.engine.protocol import Engine
 from prism_fast.models.token_budget import TokenBudget
@@ -17,11 +17,12 @@ from prism_fast.track.metrics import Metrics
 from prism_fast.track.speed import StepTimer
 from prism_fast.train.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from prism_fast.train.context import Run
+from prism_fast.train.record import refuse_changes
 from prism_fast.train.rollout_log import RolloutLog
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.signals import Stopped
 
-FORMAT = 6  # of a checkpoint's state; another one is refused
+FORMAT = 7  # of a checkpoint's state; another one is refused
 
 
 class Stateful(Protocol):
@@ -73,7 +74,7 @@ class StageState:
                     f"{saved.path} was saved by another version of prism-fast (its format is not "
                     f"{FORMAT}): go on with that version, or start a new run"
                 )
-            self._refuse_changes(saved)
+            refuse_changes(run.folder, saved.state["config"], self._config, saved.path.name)
             self._refuse_other_data(saved)
             self.step = saved.state["step"]
             if saved.state["held"] is not None:
@@ -91,16 +92,6 @@ class StageState:
         self.log = RolloutLog(run.folder, stage, keep_bytes=rollout_bytes) if with_rollouts else None
         if self.held is not None:
             self._watch()
-
-    def _refuse_changes(self, saved: Checkpoint) -> None:
-        """Raise CheckpointError if the recipe is another one than that of the checkpoint."""
-        changed = changed_keys(saved.state["config"], self._config)
-        if changed:
-            shown = ", ".join(f"{key}={new} (was {old})" for key, (old, new) in changed.items())
-            raise CheckpointError(
-                f"{self.run.folder / 'config.yaml'} is not that of {saved.path.name}: {shown}. The steps before and "
-                "after would be of two recipes: put it back, or start a new run from an export (model.policy=PATH)"
-            )
 
     def _refuse_other_data(self, saved: Checkpoint) -> None:
         """Raise CheckpointError if data that the stage reads holds other rows than before, or another order of them."""

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 
 from prism_fast.algorithms.alignment_loss import discriminator_loss
+from prism_fast.algorithms.presets import PRESETS
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import ConfigError, load_config
 from prism_fast.data.samples import Pair
@@ -19,6 +20,7 @@ from prism_fast.report.rundir import read_rollouts
 from prism_fast.rewards import Reward
 from prism_fast.track.metrics import reproducible
 from prism_fast.train.align import step_advantage
+from prism_fast.train.context import losses_in_force
 from prism_fast.train.discriminator_trainer import DiscriminatorLoss, discriminator_loss_of
 from prism_fast.train.warmup import group_pairs
 
@@ -225,3 +227,21 @@ def test_further_updates_of_the_discriminator_follow_the_one_that_gave_the_rewar
         assert same.pop(key) == 3 * first.pop(key)
     assert same == first and first["passes/discriminator_without_gradient"] == 0
     assert second["policy/tokens"] > 0 and other["score/caption"] != second["score/caption"]
+
+
+def test_the_losses_in_force_are_resolved_from_flags_and_semantics():
+    """What environment.json and the report's head say: followed from a flag to the terms that act."""
+    config = load_config("digits", ["rlvr.loss=dr_grpo", "align.discriminator.length_penalty=0.25"])
+    assert losses_in_force(config) == {
+        "align.loss": "preset prism: grpo, clip 0.2/0.2, dual clip 3.0, aggregation token_mean",
+        "align.discriminator": "semantics prism_fast, score clip 10.0, score reg 0.001, length penalty 0.25, "
+        "spread 0.0, aux coef 0.0",
+        "rlvr.loss": "preset dr_grpo: dr_grpo, clip 0.2/0.2, aggregation seq_mean_token_sum_norm, length 96.0, rewards "
+        "normalised mean_only",
+    }
+    assert losses_in_force(load_config("digits", ["stages=[sft]"])) == {}
+    for preset in PRESETS:
+        config = load_config("digits", ["stages=[rlvr]", f"rlvr.loss={preset}"])
+        assert losses_in_force(config)["rlvr.loss"].startswith(f"preset {preset}: {PRESETS[preset]['loss']}, ")
+    sapo = losses_in_force(load_config("digits", ["rlvr.loss=sapo", "semantics=paper"]))
+    assert "temperatures 1/1.05" in sapo["rlvr.loss"] and "score clip None" in sapo["align.discriminator"]

@@ -140,16 +140,16 @@ def test_what_a_killed_writer_left_is_ignored_and_cleared(tmp_path):
 
 def test_a_checkpoint_of_a_complete_stage_is_not_gone_back_to(tmp_path):
     _save(tmp_path / "checkpoints", 7, stage="sft")
-    assert read_resume(tmp_path, tell=pytest.fail).checkpoint_of("sft").state["step"] == 7
+    assert read_resume(tmp_path, "", tell=pytest.fail).checkpoint_of("sft").state["step"] == 7
     RunRecord(completed=["sft"], metrics_bytes=123).write(tmp_path)
-    resumed = read_resume(tmp_path, tell=pytest.fail)
+    resumed = read_resume(tmp_path, "", tell=pytest.fail)
     assert resumed.checkpoint is None and resumed.metrics_bytes() == 123
 
 
 def test_a_damaged_record_is_refused_by_name(tmp_path):
     (tmp_path / "record.json").write_text(json.dumps({"completed": [], "surprise": 1}))
     with pytest.raises(CheckpointError, match=r"record\.json"):
-        read_resume(tmp_path, tell=pytest.fail)
+        read_resume(tmp_path, "", tell=pytest.fail)
 
 
 def _train(engine, steps, start=0):

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from prism_fast.config import load_config
+from prism_fast.config import dump_config, load_config
 from prism_fast.data.readers import read_tasks
 from prism_fast.models.processor import Processor
 from prism_fast.track.metrics import reproducible
@@ -165,26 +165,34 @@ def test_digits_that_a_killed_run_had_half_written_are_removed(small_run, tmp_pa
     assert not half.exists()
 
 
+@pytest.mark.parametrize("last", [True, False], ids=["in a stage", "between stages"])
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (("batch: 16\n", "batch: 8\n"), r"config.yaml is not that of rlvr-000002: sft.batch=8 \(was 16\).*put it back"),
-        (("threads: 1", "threads: 2"), None),
+        ("sft.batch=8", r"sft.batch=8 \(was 16\).*put it back"),
+        ("rlvr.optimizer.lr=3.5e-4", r"rlvr.optimizer.lr=0.00035 \(was 0.0\d+\).*put it back"),
+        ("threads=2", None),
     ],
 )
-def test_a_run_does_not_go_on_with_another_recipe(finished, tmp_path, edit, message):
+def test_a_run_does_not_go_on_with_another_recipe(finished, tmp_path, edit, message, last):
+    """Neither inside a stage, of which there is a checkpoint, nor where the next one begins anew."""
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     record = json.loads((folder / "record.json").read_text())
     record["completed"].remove("rlvr")
     (folder / "record.json").write_text(json.dumps(record))
-    recipe = (folder / "config.yaml").read_text()
-    assert recipe.count(edit[0]) >= 1
-    (folder / "config.yaml").write_text(recipe.replace(*edit))
-    config = load_config(str(folder / "config.yaml"), [f"out={folder}"])
+    if not last:
+        for checkpoint in (folder / "checkpoints").glob("rlvr-*"):
+            shutil.rmtree(checkpoint)
+    config = load_config(str(folder / "config.yaml"), [f"out={folder}", edit])
+    (folder / "config.yaml").write_text(dump_config(config))
     if message is None:
         run_stages(config, Console(quiet=True), resume=True)
         assert "rlvr" in json.loads((folder / "record.json").read_text())["completed"]
         return
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=f"config.yaml is not that of the run's beginning: {message}"):
         run_stages(config, Console(quiet=True), resume=True)
+    if last:  # a record of an older version holds no configuration; the checkpoint does
+        (folder / "record.json").write_text(json.dumps({k: v for k, v in record.items() if k != "config"}))
+        with pytest.raises(CheckpointError, match=f"config.yaml is not that of rlvr-000002: {message}"):
+            run_stages(config, Console(quiet=True), resume=True)

@@ -57,6 +57,22 @@ def test_a_loss_that_never_flattens_still_decays_by_the_last_update():
     assert scales[99] == 1.0 and scales[-1] < 0.05
 
 
+@pytest.mark.parametrize(("max_updates", "eval_every"), [(2000, 500), (2000, 50), (2000, 3000), (130, 129), (7, 1)])
+def test_the_decay_fits_in_the_updates_wherever_the_loss_is_evaluated(max_updates, eval_every):
+    config = SftConfig(max_updates=max_updates, eval_every=eval_every, patience=2, decay_share=0.3)
+    updates, scales = _run(config, [2.0**-k for k in range(2001)])
+    start = int(max_updates / 1.3)
+    assert updates == max_updates and scales[: start + 1] == [1.0] * (start + 1)
+    decay = [1 - k / (max_updates - start) for k in range(max_updates - start)]
+    assert scales[start:] == pytest.approx(decay)
+
+
+def test_a_plateau_behind_the_latest_beginning_changes_nothing():
+    config = SftConfig(max_updates=130, eval_every=10, patience=2, decay_share=0.3)
+    updates, scales = _run(config, [2.0 / k for k in range(1, 10)] + [1.0] * 9)
+    assert updates == 130 and scales[-1] == pytest.approx(1 / 30)
+
+
 def test_seeds_differ_by_purpose_and_repeat():
     seeds = {derive_seed(s, stage, step) for s in (1, 2) for stage in ("align", "rlvr") for step in range(50)}
     assert len(seeds) == 200

@@ -135,6 +135,19 @@ def test_equal_rewards_teach_nothing():
         assert torch.equal(found[:7], torch.zeros(7)) and found[8] > 0 > found[7]
 
 
+def test_a_response_without_a_reward_gets_none_and_moves_no_other():
+    reward, group = torch.tensor([1.0, 0.0, 0.5, 77.0, 3.0, 9.0]), torch.tensor([0, 0, 0, 0, 1, 1])
+    scored = torch.tensor([True, True, True, False, False, False])
+    for normalize in ("per_score", "mean_only"):
+        found = outcome_advantage(reward, group, scored=scored, normalize=normalize)
+        alone = outcome_advantage(reward[:3], group[:3], normalize=normalize)
+        assert torch.equal(found[:3], alone) and found[3:].tolist() == [0.0] * 3
+        assert torch.equal(
+            outcome_advantage(reward, group, scored=torch.ones(6, dtype=torch.bool), normalize=normalize),
+            outcome_advantage(reward, group, normalize=normalize),
+        )
+
+
 def test_response_without_a_rival_has_no_advantage():
     one = torch.ones(1)
     assert outcome_advantage(one, torch.zeros(1, dtype=torch.int64)).item() == 0.0

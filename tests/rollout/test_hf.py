@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from PIL import Image
 from transformers import DynamicCache
 
-from prism_fast.models.policy import TinyPolicy, build_tiny_policy
+from prism_fast.models.policy import TinyPolicy, build_tiny_policy, load_policy, save_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.token_budget import StepTooLargeError
 from prism_fast.models.tokenizer import train_tokenizer
@@ -137,6 +139,26 @@ def test_training_mode_is_restored(setup):
     generate(model, processor, prompts[:1], Sampling(1, 1.0, 2))
     assert model.training
     model.eval()
+
+
+@pytest.mark.parametrize("end", ["eos_id", "pad_id"])
+def test_an_exported_policy_ends_where_stock_generate_ends(setup, tmp_path, end):
+    """Its generation_config.json lists two end tokens; each of them ends a response, in greedy decoding."""
+    model, processor, prompts = setup
+    save_policy(model, processor, tmp_path / "policy")
+    listed = json.loads((tmp_path / "policy" / "generation_config.json").read_text())["eos_token_id"]
+    assert sorted(listed) == sorted([processor.eos_id, processor.pad_id]) and processor.eos_id != processor.pad_id
+    exported, processor = load_policy(tmp_path / "policy"), Processor.from_pretrained(tmp_path / "policy")
+    assert processor.tokenizer.decode([processor.pad_id]) == "<|endoftext|>"
+    ids = torch.tensor([prompts[2].input_ids])
+    free = exported.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=-1)[0, ids.shape[1] :].tolist()
+    before = free[3]
+    with torch.no_grad():  # wherever the fourth token was likely, the end token is now a little likelier
+        exported.lm_head.weight[getattr(processor, end)] = exported.lm_head.weight[before] * 1.01
+    wanted = exported.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert getattr(processor, end) == wanted[-1] and len(wanted) < 8
+    ((found,),) = generate(exported, processor, [prompts[2]], Sampling(1, 0.0, 8))
+    assert list(found.token_ids) == wanted and found.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("ids", [None, [], 7])

@@ -63,6 +63,24 @@ def _indices(rollouts: StepRollouts) -> list[int]:
     return [group.index for group in rollouts.groups]
 
 
+def test_rewards_without_a_score_make_no_group_useful():
+    source = Source("uu")
+    take = source.take
+
+    def unscored(indices, **where):
+        """Without its first reward the first group keeps 0.2 and 0.9; without its second the other has 0.9 twice."""
+        rollouts = take(indices, **where)
+        for group, lost in zip(rollouts.groups, (0, 1), strict=False):
+            group.rewards[lost] = Reward(None, 0.0, 1.0, "not_scored")
+        return rollouts
+
+    source.take = unscored
+    sampler = _sampler(source, prompts=1)
+    sampled = sampler.take(1)
+    assert len(sampled.generated.groups) >= 2 and sampled.generated.reward_metrics().read()["reward/unscored"] == 2
+    assert sampled.trained.scored.tolist() == [False, True, True] and sampler.surplus == []
+
+
 def test_without_dynamic_sampling_a_step_is_one_round():
     source = Source("uu")
     sampled = GroupSampler(source, GRADED, SampleOrder(9, seed=1), RlvrConfig(prompts=5)).take(1)

@@ -78,7 +78,7 @@ def _train(recipe: str, overrides: list[str] | None, stages: list[str] | None, d
 
 def _run(config: Config, *, resume: bool) -> None:
     from prism_fast.config import ConfigError
-    from prism_fast.preflight import preflight
+    from prism_fast.preflight import WARNING, preflight
     from prism_fast.track.jsonl import RecordError
     from prism_fast.train.checkpoint import CheckpointError
     from prism_fast.train.context import run_folder
@@ -87,7 +87,9 @@ def _run(config: Config, *, resume: bool) -> None:
 
     folder = run_folder(config)
     ours = resume or not folder.exists() or not any(folder.iterdir())
-    preflight(config, resume=resume)
+    for line in preflight(config, resume=resume):
+        if line.startswith(WARNING):
+            console.print(line, style="bold yellow", markup=False, highlight=False, soft_wrap=True)
     try:
         run_stages(config, console, resume=resume)
     except Stopped as stopped:

@@ -36,6 +36,8 @@ from prism_fast.train.grading import judged
 from prism_fast.train.reading import DataFiles, open_samples
 from prism_fast.train.replay import check_replay
 
+WARNING = "warning: "
+
 
 def show_run(config: Config, console: Console) -> None:
     """Check a resolved configuration (raises like :func:`preflight`); print it, its memory peaks and its inputs."""
@@ -45,7 +47,8 @@ def show_run(config: Config, console: Console) -> None:
     console.print(peaks)
     console.print("(`prism-fast plan` shows what they consist of and what they assume)", style="dim")
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        style = "bold yellow" if line.startswith(WARNING) else None
+        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
     console.print("dry run: everything is there, nothing was written", style="green")
 
 
@@ -58,7 +61,8 @@ def preflight(config: Config, *, resume: bool = False) -> list[str]:
     the run directory may hold something.
 
     Returns:
-        Lines for the console: device, kernels, run directory, models, data and disk.
+        Lines for the console: device, kernels, run directory, models, data and disk. Those that begin with `WARNING`
+        are shown before a run too.
 
     Raises:
         ConfigError, FileNotFoundError, ValueError: names the first fault.
@@ -213,7 +217,8 @@ def _check_data(config: Config, rewards: SourceRewards) -> list[str]:
         skipped = f", {len(problems)} rows to skip" if problems else ""
         lines.append(f"data.{key}: {shown(value)}, {len(samples)} samples{skipped}")
         if SOURCES[key].role == "tasks":
-            lines += notes_on(samples, key) if len(samples) else []
+            notes = notes_on(samples, key, own=config.reward.functions)
+            lines += [f"{WARNING}{note}" for note in notes]
             if rewards.functions:
                 _probe(samples, rewards)
     return lines

@@ -28,6 +28,7 @@ class Semantics:
     ``learns_without_pairs``: the discriminator is updated where no response of a step is valid.
     ``warmup_shapes_scores``, ``warmup_balances``: ``score_clip`` and ``score_reg``, and the load-balancing loss, act in
     the discriminator's warm-up.
+    ``published_grammar``: a response may repeat sections and leave them empty.
     ``differs``: differences from its source, in words; a run prints them.
     """
 
@@ -46,6 +47,7 @@ class Semantics:
     learns_without_pairs: bool = False
     warmup_shapes_scores: bool = True
     warmup_balances: bool = True
+    published_grammar: bool = False
     differs: tuple[str, ...] = ()
 
 

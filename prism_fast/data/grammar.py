@@ -1,22 +1,27 @@
 """The response grammar ``<caption>…</caption> <think>…</think> <answer>…</answer>`` and its token-exact boundary.
 
-The language is the one of the published pattern (`PUBLISHED_PATTERN`); the verdict and the spans are found by three
-forward searches instead, because the pattern backtracks over every pair of section borders: a policy that repeats tags
-makes it take minutes on a single response, the searches stay linear.
+The published pattern (`PUBLISHED_PATTERN`) accepts more: sections that are empty, and any text inside of one, repeated
+sections too. Such a response has the form without its content, so it is valid only where ``published=True`` asks for
+that pattern. The verdict and the spans are found by three forward searches, because the pattern backtracks over every
+pair of section borders: a policy that repeats tags makes it take minutes on a single response.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
+from prism_fast.data.messages import plain_text
 from prism_fast.data.token_bytes import token_pieces
 
 PUBLISHED_PATTERN = r"^\s*(<caption>.*?</caption>)\s*(<think>.*?</think>\s*<answer>.*?</answer>)\s*$"
 """Published split (``re.match``, DOTALL): group 1 the caption span, group 2 the reasoning span. Kept as the spec."""
+
+SECTIONS = ("caption", "think", "answer")
+TAGS = tuple(f"<{slash}{name}>" for name in SECTIONS for slash in ("", "/"))
 
 _OPENING = re.compile(r"\s*(?=<caption>)")
 _CAPTION_TO_THINK = re.compile(r"</caption>\s*(?=<think>)")
@@ -45,8 +50,10 @@ class ResponseSplit:
     char_spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def split_text(text: str) -> ResponseSplit:
+def split_text(text: str, *, published: bool = False) -> ResponseSplit:
     """Cut ``text`` as `PUBLISHED_PATTERN` does, in time linear in its length; the token counts stay -1.
+
+    Unless ``published``, each of the six tags must occur once and no section may be blank.
 
     The last section can only close at the last ``</answer>`` with nothing but whitespace after it, and each earlier
     section closes as early as possible: if the earliest border fails, a later one leaves less room and fails too.
@@ -67,6 +74,8 @@ def split_text(text: str) -> ResponseSplit:
         "think": (first.end(), second.start() + len(_THINK_CLOSE)),
         "answer": (second.end(), end),
     }
+    if not published and not _has_content(text, spans):
+        return ResponseSplit(text, False)
     return ResponseSplit(
         text=text,
         valid=True,
@@ -77,7 +86,21 @@ def split_text(text: str) -> ResponseSplit:
     )
 
 
-def split_pieces(pieces: Sequence[bytes]) -> ResponseSplit:
+def _has_content(text: str, spans: dict[str, tuple[int, int]]) -> bool:
+    """Whether each tag occurs once and each section holds more than whitespace."""
+    once = all(text.count(tag) == 1 for tag in TAGS)
+    return once and all(
+        text[start + len(f"<{name}>") : end - len(f"</{name}>")].strip() for name, (start, end) in spans.items()
+    )
+
+
+def asks_for_sections(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a prompt names all three sections by their opening tags, in any turn."""
+    text = "\n".join(plain_text(message["content"]) for message in messages)
+    return all(f"<{name}>" in text for name in SECTIONS)
+
+
+def split_pieces(pieces: Sequence[bytes], *, published: bool = False) -> ResponseSplit:
     """`split_text` of the joined byte pieces (one per token, decoded once), with the token counts filled in.
 
     Undecodable bytes become U+FFFD, as tokenizers decode them. Characters are not mapped back to bytes one by one: a
@@ -85,7 +108,7 @@ def split_pieces(pieces: Sequence[bytes]) -> ResponseSplit:
     where it occurs in their decoding.
     """
     joined = b"".join(pieces)
-    split = split_text(joined.decode("utf-8", errors="replace"))
+    split = split_text(joined.decode("utf-8", errors="replace"), published=published)
     if not split.valid:
         return split
     sizes = list(accumulate(map(len, pieces)))
@@ -103,10 +126,10 @@ def split_pieces(pieces: Sequence[bytes]) -> ResponseSplit:
     )
 
 
-def split_tokens(token_ids: Sequence[int], tokenizer: Any) -> ResponseSplit:
+def split_tokens(token_ids: Sequence[int], tokenizer: Any, *, published: bool = False) -> ResponseSplit:
     """Cut one response (ids without padding; end tokens may be included) at its token boundaries with one decode.
 
     ``text`` equals ``tokenizer.decode(token_ids, skip_special_tokens=True)``. ``tokenizer`` is a fast byte-level BPE
     tokenizer; another kind, or a negative id, is a ValueError.
     """
-    return split_pieces(token_pieces(token_ids, tokenizer))
+    return split_pieces(token_pieces(token_ids, tokenizer), published=published)

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
+from prism_fast.data.grammar import asks_for_sections
 from prism_fast.data.samples import Samples, Task
 from prism_fast.data.tasks import DEFAULT_SOURCE
 
-_LOOKED_AT = 200  # prompts, evenly spaced, in which the response grammar is looked for
 
-
-def notes_on(tasks: Samples[Task], name: str) -> list[str]:
+def notes_on(tasks: Samples[Task], name: str, *, own: Collection[str] = ()) -> list[str]:
     """Sentences about ``tasks`` of ``data.<name>``: rows that the default rules grade because nobody knows their
-    data_source, and prompts that do not ask for the form without which no answer earns a reward."""
+    data_source, and prompts that do not ask for the form without which no answer earns a reward.
+
+    ``own``: data sources that the recipe's own functions grade; they decide about the form themselves.
+    """
     unknown: Counter[str] = Counter()
-    asks = False
-    step = -(-len(tasks) // _LOOKED_AT)
+    graded, unasked = 0, []
     for index in range(len(tasks)):
         task = tasks.without_images(index)
-        if (own := task.extra.get("data_source")) is not None and task.data_source == DEFAULT_SOURCE:
-            unknown[own] += 1
-        if index % step == 0:
-            asks = asks or any("<caption>" in str(message["content"]) for message in task.messages)
+        if (source := task.extra.get("data_source")) is not None and task.data_source == DEFAULT_SOURCE:
+            unknown[source] += 1
+        if task.data_source not in own:
+            graded += 1
+            if not asks_for_sections(task.messages):
+                unasked.append(index)
     notes = [
         f"data.{name}: no reward is known for data_source {source!r}: its {count} rows are graded by the rules of "
         f"{DEFAULT_SOURCE}"
         for source, count in unknown.items()
     ]
-    if not asks:
+    if unasked:
+        first = tasks.place(unasked[0]).row
         notes.append(
-            f"data.{name}: no prompt asks for <caption>, <think> and <answer>, without which no answer earns a reward; "
-            "data.system_prompt=published asks for them"
+            f"data.{name}: {len(unasked):,} of {graded:,} prompts (first: {first}) do not ask for "
+            "<caption>, <think> and <answer>, and an answer without them earns no reward, whatever it says: a policy "
+            "that has not learnt this form earns nothing. data.system_prompt=published asks for it"
         )
     return notes

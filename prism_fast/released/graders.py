@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prism_fast.data.grammar import split_text
+from prism_fast.data.grammar import TAGS, split_text
 from prism_fast.released.geo3k import compare_geo3k
 from prism_fast.released.mm_gad import compare_mm_gad
 from prism_fast.rewards.routes import NO_EQUIVALENT, Route
 from prism_fast.rewards.verdict import Probe, Verdict, ask
-
-_TAGS = tuple(f"<{slash}{name}>" for name in ("caption", "think", "answer") for slash in ("", "/"))
 
 
 def judge_published(
@@ -25,7 +23,7 @@ def judge_published(
     answer = first_answer(text)
     if route.rules == "geo3k":
         return float(_loose_format(text)), (compare_geo3k(gold, answer),)
-    if not split_text(text).valid:
+    if not split_text(text, published=True).valid:
         return 0.0, (Verdict(False, "bad_format"),)
     if not answer:
         return 1.0, (Verdict(False, "empty_answer"),)
@@ -49,7 +47,7 @@ def first_answer(text: str) -> str:
 def _loose_format(text: str) -> bool:
     """True when the six tags occur in order, with any text around and between them."""
     position = 0
-    for tag in _TAGS:
+    for tag in TAGS:
         position = text.find(tag, position)
         if position < 0:
             return False

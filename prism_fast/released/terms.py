@@ -19,6 +19,7 @@ TERMS: dict[str, Any] = dict(
     divide_by_micro_batch=True,
     learns_without_pairs=True,
     warmup_shapes_scores=False,  # the published warm-up has neither clamp nor regulariser
+    published_grammar=True,
     warmup_balances=False,  # with its gradient checkpointing its load-balancing loss has no gradient
 )
 """Fields of ``algorithms.semantics.Semantics``."""

@@ -32,9 +32,9 @@ class AnswerChecker:
     """Scores batches of responses. A context manager; reusable after `close`.
 
     `Reward.score` is accuracy weight · accuracy + format weight · format, with accuracy and format 0 or 1.
-    `decided_by`: `bad_format`, `empty_answer`, `overlong_answer`, a branch of the comparison (`compare.py`), what
-    ended a symbolic check: `no_match`, `unreadable` (math-verify could not read a side), `timeout`, `worker_died`; or,
-    where a judge was asked, `judge`, and `judge_error` when it gave no verdict.
+    `decided_by`: `bad_format`, `empty_answer` (`released` alone), `overlong_answer`, a branch of the comparison
+    (`compare.py`), what ended a symbolic check: `no_match`, `unreadable` (math-verify could not read a side),
+    `timeout`, `worker_died`; or, where a judge was asked, `judge`, and `judge_error` when it gave no verdict.
 
     Rules decide in this process; only formulas that need symbolic mathematics go to worker processes, which are started
     when the first one appears (a task whose answers are numbers, words or letters never starts one). `timeout_s` and

@@ -37,8 +37,6 @@ def _grade(
     split = split_text(text)
     if not split.valid:
         return 0.0, (Verdict(False, "bad_format"),)
-    if not split.answer:
-        return 1.0, (Verdict(False, "empty_answer"),)
     if len(split.answer) >= max_answer_chars:
         return 1.0, (Verdict(False, "overlong_answer"),)
     return 1.0, tuple(compare(accepted, split.answer) for accepted in accepted_answers(gold, equivalents))

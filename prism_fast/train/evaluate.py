@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.data.grammar import split_text
 from prism_fast.data.samples import Task
 from prism_fast.models.processor import Processor
@@ -25,6 +26,7 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
     accuracy. A stop loses only the batch that is being generated.
     """
     config, started = run.config.eval, time.perf_counter()
+    published = SEMANTICS[run.config.semantics].published_grammar
     count = len(tasks) if config.limit is None else min(config.limit, len(tasks))
     if count == 0:
         raise ValueError("the evaluation set is empty; give data.eval with at least one row or raise eval.limit")
@@ -46,7 +48,7 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
             rewards = grader.score(chunk, texts)
             log.append(
                 [
-                    {"item": _item(task, text, completion, reward), "reward": asdict(reward)}
+                    {"item": _item(task, text, completion, reward, published), "reward": asdict(reward)}
                     for task, text, completion, reward in zip(chunk, texts, completions, rewards, strict=True)
                 ]
             )
@@ -78,7 +80,7 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
     return accuracy
 
 
-def _item(task: Task, text: str, completion: Completion, reward: Reward) -> dict:
+def _item(task: Task, text: str, completion: Completion, reward: Reward, published: bool) -> dict:
     """The line of one answer in ``evals/<after>.jsonl``."""
     return {
         "uid": task.uid,
@@ -87,7 +89,7 @@ def _item(task: Task, text: str, completion: Completion, reward: Reward) -> dict
         "question": task.question,
         "ground_truth": task.ground_truth,
         "text": text,
-        "answer": split_text(text).answer,
+        "answer": split_text(text, published=published).answer,
         "correct": int(reward.accuracy > 0),
         "format": int(reward.format > 0),
         "length": len(completion.token_ids),

@@ -106,9 +106,9 @@ class DataReader:
         if tell and not self._resumed():
             if screened is not None:
                 self._tell(name, value, screened)
-            first = name not in self._run.fingerprints
-            for note in notes_on(samples, name) if first and SOURCES[name].role == "tasks" else ():
-                self._say(note)
+            if name not in self._run.fingerprints and SOURCES[name].role == "tasks":
+                for note in notes_on(samples, name, own=self._run.config.reward.functions):
+                    self._say(note)
         self._run.fingerprints[name] = samples.fingerprint()
         return samples
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import Config, load_config, sampling_of
 from prism_fast.data.samples import Task
 from prism_fast.models.processor import Processor, Prompt
@@ -55,6 +56,7 @@ class Replay:
                 "not graded again"
             )
         self.stage, self.sampling = stage, sampling
+        self._published = SEMANTICS[config.semantics].published_grammar
         self._reader = RolloutReader(dump_path(folder, stage))
         self._step, self._records = 0, []
 
@@ -87,7 +89,7 @@ class Replay:
             if len(records) != self.sampling.n:
                 raise RolloutLogError(f"{where}: uid {task.uid!r} has {len(records)} of {self.sampling.n} rollouts")
             try:
-                group = group_from_records(records, task, prompt, processor)
+                group = group_from_records(records, task, prompt, processor, published=self._published)
             except ValueError as error:
                 raise RolloutLogError(f"{where}: {error}") from error
             if group.index != index or records[0]["images"] != [image_digest(image) for image in task.images]:

@@ -55,8 +55,10 @@ def training_records(group: RolloutGroup) -> list[dict]:
     ]
 
 
-def group_from_records(records: Sequence[dict], task: Task, prompt: Prompt, processor: Processor) -> RolloutGroup:
-    """The recorded group, with its recorded rewards.
+def group_from_records(
+    records: Sequence[dict], task: Task, prompt: Prompt, processor: Processor, *, published: bool
+) -> RolloutGroup:
+    """The recorded group, with its recorded rewards. ``published``: of `split_tokens`.
 
     Raises:
         ValueError: the records belong to another task or another prompt, or lack a field.
@@ -77,7 +79,7 @@ def group_from_records(records: Sequence[dict], task: Task, prompt: Prompt, proc
         origin, index = Origin(**first["sampled"]), first["index"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"uid {task.uid!r}: the record is not complete ({error!r})") from error
-    splits = [split_tokens(completion.token_ids, processor.tokenizer) for completion in completions]
+    splits = [split_tokens(c.token_ids, processor.tokenizer, published=published) for c in completions]
     return RolloutGroup(index, task, prompt, completions, splits, origin, rewards)
 
 

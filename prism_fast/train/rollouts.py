@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import SamplingConfig
 from prism_fast.data.grammar import ResponseSplit, split_tokens
 from prism_fast.data.samples import Task
@@ -101,6 +102,7 @@ class RolloutSource:
         """
         self.run, self.stage, self.engine, self.processor = run, stage, engine, processor
         self.tasks, self.sampling = tasks, sampling
+        self._published = SEMANTICS[run.config.semantics].published_grammar
         folder = run.config.replay
         self.replay = None if folder is None else Replay(Path(folder), stage, run.config)
 
@@ -118,7 +120,7 @@ class RolloutSource:
             groups = self.replay.groups(indices, tasks, prompts, origins, self.processor)
             return StepRollouts(groups, {"time/replay": time.perf_counter() - started})
         completions = self._generate(prompts, origins)
-        splits = [[split_tokens(c.token_ids, self.processor.tokenizer) for c in group] for group in completions]
+        splits = [[self._split(c) for c in group] for group in completions]
         columns = (indices, tasks, prompts, completions, splits, origins)
         groups = [RolloutGroup(*row) for row in zip(*columns, strict=True)]
         return StepRollouts(groups, {"time/generate": time.perf_counter() - started})
@@ -138,7 +140,10 @@ class RolloutSource:
             raise ValueError(f"the checkpoint keeps rollouts of row {index}, the data has {len(self.tasks)} rows")
         task = self.tasks[index]
         prompt = self.processor.encode_prompt(task.messages, task.images)
-        return group_from_records(records, task, prompt, self.processor)
+        return group_from_records(records, task, prompt, self.processor, published=self._published)
+
+    def _split(self, completion: Completion) -> ResponseSplit:
+        return split_tokens(completion.token_ids, self.processor.tokenizer, published=self._published)
 
     def _generate(self, prompts: Sequence[Prompt], origins: Sequence[Origin]) -> list[list[Completion]]:
         config, stop, seed = self.sampling, self.run.stop, self.run.config.seed

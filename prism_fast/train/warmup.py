@@ -7,11 +7,13 @@ when the margin on held-out prompts reaches its target, and fails if it never do
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.data.framing import SPANS, frame_warmup, side_texts
 from prism_fast.data.grammar import split_tokens
 from prism_fast.data.order import SampleOrder
@@ -39,7 +41,7 @@ class WarmupError(RuntimeError):
 
 def pair_log(run: Run, tasks: Sequence[Task]) -> ChunkLog:
     """The log of responses sampled so far; needed until the pairs are written."""
-    made_with = {"seed": run.config.seed, "batch": _pair_batch(run), "prompts": len(tasks)}
+    made_with = {"format": 2, "seed": run.config.seed, "batch": _pair_batch(run), "prompts": len(tasks)}
     for key in ("pairs_per_prompt", "temperature", "max_new_tokens"):
         made_with[key] = getattr(run.config.warmup, key)
     return ChunkLog(run.folder / "data" / "pairs.chunks", made_with)
@@ -56,11 +58,11 @@ def sample_pairs(run: Run, model, processor: Processor, tasks: Samples[Task], lo
     ``log``: see :func:`pair_log`; a stop loses only the batch that is being generated.
 
     Raises:
-        WarmupError: no response was valid.
+        WarmupError: no response was valid; it tells cut responses from malformed ones.
     """
     config, batch = run.config.warmup, _pair_batch(run)
     sampling = Sampling(config.pairs_per_prompt, config.temperature, config.max_new_tokens)
-    engine = run.rollout_engine(model, processor)
+    engine, published = run.rollout_engine(model, processor), SEMANTICS[run.config.semantics].published_grammar
     with run.progress.bar("pairs", -(-len(tasks) // batch), done=len(log.chunks)) as bar:
         for start in range(len(log.chunks) * batch, len(tasks), batch):
             run.stop.poll("sampling pairs")
@@ -68,24 +70,36 @@ def sample_pairs(run: Run, model, processor: Processor, tasks: Samples[Task], lo
             prompts = [processor.encode_prompt(task.messages, task.images) for task in chunk]
             seeds = [derive_seed(run.config.seed, "pairs", start + k) for k in range(len(chunk))]
             groups = engine.generate(prompts, sampling, seeds, poll=lambda: run.stop.poll("sampling pairs"))
-            log.append([[_student_texts(completion, processor) for completion in group] for group in groups])
-            bar.advance(pairs=sum(texts is not None for done in log.chunks for group in done for texts in group))
-    pairs, dropped = [], 0
+            log.append([[_student_texts(completion, processor, published) for completion in group] for group in groups])
+            bar.advance(pairs=sum(isinstance(texts, dict) for done in log.chunks for group in done for texts in group))
+    pairs, dropped = [], Counter({"cut": 0, "malformed": 0})
     for index, group in enumerate(group for done in log.chunks for group in done):
         uid = tasks.without_images(index).uid
-        pairs += [OwnPair(index, uid, k, **texts) for k, texts in enumerate(group) if texts is not None]
-        dropped += group.count(None)
-    run.metrics.write("warmup", 0, {"pairs/kept": len(pairs), "pairs/dropped": dropped})
+        pairs += [OwnPair(index, uid, k, **texts) for k, texts in enumerate(group) if isinstance(texts, dict)]
+        dropped.update(reason for reason in group if isinstance(reason, str))
+    kept = {"pairs/kept": len(pairs), "pairs/dropped": dropped.total(), "pairs/cut": dropped["cut"]}
+    run.metrics.write("warmup", 0, kept)
     if not pairs:
-        raise WarmupError("no sampled response had the caption-think-answer form; the policy needs (more) SFT first")
+        raise WarmupError(_without_pairs(dropped, config.max_new_tokens))
     return pairs
 
 
-def _student_texts(completion: Completion, processor: Processor) -> dict[str, str] | None:
-    """The student's texts of a pair; None if the response is invalid or spells out a control token."""
-    split = split_tokens(completion.token_ids, processor.tokenizer)
+def _without_pairs(dropped: Counter[str], max_new_tokens: int) -> str:
+    """The message where no response can be paired."""
+    causes = {
+        "cut": f"cut at warmup.max_new_tokens={max_new_tokens}: raise it",
+        "malformed": "malformed: the policy needs (more) SFT first",
+    }
+    told = "; ".join(f"{dropped[name]} {cause}" for name, cause in causes.items() if dropped[name])
+    return f"none of {dropped.total()} sampled responses has the caption-think-answer form ({told})"
+
+
+def _student_texts(completion: Completion, processor: Processor, published: bool) -> dict[str, str] | str:
+    """The student's texts of a pair; ``cut`` or ``malformed`` where the response is invalid, the first if it reached
+    the length limit, or spells out a control token."""
+    split = split_tokens(completion.token_ids, processor.tokenizer, published=published)
     if not split.valid or holds_control_token(split.text):
-        return None
+        return "cut" if completion.finish_reason == "length" else "malformed"
     return {"student_caption": split.caption, "student_cot": split.reasoning, "student_response": split.text}
 
 
@@ -112,11 +126,21 @@ def group_pairs(pairs: Sequence[Pair], processor: Processor, semantics: str, spa
     return [ScoredGroup(prompts[key], key[2], students[key]) for key in prompts]
 
 
+def differing_spans(groups: Sequence[ScoredGroup], spans: Sequence[str]) -> list[str]:
+    """The spans of which at least one student's differs from its teacher's; the others have no margin."""
+    return [
+        span
+        for k, span in enumerate(spans)
+        if any(student[k] != group.teacher[k] for group in groups for student in group.students if student)
+    ]
+
+
 class HeldOut:
     """The newest held-out margins; they decide when the stage ends."""
 
-    def __init__(self, spans: Sequence[str]) -> None:
-        self.spans = spans
+    def __init__(self, spans: Sequence[str], awaited: Sequence[str]) -> None:
+        """``awaited``: those of the ``spans`` whose margin must reach the target."""
+        self.spans, self.awaited = spans, awaited
         self.margins: dict[str, float] = {}
 
     def observe(self, metrics: Metrics) -> Metrics:
@@ -131,7 +155,7 @@ class HeldOut:
         return recorded
 
     def enough(self, target: float) -> bool:
-        return all(self.margins.get(f"margin_{span}", -math.inf) >= target for span in self.spans)
+        return all(self.margins.get(f"margin_{span}", -math.inf) >= target for span in self.awaited)
 
     def state_dict(self) -> dict:
         return self.margins
@@ -144,7 +168,8 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs:
     """Train the discriminator on pairs; returns the folder of its export.
 
     Raises:
-        WarmupError: the held-out margin was not reached in ``warmup.max_updates``, or the pairs have a single prompt.
+        WarmupError: the held-out margin was not reached in ``warmup.max_updates``, the pairs have a single prompt, or
+            no held-out text differs from its teacher's.
     """
     config, spans = run.config.warmup, SPANS[run.config.align.discriminate]
     groups = group_pairs(pairs, processor, run.config.semantics, spans)
@@ -158,7 +183,17 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs:
     order = SampleOrder(len(training), seed=derive_seed(run.config.seed, "warmup", "order"))
     engine = LocalEngine(discriminator, config.optimizer)
     use_layout(run.config.layout, discriminator.backbone)
-    reached = HeldOut(spans)
+    differing = differing_spans(heldout, spans)
+    equal = [span for span in spans if span not in differing]
+    if not differing:
+        raise WarmupError(
+            f"in {len(heldout)} held-out prompt(s) every {' and '.join(equal)} of the policy equals its teacher's: "
+            "there is nothing to tell apart. Give more or other pairs, or raise warmup.heldout_share"
+        )
+    for span in equal:
+        text = f"warm-up: no held-out {span} differs from its teacher's; it has no margin, which is not waited for"
+        run.console.print(text, style="yellow", markup=False, highlight=False)
+    reached = HeldOut(spans, differing)
     budgets = {"discriminator": config.tokens_per_micro_batch}
     state = StageState(run, "warmup", engines={"discriminator": engine}, budgets=budgets, order=order, extra=reached)
     batching = Batching(run.config.layout, state.budgets["discriminator"], processor.pad_id, whole_groups=True)
@@ -171,7 +206,7 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs:
     def enough() -> bool:
         return reached.enough(config.target_margin)
 
-    shown = {"loss": "warmup/loss", **{f"heldout_{span}": f"warmup/heldout_margin_{span}" for span in spans}}
+    shown = {"loss": "warmup/loss", **{f"heldout_{span}": f"warmup/heldout_margin_{span}" for span in differing}}
     for step in state.steps(config.max_updates, done=enough, shown=shown):
         metrics = state.held  # set where a stop interrupted the scoring of held-out pairs
         if metrics is None:

@@ -89,6 +89,37 @@ def test_a_bad_row_of_the_last_stage_is_found_before_the_first(invoke, everythin
 
 
 @pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry run", "run"])
+def test_prompts_that_cannot_earn_a_reward_are_told_before_the_first_stage(
+    invoke, everything, tmp_path_factory, monkeypatch, dry
+):
+    """verl's geometry3k prompts ask for a box; rows that an own function grades are nobody's business here."""
+    folder = tmp_path_factory.mktemp("boxed")
+    (folder / "preflight_box.py").write_text("def well(completions, **kwargs): return [1.0 for _ in completions]\n")
+    monkeypatch.syspath_prepend(folder)
+    asks = [{"role": "user", "content": "Answer in <caption>, <think> and <answer>: 1 + 1?"}]
+    box = [{"role": "user", "content": "1 + 1? Put it within \\boxed{}."}]
+    tasks = [Task("a", asks, [], "math-77k", "2"), Task("b", box, [], "math-77k", "2"), Task("c", box, [], "mine", "2")]
+    write_tasks(folder / "rlvr.parquet", tasks)
+    settings = [f"data.rlvr={folder / 'rlvr.parquet'}", "reward.functions={mine: 'preflight_box:well'}"]
+
+    def stop(*arguments, **options):
+        raise RuntimeError("the first stage")
+
+    monkeypatch.setattr("prism_fast.train.pipeline.run_stages", stop)
+    if dry:
+        shown = invoke("rlvr", "digits", "out=out", *everything, *settings, *dry)[1]
+    else:
+        told: list[str] = []
+        monkeypatch.setattr("prism_fast.cli.console.print", lambda text, **style: told.append(f"{text}"))
+        with pytest.raises(RuntimeError, match="the first stage"):
+            invoke("rlvr", "digits", "out=out", *everything, *settings)
+        shown = "\n".join(told)
+    wanted = "warning: data.rlvr: 1 of 2 prompts (first: row 1) do not ask for <caption>, <think> and <answer>"
+    assert wanted in shown and "data.system_prompt=published asks for it" in shown
+    assert "data.align: " not in shown.partition("warning")[2]
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry run", "run"])
 @pytest.mark.parametrize(
     ("function", "said"),
     [

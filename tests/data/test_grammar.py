@@ -14,6 +14,7 @@ from transformers import Qwen2Tokenizer
 from prism_fast.data.grammar import (
     PUBLISHED_PATTERN,
     ResponseSplit,
+    asks_for_sections,
     split_pieces,
     split_text,
     split_tokens,
@@ -27,7 +28,7 @@ FRAGMENTS = [*TAGS, "a", " ", "\n", "\u3000", "\u200b"]
 
 @pytest.mark.parametrize("case", GOLDEN["split"], ids=range(len(GOLDEN["split"])))
 def test_published_text_vectors(case):
-    split = split_text(case["text"])
+    split = split_text(case["text"], published=True)
     assert split.valid == case["valid"]
     assert split.caption == (case["caption_text"] or "")
     assert split.reasoning == (case["cot_text"] or "")
@@ -36,10 +37,10 @@ def test_published_text_vectors(case):
 @pytest.mark.parametrize("case", GOLDEN["tokens"], ids=lambda case: f"{case['text_id']}-{case['style']}")
 def test_published_token_vectors(case):
     pieces = [bytes.fromhex(piece) for piece in case["pieces_hex"]]
-    split = split_pieces(pieces)
+    split = split_pieces(pieces, published=True)
     assert split.text == GOLDEN["split"][case["text_id"]]["text"]
     assert (split.valid, split.caption_tokens) == (case["valid"], case["caption_end"])
-    with_end = split_pieces([*pieces, b""])  # one end token, which decodes to nothing
+    with_end = split_pieces([*pieces, b""], published=True)  # one end token, which decodes to nothing
     assert with_end.valid == case["train_valid"]
     expected = (case["student_caption_len"], case["student_cot_len"])
     total = case["n_tokens_with_eos"]
@@ -65,9 +66,12 @@ def test_linear_search_equals_the_published_pattern(seed):
             parts[rng.integers(len(parts))] = ""
         text = "".join(parts)
         expected = published(text)
-        split = split_text(text)
+        split = split_text(text, published=True)
         assert ((split.caption, split.reasoning) if split.valid else None) == expected, text
         valid += split.valid
+        insides = [text[a:b].split(">", 1)[1].rsplit("<", 1)[0].strip() for a, b in split.char_spans.values()]
+        proper = split.valid and all(insides) and all(text.count(tag) == 1 for tag in TAGS)
+        assert split_text(text) == (split if proper else ResponseSplit(text, False)), text
     assert 50 < valid < 1450  # both verdicts are exercised
 
 
@@ -84,16 +88,52 @@ def test_character_spans_cover_the_sections():
 
 def test_answer_is_read_from_the_third_section_only():
     text = "<caption><answer>1</answer></caption><think><answer>2</answer></think><answer>3</answer>"
-    assert split_text(text).answer == "3"
+    assert split_text(text, published=True).answer == "3"
     doubled = "<caption></caption><think></think><answer>3</answer><answer>4</answer>"
-    assert split_text(doubled).answer == "3</answer><answer>4"
+    assert split_text(doubled, published=True).answer == "3</answer><answer>4"
+
+
+WHOLE = "<caption>c</caption><think>t</think><answer>3</answer>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        WHOLE.replace("<think>t</think>", "<think>t</think><think>u</think>"),
+        WHOLE.replace("<think>t</think>", "<think>t <think>u</think>"),
+        WHOLE.replace("<caption>c", "<caption>c</caption><caption>c"),
+        WHOLE.replace("</answer>", "</answer><answer>3</answer>"),
+        WHOLE.replace("t<", "it is <answer>4</answer><"),
+        WHOLE.replace("c<", "<"),
+        WHOLE.replace("t<", "<"),
+        WHOLE.replace("t<", " \n\u3000<"),
+        WHOLE.replace("3", ""),
+        WHOLE.replace("3", " "),
+    ],
+)
+def test_repeated_and_empty_sections_are_valid_as_published_alone(text):
+    assert split_text(WHOLE).valid and split_text(f"\n{WHOLE} \n").valid
+    assert split_text(text, published=True).valid
+    assert split_text(text) == ResponseSplit(text, False)
+    assert split_pieces([text.encode()]) == ResponseSplit(text, False)
+
+
+def test_a_prompt_asks_for_the_sections_by_their_tags():
+    def asks(*texts: str) -> bool:
+        return asks_for_sections([{"role": "user", "content": text} for text in texts])
+
+    assert asks("Answer in <caption>, <think> and <answer>.", "How many?")
+    assert asks("First <caption>", "then <think> and <answer>")
+    assert not asks("Put it in \\boxed{}.") and not asks("<think> and <answer>") and not asks_for_sections([])
+    parts = [{"type": "image"}, {"type": "text", "text": "<caption> <think> <answer>"}]
+    assert asks_for_sections([{"role": "user", "content": parts}])
 
 
 def test_repeated_tags_take_linear_time():
     text = "<caption>" + "</caption><think></think><answer></answer>" * 4000 + "x"
     started = time.perf_counter()
-    assert not split_text(text).valid
-    assert split_text(text[:-1]).valid
+    assert not split_text(text, published=True).valid
+    assert split_text(text[:-1], published=True).valid and not split_text(text[:-1]).valid
     assert time.perf_counter() - started < 1.0
 
 
@@ -117,7 +157,7 @@ def test_token_boundary_equals_its_definition_on_random_cuts(seed):
         cuts = np.sort(rng.integers(0, len(joined) + 1, size=rng.integers(0, 40)))  # repeated cuts give empty pieces
         borders = [0, *cuts.tolist(), len(joined)]
         pieces = [joined[a:b] for a, b in pairwise(borders)]
-        split = split_pieces(pieces)
+        split = split_pieces(pieces, published=True)
         if split.valid:
             assert split.caption_tokens == smallest_prefix(pieces, split.caption)
         else:

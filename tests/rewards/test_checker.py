@@ -60,8 +60,8 @@ def test_empty_ground_truth():
 def test_limits_of_the_answer():
     with AnswerChecker(max_answer_chars=8) as checker:
         rewards = checker.score([judged("1234567", "1234567"), judged("12345678", "12345678"), judged("  ", "5")])
-    assert [reward.decided_by for reward in rewards] == ["exact", "overlong_answer", "empty_answer"]
-    assert [reward.score for reward in rewards] == [1.0, 0.2, 0.2]
+    assert [reward.decided_by for reward in rewards] == ["exact", "overlong_answer", "bad_format"]
+    assert [reward.score for reward in rewards] == [1.0, 0.2, 0.0]
 
 
 def test_no_worker_for_what_rules_decide():

@@ -36,14 +36,14 @@ def test_row(checkers, gold, answer, published, ours):
 
 
 READ = {
-    "<caption>c <answer>wrong</answer></caption><think>t</think><answer>17</answer>": (0, 1),
+    "<caption>c <answer>wrong</answer></caption><think>t</think><answer>17</answer>": (0, 0),
     "<caption>c</caption><think>try <answer>17</answer></think><answer>nope</answer>": (1, 0),
     "<caption>c</caption><think>t</think><answer>17</answer><answer>nope</answer>": (1, 0),
 }
 
 
 @pytest.mark.parametrize("text", READ)
-def test_published_first_answer_anywhere_ours_matched_section(checkers, text):
+def test_published_grades_the_first_of_several_answers_ours_none(checkers, text):
     verdicts = tuple(checker.score([Judged(text, "17", "mm_gad")])[0].accuracy for checker in checkers)
     assert verdicts == READ[text]
 

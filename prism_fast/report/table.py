@@ -15,6 +15,11 @@ from prism_fast.report.summary import ABSENT, CONTROLS, Accuracy, count, p_value
 # Short: the table must fit 80 columns.
 _CONTROL_LABELS = {"sft": "vs SFT", "sft_continued": "vs continued", "rlvr_direct": "vs RLVR from SFT"}
 
+_INTERVALS = (
+    "[ ]: 95 % intervals that count held-out images, not items; differences are paired, in percentage points; "
+    f"where fewer than {ENOUGH} images differ, the exact p of a sign-flip test stands for an interval"
+)
+
 
 def stage_table(run_dir: str | Path) -> Table:
     """Held-out results after each evaluated stage.
@@ -27,10 +32,12 @@ def stage_table(run_dir: str | Path) -> Table:
     """
     run = read_run(run_dir)
     summary = summarise(run)
-    table = Table(title="Held-out results after each stage", caption=_caption(run.problems, summary.notes))
+    notes = [*summary.notes, *run.problems]
     if not summary.stages:
+        table = Table(title="Held-out results after each stage", caption=_caption(notes))
         table.add_column(Text("No stage of this run has been evaluated."))
         return table
+    table = Table(title="Held-out results after each stage", caption=_caption([_INTERVALS, *notes]))
     table.add_column("")
     for entry in summary.stages:
         table.add_column(Text(visible(stage_name(entry.stage))), justify="right")
@@ -81,9 +88,5 @@ def _difference(difference: Difference | None) -> str:
     return text if difference.interval is not None else f"{text}\n{p_value(difference.p)}"
 
 
-def _caption(problems: list[str], notes: tuple[str, ...]) -> Text:
-    lines = [
-        "[ ]: 95 % intervals that count held-out images, not items; differences are paired, in percentage points; "
-        f"where fewer than {ENOUGH} images differ, the exact p of a sign-flip test stands for an interval"
-    ]
-    return Text(visible("\n".join([*lines, *notes, *problems])), style="dim")
+def _caption(lines: list[str]) -> Text | None:
+    return Text(visible("\n".join(lines)), style="dim") if lines else None

@@ -1,5 +1,5 @@
 """The published mm_gad answer rules, quirks included (`semantics="released"`), to reproduce published results; train
-with `rewards/compare.py`.
+with `rewards/compare/`.
 
 Order: split both sides into values, simplify each, compare the pairs by coordinates, then by the relaxed rules, then by
 math-verify. Quirks kept on purpose: commas between digits are dropped before coordinates are parsed, units are stripped

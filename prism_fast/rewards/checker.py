@@ -33,7 +33,7 @@ class AnswerChecker:
 
     `Reward.score` is accuracy weight · accuracy + format weight · format, with accuracy and format 0 or 1.
     `decided_by`: `bad_format`, `empty_answer` (`released` alone), `overlong_answer`, a branch of the comparison
-    (`compare.py`), what ended a symbolic check: `no_match`, `unreadable` (math-verify could not read a side),
+    (`compare/rules.py`), what ended a symbolic check: `no_match`, `unreadable` (math-verify could not read a side),
     `timeout`, `worker_died`; or, where a judge was asked, `judge`, and `judge_error` when it gave no verdict.
 
     Rules decide in this process; only formulas that need symbolic mathematics go to worker processes, which are started
@@ -42,7 +42,7 @@ class AnswerChecker:
     Weights default to the published ones of each data source (0.8 / 0.2; geometry3k 0.9 / 0.1); given weights replace
     them all.
 
-    `semantics="prism_fast"` grades the answer of the matched third section with the rules of `compare.py`, for every
+    `semantics="prism_fast"` grades the answer of the matched third section as ANSWERS.md says, for every
     data source, against the ground truth and all equivalent answers. `semantics="released"` reproduces the published
     graders. README.md in this folder tells the differences.
 

@@ -24,6 +24,7 @@ _CHOSEN = re.compile(
     r"\s*(?:is (?:correct|right)|[.:])?"
     r"|(?:所以|因此|综上|本题|故|应|,)*选(?:择|项)?\s*:?\s*[(\[]?\s*([A-Ja-j])\s*[)\]]?(?:选?项)?(?:正确)?"
     r"|[(\[]?([A-J])[)\]]?\s*(?:选?项)(?:是)?(?:正确(?:的)?)?|(?:选项)\s*[(\[]?([A-J])[)\]]?(?:正确)?"
+    r"|i (?:choose|pick|select|would choose|go with)\s+[(\[]?\s*([A-Ja-j])\s*[)\]]?[.]?"
     r"|[(\[]?([A-J])[)\]]?\s+is\s+(?:the\s+)?(?:correct|right)(?:\s+(?:answer|option|choice))?",
     re.IGNORECASE,
 )
@@ -56,6 +57,9 @@ def gold_choice(text: str) -> Choice | None:
     found = _WHOLE.fullmatch(text)
     if found and (found[1].isupper() or text[0] in "(["):
         return Choice(found[1].upper(), "")
+    found = _CHOSEN.fullmatch(text) if len(text) > 2 else None
+    if found:
+        return Choice(next(letter for letter in found.groups() if letter).upper(), "")
     return _labelled(text) if len(text) > 2 else None
 
 

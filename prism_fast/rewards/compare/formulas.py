@@ -63,6 +63,7 @@ _AMBIGUOUS = re.compile(
 )
 _PIECE = re.compile(r"(?<![0-9.}])([0-9]{1,6})\s*\\frac\s*\{\s*([0-9]{1,6})\s*\}\s*\{\s*([0-9]{1,6})\s*\}")
 _SYMBOL = re.compile(r"\\xi_\{[0-9]+\}")
+_WORDS = frozenset("is of in or and to if no at an the by on as so not for are it be we us do".split())
 _APPLIED = frozenset("fghFGHPE")
 
 
@@ -245,10 +246,9 @@ def _letters(text: str, start: int, end: int, names: dict[str, str], pieces: lis
         if run not in greek:
             raise NotAFormula(run)
         run = greek[run]
-    elif found := re.fullmatch(rf"([a-z]??)({_FUNCTION_RUN.pattern})", run):
+    elif found := re.fullmatch(rf"([A-Za-z]{{0,3}}?)({_FUNCTION_RUN.pattern})", run):
         before, name, after = found[1], found[3], found[4]
-        if before:
-            pieces.append(_variable(before, names))
+        pieces += [_variable(letter, names) for letter in before]
         pieces.append(_function(name))
         if after:
             pieces.append(_variable(after, names) if after != "π" else r"\pi ")
@@ -260,8 +260,7 @@ def _letters(text: str, start: int, end: int, names: dict[str, str], pieces: lis
         return index.end()
     if sum(letter.isascii() for letter in run) > 3 or len(run) > 5:
         raise NotAFormula(f"the word {run!r}")
-    before, after = text[start - 1 : start], text[end : end + 1]
-    if len(run) > 1 and run.isascii() and before in ("", " ", ",") and after in ("", " ", ","):
+    if run.lower() in _WORDS and text[start - 1 : start] in ("", " ") and text[end : end + 1] in ("", " "):
         raise NotAFormula(f"the word {run!r}")
     for place, letter in enumerate(run):
         last = place == len(run) - 1

@@ -14,7 +14,7 @@ _ANSWER = re.compile(
     r"\s*(?:is\s*:?|:|=)\s*(?:that\s+)?(?=\S)"
     r"|(?:(?:so|thus|therefore|hence)(?:,\s*|\s+)|∴\s*)(?=\S)"
     r"|(?:所以|因此|综上|综上所述|则|即|故)?\s*[,:]?\s*(?:本题|该题|此题)?的?(?:正确|最终|最后)?的?(?:答案|结果|结论)"
-    r"(?:应该?|就)?\s*(?:是|为|[:=])\s*[:]?\s*(?=\S)"
+    r"(?:应该?|就)?\s*(?:是|为|选|[:=])\s*[:]?\s*(?=\S)"
     r"|(?:所以|因此|综上|综上所述)[,:]?\s*(?=\S)",
     re.IGNORECASE,
 )
@@ -23,9 +23,15 @@ _DENIES = re.compile(
     r"between|maybe|perhaps|because|since|when|where|which|that|so)\b",
     re.IGNORECASE,
 )
+_NUMBER_WORD = (
+    r"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
+    r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b"
+)
 _STATEMENT = re.compile(
-    r"([A-Za-z][A-Za-z' -]{0,80}?)\s+(?:is|are|was|were|equals|has|have|contains?|shows?|measures|be)\s*:?\s+"
-    r"(?:exactly |a total of |equal to |about |approximately )?(?=[-+]?\s*(?:[0-9.¤€£¥₹]|\\frac|\\sqrt|π)|([a-z]+)\b)",
+    r"([A-Za-z][A-Za-z' -]{0,80}?)\s+"
+    r"(?:is|are|was|were|equals|has|have|contains?|shows?|measures|be|see|count|counted|found)\s*:?\s+"
+    r"(?:exactly |a total of |equal to |about |approximately )?"
+    rf"(?=[-+]?\s*(?:[0-9.¤€£¥₹]|\\frac|\\sqrt|π)|{_NUMBER_WORD})"
 )
 _LABEL = re.compile(
     r"([A-Z][A-Za-z]{2,}(?: [A-Za-z]+){0,5}|(?:total|sum|count|number|area|value|length|result)[a-z ]{0,30})"
@@ -36,17 +42,15 @@ _CHINESE = re.compile(
 )
 _CHINESE_DENIES = re.compile("[不非没无否未或如若除每第]")
 _HEDGE = re.compile(
-    r"(?:approximately|approx\.?|about|around|roughly|circa|≈|=|约为?|大约)\s*(?=[-+¤€£¥₹.0-9\\√π(])", re.IGNORECASE
+    r"(?:approximately|approx\.?|about|around|roughly|circa|≈|=|约为?|大约|[一总]?共有?|等于)\s*(?=[-+¤€£¥₹.0-9\\√π(])",
+    re.IGNORECASE,
 )
 _LOCATION = re.compile(
     r"\s+(?:in|on|at|inside|within|from|shown in|visible in|present in)\s+(?:the|this|that)\s+(?:\w+\s+)?"
     r"(?:image|picture|photo|figure|scene|diagram|chart|graph|table|total)\s*$"
-    r"|\s+(?:in total|in all|altogether|overall|total)\s*$",
+    r"|\s+(?:in total|in all|altogether|overall|total)\s*$"
+    r"|\s+(?:is|are|can be) (?:visible|shown|present|seen|pictured|depicted)\s*$",
     re.IGNORECASE,
-)
-_NUMBER_WORD = re.compile(
-    r"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
-    r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty)",
 )
 
 
@@ -70,10 +74,8 @@ def _peel(text: str) -> str:
         return text[found.end() :]
     if found := _HEDGE.match(text):
         return text[found.end() :]
-    if found := _STATEMENT.match(text):
-        word = found[2]
-        if not _DENIES.search(found[1]) and (word is None or _NUMBER_WORD.fullmatch(word)):
-            return text[found.end() :]
+    if (found := _STATEMENT.match(text)) and not _DENIES.search(found[1]):
+        return text[found.end() :]
     if (found := _LABEL.match(text)) and not _DENIES.search(found[1]):
         return text[found.end() :]
     if (found := _CHINESE.match(text)) and not _CHINESE_DENIES.search(found[1]):

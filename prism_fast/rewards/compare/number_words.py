@@ -70,6 +70,8 @@ def _part(text: str, words: list[re.Match[str]]) -> tuple[Fraction, int] | None:
 
 
 def _chinese(text: str) -> tuple[Fraction, int] | None:
+    if text.startswith("负") and (found := _chinese(text[1:])) is not None:
+        return -found[0], found[1] + 1
     if text.startswith("一半"):
         return Fraction(1, 2), 2
     found = _NUMERAL.match(text)

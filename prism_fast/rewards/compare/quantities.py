@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from prism_fast.rewards.compare.number_words import leading_words
 from prism_fast.rewards.compare.numbers import Number, leading_number, parse_number, same_number
-from prism_fast.rewards.compare.units import LETTERS, MONEY, Unit, counted, leading_unit, read_unit
+from prism_fast.rewards.compare.units import LETTERS, MONEY, Unit, counted, counter, leading_unit, read_unit
 
 PERCENT = (("[percentage]", 1),)
 ANGLE = (("[plane_angle]", 1),)
@@ -29,6 +29,7 @@ _MAGNITUDE = re.compile(rf"\s*({'|'.join(sorted(_MAGNITUDES, key=len, reverse=Tr
 _LETTER = re.compile(r"([kKMBT])(?![A-Za-z])")
 _SIGNS = "|".join(re.escape(sign) for sign in sorted(MONEY, key=len, reverse=True))
 _MONEY = re.compile(rf"([-+]?)\s*({_SIGNS})\s*([-+]?)\s*(?=[0-9.])")
+_UNIT_FRACTION = re.compile(r"\\frac\s*\{([A-Za-zΩμ0-9^ ·]+)\}\s*\{([A-Za-zΩμ0-9^ ·]+)\}")
 _NOUNS = re.compile(r"[A-Za-z][a-z]+(?:[ -][A-Za-z][a-z]*)*(?:\([a-z]+\))?")
 # What turns "3 …" into another number, a condition or a negation.
 _NO_THING = frozenset(
@@ -48,8 +49,8 @@ _IRREGULAR = {"people": "person", "men": "man", "women": "woman", "children": "c
 
 @dataclass(frozen=True)
 class Quantity:
-    """`number` of `unit` (None: a bare number). `lonely`: a single letter right after the number, which may be a
-    variable, so that it may not be left out."""
+    """`number` of `unit` (None: a bare number). `lonely`: the unit may not be left out, because it is a single
+    letter right after the number, which may be a variable, or because there are several (`1 h 30 min`)."""
 
     number: Number
     unit: Unit | None
@@ -110,8 +111,12 @@ def _named(number: Number, rest: str, lonely: bool):
     if name[:1] == "-" and rest[:1] == "-":  # "5-inch"
         name = name[1:].lstrip()
     name = name[1:-1].strip() if name[:1] == "(" and name[-1:] == ")" else name
+    name = _UNIT_FRACTION.sub(r"\1/(\2)", name)
     if unit := read_unit(name):
         yield Quantity(number, unit, lonely)
+    elif found := counter(name):
+        kind, things = found
+        yield Quantity(number, counted(things) if kind == "count" else Unit(((kind, 1),)))
     elif things := read_things(name):
         yield Quantity(number, counted(things))
 
@@ -148,7 +153,7 @@ def _compound(text: str) -> tuple[Quantity, ...]:
             position += 4
     if len(units) < 2 or position < len(text):
         return ()
-    return (Quantity(Number(total / units[0].scale, decimal), units[0]),)
+    return (Quantity(Number(total / units[0].scale, decimal), units[0], lonely=True),)
 
 
 def read_things(text: str) -> str | None:

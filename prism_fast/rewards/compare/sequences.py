@@ -15,7 +15,7 @@ from prism_fast.rewards.compare.structure import (
     listings,
     read_matrix,
 )
-from prism_fast.rewards.compare.words import squeeze
+from prism_fast.rewards.compare.words import prose, squeeze
 from prism_fast.rewards.verdict import Inner, Verdict, all_of
 
 
@@ -40,7 +40,12 @@ def bracket(gold: str, answer: str, inner: Inner) -> Verdict | None:
     if gold_frame is None and answer_frame is None:
         return None
     if gold_frame is None or answer_frame is None:
-        other = gold if gold_frame is None else answer
+        other, frame = (gold, answer_frame) if gold_frame is None else (answer, gold_frame)
+        if frame[0] == "(" and frame[2] == ")" and (values := _coordinates(other)) is not None:
+            pairs = (values, _elements(frame[1])) if gold_frame is None else (_elements(frame[1]), values)
+            if len(pairs[0]) != len(pairs[1]):
+                return Verdict(False, "bracket")
+            return all_of((inner(*pair) for pair in zip(*pairs, strict=True)), "bracket")
         return None if _operates(other) else Verdict(False, "bracket")
     if (gold_frame[0], gold_frame[2]) != (answer_frame[0], answer_frame[2]):
         return Verdict(False, "bracket")
@@ -52,6 +57,12 @@ def bracket(gold: str, answer: str, inner: Inner) -> Verdict | None:
     if len(gold_parts) != len(answer_parts):
         return Verdict(False, "bracket")
     return all_of((inner(*pair) for pair in zip(gold_parts, answer_parts, strict=True)), "bracket")
+
+
+def _coordinates(text: str) -> list[str] | None:
+    """The values of `x = 1, y = 2`, which is the point `(1, 2)`."""
+    names, values = _named_parts(listings(text)[0].parts)
+    return values if names in (["x", "y"], ["x", "y", "z"], ["a", "b"], ["m", "n"]) else None
 
 
 def _elements(inside: str) -> tuple[str, ...]:
@@ -93,6 +104,8 @@ def listing(gold: str, answer: str, inner: Inner) -> Verdict | None:
 
 
 def _same_parts(gold: Listing, answer: Listing, inner: Inner) -> Verdict:
+    if gold.alternatives != answer.alternatives and any(prose(part) for part in gold.parts):
+        return Verdict(False, "list")  # "red or blue" is not "red and blue"; roots may be listed either way
     gold_names, gold_values = _named_parts(gold.parts)
     answer_names, answer_values = _named_parts(answer.parts)
     both_named = all(gold_names) and all(answer_names)

@@ -15,7 +15,7 @@ _THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 _NAME = re.compile(
     r"(?:[A-Za-zα-ωΑ-Ω∠△]|\\[A-Za-z]+)(?:[A-Za-zα-ωΑ-Ω∠△ '_{}:/°]|\\[A-Za-z]+|(?<=[A-Za-z_{}0-9])[0-9])*"
     r"(?:\([A-Za-z]\))?"
-    r"|[\u4e00-\u9fff]{1,12}"
+    r"|[\u4e00-\u9fff]{1,12}|\([A-Za-z](?:, ?[A-Za-z])+\)"
 )
 _CIRCLED = re.compile("[①-⑳]{2,}")
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array|[vV]matrix)\}\s*(.*?)\s*\\end\{\1\}", re.DOTALL)
@@ -26,10 +26,12 @@ MAX_PARTS = 64
 
 @dataclass(frozen=True)
 class Listing:
-    """The parts of a list. `free`: the text itself says that their order carries no meaning (`or`, `、`, `±`)."""
+    """The parts of a list. `free`: the text itself says that their order carries no meaning (`or`, `、`, `±`).
+    `alternatives`: they are joined by `or`."""
 
     parts: tuple[str, ...]
     free: bool = False
+    alternatives: bool = False
 
 
 def listings(text: str, *, joined: bool = False) -> list[Listing]:
@@ -47,12 +49,12 @@ def listings(text: str, *, joined: bool = False) -> list[Listing]:
     found = []
     semicolons = _parts(split_outside(text, ";"))
     if len(semicolons) > 1:
-        return [_signs(semicolons, _OR.search(text) is not None)]
+        return [_signs(semicolons, text)]
     for keep_thousands in (True, False):
         pieces = split_outside(text.replace("、", ","), ",", keep_thousands)
         parts = list(_parts(pieces))
         parts = [piece for part in parts for piece in _conjoined(part, joined or len(parts) > 1 or "、" in text)]
-        reading = _signs(tuple(parts), "、" in text or _OR.search(text) is not None)
+        reading = _signs(tuple(parts), text)
         if reading.parts and reading not in found:
             found.append(reading)
     return found or [Listing((text,))]
@@ -73,6 +75,8 @@ def _conjoined(part: str, in_list: bool) -> list[str]:
     name ("salt and pepper") stays whole unless the other side lists it too."""
     pieces = [piece.strip() for piece in _CONJUNCTION.split(part)]
     pieces = [piece for piece in pieces if piece]
+    if in_list and len(pieces) == 1:
+        return pieces  # "…, and cherry"
     if len(pieces) < 2 or any(part.count(left) != part.count(right) for left, right in ("()", "[]", "{}")):
         return [part]
     if all(re.search(r"[0-9√π=]", piece) or re.fullmatch(r"-?[a-zA-Zα-ω]", piece) for piece in pieces):
@@ -81,8 +85,10 @@ def _conjoined(part: str, in_list: bool) -> list[str]:
     return pieces if in_list or chinese else [part]
 
 
-def _signs(parts: tuple[str, ...], free: bool) -> Listing:
-    """A part with one `±` stands for two."""
+def _signs(parts: tuple[str, ...], text: str) -> Listing:
+    """The list of `parts` of `text`, in which a part with one `±` stands for two."""
+    alternatives = _OR.search(text) is not None
+    free = alternatives or "、" in text
     found: list[str] = []
     for part in parts:
         if part.count("±") == 1 and len(parts) < 8:
@@ -93,7 +99,7 @@ def _signs(parts: tuple[str, ...], free: bool) -> Listing:
             free = True
         else:
             found.append(part)
-    return Listing(tuple(found), free)
+    return Listing(tuple(found), free, alternatives)
 
 
 def _parts(parts) -> tuple[str, ...]:

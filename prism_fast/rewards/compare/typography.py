@@ -96,6 +96,8 @@ def _markdown(text: str) -> str:
         text = re.sub(r"\*\*([^*]+)\*\*", r"\1", text)
     if "`" in text:
         text = re.sub(r"`([^`]+)`", r"\1", text)
+    if "</" in text:
+        text = re.sub(r"<(b|i|u|p|em|strong)>([^<>]*)</\1>", r"\2", text)
     return re.sub(r"^#{1,6}\s+", "", text)
 
 

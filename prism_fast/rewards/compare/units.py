@@ -136,6 +136,9 @@ _OTHERS = """
     kilometer_per_hour | kph kmph kmh kmhr
     knot | knot kn
     newton | 牛 牛顿
+    newton*meter | Nm
+    ampere*hour | Ah
+    milliampere*hour | mAh
     joule | 焦 焦耳
     watt | 瓦 瓦特
     kilowatt | 千瓦
@@ -264,6 +267,8 @@ _FACTOR = re.compile(
     rf"((?:square|sq\.?|cubic|cu\.?)\s+)?({_NAME})(?![A-Za-zΑ-ω]){_POWER}(\s+(?:squared|cubed)(?![a-z]))?",
     re.IGNORECASE,
 )
+_HAN = re.compile(r"[\u4e00-\u9fff]+")
+_NO_HAN_THING = re.compile("[半多余以左右分之点倍几零不或和每比的]")
 _OPERATOR = re.compile(r"\s*(/|per\b|每|·|\*|×|-(?=[A-Za-z]))\s*|\s+")
 
 
@@ -319,6 +324,14 @@ def _named(name: str) -> Unit | None:
         return _measured(known)
     kind = _COUNT_NAMES.get(name.lower())
     return None if kind is None else Unit(((kind, 1),))
+
+
+def counter(text: str) -> tuple[str, str] | None:
+    """(kind of count, things) of Chinese text such as `名学生`, or None."""
+    if len(text) < 2 or len(text) > 6 or not _HAN.fullmatch(text) or _NO_HAN_THING.search(text):
+        return None
+    kind = _COUNT_NAMES.get(text[0])
+    return None if kind is None else (kind, text[1:])
 
 
 def _product(factors: list[tuple[Unit, int]]) -> Unit:

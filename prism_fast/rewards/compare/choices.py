@@ -12,7 +12,8 @@ from dataclasses import dataclass
 _L = "[A-J]"
 _WHOLE = re.compile(r"[(\[{]?\s*([A-Ja-j])\s*[)\]}]?\s*[.:)]?")
 _LABELLED = re.compile(
-    r"(?:[(\[]\s*([A-Ja-j])\s*[)\]]|([A-J])\s*[.:)、])(?:\s+(?=\S)|(?=[^\s\w.):=])|(?<=[.:、])(?=[^\s.):=]))(.+)"
+    r"(?:[(\[]\s*([A-Ja-j])\s*[)\]]|([A-J])\s*[.:)、])"
+    r"(?:\s+(?=\S)|(?=[\\$¤€£√π\u4e00-\u9fff])|(?<=[.:、])(?=[^\s.):=]))(.+)"
     r"|([A-J])(?:\s*[,;]\s*|\s+)((?:because|since|as|which|因为|理由).+)"
     r"|([A-J])\s+-\s+(\S.*)",
     re.DOTALL,
@@ -29,9 +30,11 @@ _CHOSEN = re.compile(
     re.IGNORECASE,
 )
 _MENTION = re.compile(
-    r"[(\[]\s*([A-Ja-j])\s*[)\]]|(?<![\w.])([A-J])[.)](?=\s|$)|\b(?:option|choice|answer)\s*(?:is|:|=)?\s*[(\[]?([A-Ja-j])\b(?!['\w])",
+    r"(?<![\w\\)\]*/^-])[(\[]\s*([A-Ja-j])\s*[)\]](?![\w(\[])|(?<![\w.(\[])([A-J])[.)](?=\s|$)|\b(?:option|choice|answer)\s*(?:is|:|=)?\s*[(\[]?([A-Ja-j])\b(?!['\w])",
     re.IGNORECASE,
 )
+_SENTENCE = re.compile(r"(?:[^\W\d_]|[\s.,:;!'\"()\[\]-])*")
+_NAMED = re.compile(r"\b(?:answer|option|choice|choose|pick)\b", re.IGNORECASE)
 _BARE = re.compile(r"(?<![\w\\])([A-J])(?![\w'])")
 _NEGATION = re.compile(
     r"\b(?:not|isn't|n't|neither|nor|except|wrong|incorrect|either|or|maybe)\b|[不非或]|错", re.IGNORECASE
@@ -76,6 +79,8 @@ def answer_choice(text: str) -> Choice | None:
     if _NEGATION.search(text) and not because:
         return None
     mentioned = {next(letter for letter in groups if letter).upper() for groups in _MENTION.findall(text)}
+    if labelled is None and not _SENTENCE.fullmatch(text) and not _NAMED.search(text):
+        return None
     if labelled:
         bare = set(_BARE.findall(labelled.text))
         others = (bare if because or not mentioned - {labelled.letter} else bare & mentioned) - {labelled.letter}

@@ -61,6 +61,7 @@ _AMBIGUOUS = re.compile(
     rf"/\s*[0-9]+(?:\.[0-9]+)?(?:[A-Za-z{_GREEK}(\\]|\s*\\sqrt)"
     rf"|/\s*[A-Za-z{_GREEK}](?:_\w|_\{{\w+\}})?[A-Za-z{_GREEK}(\\]"
 )
+_INDEX_OR_FACTOR = re.compile(rf"(?<![A-Za-z\\])(?!(?:{'|'.join(_FUNCTIONS)})[0-9])[A-Za-z{_GREEK}]+[0-9]")
 _PIECE = re.compile(r"(?<![0-9.}])([0-9]{1,6})\s*\\frac\s*\{\s*([0-9]{1,6})\s*\}\s*\{\s*([0-9]{1,6})\s*\}")
 _SYMBOL = re.compile(r"\\xi_\{[0-9]+\}")
 _WORDS = frozenset("is of in or and to if no at an the by on as so not for are it be we us do".split())
@@ -139,6 +140,8 @@ def strict_latex(text: str, names: dict[str, str]) -> str:
         raise NotAFormula("digits that are no number of a formula")
     if _AMBIGUOUS.search(text):
         raise NotAFormula("a product behind a fraction bar of one line")
+    if _INDEX_OR_FACTOR.search(text):
+        raise NotAFormula("a digit behind a variable: an index, a power or a factor")
     text = _PIECE.sub(_mixed, text)
     text = re.sub(r"\\mathrm\s*|\\operatorname\s*", "", text)
     text = _absolute(text)
@@ -223,7 +226,7 @@ def _base(text: str, position: int, pieces: list[str]) -> int:
     """Reads the base behind a logarithm."""
     if pieces[-1] != "\\log ":
         return position
-    found = re.compile(r"\s*_\s*(?:\{\s*([0-9]{1,6}|[a-z])\s*\}|([0-9]|[a-z]))").match(text, position)
+    found = re.compile(r"\s*_\s*(?:\{\s*([0-9]{1,6}|[a-z])\s*\}|([0-9](?![0-9])|[a-z]))").match(text, position)
     if found is None:
         if re.compile(r"\s*_").match(text, position):
             raise NotAFormula("the base of a logarithm")
@@ -274,6 +277,8 @@ def _letters(text: str, start: int, end: int, names: dict[str, str], pieces: lis
         pieces.append(_variable(letter + _canonical(suffix), names))
         if last and index:
             end = index.end()
+            if suffix and text[end : end + 1].isdigit():
+                raise NotAFormula("a digit behind an index")
         if last and text[end : end + 1] in ("(", "["):
             pieces.append(r"\cdot ")
     return end

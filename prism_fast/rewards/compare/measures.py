@@ -38,6 +38,8 @@ def quantity(gold: str, answer: str, inner: Inner) -> Verdict | None:
         return Verdict(False, "unit" if with_units else "number")
     if not gold_readings and not answer_readings and prose(gold) and prose(answer):
         return None
+    if re.search("[=<>≤≥≠∈]", gold + answer):
+        return None  # the sides of relations have units of their own
     (gold_core, gold_unit), (answer_core, answer_unit) = split_unit(gold), split_unit(answer)
     if gold_unit is None and answer_unit is None:
         return None

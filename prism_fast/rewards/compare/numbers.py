@@ -121,11 +121,14 @@ def _fraction(text: str) -> Fraction:
 def same_number(gold: Number, answer: Number) -> bool:
     """Exact equality; where a rounded decimal is involved, a relative error up to 1e-6 (published threshold) as well.
 
-    Two whole numbers are always compared exactly (the published rule calls 10000001 and 10000000 the same), and nothing
-    but 0 equals 0.
+    Two whole numbers are always compared exactly (the published rule calls 10000001 and 10000000 the same), nothing but
+    0 equals 0, and a decimal is never further than 0.001 from a ground truth that is written as a whole number.
     """
     if gold.value == answer.value:
         return True
     if not (gold.decimal or answer.decimal) or (gold.value.denominator == 1 and answer.value.denominator == 1):
         return False
-    return abs(gold.value - answer.value) <= RELATIVE_TOLERANCE * abs(gold.value)
+    error = abs(gold.value - answer.value)
+    if gold.value.denominator == 1 and not gold.decimal and error > Fraction(1, 1000):
+        return False
+    return error <= RELATIVE_TOLERANCE * abs(gold.value)

@@ -185,10 +185,14 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool:
         return same_number(_in_base(gold), _in_base(answer))
     if gold.lonely or answer.lonely:
         return False
-    if same_number(gold.number, answer.number):
+    if not any(_is_permille(quantity) for quantity in (gold, answer)) and same_number(gold.number, answer.number):
         return True
     percent = [quantity.unit is not None and quantity.unit.dimension == PERCENT for quantity in (gold, answer)]
     return any(percent) and same_number(_share(gold), _share(answer))
+
+
+def _is_permille(quantity: Quantity) -> bool:
+    return quantity.unit is not None and quantity.unit.dimension == PERCENT and quantity.unit.scale != 1
 
 
 def _in_base(quantity: Quantity) -> Number:

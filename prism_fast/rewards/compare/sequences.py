@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from itertools import chain
 
+from prism_fast.rewards.compare.regions import describes_region
 from prism_fast.rewards.compare.structure import (
     MAX_PARTS,
     Listing,
@@ -104,7 +105,7 @@ def listing(gold: str, answer: str, inner: Inner) -> Verdict | None:
 
 
 def _same_parts(gold: Listing, answer: Listing, inner: Inner) -> Verdict:
-    if gold.alternatives != answer.alternatives and any(prose(part) for part in gold.parts):
+    if gold.alternatives != answer.alternatives and any(prose(part) or describes_region(part) for part in gold.parts):
         return Verdict(False, "list")  # "red or blue" is not "red and blue"; roots may be listed either way
     gold_names, gold_values = _named_parts(gold.parts)
     answer_names, answer_values = _named_parts(answer.parts)

@@ -13,10 +13,11 @@ _CONJUNCTION = re.compile(r",?\s*(?:\b(?:and|or)\b|和|或者|或|以及|与|及
 _OR = re.compile(r"\bor\b|或")
 _THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 _NAME = re.compile(
-    r"(?:[A-Za-zα-ωΑ-Ω∠△]|\\[A-Za-z]+)(?:[A-Za-zα-ωΑ-Ω∠△ '_{}:/°]|\\[A-Za-z]+|(?<=[A-Za-z_{}0-9])[0-9])*"
+    r"(?:[A-Za-zα-ωΑ-Ω∠△]|\\[A-Za-z]++)(?:[A-Za-zα-ωΑ-Ω∠△ '_{}:/°]|\\[A-Za-z]++|(?<=[A-Za-z_{}0-9])[0-9])*"
     r"(?:\([A-Za-z]\))?"
     r"|[\u4e00-\u9fff]{1,12}|\([A-Za-z](?:, ?[A-Za-z])+\)"
 )
+_NO_NAME = re.compile(r"\b(?:not|no|never|or|if|unless|neither)\b|[不非没]", re.IGNORECASE)
 _CIRCLED = re.compile("[①-⑳]{2,}")
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array|[vV]matrix)\}\s*(.*?)\s*\\end\{\1\}", re.DOTALL)
 _CASES = re.compile(r"(?:\\\{)?\s*\\begin\{(cases|array|aligned|gathered)\}\s*(.*?)\s*\\end\{\1\}", re.DOTALL)
@@ -150,7 +151,7 @@ def equality_chain(text: str) -> list[str]:
 def is_name(text: str) -> bool:
     """True for what may be named on the left of `=`: a variable, a label, a short phrase, `f(x)`; never a number or an
     operation."""
-    return len(text) < 60 and _NAME.fullmatch(text) is not None
+    return len(text) < 60 and _NAME.fullmatch(text) is not None and not _NO_NAME.search(text)
 
 
 def read_matrix(text: str) -> tuple[str, list[list[str]]] | None:

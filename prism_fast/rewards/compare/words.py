@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_PUNCTUATION = re.compile(r"[,.!?;:\"…]+")
+_PUNCTUATION = re.compile(r"[,.!;:\"…]+")
 _INITIALS = re.compile(r"(?<=[^\W\d_])\.(?=[^\W\d_]|$)")
 _APOSTROPHE = re.compile(r"(?<=\w)'(?=\w)")
 _GREEK = re.compile("[α-ωΑ-Ω]")
@@ -25,7 +25,7 @@ _ELEMENTS = frozenset(
     "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Ag Cd Sn "
     "Sb I Xe Cs Ba Pt Au Hg Pb U".split()
 )
-_CHEMICAL = re.compile(r"(?:[A-Z][a-z]?|[()]|_?\{?[0-9]+\}?|\^\{?[0-9]?[+-]\}?)+")
+_CHEMICAL = re.compile(r"[A-Z(](?:[A-Za-z0-9()]|_\{?[0-9]|[0-9]\}|\^\{?[0-9]?[+-]\}?)*+")
 _LABEL = re.compile(r"([A-Za-z]{2,}(?: [A-Za-z]{2,})*) ?([0-9]+(?:\.[0-9]+)*[a-zA-Z]?)|([0-9])[dD]")
 
 
@@ -37,6 +37,8 @@ def prose(text: str) -> str | None:
     to the structural and mathematical rules, where punctuation carries meaning.
     """
     text = _EMPHASIS.sub(r"\1", text)
+    if text.endswith("?"):
+        return None  # a question is no answer
     if text.startswith("(") and text.endswith(")") and "," not in text:
         text = text[1:-1]
     words = " ".join(_PUNCTUATION.sub(" ", _INITIALS.sub("", _APOSTROPHE.sub("", text))).split()).lower()
@@ -60,6 +62,10 @@ def verdict_word(text: str) -> str | None:
         return None
     word, rest = (found[1] or found[3]).lower(), found[2] or found[4]
     other = _OTHER.get(word)
+    if not re.search(r"[a-z]+[ '][a-z]+|[\u4e00-\u9fff]{2}", rest, re.IGNORECASE):
+        return None  # what follows is no explanation
+    if word not in ("no", "false") and re.search(r"\b(?:not|never)\b|n't\b|[不没非]", rest):
+        return None
     if _UNSURE.search(rest) or (other and re.search(rf"\b{other}\b", rest, re.IGNORECASE)):
         return None
     return _SAME.get(word, word)

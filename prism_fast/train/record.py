@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from prism_fast.config import changed_keys
 from prism_fast.models.writing import write_whole
 from prism_fast.train.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
+from prism_fast.train.recipe_changes import changed_keys
 
 RECORD = "record.json"
 

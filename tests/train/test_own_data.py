@@ -76,10 +76,10 @@ def test_a_raw_hub_folder_to_rlvr(trained, tmp_path):
     folder, shown = run(tmp_path / "recipe.yaml", policy + data, f"out={tmp_path / 'run'}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["stage"] == "rlvr"] == [1, 2]
-    assert "no prompt asks for" not in shown
+    assert "do not ask for" not in shown
     data = data.replace(", system_prompt: published", "")
     folder, shown = run(tmp_path / "recipe.yaml", policy + data, f"out={tmp_path / 'unasked'}", "rlvr.steps=1")
-    assert "data.rlvr: no prompt asks for <caption>, <think> and <answer>" in shown
+    assert "data.rlvr: 8 of 8 prompts" in shown and "do not ask for <caption>, <think> and <answer>" in shown
 
 
 @pytest.mark.parametrize("change", ["another order", "nothing"])

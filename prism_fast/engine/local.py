@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from prism_fast.engine.finite import NonFiniteError, refuse_non_finite
+from prism_fast.engine.adamw import MOMENTS, decayed, learning_rate, make_adamw, norm_error
+from prism_fast.engine.finite import Seen
 from prism_fast.engine.optimizer import OptimizerConfig
 from prism_fast.engine.protocol import Update
 from prism_fast.engine.root import Root
-from prism_fast.models.writing import disk_full, look_for_room
+from prism_fast.engine.stored import FILE, Stored, write
 
 T = TypeVar("T")
-FILE = "engine.safetensors"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 
 class LocalEngine:
@@ -38,36 +36,25 @@ class LocalEngine:
         self.config = config
         self.schedule = schedule
         self.updates = 0
+        self.ranks, self.lockstep = 1, False
         self.packing_checked = False
         self.where = "an update"  # for errors; a stage puts its name and step here
-        self._seen: list[tuple[Tensor, dict[str, Tensor]]] = []  # per backward: whether all are finite (0-d), and them
+        self._seen = Seen()
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         #: the tensors that AdamW updates, by the parameter's name; ``.grad`` is the step's gradient
         self.masters = {name: p if p.dtype.itemsize >= 4 else _master(p) for name, p in trainable.items()}
         self._rounded = {name: p for name, p in trainable.items() if self.masters[name] is not p}
-        exempt = [name for name, p in trainable.items() if p.ndim < 2 or name.endswith("bias")]  # norms and biases
-        decayed = [name for name in trainable if name not in set(exempt)]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [self.masters[name] for name in decayed], "weight_decay": config.weight_decay},
-                {"params": [self.masters[name] for name in exempt], "weight_decay": 0.0},
-            ],
-            lr=config.lr,
-            betas=tuple(config.betas),
-            fused=True,
-        )
+        self.optimizer = make_adamw(self.masters, decayed(trainable), config)
 
     def run(self, fn: Callable[[], T]) -> T:
         return self.root(fn)
 
     def lr(self) -> float:
-        """Learning rate of the next update: linear warm-up ((t + 1) / warmup, never 0), then the schedule."""
-        scale = min(1.0, (self.updates + 1) / self.config.warmup_steps) if self.config.warmup_steps else 1.0
-        return self.config.lr * scale * (self.schedule(self.updates) if self.schedule else 1.0)
+        """Learning rate of the next update."""
+        return learning_rate(self.config, self.schedule, self.updates)
 
     def backward(self, loss: Tensor, **made_of: Tensor) -> None:
-        named = {"loss": loss.detach(), **{name: tensor.detach() for name, tensor in made_of.items()}}
-        self._seen.append((torch.stack([tensor.isfinite().all() for tensor in named.values()]).all(), named))
+        self._seen.add(loss, made_of)
         with self._gradients_to_masters():
             loss.backward()
 
@@ -94,15 +81,9 @@ class LocalEngine:
                 handle.remove()
 
     def verify(self) -> None:
-        if not self._seen:
-            return
-        finite = torch.stack([flag for flag, _ in self._seen]).tolist()
-        if all(finite):
-            self._seen.clear()
-            return
-        number, named = finite.index(False), self._seen[finite.index(False)][1]
-        self.discard()
-        refuse_non_finite(f"{self.where}, micro-batch {number + 1} of {len(finite)}", **named)
+        if (fault := self._seen.fault(self.where)) is not None:
+            self.discard()
+            raise fault
 
     def discard(self) -> None:
         self._seen.clear()
@@ -117,11 +98,8 @@ class LocalEngine:
         norm = float(total)
         if not math.isfinite(norm):  # checked before clipping, which would make every gradient NaN
             bad = [n for n, p in self.masters.items() if p.grad is not None and not p.grad.isfinite().all()]
-            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
             self.discard()
-            raise NonFiniteError(
-                f"{self.where}: the gradient norm is {norm}; not finite in: {', '.join(bad[:5])}{more}"
-            )
+            raise norm_error(self.where, norm, bad)
         torch.nn.utils.clip_grads_with_norm_(masters, self.config.clip_norm, total)
         update = Update(norm, self.lr())
         for group in self.optimizer.param_groups:
@@ -140,6 +118,9 @@ class LocalEngine:
     def agree(self, flag: bool) -> bool:
         return flag
 
+    def max(self, values: Sequence[float]) -> list[float]:
+        return [float(value) for value in values]
+
     def sum(self, values: Sequence[float]) -> list[float]:
         return [float(value) for value in values]
 
@@ -153,29 +134,19 @@ class LocalEngine:
             master = self.masters.get(name, p)
             tensors[f"model.{name}"] = master
             tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state.get(master, {}).items()}
-        file, needs = folder / FILE, sum(tensor.nbytes for tensor in tensors.values())
-        with disk_full(file, needs):
-            look_for_room(folder, needs)
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
+        write(folder / FILE, tensors)
 
     def load(self, folder: Path) -> None:
-        tensors = load_file(folder / FILE)
-        weights = dict(self.module.named_parameters())
-        for name, p in weights.items():
-            saved = tensors.get(f"model.{name}")
-            if saved is None or saved.shape != p.shape:
-                fault = "is missing" if saved is None else f"has shape {tuple(saved.shape)}, not {tuple(p.shape)}"
-                raise ValueError(f"the checkpoint does not belong to this model: {name} {fault}")
-        if further := sorted(name for name in tensors if name.startswith("model.") and name[6:] not in weights):
-            raise ValueError(f"the checkpoint does not belong to this model, which has no {further[0][6:]}")
+        stored, weights = Stored(folder), dict(self.module.named_parameters())
+        stored.belong_to({name: tuple(p.shape) for name, p in weights.items()})
         self.discard()
         self.optimizer.state.clear()
-        self.updates = int(tensors["updates"])
+        self.updates = stored.updates
         for name, p in weights.items():
             master = self.masters.get(name, p)
-            master.detach().copy_(tensors[f"model.{name}"])
-            if f"step.{name}" in tensors:  # AdamW has no state for a parameter that never had a gradient
-                moments = {key: tensors[f"{key}.{name}"].to(master.device) for key in MOMENTS}
+            master.detach().copy_(stored[f"model.{name}"])
+            if f"step.{name}" in stored:  # AdamW has no state for a parameter that never had a gradient
+                moments = {key: stored[f"{key}.{name}"].to(master.device) for key in MOMENTS}
                 self.optimizer.state[master] = moments
         self._round()
 

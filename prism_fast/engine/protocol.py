@@ -8,7 +8,7 @@ An engine owns the weights of one model while it learns: their masters, gradient
     update = engine.step()                  # or engine.discard()
 
 Ranks: all ranks call a method marked *joint*, in the same order; between two joint calls a rank makes as many other
-calls as its own data need. Losses are divided by denominators of the whole step over all ranks, so an engine adds up
+calls as its own data need (not where ``lockstep`` is set). Losses are divided by denominators of the whole step over all ranks, so an engine adds up
 gradients and never scales them: any cut into micro-batches, and any number of ranks, gives the same update.
 """
 
@@ -35,6 +35,10 @@ class Engine(Protocol):
 
     module: the model, as it was built. Read its weights only inside :meth:`run`; outside they may be empty shards.
     root: the module that :meth:`run` calls; it holds ``module`` and carries the hooks of sharding.
+    ranks: how many processes learn together.
+    lockstep: whether :meth:`run` and :meth:`backward` are joint as well, because weights are gathered within them. All
+        ranks then make as many passes, each through the same modules: trainers repeat a micro-batch with weight 0, let
+        each encode an image (``train.layouts``), and do not repeat a step that ran out of memory.
     updates: optimizer steps so far, those before a resume included.
     where: stage and step, for errors.
     packing_checked: whether ``train.self_check`` has compared packed with unshared rows, which it notes here. It reads
@@ -43,6 +47,8 @@ class Engine(Protocol):
 
     module: nn.Module
     root: nn.Module
+    ranks: int
+    lockstep: bool
     updates: int
     where: str
     packing_checked: bool
@@ -83,6 +89,9 @@ class Engine(Protocol):
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Joint. Sum over the ranks of each of ``values``; float64."""
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        """Joint. Largest of each of ``values`` over the ranks; float64."""
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Joint until exhausted. All parameters of ``module`` by name, whole and detached, in the dtype of the forward:

@@ -310,12 +310,16 @@ def another_models_checkpoint_is_refused(factory: Factory, folder: Path) -> None
     module = Small(0).to(factory.dtype)
     module.layers[1] = nn.Linear(WIDTH, WIDTH + 1).to(factory.dtype)
     with refused(ValueError, r"layers\.1\.weight"):
-        factory.make(module, OptimizerConfig()).load(folder)
-    larger = Small(0).to(factory.dtype)
-    larger.further = nn.Parameter(torch.zeros(WIDTH, dtype=factory.dtype))
+        factory.make(module.to(factory.device), OptimizerConfig()).load(folder)
+
+    def larger() -> Engine:
+        module = Small(0)
+        module.further = nn.Parameter(torch.zeros(WIDTH))
+        return factory.make(module.to(factory.device, factory.dtype), OptimizerConfig())
+
     with refused(ValueError, "further"):
-        factory.make(larger, OptimizerConfig()).load(folder)
-    factory.make(larger, OptimizerConfig()).save(folder)
+        larger().load(folder)
+    larger().save(folder)
     with refused(ValueError, "further"):
         new(factory).load(folder)
 
@@ -366,7 +370,8 @@ def one_rank_agrees_with_itself(factory: Factory, folder: Path) -> None:
     """In one process alone: an engine of several ranks needs a test in several processes besides."""
     engine = new(factory)
     assert engine.agree(True) is True and engine.agree(False) is False
-    assert engine.sum([1, 2.5, -0.1]) == [1.0, 2.5, -0.1] and engine.sum([]) == []
+    assert engine.sum([1, 2.5, -0.1]) == engine.max([1, 2.5, -0.1]) == [1.0, 2.5, -0.1]
+    assert engine.sum([]) == engine.max([]) == []
     assert all(type(number) is float for number in engine.sum([1, 2]))
 
 

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prism_fast.engine.local import FILE, LocalEngine
+from prism_fast.engine.finite import Seen
+from prism_fast.engine.local import LocalEngine
 from prism_fast.engine.protocol import Update
+from prism_fast.engine.stored import FILE
 from tests.contracts import engine as contract
 from tests.contracts.engine import CHECKS, EXACT, Factory
 
@@ -104,9 +106,9 @@ class LooksAtNothing(LocalEngine):
 
 class RemembersWhatWasDropped(LocalEngine):
     def discard(self) -> None:
-        kept = list(self._seen)
+        kept, self._seen = self._seen, Seen()
         super().discard()
-        self._seen += kept
+        self._seen = kept
 
 
 class CallsNoModule(LocalEngine):

@@ -1,4 +1,4 @@
-"""AdamW as every engine runs it: what decays, the learning rate, clipping, and the refusal of a norm that is not finite."""
+"""AdamW as every engine runs it: what decays, the learning rate, clipping, and the refusal of a bad norm."""
 
 from __future__ import annotations
 

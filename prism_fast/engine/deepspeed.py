@@ -22,11 +22,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prism_fast.engine.adamw import MOMENTS, clip_factor, decayed, learning_rate, make_adamw, norm_error
+from prism_fast.engine.deepspeed_config import deepspeed_config, import_deepspeed
 from prism_fast.engine.finite import NonFiniteError, Seen
 from prism_fast.engine.optimizer import OptimizerConfig
 from prism_fast.engine.protocol import Update
 from prism_fast.engine.root import Root
-from prism_fast.engine.deepspeed_config import deepspeed_config, import_deepspeed
 from prism_fast.engine.stored import Stored, part_name, write
 from prism_fast.engine.world import World
 from prism_fast.models.writing import DiskFullError

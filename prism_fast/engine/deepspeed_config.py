@@ -49,7 +49,7 @@ def import_deepspeed() -> ModuleType:
     try:
         import deepspeed
     except ImportError as error:
-        raise ImportError(f"engine.kind=deepspeed needs DeepSpeed, which cannot be imported ({error}): {cure}") from None
+        raise ImportError(f"engine.kind=deepspeed: DeepSpeed cannot be imported ({error}): {cure}") from None
     check_version(deepspeed.__version__, cure)
     return deepspeed
 

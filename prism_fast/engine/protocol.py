@@ -8,8 +8,9 @@ An engine owns the weights of one model while it learns: their masters, gradient
     update = engine.step()                  # or engine.discard()
 
 Ranks: all ranks call a method marked *joint*, in the same order; between two joint calls a rank makes as many other
-calls as its own data need (not where ``lockstep`` is set). Losses are divided by denominators of the whole step over all ranks, so an engine adds up
-gradients and never scales them: any cut into micro-batches, and any number of ranks, gives the same update.
+calls as its own data need (not where ``lockstep`` is set). Losses are divided by denominators of the whole step over
+all ranks, so an engine adds up gradients and never scales them: any cut into micro-batches, and any number of ranks,
+gives the same update.
 """
 
 from __future__ import annotations

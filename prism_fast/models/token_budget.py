@@ -69,7 +69,14 @@ class TokenBudget:
         self._notify, self._piece = notify, piece
         self._reported = tokens
 
-    def run(self, attempt: Callable[[int], T], *, discard: Callable[[], None], longest: int = 1) -> T:
+    def run(
+        self,
+        attempt: Callable[[int], T],
+        *,
+        discard: Callable[[], None],
+        longest: int = 1,
+        agree: Callable[[bool], bool] = bool,
+    ) -> T:
         """``attempt(tokens)``, repeated with half the tokens as often as memory runs out.
 
         Args:
@@ -77,23 +84,30 @@ class TokenBudget:
                 (a failed backward has left half a gradient), with PyTorch's generators set back.
             discard: drops the remains of a failed attempt, e.g. gradients.
             longest: tokens of the longest item; a smaller budget would not help, as it is alone in its piece.
+            agree: whether a flag is true on every rank. All ranks do the work again if memory ran out on one.
 
         Raises:
             StepTooLargeError: the longest item alone does not fit.
         """
         generators = _generator_states()
         while True:
+            result: T | None = None
+            failure: str | None = None
             try:
-                return attempt(self.tokens)
+                result = attempt(self.tokens)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                failure = str(error).strip().partition("\n")[0] or type(error).__name__
             # Outside of the handler: the traceback held the failed attempt's tensors.
+            if agree(failure is None):
+                return result
+            result = None
             discard()
             gc.collect()
             torch.cuda.empty_cache()  # does nothing where CUDA is not in use
-            if self.tokens <= longest:
+            reason = "on another rank" if failure is None else failure
+            if not agree(failure is None or self.tokens > longest):
                 raise StepTooLargeError(
                     f"out of memory with one item per {self._piece} ({longest} tokens, budget {self.tokens}): "
                     f"{reason}. Shorten the items (max_new_tokens, smaller images), use model.dtype=bfloat16, a "

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from prism_fast.engine.protocol import Engine
 from prism_fast.models.packing import PromptGroup
-from prism_fast.models.token_budget import TokenBudget
+from prism_fast.models.token_budget import StepTooLargeError, TokenBudget, out_of_memory
 from prism_fast.track.flops import forward_flops
 from prism_fast.track.metrics import Metrics
 from prism_fast.train.layouts import BatchPlan, Layout, longest_item, plan_batches
@@ -31,8 +31,10 @@ class Batching:
     positions: str = "mrope"
     whole_groups: bool = False
 
-    def plan(self, backbone: nn.Module, groups: Sequence[PromptGroup], tokens: int) -> BatchPlan:
-        """``groups`` in micro-batches of at most ``tokens`` tokens."""
+    def plan(
+        self, backbone: nn.Module, groups: Sequence[PromptGroup], tokens: int, *, lockstep: bool = False
+    ) -> BatchPlan:
+        """``groups`` in micro-batches of at most ``tokens`` tokens. ``lockstep``: of the engine."""
         return plan_batches(
             self.layout,
             backbone,
@@ -41,6 +43,7 @@ class Batching:
             pad_id=self.pad_id,
             positions=self.positions,
             whole_groups=self.whole_groups,
+            lockstep=lockstep,
         )
 
     def work(self, config: PreTrainedConfig, groups: Sequence[PromptGroup], *, vocabulary: bool) -> Metrics:
@@ -60,10 +63,32 @@ class Batching:
             metrics.last(f"{prefix}token_budget", tokens)
         return metrics
 
-    def run(self, attempt: Callable[[int], T], groups: Sequence[PromptGroup], *, discard: Callable[[], None]) -> T:
-        """Call ``attempt(tokens)`` within the budget; see ``TokenBudget.run``."""
+    def run(self, attempt: Callable[[int], T], groups: Sequence[PromptGroup], engine: Engine) -> T:
+        """Joint. Call ``attempt(tokens)`` within the budget; see ``TokenBudget.run``.
+
+        Raises:
+            StepTooLargeError: the longest item does not fit, or anything where the engine goes in lockstep: other ranks
+                are in the middle of a pass and cannot begin anew.
+        """
+        if engine.lockstep:
+            try:
+                return attempt(self.budget.tokens)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                raise StepTooLargeError(
+                    f"out of memory with micro-batches of {self.budget.tokens} tokens ({error}). Ranks that gather "
+                    "weights in every pass cannot repeat a step: lower tokens_per_micro_batch of the stage, or use "
+                    "engine.stage=1"
+                ) from error
         longest = longest_item(self.layout, groups, whole_groups=self.whole_groups)
-        return self.budget.run(attempt, discard=discard, longest=longest)
+        return self.budget.run(attempt, discard=engine.discard, longest=longest, agree=engine.agree)
+
+
+def missing_passes(engine: Engine, passes: int) -> int:
+    """Joint where the engine goes in lockstep. How many passes more another rank makes, which this one must match by
+    passes of weight 0; otherwise 0."""
+    return int(engine.max([passes])[0]) - passes if engine.lockstep else 0
 
 
 def update_weights(engine: Engine, prefix: str) -> Metrics:

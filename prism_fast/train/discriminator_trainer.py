@@ -10,6 +10,7 @@ avoids them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from prism_fast.models.experts import chosen_experts
 from prism_fast.models.transfer import moved
 from prism_fast.ops import PairwiseStats
 from prism_fast.track.metrics import Metrics
-from prism_fast.train.batching import Batching, update_weights
+from prism_fast.train.batching import Batching, missing_passes, update_weights
 from prism_fast.train.expert_shares import ExpertShares
 from prism_fast.train.layouts import BatchPlan, Ends, MicroBatch
 from prism_fast.train.passes import counted_passes
@@ -130,16 +131,13 @@ class DiscriminatorTrainer:
 
         def attempt(tokens: int) -> tuple[_Step, Metrics]:
             with counted_passes(backbone) as passes:
-                step = _Step(self, groups, self.batching.plan(backbone, computed, tokens), prefix, poll)
+                plan = self.batching.plan(backbone, computed, tokens, lockstep=self.engine.lockstep)
+                step = _Step(self, groups, plan, prefix, poll)
                 with torch.set_grad_enabled(learn):
-                    for bound in step.plan.bound():
-                        if learn and len(bound) > 1:
-                            step.learn_in_two_passes(bound)
-                        else:
-                            step.score(bound, learn=learn)
+                    step.run(learn=learn)
             return step, passes.metrics("discriminator")
 
-        step, passes = self.batching.run(attempt, computed, discard=self.engine.discard)
+        step, passes = self.batching.run(attempt, computed, self.engine)
         self.engine.verify()  # before the scores reward anything
         student, teacher = step.scores()
         metrics = step.metrics | passes
@@ -172,28 +170,65 @@ class _Step:
         self.experts = (text.num_experts, text.num_experts_per_tok)
         self.shares = ExpertShares(self.spans, text.num_experts)
         self.metrics = Metrics()
+        self.weight: float | None = None  # of losses
+        self.missing = missing_passes(self.engine, len(plan.micro_batches))
         self.metrics.mean(f"{prefix}loss", 0.0, 1)  # the micro-batches add their totals with count 0
         self.metrics.sum(f"{prefix}tokens_repeated", 0)
         self._rewards: dict[int, tuple[Tensor, Tensor]] = {}  # by group: of the teacher [K], of the students [n, K]
-        self._students = sum(len(group.students) for group in groups)
         valid = sum(1 for group in groups for framed in group.students if framed)
-        # The loss is divided by counts of the whole step, so that the cut into micro-batches does not matter.
+        students = sum(len(group.students) for group in groups)
+        self._students, valid, teachers = self.engine.sum([students, valid, len(groups)])
+        # The loss is divided by counts of the whole step, over all ranks, so that no cut matters.
         self.counts: dict[str, float] = {}
         if not self.divide_by_micro_batch:
             columns = len(self.spans)
-            self.counts = {"denominator": max(1, valid), "l2_denominator": columns * (len(groups) + valid)}
+            self.counts = {"denominator": max(1, valid), "l2_denominator": columns * (teachers + valid)}
         # The load-balancing loss is a product of two means over the step. The first, each expert's share of the
         # choices, must be known before a micro-batch can add its part of the second, which carries the gradient.
-        self.choices = self._count_choices() if self.loss.aux_coef and len(plan.micro_batches) > 1 else None
+        cut = self.engine.ranks > 1 or len(plan.micro_batches) > 1
+        self.choices = self._count_choices() if self.loss.aux_coef and cut else None
 
-    def score(self, bound: Sequence[MicroBatch], *, learn: bool) -> None:
-        """Score whole groups with one forward per micro-batch; with ``learn`` add their gradient."""
+    def run(self, *, learn: bool) -> None:
+        """Score all groups; with ``learn`` add their gradient."""
+        bounds = self.plan.bound()
+        if not self.engine.lockstep:
+            for bound in bounds:
+                if learn and len(bound) > 1:
+                    self.learn_in_two_passes(bound)
+                else:
+                    self.score(bound, learn=learn)
+        elif self.engine.agree(all(len(bound) == 1 for bound in bounds)):
+            for bound in bounds:
+                self.score(bound, learn=learn)
+            for _ in range(self.missing):
+                self._idle().score(bounds[-1], learn=learn)
+        else:  # somewhere a group was cut: all ranks take the passes in one order, as if all groups were bound
+            everything = [batch for bound in bounds for batch in bound]
+            if learn:
+                self.learn_in_two_passes(everything)
+            else:
+                self.score(everything, learn=False, idle=self.missing)
+
+    def _idle(self) -> _Step:
+        """A step whose passes leave nothing behind: losses have weight 0, metrics and rewards go nowhere."""
+        idle = copy(self)
+        idle.weight, idle.metrics, idle._rewards = 0.0, Metrics(), {}
+        idle.shares = ExpertShares(self.spans, self.experts[0])
+        return idle
+
+    def _backward(self, loss: Tensor, **made_of: Tensor) -> None:
+        self.engine.backward(loss if self.weight is None else loss * self.weight, **made_of)
+
+    def score(self, bound: Sequence[MicroBatch], *, learn: bool, idle: int = 0) -> None:
+        """Score whole groups with one forward per micro-batch; with ``learn`` add their gradient. ``idle``: further
+        forwards, which other ranks need."""
         hidden, aux = self._forward(bound)
+        self._idle_forwards(bound, idle)
         loss, scores = self._loss(hidden, bound)
         loss = loss + aux
         self._add_loss(loss)
         if learn:
-            self.engine.backward(loss, **scores)
+            self._backward(loss, **scores)
         for batch in bound:
             self.plan.finish(batch, self.engine.backward if learn else None)
 
@@ -204,6 +239,7 @@ class _Step:
         self.plan.announce(bound)
         with torch.no_grad():
             hidden, _ = self._forward(bound)
+            self._idle_forwards(bound, self.missing)
         hidden.requires_grad_()
         loss, scores = self._loss(hidden, bound)
         self._add_loss(loss)
@@ -217,6 +253,13 @@ class _Step:
             if self.loss.aux_coef:
                 self._add_loss(aux)
             self.metrics.sum(f"{self.prefix}tokens_repeated", batch.tokens)
+        for _ in range(self.missing):
+            computed = self._ends(self.plan, bound[-1])
+            self._idle()._backward(computed.hidden.sum() + self._balance(computed))
+
+    def _idle_forwards(self, bound: Sequence[MicroBatch], count: int) -> None:
+        for _ in range(count):
+            self._idle()._forward(bound[-1:])
 
     def scores(self) -> tuple[Tensor, Tensor]:
         """Rewards of the students [B, K] and of the teacher [G, K], float32, on the CPU; completes the metrics."""
@@ -253,12 +296,17 @@ class _Step:
 
     @torch.no_grad()
     def _count_choices(self) -> Tensor:
-        """How often each expert is chosen for the step's tokens, [E]; takes a pass without gradient."""
+        """How often each expert is chosen for the step's tokens, [E], over all ranks; takes a pass without gradient."""
         plan, counts = self.plan.copy(), []
         for batch in self.plan.micro_batches:
             computed = self._ends(plan, batch)
             counts.append(expert_choices(computed.router_logits, *self.experts, computed.weight))
-        return torch.stack(counts).sum(0)
+        for _ in range(self.missing):
+            self._ends(plan, plan.micro_batches[-1])
+        choices = torch.stack(counts).sum(0)
+        if self.engine.ranks > 1:
+            choices = moved(torch.tensor(self.engine.sum(choices.tolist()), dtype=choices.dtype), self.device)
+        return choices
 
     def _loss(self, hidden: Tensor, bound: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss 0-d of whole groups from the hidden states [M, H] at their spans' ends, and the scores that it is

@@ -8,15 +8,17 @@ the same hidden states and gradients; tests compare them, and ``train.self_check
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from prism_fast.models.forward import ResponseRows, TokenBatch, collate, language_outputs, response_rows
 from prism_fast.models.packing import Branch, PackedRow, PromptGroup, SharedImages, pack, packed_outputs
+from prism_fast.models.processor import Prompt
 from prism_fast.models.score_rows import states_at
 from prism_fast.models.shared_prefix import use_shared_prefix
 from prism_fast.models.token_budget import by_tokens
@@ -48,12 +50,26 @@ class Ends(NamedTuple):
 
 
 class PackedPlan:
-    """A step in packed rows. ``micro_batches``: the rows; those of a group that was cut are consecutive."""
+    """A step in packed rows. ``micro_batches``: the rows; those of a group that was cut are consecutive. ``lockstep``:
+    every row encodes its own images, a blank one if it has none, so that all rows pass the same modules."""
 
-    def __init__(self, backbone: nn.Module, groups: Sequence[PromptGroup], budget: int, *, positions: str = "mrope"):
-        self.backbone = backbone
+    def __init__(
+        self,
+        backbone: nn.Module,
+        groups: Sequence[PromptGroup],
+        budget: int,
+        *,
+        positions: str = "mrope",
+        lockstep: bool = False,
+    ):
+        self.backbone, self.lockstep = backbone, lockstep
         self.micro_batches: list[PackedRow] = pack(groups, budget, model_config=backbone.config, positions=positions)
-        self.images = SharedImages(self.micro_batches)
+        if lockstep:
+            self.micro_batches = [_with_image(row, backbone.config) for row in self.micro_batches]
+        self.images = self._shared()
+
+    def _shared(self) -> SharedImages:
+        return SharedImages([] if self.lockstep else self.micro_batches)
 
     def bound(self) -> list[list[PackedRow]]:
         """The rows in order, in one list per set of rows that share groups."""
@@ -72,13 +88,14 @@ class PackedPlan:
     def announce(self, rows: Sequence[PackedRow]) -> None:
         """Say that these rows get a pass without gradient before the one that learns: both read the same encoded
         images."""
-        self.images.announce(rows)
+        if not self.lockstep:
+            self.images.announce(rows)
 
     def copy(self) -> PackedPlan:
         """The same rows for a further pass, which encodes its images itself."""
         plan = object.__new__(PackedPlan)
-        plan.backbone, plan.micro_batches = self.backbone, self.micro_batches
-        plan.images = SharedImages(self.micro_batches)
+        plan.backbone, plan.micro_batches, plan.lockstep = self.backbone, self.micro_batches, self.lockstep
+        plan.images = plan._shared()
         return plan
 
     def forward(self, row: PackedRow) -> Forward:
@@ -96,6 +113,22 @@ class PackedPlan:
         self.images.finish(row, backward if backward is not None else _no_gradient)
 
 
+def _blank_image(config: PreTrainedConfig) -> Prompt:
+    """The smallest image, black, as a prompt without text."""
+    vision = config.vision_config
+    side = vision.spatial_merge_size
+    pixels = torch.zeros(side * side, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
+    return Prompt((), pixels, torch.tensor([[1, side, side]]))
+
+
+def _with_image(row: PackedRow, config: PreTrainedConfig) -> PackedRow:
+    """The row; where it has no images, it encodes a blank one and places none of its features."""
+    none = torch.empty(0, dtype=torch.int64)
+    if row.prompts:
+        return row
+    return replace(row, prompts=(_blank_image(config),), image_slot=none, image_feature=none)
+
+
 def _no_gradient(loss: Tensor) -> None:
     raise AssertionError("a pass without a backward left gradients at its images")
 
@@ -107,7 +140,8 @@ class PaddedBatch:
 
 
 class PaddedPlan:
-    """A step in padded batches. ``whole_groups``: the continuations of a group stay together."""
+    """A step in padded batches. ``whole_groups``: the continuations of a group stay together. ``lockstep``: as in
+    ``PackedPlan``."""
 
     def __init__(
         self,
@@ -118,8 +152,10 @@ class PaddedPlan:
         pad_id: int,
         positions: str = "mrope",
         whole_groups: bool = False,
+        lockstep: bool = False,
     ):
         self.backbone, self.groups, self.pad_id, self.positions = backbone, groups, pad_id, positions
+        self.lockstep = lockstep
         items: list[list[Branch]] = []
         for g, group in enumerate(groups):
             branches = [(g, b) for b, branch in enumerate(group.branches) if branch is not None]
@@ -146,7 +182,7 @@ class PaddedPlan:
 
     def _collated(self, batch: PaddedBatch) -> TokenBatch:
         used = sorted({g for g, _ in batch.branches})
-        return collate(
+        tokens = collate(
             [self.groups[g].prompt for g in used],
             [used.index(g) for g, _ in batch.branches],
             [self.groups[g].branches[b] for g, b in batch.branches],
@@ -154,6 +190,11 @@ class PaddedPlan:
             pad_id=self.pad_id,
             positions=self.positions,
         )
+        if not self.lockstep or tokens.pixel_values is not None:
+            return tokens
+        blank, none = _blank_image(self.backbone.config), torch.empty(0, dtype=torch.int64)
+        images = {"pixel_values": blank.pixel_values, "image_grid_thw": blank.image_grid_thw}
+        return replace(tokens, **images, image_slot=none, image_feature=none)
 
     def forward(self, batch: PaddedBatch) -> Forward:
         device, tokens = self.backbone.device, self._collated(batch)
@@ -190,17 +231,19 @@ def plan_batches(
     pad_id: int,
     positions: str = "mrope",
     whole_groups: bool = False,
+    lockstep: bool = False,
 ) -> BatchPlan:
     """Cut a step into micro-batches of at most ``budget`` tokens.
 
     ``whole_groups`` keeps a padded group in one micro-batch whatever its size. A packed group that does not fit is cut;
-    ``bound`` then says which rows belong together.
+    ``bound`` then says which rows belong together. ``lockstep``: of the engine.
     """
+    options = {"positions": positions, "lockstep": lockstep}
     if layout == "padded":
-        return PaddedPlan(backbone, groups, budget, pad_id=pad_id, positions=positions, whole_groups=whole_groups)
+        return PaddedPlan(backbone, groups, budget, pad_id=pad_id, whole_groups=whole_groups, **options)
     if layout != "shared_prefix":
         raise ValueError(f"layout must be 'shared_prefix' or 'padded', got {layout!r}")
-    return PackedPlan(backbone, groups, budget, positions=positions)
+    return PackedPlan(backbone, groups, budget, **options)
 
 
 def longest_item(layout: Layout, groups: Sequence[PromptGroup], *, whole_groups: bool = False) -> int:

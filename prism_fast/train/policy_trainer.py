@@ -19,7 +19,7 @@ from prism_fast.models.transfer import moved
 from prism_fast.ops import PolicyLossOptions
 from prism_fast.rollout.protocol import Completion
 from prism_fast.track.metrics import Metrics
-from prism_fast.train.batching import Batching, update_weights
+from prism_fast.train.batching import Batching, missing_passes, update_weights
 from prism_fast.train.layouts import BatchPlan, Forward, MicroBatch
 from prism_fast.train.passes import counted_passes
 from prism_fast.train.rollouts import StepRollouts
@@ -72,6 +72,17 @@ class PolicyBatch:
         return groups, members
 
 
+@dataclass(frozen=True)
+class _Step:
+    """``lengths`` [B] of a batch's responses; the loss's ``denominator`` (0-d on the device) and the number of
+    ``responses``, both over all ranks."""
+
+    batch: PolicyBatch
+    lengths: Tensor
+    denominator: Tensor
+    responses: float
+
+
 def response_states(plan: BatchPlan, batch: MicroBatch) -> tuple[Tensor, list[int]]:
     """For ``train.self_check``: the hidden states [N, H] that predict response tokens, and the responses' lengths."""
     computed = plan.forward(batch)
@@ -119,65 +130,83 @@ class PolicyTrainer:
                 vocabulary; the gradient is dropped.
             StepTooLargeError: the longest response alone does not fit into memory.
         """
-        refuse_non_finite(self.engine.where, advantage=batch.advantage)
+        self._refuse_advantage(batch.advantage)
         backbone = self.policy.model
+        lengths = torch.tensor([len(completion.token_ids) for completion in batch.completions])
         has_gradient = batch.has_gradient()
         computed = [True] * len(has_gradient) if self.divide_by_micro_batch else has_gradient
+        rows = sum(computed)
+        if self.engine.lockstep and not rows:  # another rank may have passes, and needs this one's
+            computed[int(lengths.argmin())] = True
         groups, members = batch.groups(computed)
-        lengths = torch.tensor([len(completion.token_ids) for completion in batch.completions])
-        denominator = self._denominator(lengths)
+        count, responses = self.engine.sum([self._count(lengths), len(lengths)])
+        step = _Step(batch, lengths, moved(torch.tensor(count), self.policy.device), responses)
         self.policy.train()
 
         def attempt(tokens: int) -> Metrics:
             metrics = Metrics()
             with counted_passes(backbone) as passes:
-                plan = self.batching.plan(backbone, groups, tokens)
+                plan = self.batching.plan(backbone, groups, tokens, lockstep=self.engine.lockstep)
                 for micro_batch in plan.micro_batches:
-                    responses = [members[g][k] for g, k in micro_batch.branches]
-                    self._learn(plan, micro_batch, batch, responses, lengths, denominator, metrics)
+                    self._learn(plan, micro_batch, step, members, metrics)
+                for _ in range(missing_passes(self.engine, len(plan.micro_batches))):
+                    self._learn(plan, plan.micro_batches[-1], step, members, Metrics(), weight=0.0)
             return metrics | passes.metrics("policy")
 
         packing_error = self_check(self.engine, self.batching, backbone, groups, response_states)
         ops.bad_values(backbone.device)  # reset the counter
-        metrics = self.batching.run(attempt, groups, discard=self.engine.discard)
+        metrics = self.batching.run(attempt, groups, self.engine)
         self._verify()
-        self._has_gradient = self._has_gradient or any(computed)
+        self._has_gradient = self._has_gradient or rows > 0
         metrics |= self.batching.work(self.policy.config, groups, vocabulary=True)
-        metrics.sum("policy/rows", sum(computed))
+        metrics.sum("policy/rows", rows)
         metrics.mean("policy/loss", 0.0, 1)  # the micro-batches have added their totals with count 0
         if packing_error is not None:
             metrics.last("policy/packing_error", packing_error)
         return metrics
 
     def step(self) -> Metrics:
-        """Update the weights; without any response that has an advantage nothing is updated.
+        """Joint. Update the weights; without any response that has an advantage, on any rank, nothing is updated.
 
         Raises:
             NonFiniteError: the gradient norm is NaN or infinite; nothing was updated.
         """
-        metrics = update_weights(self.engine, "policy/") if self._has_gradient else Metrics()
+        idle = self.engine.agree(not self._has_gradient)
+        metrics = Metrics() if idle else update_weights(self.engine, "policy/")
         self._has_gradient = False
         metrics.sum("policy/bad_values", ops.bad_values(self.policy.device))
         return metrics | self.batching.budget_metrics("policy/")
 
-    def _denominator(self, lengths: Tensor) -> Tensor:
-        """The loss's denominator for responses of these lengths, 0-d on the device."""
-        count = loss_denominator(self.loss.loss, lengths, aggregation=self.loss.aggregation)
-        return moved(count, self.policy.device)
+    def _refuse_advantage(self, advantage: Tensor) -> None:
+        """Joint. Raise NonFiniteError for an advantage that is not finite, on any rank."""
+        fault = None
+        try:
+            refuse_non_finite(self.engine.where, advantage=advantage)
+        except NonFiniteError as error:
+            fault = error
+        if not self.engine.agree(fault is None):
+            raise fault or NonFiniteError(f"{self.engine.where}: an advantage of another rank is not finite")
+
+    def _count(self, lengths: Tensor) -> float:
+        """The loss's denominator for responses of these lengths."""
+        return float(loss_denominator(self.loss.loss, lengths, aggregation=self.loss.aggregation))
 
     def _learn(
         self,
         plan: BatchPlan,
         micro_batch: MicroBatch,
-        batch: PolicyBatch,
-        responses: list[int],
-        lengths: Tensor,
-        denominator: Tensor,
+        step: _Step,
+        members: list[list[int]],
         metrics: Metrics,
+        *,
+        weight: float | None = None,
     ) -> None:
-        """Forward and backward of one micro-batch, which holds ``responses`` of ``batch`` in this order."""
+        """Forward and backward of one micro-batch. ``members``: of each group, the indices of its responses;
+        ``weight``: of the loss."""
+        batch, lengths, denominator = step.batch, step.lengths, step.denominator
+        responses = [members[g][k] for g, k in micro_batch.branches]
         if self.divide_by_micro_batch:
-            denominator = self._denominator(lengths[responses])
+            denominator = moved(torch.tensor(self._count(lengths[responses])), self.policy.device)
         off_policy = [batch.off_policy is not None and batch.off_policy[b] for b in responses]
 
         def losses() -> list[tuple[Tensor, Tensor]]:
@@ -192,7 +221,9 @@ class PolicyTrainer:
         computed = self.engine.run(losses)
         loss = torch.stack([loss for loss, _ in computed]).sum()
         if self.divide_by_micro_batch:
-            loss = loss * (len(responses) / len(lengths))
+            loss = loss * (len(responses) / step.responses)
+        if weight is not None:
+            loss = loss * weight
         self.engine.backward(loss, logp=torch.cat([logp for _, logp in computed]))
         plan.finish(micro_batch, self.engine.backward)
         metrics.mean("policy/loss", loss.detach(), 0)

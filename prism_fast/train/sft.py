@@ -19,7 +19,7 @@ from prism_fast.models.packing import PromptGroup
 from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor
 from prism_fast.track.metrics import Metrics
-from prism_fast.train.batching import Batching, update_weights
+from prism_fast.train.batching import Batching, missing_passes, update_weights
 from prism_fast.train.context import Run
 from prism_fast.train.layouts import BatchPlan, MicroBatch, use_layout
 from prism_fast.train.passes import counted_passes
@@ -59,20 +59,23 @@ class SftTrainer:
         """
         self.policy.train()
         backbone, tokens = self.policy.model, response_tokens(groups)
+        (denominator,) = self.engine.sum([tokens])
 
         def attempt(limit: int) -> Metrics:
             metrics = Metrics()
             with counted_passes(backbone) as passes:
-                plan = self.batching.plan(backbone, groups, limit)
+                plan = self.batching.plan(backbone, groups, limit, lockstep=self.engine.lockstep)
                 for batch in plan.micro_batches:
-                    loss = self._nats(plan, batch, denominator=tokens)
+                    loss = self._nats(plan, batch, denominator=denominator)
                     self.engine.backward(loss)
                     plan.finish(batch, self.engine.backward)
                     metrics.mean("sft/loss", loss.detach(), 0)
+                for _ in range(missing_passes(self.engine, len(plan.micro_batches))):
+                    self.engine.backward(0 * self._nats(plan, plan.micro_batches[-1], denominator=denominator))
             return metrics | passes.metrics("policy")
 
         packing_error = self_check(self.engine, self.batching, backbone, groups, response_states)
-        metrics = self.batching.run(attempt, groups, discard=self.engine.discard)
+        metrics = self.batching.run(attempt, groups, self.engine)
         metrics.mean("sft/loss", 0.0, 1)  # the micro-batches have added their totals with count 0
         metrics |= self.batching.work(self.policy.config, groups, vocabulary=True)
         metrics.sum("sft/tokens", tokens)
@@ -90,20 +93,23 @@ class SftTrainer:
 
     @torch.no_grad()
     def validate(self, groups: Sequence[PromptGroup], *, poll: Callable[[], None]) -> float:
-        """Nats per response token, over all tokens alike. ``poll`` is called before each micro-batch and may raise to
-        stop."""
+        """Joint. Nats per response token, over all tokens of all ranks alike. ``poll`` is called before each
+        micro-batch and may raise to stop."""
         self.policy.eval()
 
         def attempt(limit: int) -> float:
             total = torch.zeros((), dtype=torch.float64, device=self.policy.device)
-            plan = self.batching.plan(self.policy.model, groups, limit)
+            plan = self.batching.plan(self.policy.model, groups, limit, lockstep=self.engine.lockstep)
             for batch in plan.micro_batches:
                 poll()
                 total += self._nats(plan, batch, reduction="sum")
                 plan.finish(batch, None)
+            for _ in range(missing_passes(self.engine, len(plan.micro_batches))):
+                self._nats(plan, plan.micro_batches[-1], reduction="sum")
             return float(total)
 
-        return self.batching.run(attempt, groups, discard=lambda: None) / response_tokens(groups)
+        nats, tokens = self.engine.sum([self.batching.run(attempt, groups, self.engine), response_tokens(groups)])
+        return nats / tokens
 
     def _nats(self, plan: BatchPlan, batch: MicroBatch, **reduced: float | str) -> Tensor:
         """Cross entropy of a micro-batch's response tokens, 0-d; no other row goes through the output head."""

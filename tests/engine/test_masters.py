@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from prism_fast.engine.local import LocalEngine
-from prism_fast.engine.stored import FILE
 from prism_fast.engine.optimizer import OptimizerConfig
+from prism_fast.engine.stored import FILE
 from prism_fast.models.discriminator import build_discriminator
 from prism_fast.models.policy import TinyPolicy, build_tiny_policy
 from prism_fast.models.processor import Processor

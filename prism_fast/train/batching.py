@@ -85,9 +85,10 @@ class Batching:
         return self.budget.run(attempt, discard=engine.discard, longest=longest, agree=engine.agree)
 
 
-def missing_passes(engine: Engine, passes: int) -> int:
-    """Joint where the engine goes in lockstep. How many passes more another rank makes, which this one must match by
-    passes of weight 0; otherwise 0."""
+def missing_passes(engine: Engine, plan: BatchPlan) -> int:
+    """Joint, and called before the first pass, where the engine goes in lockstep: how many passes more another rank
+    makes, which this one must match by passes of weight 0. Otherwise 0."""
+    passes = len(plan.micro_batches)
     return int(engine.max([passes])[0]) - passes if engine.lockstep else 0
 
 

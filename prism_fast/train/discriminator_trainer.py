@@ -171,7 +171,7 @@ class _Step:
         self.shares = ExpertShares(self.spans, text.num_experts)
         self.metrics = Metrics()
         self.weight: float | None = None  # of losses
-        self.missing = missing_passes(self.engine, len(plan.micro_batches))
+        self.missing = missing_passes(self.engine, plan)
         self.metrics.mean(f"{prefix}loss", 0.0, 1)  # the micro-batches add their totals with count 0
         self.metrics.sum(f"{prefix}tokens_repeated", 0)
         self._rewards: dict[int, tuple[Tensor, Tensor]] = {}  # by group: of the teacher [K], of the students [n, K]

@@ -75,12 +75,14 @@ class PolicyBatch:
 @dataclass(frozen=True)
 class _Step:
     """``lengths`` [B] of a batch's responses; the loss's ``denominator`` (0-d on the device) and the number of
-    ``responses``, both over all ranks."""
+    ``responses``, both over all ranks. ``both_kinds``: every micro-batch calls the head once for on-policy and once for
+    off-policy rows, because ranks go in lockstep and some rank has both."""
 
     batch: PolicyBatch
     lengths: Tensor
     denominator: Tensor
     responses: float
+    both_kinds: bool
 
 
 def response_states(plan: BatchPlan, batch: MicroBatch) -> tuple[Tensor, list[int]]:
@@ -140,16 +142,19 @@ class PolicyTrainer:
             computed[int(lengths.argmin())] = True
         groups, members = batch.groups(computed)
         count, responses = self.engine.sum([self._count(lengths), len(lengths)])
-        step = _Step(batch, lengths, moved(torch.tensor(count), self.policy.device), responses)
+        stale = batch.off_policy is not None and any(batch.off_policy)
+        both_kinds = self.engine.lockstep and not self.engine.agree(not stale)
+        step = _Step(batch, lengths, moved(torch.tensor(count), self.policy.device), responses, both_kinds)
         self.policy.train()
 
         def attempt(tokens: int) -> Metrics:
             metrics = Metrics()
             with counted_passes(backbone) as passes:
                 plan = self.batching.plan(backbone, groups, tokens, lockstep=self.engine.lockstep)
+                missing = missing_passes(self.engine, plan)
                 for micro_batch in plan.micro_batches:
                     self._learn(plan, micro_batch, step, members, metrics)
-                for _ in range(missing_passes(self.engine, len(plan.micro_batches))):
+                for _ in range(missing):
                     self._learn(plan, plan.micro_batches[-1], step, members, Metrics(), weight=0.0)
             return metrics | passes.metrics("policy")
 
@@ -216,6 +221,9 @@ class PolicyTrainer:
                 places = [k for k, is_old in enumerate(off_policy) if is_old == old]
                 if places:
                     computed.append(self._loss(forward, batch, responses, places, lengths, denominator, old, metrics))
+                elif step.both_kinds:
+                    loss, _ = self._loss(forward, batch, responses, [0], lengths, denominator, old, Metrics())
+                    computed.append((loss * 0, loss.new_empty(0)))
             return computed
 
         computed = self.engine.run(losses)

@@ -65,12 +65,13 @@ class SftTrainer:
             metrics = Metrics()
             with counted_passes(backbone) as passes:
                 plan = self.batching.plan(backbone, groups, limit, lockstep=self.engine.lockstep)
+                missing = missing_passes(self.engine, plan)
                 for batch in plan.micro_batches:
                     loss = self._nats(plan, batch, denominator=denominator)
                     self.engine.backward(loss)
                     plan.finish(batch, self.engine.backward)
                     metrics.mean("sft/loss", loss.detach(), 0)
-                for _ in range(missing_passes(self.engine, len(plan.micro_batches))):
+                for _ in range(missing):
                     self.engine.backward(0 * self._nats(plan, plan.micro_batches[-1], denominator=denominator))
             return metrics | passes.metrics("policy")
 
@@ -100,11 +101,12 @@ class SftTrainer:
         def attempt(limit: int) -> float:
             total = torch.zeros((), dtype=torch.float64, device=self.policy.device)
             plan = self.batching.plan(self.policy.model, groups, limit, lockstep=self.engine.lockstep)
+            missing = missing_passes(self.engine, plan)
             for batch in plan.micro_batches:
                 poll()
                 total += self._nats(plan, batch, reduction="sum")
                 plan.finish(batch, None)
-            for _ in range(missing_passes(self.engine, len(plan.micro_batches))):
+            for _ in range(missing):
                 self._nats(plan, plan.micro_batches[-1], reduction="sum")
             return float(total)
 

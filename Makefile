@@ -17,10 +17,17 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 # A file stays on one worker, so that what its tests share is built once; files begin in the order of tests/conftest.py.
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# vLLM and DeepSpeed have an environment of their own, made anew when its list changes.
+ENGINES := .venv-engines
+ENGINES_SHIM := tests/engines/venv/torchvision_beside_cpu_torch.py
+ENGINES_STAMP := $(ENGINES)/.installed-$(shell cat constraints-engines.txt $(ENGINES_SHIM) | sha256sum | cut -c 1-16)
+# Another interpreter that imports both: nothing is installed then.
+ENGINES_PYTHON ?=
+
 # An interpreter that imports verl and torch; tests/integrations/README.md says how to make one.
 VERL_PYTHON ?=
 
-.PHONY: install test test-long test-gpu verl-parity demo lint build clean
+.PHONY: install test test-long test-gpu test-engines verl-parity demo lint build clean
 
 install: $(STAMP)
 
@@ -41,6 +48,20 @@ test-long: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(PY) -m pytest -m gpu
+
+$(ENGINES_STAMP):
+	@test -n "$(PYTHON)" || { echo "prism-fast needs Python >= 3.11; name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	rm -rf $(ENGINES)
+	"$(PYTHON)" -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet "setuptools==78.1.1" wheel
+	$(ENGINES)/bin/python -m pip install --quiet "torch==2.13.0" -c constraints-engines.txt
+	$(ENGINES)/bin/python -m pip install --quiet --no-deps -r constraints-engines.txt
+	site=$$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	cp $(ENGINES_SHIM) $$site/; echo "import torchvision_beside_cpu_torch" > $$site/torchvision_beside_cpu_torch.pth
+	touch $@
+
+test-engines: $(if $(ENGINES_PYTHON),,$(ENGINES_STAMP))
+	OMP_NUM_THREADS=1 "$(or $(ENGINES_PYTHON),$(ENGINES)/bin/python)" -m pytest tests/engines
 
 verl-parity:
 	@test -n "$(VERL_PYTHON)" || { echo "name an interpreter that has verl: make verl-parity VERL_PYTHON=..." >&2; exit 2; }

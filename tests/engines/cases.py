@@ -1,4 +1,4 @@
-"""Cases for several ranks: the same rollouts for one process and for a world, in every split and cut that is awkward."""
+"""Cases for several ranks: the same rollouts for one process and for a world, in awkward splits and cuts."""
 
 from __future__ import annotations
 

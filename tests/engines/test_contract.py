@@ -13,6 +13,8 @@ from prism_fast.engine.deepspeed import DeepSpeedEngine
 from tests.contracts.engine import CHECKS, EXACT, Factory
 from tests.engines.cases import UNSHARDED
 
+pytestmark = pytest.mark.long
+
 
 def _name(value: object) -> str:
     return getattr(value, "__name__", str(value))

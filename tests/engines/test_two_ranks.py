@@ -1,4 +1,4 @@
-"""Two ranks under ZeRO 1, 2 and 3 make the updates of one process. One world runs all cases; tests read what it found."""
+"""Two ranks under ZeRO 1, 2 and 3 make the updates of one process. One world runs all cases, tests read its files."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from torch import Tensor
 pytest.importorskip("deepspeed", reason="needs DeepSpeed: make test-engines")
 
 from tests.engines import cases
-from tests.engines.cases import CASES, HALF, OPTIMIZER, STEPS, UNSHARDED, WHOLE, Case, model_of, outcome, stepper
+from tests.engines.cases import CASES, HALF, OPTIMIZER, UNSHARDED, WHOLE, Case, model_of, outcome, stepper
 from tests.engines.recording import Local, Sharded
 
-pytestmark = pytest.mark.timeout(1000)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1000)]
 
+ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 800  # seconds for the world
 EVERYBODY = range(6)
 #: Elements whose gradient is at least this share of their tensor's largest: AdamW's first updates are lr * sign.
@@ -47,7 +48,9 @@ def world(data, tmp_path_factory) -> Path:
     for rank in range(2):
         outputs.append((folder / f"output.{rank}").open("w"))
         command = [sys.executable, "-m", "tests.engines.world", str(rank), str(folder)]
-        ranks.append(subprocess.Popen(command, env=environment, stdout=outputs[-1], stderr=subprocess.STDOUT))
+        ranks.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=outputs[-1], stderr=subprocess.STDOUT)
+        )
     end = time.monotonic() + LIMIT
     try:
         while any(rank.poll() is None for rank in ranks) and time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""One rank of a world of two: ``python -m tests.engines.world RANK FOLDER``. Runs every case and writes what it found."""
+"""One rank of a world of two, ``python -m tests.engines.world RANK FOLDER``: runs the cases, writes what it found."""
 
 from __future__ import annotations
 

@@ -229,9 +229,12 @@ def check(
             max_image_pixels=pixels,
             processor=processor,
             max_prompt_tokens=max_prompt_tokens,
+            own_sources=data_source or (),
         )
         for path in paths
     ]
+    for finding in findings:
+        _note_unearnable(finding)
     if as_json:
         print(json.dumps([_as_plain(finding) for finding in findings], indent=2))
     else:
@@ -270,6 +273,23 @@ def _processor(folder: Path, max_pixels: int | None = None) -> Processor:
     return Processor.from_pretrained(folder, max_pixels=max_pixels)
 
 
+def _note_unearnable(findings: Findings) -> None:
+    """Add a note on tasks whose ground truth is no right answer to its own question."""
+    from prism_fast.rewards import AnswerChecker
+    from prism_fast.rewards.earnable import unearnable
+
+    if findings.form != "tasks" or findings.usable is None:
+        return
+    with AnswerChecker() as checker:
+        wrong = unearnable(findings.usable, checker)
+    if wrong:
+        places = ", ".join(findings.usable.place(index).row for index in wrong[:3]) + (", …" if len(wrong) > 3 else "")
+        findings.notes.append(
+            f"{len(wrong):,} rows ({places}) can earn no reward: their ground truth is not accepted as an answer to "
+            "itself. Give the final answer alone, as a number, a formula, a choice or words"
+        )
+
+
 def _as_plain(findings: Findings) -> dict[str, object]:
     from prism_fast.data.problems import by_kind
 
@@ -278,6 +298,7 @@ def _as_plain(findings: Findings) -> dict[str, object]:
         "form": findings.form,
         "good": findings.samples,
         "problems": [str(problem) for problem in findings.problems],
+        "notes": findings.notes,
         "kinds": [
             {"count": len(alike), "first": str(alike[0]), "rows": [problem.place.row for problem in alike]}
             for alike in by_kind(findings.problems)
@@ -312,6 +333,8 @@ def _show_findings(findings: Findings) -> None:
         if found := _lengths(lengths):
             percentiles = ", ".join(f"{found[f'p{share}']} ({share} %)" for share in _PERCENTILES)
             show(f"  {field}: {found['mean']:.0f} tokens on average; {percentiles}, {found['max']} at most")
+    for note in findings.notes:
+        show(f"  {note}", "yellow")
     kinds = by_kind(findings.problems)
     for alike in kinds[:_MAX_KINDS]:
         if len(alike) == 1:

@@ -217,8 +217,8 @@ def _check_data(config: Config, rewards: SourceRewards) -> list[str]:
         skipped = f", {len(problems)} rows to skip" if problems else ""
         lines.append(f"data.{key}: {shown(value)}, {len(samples)} samples{skipped}")
         if SOURCES[key].role == "tasks":
-            notes = notes_on(samples, key, own=config.reward.functions)
-            lines += [f"{WARNING}{note}" for note in notes]
+            notes = notes_on(samples, own=config.reward.functions)
+            lines += [f"{WARNING}data.{key}: {note}" for note in notes]
             if rewards.functions:
                 _probe(samples, rewards)
     return lines

@@ -8,15 +8,18 @@ from pathlib import Path
 
 from prism_fast.data.formats import ROLES, open_samples, role_of
 from prism_fast.data.images import DEFAULT_MAX_IMAGE_PIXELS
+from prism_fast.data.notes import notes_on
 from prism_fast.data.parsing import Settings, Wanted
 from prism_fast.data.problems import DataError
+from prism_fast.data.samples import Samples
 from prism_fast.data.screen import screen
 from prism_fast.models.processor import Processor
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Result of a check: the number of usable ``samples`` of ``form``, and the problems of the others.
+    """Result of a check: the number of usable ``samples`` of ``form``, these samples (``usable``; None where the file
+    as a whole cannot be read), the problems of the others, and ``notes``, which are no problems.
 
     ``prompt_tokens``: lengths of the expanded prompts that could be measured, too long ones included; ``text_tokens``:
     of the texts to learn from or to score, by field. Both are empty without a processor.
@@ -25,7 +28,9 @@ class Findings:
     path: Path
     form: str
     samples: int
+    usable: Samples | None
     problems: list[DataError]
+    notes: list[str]
     prompt_tokens: list[int]
     text_tokens: dict[str, list[int]]
 
@@ -36,6 +41,7 @@ def check_file(
     format: str | None = None,
     require_teacher: bool = False,
     known_sources: Collection[str] | None = None,
+    own_sources: Collection[str] = (),
     max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
     processor: Processor | None = None,
     max_prompt_tokens: int | None = None,
@@ -45,7 +51,8 @@ def check_file(
     tasks or pairs.
 
     ``format``, a key of ``ROLES``, overrides it. With a ``processor``, prompts and texts are encoded as in training,
-    pixels included, and prompts of more than ``max_prompt_tokens`` are problems. ``known_sources``: see `read_tasks`.
+    pixels included, and prompts of more than ``max_prompt_tokens`` are problems. ``known_sources``: see `read_tasks`;
+    ``own_sources``: those that functions of the user's grade.
     Problems of the file as a whole (missing, no such format, wrong column types) are findings like any other. ``each``
     is called before every sample.
     """
@@ -57,8 +64,8 @@ def check_file(
     problems: list[DataError] = []
     lengths: list[int] = []
     texts: dict[str, list[int]] = {}
-    form = "unknown"
-    usable = 0
+    notes: list[str] = []
+    form, usable = "unknown", None
     try:
         form = role_of(path) if format is None else format
         wanted = Wanted(require_teacher=require_teacher, known_sources=known_sources)
@@ -66,7 +73,10 @@ def check_file(
         samples = open_samples(path, form, settings, problems=problems)
         limits = dict(processor=processor, max_prompt_tokens=max_prompt_tokens)
         found = screen(samples, **limits, problems=problems, each=each, encode=processor is not None)
-        usable, lengths, texts = len(found.samples), found.prompt_tokens, found.text_tokens
+        usable, lengths, texts = found.samples, found.prompt_tokens, found.text_tokens
+        if form == "tasks":
+            notes = notes_on(usable, own=own_sources)
     except DataError as error:
         problems.append(error)
-    return Findings(path, form, usable, problems, lengths, texts)
+    count = 0 if usable is None else len(usable)
+    return Findings(path, form, count, usable, problems, notes, lengths, texts)

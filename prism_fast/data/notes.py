@@ -10,8 +10,8 @@ from prism_fast.data.samples import Samples, Task
 from prism_fast.data.tasks import DEFAULT_SOURCE
 
 
-def notes_on(tasks: Samples[Task], name: str, *, own: Collection[str] = ()) -> list[str]:
-    """Sentences about ``tasks`` of ``data.<name>``: rows that the default rules grade because nobody knows their
+def notes_on(tasks: Samples[Task], *, own: Collection[str] = ()) -> list[str]:
+    """Sentences about ``tasks``: rows that the default rules grade because nobody knows their
     data_source, and prompts that do not ask for the form without which no answer earns a reward.
 
     ``own``: data sources that the recipe's own functions grade; they decide about the form themselves.
@@ -27,14 +27,14 @@ def notes_on(tasks: Samples[Task], name: str, *, own: Collection[str] = ()) -> l
             if not asks_for_sections(task.messages):
                 unasked.append(index)
     notes = [
-        f"data.{name}: no reward is known for data_source {source!r}: its {count} rows are graded by the rules of "
+        f"no reward is known for data_source {source!r}: its {count} rows are graded by the rules of "
         f"{DEFAULT_SOURCE}"
         for source, count in unknown.items()
     ]
     if unasked:
         first = tasks.place(unasked[0]).row
         notes.append(
-            f"data.{name}: {len(unasked):,} of {graded:,} prompts (first: {first}) do not ask for "
+            f"{len(unasked):,} of {graded:,} prompts (first: {first}) do not ask for "
             "<caption>, <think> and <answer>, and an answer without them earns no reward, whatever it says: a policy "
             "that has not learnt this form earns nothing. data.system_prompt=published asks for it"
         )

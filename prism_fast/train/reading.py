@@ -107,8 +107,8 @@ class DataReader:
             if screened is not None:
                 self._tell(name, value, screened)
             if name not in self._run.fingerprints and SOURCES[name].role == "tasks":
-                for note in notes_on(samples, name, own=self._run.config.reward.functions):
-                    self._say(note)
+                for note in notes_on(samples, own=self._run.config.reward.functions):
+                    self._say(f"data.{name}: {note}")
         self._run.fingerprints[name] = samples.fingerprint()
         return samples
 

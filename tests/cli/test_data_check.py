@@ -25,7 +25,7 @@ def test_good_files_are_counted(invoke, data_files, tmp_path):
     pairs = write(tmp_path / "pairs.jsonl", [PAIR, {**PAIR, "id": "other"}])
     code, shown = invoke("data", "check", *data_files.values(), pairs)
     assert code == 0
-    assert [line.split(": ")[1] for line in shown.splitlines()] == [
+    assert [line.split(": ")[1] for line in shown.splitlines() if not line.startswith("  ")] == [
         "demonstrations, 3 good, 0 problem(s)",
         "demonstrations, 3 good, 0 problem(s)",
         "tasks, 4 good, 0 problem(s)",
@@ -161,3 +161,17 @@ def test_what_cannot_be_encoded_is_a_problem(invoke, policy_folder, tmp_path):
     for policy in ([], ["--policy", policy_folder]):
         code, shown = invoke("data", "check", path, *policy)
         assert code == 1 and "1 good, 1 problem(s)" in shown and "900 x 4" in shown and "row 1" in shown
+
+
+def test_rows_that_can_earn_nothing_are_told(invoke, invoke_json, tmp_path):
+    """A prompt that does not ask for the sections, and a ground truth that is no answer; neither is an error."""
+    asked = [{"role": "user", "content": "How many? Answer in <caption>, <think> and <answer>."}]
+    truths = ["2", "x" * 2000, "\\frac{1}{2}", "nan"]  # longer than reward.max_answer_chars; not a number
+    tasks = [Task(f"t{n}", asked, [], "mm_gad", truth) for n, truth in enumerate(truths)]
+    write_tasks(tmp_path / "a.parquet", [*tasks, Task("t9", GOOD["messages"][:1], [], "mm_gad", "3")])
+    code, shown = invoke("data", "check", tmp_path / "a.parquet")
+    assert code == 0 and "tasks, 5 good, 0 problem(s)" in shown
+    assert "1 of 5 prompts (first: row 4) do not ask for <caption>, <think> and <answer>" in shown
+    assert "2 rows (row 1, row 3) can earn no reward" in shown
+    (found,) = invoke_json("data", "check", tmp_path / "a.parquet")
+    assert len(found["notes"]) == 2 and found["problems"] == []

@@ -34,9 +34,12 @@ from prism_fast.models.writing import DiskFullError
 T = TypeVar("T")
 
 
+WHOLE = -1
+
+
 class Piece(NamedTuple):
     """This rank's part of a parameter's master: ``tensor`` [n] is elements ``start`` to ``start + n`` of the flat
-    parameter, a view of partition ``flat`` at ``offset``."""
+    parameter, a view of partition ``flat`` at ``offset`` (``WHOLE``: of the parameter itself, in no partition)."""
 
     flat: int
     offset: int
@@ -51,7 +54,9 @@ class DeepSpeedEngine:
     (DeepSpeed's coalesced reduction). The number of micro-batches may differ between ranks; both stages need the same
     memory. Stage 3 holds no whole weight outside of `run` and reduces in every `backward`: ranks go in ``lockstep``.
 
-    A model in half precision learns through float32 masters, from gradients added up and reduced in float32.
+    A model in half precision learns through float32 masters, from gradients added up and reduced in float32. DeepSpeed
+    would round its float32 weights (a discriminator's head), so it never sees them: from here on they are plain tensors
+    of their modules, whole on every rank, and all ranks make the same update of them.
     """
 
     def __init__(
@@ -65,8 +70,8 @@ class DeepSpeedEngine:
     ) -> None:
         """All ranks make their engines in the same order; weights are those of rank 0.
 
-        ``module``: on its device, all parameters in float32 or all in bfloat16. ``options``: of DeepSpeed's own
-        configuration, except those that the engine sets.
+        ``module``: on its device, in float32, or in bfloat16 with or without weights in float32. ``options``: of
+        DeepSpeed's own configuration, except those that the engine sets.
 
         Raises:
             ImportError: DeepSpeed is missing or its version is not supported.
@@ -86,24 +91,33 @@ class DeepSpeedEngine:
         self._parameters = dict(module.named_parameters())
         self._device = next(module.parameters()).device
         decay = decayed({name: self._parameters[name] for name in self._names})
+        self._replicated = _take_out(module, dtype)
+        self._parameters |= self._replicated
+        for tensor in self._replicated.values():
+            dist.broadcast(tensor.detach(), 0)
+        sharded = [name for name in self._names if name not in self._replicated]
         if dtype.itemsize < 4 and stage < 3:
-            for name in self._names:
+            for name in sharded:
                 self._parameters[name].grad_dtype = torch.float32  # micro-batches add up in it
         _prepare(deepspeed, self._device)
-        trainable = [self._parameters[name] for name in self._names]
+        trainable = [self._parameters[name] for name in sharded]
         self._ds, *_ = deepspeed.initialize(
             model=Root(module), optimizer=_Relay(trainable, self._update), config=settings, dist_init_required=False
         )
         self.root = self._ds.module
         self._zero = self._ds.optimizer
-        self._pieces = dict(self._own_pieces())
+        pieces = dict(self._own_pieces(sharded))
+        for name, tensor in self._replicated.items():
+            if name in self._names:
+                pieces[name] = Piece(WHOLE, 0, 0, nn.Parameter(tensor.detach().view(-1)))
+        self._pieces = {name: pieces[name] for name in self._names if name in pieces}
         self._adamw = make_adamw({name: piece.tensor for name, piece in self._pieces.items()}, decay, config)
         self._open: AbstractContextManager | None = None  # of the coalesced reduction, from a step's first backward on
         self._factor = 1.0
         self._updated: set[str] = set()
         # Closing the coalesced reduction reduces what gradients there are. An engine that is dropped, or a process that
         # ends, within a step must not wait there for other ranks.
-        weakref.finalize(self, _forget_gradients, trainable)
+        weakref.finalize(self, _forget_gradients, list(self._parameters.values()))
 
     # Passes.
 
@@ -158,8 +172,8 @@ class DeepSpeedEngine:
                 self._open.__enter__()
             self._reduce()
         else:
-            # A blank image gives the vision tower a gradient of exactly 0: as good as none.
-            updated = self._anywhere([bool(g.any()) for g in self._reduced().values()], list(self._reduced()))
+            updated = self._nonzero()
+        self._sum_replicated(updated)
         self._updated = updated
         norm = self._norm()
         if not math.isfinite(norm):
@@ -169,7 +183,11 @@ class DeepSpeedEngine:
         update = Update(norm, learning_rate(self.config, self.schedule, self.updates))
         for group in self._adamw.param_groups:
             group["lr"] = update.lr
-        self._factor = self.ranks * clip_factor(norm, self.config.clip_norm)
+        clip = clip_factor(norm, self.config.clip_norm)
+        self._factor = self.ranks * clip
+        for name in self._replicated_with_gradient():
+            tensor = self._replicated[name]
+            self._pieces[name].tensor.grad, tensor.grad = tensor.grad.view(-1) * clip, None
         self._ds.step()
         if self.stage == 3:
             self._zero.grad_partitions_flat_buffer.zero_()
@@ -181,9 +199,9 @@ class DeepSpeedEngine:
         wanted = {id(partition): partition.grad for partition in partitions}
         flats = self._flats()
         for name, piece in self._pieces.items():
-            gradient = wanted.get(id(flats[piece.flat]))
+            gradient = wanted.get(id(flats[piece.flat])) if piece.flat != WHOLE else None
             if gradient is not None and name in self._updated:
-                piece.tensor.grad = gradient.narrow(0, piece.offset, piece.tensor.numel()) * self._factor
+                piece.tensor.grad = gradient.narrow(0, piece.offset, piece.tensor.numel()).mul_(self._factor)
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
 
@@ -196,6 +214,28 @@ class DeepSpeedEngine:
                 p = self._parameters[name]
                 p.grad = torch.zeros_like(p, dtype=torch.float32)
         return updated
+
+    def _nonzero(self) -> set[str]:
+        """Stage 3: the parameters whose gradient is not exactly 0. A blank image gives the vision tower a zero one,
+        and one that nothing touched keeps its cleared partition."""
+        names = {id(p): name for name, p in self._parameters.items()}
+        found = {
+            names[id(p)]: gradient.any()
+            for group, parameters in enumerate(self._zero.fp16_groups)
+            for p, gradient in zip(parameters, self._zero.averaged_gradients[group], strict=True)
+        }
+        found |= {name: torch.tensor(True, device=self._device) for name in self._replicated_with_gradient()}
+        return self._anywhere(torch.stack(list(found.values())).tolist(), list(found))
+
+    def _replicated_with_gradient(self) -> list[str]:
+        return [name for name, tensor in self._replicated.items() if tensor.grad is not None]
+
+    def _sum_replicated(self, updated: set[str]) -> None:
+        """Joint. Sum the gradients of replicated weights over the ranks."""
+        for name, tensor in self._replicated.items():
+            if name in updated:
+                tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+                dist.all_reduce(tensor.grad)
 
     def _anywhere(self, flags: Sequence[bool], names: Sequence[str]) -> set[str]:
         """The parameters that have their flag on any rank."""
@@ -210,17 +250,21 @@ class DeepSpeedEngine:
             for group, parts in self._zero.averaged_gradients.items()
             if parts is not None
         }
-        return {
+        found = {
             name: flat[piece.flat].narrow(0, piece.offset, piece.tensor.numel())
             for name, piece in self._pieces.items()
             if piece.flat in flat
         }
+        return found | {name: self._replicated[name].grad for name in self._replicated_with_gradient()}
 
     def _norm(self) -> float:
         """Norm of the summed gradient over all ranks."""
         parts = [g for group in self._zero.averaged_gradients.values() if group is not None for g in group]
-        squares = torch.stack([g.float().norm().double().square() for g in parts]).sum() if parts else 0.0
-        return self.ranks * math.sqrt(self.world.sum([float(squares)])[0])
+        squares = self.ranks**2 * sum((g.float().norm().double().square() for g in parts), start=torch.zeros(()))
+        if self.world.rank == 0:  # once, as all ranks have them
+            whole = [self._replicated[name].grad for name in self._replicated_with_gradient()]
+            squares = squares + sum((g.norm().double().square() for g in whole), start=torch.zeros(()))
+        return math.sqrt(self.world.sum([float(squares)])[0])
 
     def _not_finite(self) -> list[str]:
         gradients = self._reduced()
@@ -253,7 +297,8 @@ class DeepSpeedEngine:
     def _gathered(self, parameters: Sequence[nn.Parameter], **options: int) -> AbstractContextManager:
         if self.stage < 3:
             return nullcontext()
-        return import_deepspeed().zero.GatheredParameters(list(parameters), **options)
+        sharded = [p for p in parameters if hasattr(p, "ds_id")]
+        return import_deepspeed().zero.GatheredParameters(sharded, **options) if sharded else nullcontext()
 
     def save(self, folder: Path) -> None:
         tensors: dict[str, Tensor] = {"updates": torch.tensor(self.updates)} if self.world.rank == 0 else {}
@@ -331,6 +376,8 @@ class DeepSpeedEngine:
 
     def _whole(self, name: str, piece: Tensor | None) -> Tensor:
         """Joint. A float32 tensor of the parameter's shape from every rank's piece of it (None: it has none)."""
+        if name in self._replicated:
+            return piece.detach().clone().view(self._shapes[name])
         whole = torch.zeros(math.prod(self._shapes[name]), dtype=torch.float32, device=self._device)
         if piece is not None:
             whole.narrow(0, self._pieces[name].start, piece.numel()).copy_(piece.detach())
@@ -357,7 +404,7 @@ class DeepSpeedEngine:
                 tensor.data = tensor.data.to(device)
         for flat in self._flats():
             flat.data = flat.data.to(device)
-        for piece in self._pieces.values():  # views, which still show the old memory
+        for piece in (p for p in self._pieces.values() if p.flat != WHOLE):  # views, which show the old memory
             piece.tensor.data = self._flats()[piece.flat].data.narrow(0, piece.offset, piece.tensor.numel())
 
     # Where DeepSpeed keeps a parameter.
@@ -366,9 +413,9 @@ class DeepSpeedEngine:
         """This rank's float32 partitions."""
         return self._zero.single_partition_of_fp32_groups if self.stage < 3 else self._zero.fp32_partitioned_groups_flat
 
-    def _own_pieces(self) -> Iterator[tuple[str, Piece]]:
+    def _own_pieces(self, sharded: Sequence[str]) -> Iterator[tuple[str, Piece]]:
         flats = self._flats()
-        for name in self._names:
+        for name in sharded:
             p = self._parameters[name]
             if self.stage < 3:
                 place = p._hp_mapping
@@ -413,16 +460,23 @@ def _layer(name: str) -> str:
 
 def _dtype_of(module: nn.Module) -> torch.dtype:
     dtypes = {p.dtype: name for name, p in module.named_parameters()}
-    shown = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
-    if len(dtypes) > 1:
-        raise ValueError(
-            f"engine.kind=deepspeed takes a model of one dtype, got {shown}: use model.dtype=float32, or for a "
-            "discriminator in bfloat16 a head of the same dtype"
-        )
-    (dtype,) = dtypes
-    if dtype not in (torch.float32, torch.bfloat16):
+    if other := dtypes.keys() - {torch.float32, torch.bfloat16}:
+        shown = ", ".join(f"{dtype} ({dtypes[dtype]})" for dtype in other)
         raise ValueError(f"engine.kind=deepspeed takes float32 or bfloat16, got {shown}: set model.dtype")
-    return dtype
+    return torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
+
+
+def _take_out(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of another dtype than ``dtype``, which become plain tensors of their modules."""
+    taken = {}
+    for prefix, child in module.named_modules():
+        for name, p in list(child.named_parameters(recurse=False)):
+            if p.dtype != dtype:
+                del child._parameters[name]
+                tensor = p.detach().requires_grad_(p.requires_grad)
+                setattr(child, name, tensor)
+                taken[f"{prefix}.{name}" if prefix else name] = tensor
+    return taken
 
 
 def _prepare(deepspeed: Any, device: torch.device) -> None:

@@ -56,7 +56,7 @@ def import_deepspeed() -> ModuleType:
 
 def check_version(version: str, cure: str) -> None:
     """Raise ImportError outside of the supported line."""
-    numbers = tuple(int(part) for part in version.partition("+")[0].split(".")[:3] if part.isdigit())
+    numbers = tuple(int(part) for part in version.strip().partition("+")[0].split(".")[:3] if part.isdigit())
     if not SUPPORTED[0] <= numbers < SUPPORTED[1]:
         raise ImportError(f"engine.kind=deepspeed does not support DeepSpeed {version}: {cure}")
 

@@ -93,7 +93,10 @@ CASES = [
     Case("sft", "uneven", ROWS),
     Case("sft", "no image", layout="padded"),
 ]
-HALF = Case("policy", "uneven", ROWS, dtype=torch.bfloat16)
+HALF = [
+    Case("policy", "uneven", ROWS, dtype=torch.bfloat16),
+    Case("discriminator", "uneven", layout="padded", dtype=torch.bfloat16),  # its head stays float32
+]
 
 
 class Dump(NamedTuple):
@@ -138,7 +141,10 @@ def model_of(case: Case, data: Dump, *, seed: int = 1) -> nn.Module:
         use_layout(case.layout, model)
     if case.checkpointing:
         use_gradient_checkpointing(model)
-    return model.to(case.dtype)
+    model.to(case.dtype)
+    if case.model == "discriminator":
+        model.v_head.float()
+    return model
 
 
 class Step(NamedTuple):

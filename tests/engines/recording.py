@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from prism_fast.engine.deepspeed import DeepSpeedEngine
+from prism_fast.engine.deepspeed import WHOLE, DeepSpeedEngine
 from prism_fast.engine.local import LocalEngine
 from prism_fast.engine.protocol import Update
 
@@ -32,10 +32,14 @@ class Sharded(DeepSpeedEngine):
         flats = self._flats()
         for name, piece in self._pieces.items():
             for partition in partitions:
-                if partition is flats[piece.flat] and name in self._updated:
+                if piece.flat != WHOLE and partition is flats[piece.flat] and name in self._updated:
                     part = partition.grad.narrow(0, piece.offset, piece.tensor.numel())
                     self.kept[name] = part.clone() * self.ranks
         super()._update(partitions)
+
+    def _sum_replicated(self, updated: set[str]) -> None:
+        super()._sum_replicated(updated)
+        self.kept |= {name: self._replicated[name].grad.clone() for name in self._replicated_with_gradient()}
 
     def gradients(self) -> dict[str, Tensor]:
         """Joint."""

@@ -10,8 +10,9 @@ import torch
 pytest.importorskip("deepspeed", reason="needs DeepSpeed: make test-engines")
 
 from prism_fast.engine.deepspeed import DeepSpeedEngine
-from tests.contracts.engine import CHECKS, EXACT, Factory
-from tests.engines.cases import UNSHARDED
+from prism_fast.engine.local import LocalEngine
+from tests.contracts.engine import CHECKS, EXACT, Factory, assert_same
+from tests.engines.cases import HALF, OPTIMIZER, UNSHARDED, dump, model_of, stepper
 
 pytestmark = pytest.mark.long
 
@@ -30,3 +31,38 @@ def test_float32(check, stage, tmp_path, one_rank):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16(check, stage, tmp_path, one_rank):
     check(Factory(partial(DeepSpeedEngine, stage=stage, options=UNSHARDED), torch.bfloat16), tmp_path)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_float32_weights_of_a_half_model(stage, tmp_path, one_rank):
+    """A discriminator's head is not rounded, learns, and is in checkpoints that the local engine reads."""
+    data, case = dump(), HALF[1]
+
+    def made(kind: type, seed: int):
+        options = {} if kind is LocalEngine else {"stage": stage, "options": UNSHARDED}
+        engine = kind(model_of(case, data, seed=seed), OPTIMIZER, **options)
+        return engine, stepper(case, engine, data, range(6))
+
+    engine, step = made(DeepSpeedEngine, 1)
+    step()
+    engine.save(tmp_path)
+    weights = {name: tensor.clone() for name, tensor in engine.named_weights()}
+    head = weights["v_head.1.weight"]
+    assert head.dtype == torch.float32 and not torch.equal(head, head.bfloat16().float())
+    step()
+    for kind in (DeepSpeedEngine, LocalEngine):
+        other, again = made(kind, 5)
+        other.load(tmp_path)
+        assert_same(dict(other.named_weights()), weights)
+        again()
+        after = dict(other.named_weights())["v_head.1.weight"]
+        assert not torch.equal(after, head)
+        torch.testing.assert_close(after, dict(engine.named_weights())["v_head.1.weight"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", CHECKS, ids=_name)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_on_a_card(check, stage, tmp_path, one_rank):
+    factory = Factory(partial(DeepSpeedEngine, stage=stage, options=UNSHARDED), torch.bfloat16, torch.device("cuda"))
+    check(factory, tmp_path)

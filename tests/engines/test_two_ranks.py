@@ -48,9 +48,7 @@ def world(data, tmp_path_factory) -> Path:
     for rank in range(2):
         outputs.append((folder / f"output.{rank}").open("w"))
         command = [sys.executable, "-m", "tests.engines.world", str(rank), str(folder)]
-        ranks.append(
-            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=outputs[-1], stderr=subprocess.STDOUT)
-        )
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=outputs[-1], stderr=subprocess.STDOUT))
     end = time.monotonic() + LIMIT
     try:
         while any(rank.poll() is None for rank in ranks) and time.monotonic() < end:
@@ -141,17 +139,23 @@ def test_every_rank_gets_the_scores_of_its_own_groups(world, stage, case):
     torch.testing.assert_close(torch.cat(teacher + student), wanted(case).scores, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", HALF, ids=str)
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bfloat16_learns_through_float32(world, stage):
+def test_bfloat16_learns_through_float32(world, stage, case):
     """Forward and backward round to 8 bits, in another order where rows are cut otherwise."""
-    one, name = alone(HALF), f"{stage} {HALF}"
+    one, name = alone(case), f"{stage} {case}"
     assert read(world, name)[0]["losses"] == pytest.approx(one.losses, rel=2e-2, abs=2e-2)
     gradients = tensors(world, name, "gradient")
     assert set(gradients) == set(one.gradients)
     whole = torch.stack([g.double().norm() for g in one.gradients.values()]).norm()
     off = torch.stack([(gradients[key] - g).double().norm() for key, g in one.gradients.items()]).norm()
     assert off < 3e-2 * whole
-    assert {t.dtype for t in tensors(world, name, "weight").values()} == {torch.bfloat16}
+    for key, weight in tensors(world, name, "weight").items():
+        assert weight.dtype == (torch.float32 if key.startswith("v_head") else torch.bfloat16)
+    if case.model == "discriminator":
+        head = tensors(world, name, "weight")["v_head.1.weight"]
+        assert not torch.equal(head, head.bfloat16().float())
+        assert torch.allclose(head, one.weights["v_head.1.weight"], atol=0.3 * OPTIMIZER.lr)
     assert {t.dtype for t in gradients.values()} == {torch.float32}
 
 
@@ -228,7 +232,7 @@ def test_ranks_answer_and_refuse_together(world, stage):
             "NonFiniteError: rank 1 of 2: align step 7, micro-batch 1 of 1: not finite: loss"
         )
         assert "gradient norm is nan" in found["gradient"] and "norm.weight" in found["gradient"]
-        assert found["moved"] == []
+        assert found["moved"] == [] and found["dropped"] is True
         assert found["halved"] == 100 and found["told"] == 2
         assert found["hopeless"].startswith("StepTooLargeError")
 
@@ -236,4 +240,4 @@ def test_ranks_answer_and_refuse_together(world, stage):
 def test_weights_are_gathered_layer_by_layer(world):
     for found in read(world, "gathered"):
         assert found["outside"] == 0
-        assert 0 < found["most"] < 0.35 * found["all"]
+        assert found["largest"] <= found["most"] < 1.1 * found["largest"]  # a weight alone is larger than a layer

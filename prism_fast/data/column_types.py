@@ -58,6 +58,10 @@ def is_image(kind: pa.DataType) -> bool:
     return named or is_text(kind) or _is_bytes(kind)
 
 
+def is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+
 def is_encoded(kind: pa.DataType) -> bool:
     """Whether a column holds encoded images (or other binary values), alone or in lists."""
     return is_list(kind, is_encoded) or _is_bytes(kind) or any(map(_is_bytes, _fields(kind).values()))

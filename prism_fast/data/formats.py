@@ -14,7 +14,7 @@ from functools import partial
 from itertools import count
 from typing import Any, Literal
 
-from prism_fast.data.column_types import check_types, is_encoded, is_list, is_text
+from prism_fast.data.column_types import check_types, is_encoded, is_list, is_number, is_text
 from prism_fast.data.demonstrations import parse_alpaca, parse_completion, parse_turns
 from prism_fast.data.entries import COLUMNS, entries_of
 from prism_fast.data.keys import IMAGE_KEYS, UNREAD, refuse_unread
@@ -284,6 +284,8 @@ def _check_table(records: Records, role: Role, context: Context) -> None:
             refuse_unread(name, place, anywhere=not set(IMAGE_KEYS) & set(types))
         elif is_text(kind) or is_list(kind, is_text):
             read.append(name)  # may hold paths of images: `image_key` looks
+        elif role == "tasks" and is_number(kind):
+            read.append(name)  # for reward functions of the user's
     records.select([context.columns.get(name, name) for name in read])
 
 

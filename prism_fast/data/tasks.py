@@ -6,7 +6,9 @@ import difflib
 from functools import partial
 from typing import Any
 
+from prism_fast.data.entries import COLUMNS
 from prism_fast.data.grammar import split_text
+from prism_fast.data.keys import IMAGE_KEYS
 from prism_fast.data.messages import plain_text, read_turns
 from prism_fast.data.parsing import Context, finished, flat_prompt, pictures_of, with_system
 from prism_fast.data.problems import Place
@@ -14,6 +16,7 @@ from prism_fast.data.samples import MAX_TRUTH_CHARS, Task
 
 TEACHER_COLUMNS = ("teacher_response", "teacher_caption", "teacher_cot")
 NO_EQUIVALENTS = "__EMPTY__"
+_READ = {*COLUMNS, *IMAGE_KEYS, "kind", "cluster"}
 DEFAULT_SOURCE = "mm_gad"
 """The data_source, and so the rules, of rows that have none or one of their own that nobody grades."""
 
@@ -39,10 +42,11 @@ def parse_problem(place: Place, record: dict[str, Any], context: Context):
 
 
 def _extra(record: dict[str, Any], place: Place) -> dict[str, Any]:
-    if record.get("extra_info") is None:
-        return {}
-    found = place.mapping(record["extra_info"], "extra_info")
-    return {key: value for key, value in found.items() if value is not None}
+    """What reward functions of the user's may want: the entries of ``extra_info``, and the row's own plain columns."""
+    info = record.get("extra_info")
+    found = {} if info is None else place.mapping(info, "extra_info")
+    columns = {key: value for key, value in record.items() if key not in _READ and isinstance(value, str | int | float)}
+    return {key: value for key, value in {**columns, **found}.items() if value is not None}
 
 
 def _task(

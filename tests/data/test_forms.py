@@ -322,3 +322,14 @@ def test_pairs_of_several_images_and_turns(tmp_path, monkeypatch):
 def test_datasets_is_imported_only_where_it_is_needed():
     code = "import sys, prism_fast.data.readers, prism_fast.train.reading; assert 'datasets' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_other_plain_columns_reach_reward_functions(tmp_path):
+    """As TRL passes them; `extra_info` wins where both have a name, and what is no number or text stays out."""
+    row = {"problem": "Find x.", "answer": "3", "difficulty": 4, "solution": "x = 3", "steps": ["a", "b"]}
+    Dataset.from_list([row, {**row, "difficulty": None}]).to_parquet(tmp_path / "a.parquet")
+    first, second = opened(tmp_path, "rlvr", str(tmp_path / "a.parquet"))
+    assert first.extra == {"difficulty": 4, "solution": "x = 3"} and second.extra == {"solution": "x = 3"}
+    verl = {"prompt": "Find x.", "reward_model": {"ground_truth": "3"}, "level": 1, "hard": True}
+    (tmp_path / "b.json").write_text(json.dumps([{**verl, "extra_info": {"level": 2}}]))
+    assert opened(tmp_path, "rlvr", str(tmp_path / "b.json"))[0].extra == {"level": 2, "hard": True}

@@ -233,13 +233,20 @@ class Outcome(NamedTuple):
     scores: Tensor | None
 
 
-def outcome(case: Case, engine: Engine, data: Dump, mine: Sequence[int], gradients: Callable) -> Outcome:
-    """``gradients``: those of the last step, whole; called by all ranks."""
+def outcome(
+    case: Case,
+    engine: Engine,
+    data: Dump,
+    mine: Sequence[int],
+    gradients: Callable[[], dict[str, Tensor]],
+    total: Callable[[float], float] = float,
+) -> Outcome:
+    """``gradients``: those of the last step, whole; ``total``: sum over the ranks. All ranks call them."""
     step = stepper(case, engine, data, mine)
     losses, norms, first, scores = [], [], {}, None
     for number in range(STEPS):
         made = step()
-        losses.append(engine.sum([made.loss])[0])
+        losses.append(total(made.loss))
         norms.append(made.update.grad_norm)
         if number == 0:
             first = gradients()

@@ -31,9 +31,11 @@ def engine_of(case: Case, data: Dump, stage: int, kind: type[Sharded] = Sharded,
 
 def compared(case: Case, data: Dump, stage: int, rank: int, kind: type[Sharded] = Sharded) -> dict[str, object]:
     engine = engine_of(case, data, stage, kind)
-    found = outcome(case, engine, data, SPLITS[case.split][rank], engine.gradients)
-    if kind is CountsAlone:
-        found = found._replace(losses=[0.0])
+
+    def total(loss: float) -> float:
+        return engine.world.sum([loss])[0]
+
+    found = outcome(case, engine, data, SPLITS[case.split][rank], engine.gradients, total)
     tensors = {f"gradient.{name}": tensor for name, tensor in found.gradients.items()}
     tensors |= {f"weight.{name}": tensor for name, tensor in found.weights.items()}
     if found.scores is not None:

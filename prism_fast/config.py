@@ -190,7 +190,9 @@ class SamplingConfig:
 class RolloutConfig:
     """The engine that generates for alignment, RLVR, pair sampling and evaluation alike."""
 
-    engine: str = "hf"  # hf: transformers' modules, on any device
+    engine: str = "hf"  # hf: transformers' modules, on any device; vllm: vLLM in this process
+    # Further arguments of vllm.LLM, e.g. max_model_len, max_num_seqs, enforce_eager; for rollout.engine=vllm.
+    vllm: dict[str, Any] = field(default_factory=dict)
     # Tokens in the KV cache at once, a response counted with its prompt and at its full length; other responses wait.
     # Halved when memory runs out. Responses do not depend on it.
     tokens_in_flight: int = 262144

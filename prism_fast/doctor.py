@@ -25,7 +25,6 @@ DISTRIBUTION = "prism-fast"
 IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml"}
 # Used where installed; in no extra, because no package index has them.
 UNLISTED = {"flash-attn-3": "optional: model.attention=fa3 on cards of 9.x; built from flash-attention's folder hopper"}
-NOT_USED = ("deepspeed", "vllm")  # declared for the engines to come; nothing imports them yet
 NEEDED = (None, "train")  # requirements of ops and trainer; other extras are optional
 SECONDS = 20  # for a compiler or a driver tool to answer
 
@@ -96,8 +95,6 @@ def _package(requirement: Requirement, extra: str | None) -> Check:
     where = "packages" if extra is None else f"extra {extra}"
     again = f"pip install '{name}{wanted}'"
     version = _version(name)
-    if name in NOT_USED:
-        return Check(where, name, "absent", f"{version or 'absent'}; nothing uses it yet", wanted)
     if version is None:
         if extra in NEEDED:
             return Check(where, name, "broken", "absent", wanted, again)

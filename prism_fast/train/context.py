@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -71,7 +72,8 @@ class Run:
     def rollout_engine(self, policy: nn.Module, processor: Processor) -> Rollout:
         """The run's one rollout engine, attached to ``policy``; made at the first call and closed with the run."""
         if self._rollout is None:
-            self._rollout = engine_maker(self.config.rollout.engine)(policy, processor, self.rollout_budget)
+            make = engine_maker(self.config.rollout.engine, self.config.rollout.vllm)
+            self._rollout = make(policy, processor, self.rollout_budget)
         else:
             self._rollout.attach(policy, processor)
         return self._rollout
@@ -163,10 +165,15 @@ def losses_in_force(config: Config) -> dict[str, str]:
 
 
 def check_engine(config: Config) -> None:
-    """Raise ConfigError if ``rollout.engine`` is not known."""
+    """Raise ConfigError if ``rollout.engine`` is not known or cannot be used as the recipe says."""
     try:
-        engine_maker(config.rollout.engine)
-    except ValueError as error:
+        engine_maker(config.rollout.engine, config.rollout.vllm)
+        if config.rollout.engine == "vllm":
+            from prism_fast.rollout.vllm import check_temperature
+
+            for stage in ("warmup", "align.rollout", "rlvr.rollout", "eval"):
+                check_temperature(attrgetter(stage)(config).temperature, f"{stage}.temperature")
+    except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error
 
 

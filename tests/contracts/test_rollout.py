@@ -168,5 +168,5 @@ def test_a_broken_engine_is_caught(engine, check, policy_and_processor):
 
 
 def test_an_unknown_engine_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"rollout\.engine must be one of hf, got 'vlm'"):
+    with pytest.raises(ValueError, match=r"rollout\.engine must be one of hf, vllm, got 'vlm'"):
         engine_maker("vlm")

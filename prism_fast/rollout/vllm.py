@@ -353,6 +353,7 @@ def build_llm(policy: nn.Module, processor: Processor, folder: Path, tokens: int
             runner="generate",
             dtype=str(policy.dtype).removeprefix("torch."),
             load_format="safetensors",
+            use_tqdm_on_load=False,
             seed=0,
             logprobs_mode="processed_logprobs",  # after bans and temperature
             generation_config="vllm",  # no sampling settings from a file

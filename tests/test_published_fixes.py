@@ -95,7 +95,7 @@ POINTERS = {
     ],
     17: ["models/test_discriminator.py::test_a_missing_head_is_an_error_where_the_published_loader_draws_one"],
     18: [
-        "rewards/test_differences.py::test_published_first_answer_anywhere_ours_matched_section",
+        "rewards/test_differences.py::test_published_grades_the_first_of_several_answers_ours_none",
         "data/test_grammar.py::test_answer_is_read_from_the_third_section_only",
     ],
     19: [

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from prism_fast.config import Config, OptimizerConfig
 from prism_fast.data.order import SampleOrder
-from prism_fast.engine import local
+from prism_fast.engine import stored
 from prism_fast.engine.local import LocalEngine
 from prism_fast.models.writing import DiskFullError
 from prism_fast.train.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, read_checkpoint, save_checkpoint
@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_older_checkpoints_and_no_half_one(tmp_path, monkeypa
     def no_space(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(local, "save_file", no_space)
+    monkeypatch.setattr(stored, "save_file", no_space)
     engine = LocalEngine(torch.nn.Linear(4, 3), OptimizerConfig())
     with pytest.raises(DiskFullError, match="no space left for .*align-000002.*it takes"):
         save_checkpoint(tmp_path, "align-000002", {"policy": engine}, {}, keep=2)

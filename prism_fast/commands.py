@@ -14,6 +14,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from prism_fast.data.check import Findings
+    from prism_fast.data.problems import Place
     from prism_fast.doctor import Check
     from prism_fast.models.processor import Processor
 
@@ -283,11 +284,16 @@ def _note_unearnable(findings: Findings) -> None:
     with AnswerChecker() as checker:
         wrong = unearnable(findings.usable, checker)
     if wrong:
-        places = ", ".join(findings.usable.place(index).row for index in wrong[:3]) + (", …" if len(wrong) > 3 else "")
+        places = _first([findings.usable.place(index) for index in wrong])
         findings.notes.append(
             f"{len(wrong):,} rows ({places}) can earn no reward: their ground truth is not accepted as an answer to "
             "itself. Give the final answer alone, as a number, a formula, a choice or words"
         )
+
+
+def _first(places: list[Place]) -> str:
+    """The rows of the first three places."""
+    return ", ".join(place.row for place in places[:3]) + (", …" if len(places) > 3 else "")
 
 
 def _as_plain(findings: Findings) -> dict[str, object]:
@@ -340,7 +346,7 @@ def _show_findings(findings: Findings) -> None:
         if len(alike) == 1:
             show(f"  {alike[0]}", "red")
             continue
-        places = ", ".join(problem.place.row for problem in alike[:3]) + (", …" if len(alike) > 3 else "")
+        places = _first([problem.place for problem in alike])
         show(f"  {len(alike)} rows ({places}): {alike[0].about}", "red")
     if len(kinds) > _MAX_KINDS:
         left = sum(map(len, kinds[_MAX_KINDS:]))

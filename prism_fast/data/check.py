@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from prism_fast.models.processor import Processor
 
 @dataclass(frozen=True)
 class Findings:
-    """Result of a check: the number of usable ``samples`` of ``form``, these samples (``usable``; None where the file
-    as a whole cannot be read), the problems of the others, and ``notes``, which are no problems.
+    """Result of a check: the ``usable`` samples of ``form`` (None where the file as a whole cannot be read), the
+    problems of the others, and ``notes``, which are no problems.
 
     ``prompt_tokens``: lengths of the expanded prompts that could be measured, too long ones included; ``text_tokens``:
     of the texts to learn from or to score, by field. Both are empty without a processor.
@@ -27,12 +27,16 @@ class Findings:
 
     path: Path
     form: str
-    samples: int
     usable: Samples | None
     problems: list[DataError]
     notes: list[str]
     prompt_tokens: list[int]
     text_tokens: dict[str, list[int]]
+
+    @property
+    def samples(self) -> int:
+        """The number of usable samples."""
+        return 0 if self.usable is None else len(self.usable)
 
 
 def check_file(
@@ -45,7 +49,6 @@ def check_file(
     max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
     processor: Processor | None = None,
     max_prompt_tokens: int | None = None,
-    each: Callable[[], None] = lambda: None,
 ) -> Findings:
     """Read all that ``path`` names, a file, folder, glob or hub data set, as what its first row says: demonstrations,
     tasks or pairs.
@@ -53,8 +56,7 @@ def check_file(
     ``format``, a key of ``ROLES``, overrides it. With a ``processor``, prompts and texts are encoded as in training,
     pixels included, and prompts of more than ``max_prompt_tokens`` are problems. ``known_sources``: see `read_tasks`;
     ``own_sources``: those that functions of the user's grade.
-    Problems of the file as a whole (missing, no such format, wrong column types) are findings like any other. ``each``
-    is called before every sample.
+    Problems of the file as a whole (missing, no such format, wrong column types) are findings like any other.
     """
     path = Path(path)
     if format is not None and format not in ROLES:
@@ -72,11 +74,10 @@ def check_file(
         settings = Settings(wanted, max_image_pixels=max_image_pixels)
         samples = open_samples(path, form, settings, problems=problems)
         limits = dict(processor=processor, max_prompt_tokens=max_prompt_tokens)
-        found = screen(samples, **limits, problems=problems, each=each, encode=processor is not None)
+        found = screen(samples, **limits, problems=problems, encode=processor is not None)
         usable, lengths, texts = found.samples, found.prompt_tokens, found.text_tokens
         if form == "tasks":
             notes = notes_on(usable, own=own_sources)
     except DataError as error:
         problems.append(error)
-    count = 0 if usable is None else len(usable)
-    return Findings(path, form, count, usable, problems, notes, lengths, texts)
+    return Findings(path, form, usable, problems, notes, lengths, texts)

@@ -24,7 +24,8 @@ UNREAD = {
 }
 """Fields that change what a row means and are not read: (fault, cure) where they hold something."""
 
-_READ = {*IMAGE_KEYS, *COLUMNS}
+READ = {*IMAGE_KEYS, *COLUMNS}
+"""Fields that the parsers read."""
 _NAME = re.compile(r"(^|[_\W])(images?|imgs?|pictures?|pics?|photos?|figures?|screenshots?)(\d*)([_\W]|$)", re.I)
 _FILE = re.compile(r"\S{1,1000}\.(png|jpe?g|webp|bmp|gif|tiff?)", re.I)
 _BASE64 = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-9A-Za-z]{2})[A-Za-z0-9+/\s]{40,}=*\s*")
@@ -58,7 +59,7 @@ def image_key(record: Mapping[str, Any], place: Place, *, named: bool) -> str | 
         cure = f"Say which one is meant: data.columns.images={given[0]}"
         raise place.error(given[1], f"holds images, and so does '{given[0]}'", cure)
     for key, value in record.items():
-        if key not in _READ and looks_like_images(value):
+        if key not in READ and looks_like_images(value):
             refuse_unread(key, place, anywhere=not given)
     present = [key for key in IMAGE_KEYS if record.get(key) is not None]
     return next(iter(given or present), None)

@@ -27,8 +27,7 @@ def notes_on(tasks: Samples[Task], *, own: Collection[str] = ()) -> list[str]:
             if not asks_for_sections(task.messages):
                 unasked.append(index)
     notes = [
-        f"no reward is known for data_source {source!r}: its {count} rows are graded by the rules of "
-        f"{DEFAULT_SOURCE}"
+        f"no reward is known for data_source {source!r}: its {count} rows are graded by the rules of {DEFAULT_SOURCE}"
         for source, count in unknown.items()
     ]
     if unasked:

@@ -6,9 +6,8 @@ import difflib
 from functools import partial
 from typing import Any
 
-from prism_fast.data.entries import COLUMNS
 from prism_fast.data.grammar import split_text
-from prism_fast.data.keys import IMAGE_KEYS
+from prism_fast.data.keys import READ
 from prism_fast.data.messages import plain_text, read_turns
 from prism_fast.data.parsing import Context, finished, flat_prompt, pictures_of, with_system
 from prism_fast.data.problems import Place
@@ -16,7 +15,7 @@ from prism_fast.data.samples import MAX_TRUTH_CHARS, Task
 
 TEACHER_COLUMNS = ("teacher_response", "teacher_caption", "teacher_cot")
 NO_EQUIVALENTS = "__EMPTY__"
-_READ = {*COLUMNS, *IMAGE_KEYS, "kind", "cluster"}
+_READ = READ | {"kind", "cluster"}
 DEFAULT_SOURCE = "mm_gad"
 """The data_source, and so the rules, of rows that have none or one of their own that nobody grades."""
 

@@ -17,7 +17,7 @@ from prism_fast.models.family import trunk
 from prism_fast.models.forward import collate, language_outputs
 from prism_fast.models.processor import Processor, Prompt
 from prism_fast.models.token_budget import TokenBudget, by_tokens
-from prism_fast.rollout.protocol import Completion, Sampling, end_ids
+from prism_fast.rollout.protocol import Completion, Sampling, check_seeds, end_ids
 from prism_fast.rollout.sampling import draw, response_key, uniform
 
 COMPACT_BELOW = 0.75  # share of unfinished rows below which finished ones leave the batch
@@ -67,8 +67,7 @@ class HFRollout:
         """
         if self._policy is None:
             raise ValueError("this rollout engine is closed: make another")
-        if len(seeds) != len(prompts):
-            raise ValueError(f"need one seed per prompt, got {len(seeds)} for {len(prompts)} prompts")
+        check_seeds(prompts, seeds)
         if not prompts:
             return []
         n = sampling.n

@@ -98,6 +98,12 @@ class Rollout(Protocol):
         ...
 
 
+def check_seeds(prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
+    """Raise ValueError unless there is one seed per prompt."""
+    if len(seeds) != len(prompts):
+        raise ValueError(f"need one seed per prompt, got {len(seeds)} for {len(prompts)} prompts")
+
+
 def end_ids(policy: nn.Module, processor: Processor) -> tuple[int, ...]:
     """The ids that end a response: every one of the policy's ``generation_config.eos_token_id``, ascending, as in
     transformers' ``generate`` and in vLLM.

@@ -26,7 +26,7 @@ from prism_fast.models.forward import collate, hidden_states, response_rows
 from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor, Prompt
 from prism_fast.models.token_budget import TokenBudget
-from prism_fast.rollout.protocol import Completion, Sampling, end_ids
+from prism_fast.rollout.protocol import Completion, Sampling, check_seeds, end_ids
 from prism_fast.rollout.sampling import response_key
 
 LINES = ("0.32",)  # versions of vLLM whose interface is used here: MAJOR.MINOR
@@ -199,8 +199,7 @@ class VLLMRollout:
                 than it was given.
         """
         self._open()
-        if len(seeds) != len(prompts):
-            raise ValueError(f"need one seed per prompt, got {len(seeds)} for {len(prompts)} prompts")
+        check_seeds(prompts, seeds)
         check_temperature(sampling.temperature)
         keys = [response_key(seed, 0) >> 1 & (1 << 62) - 1 for seed in seeds]  # vLLM adds the response's number
         longest = max((len(prompt.input_ids) for prompt in prompts), default=0) + sampling.max_new_tokens

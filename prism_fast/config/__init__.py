@@ -33,6 +33,7 @@ from prism_fast.config.stages import (
     SftConfig,
     WarmupConfig,
 )
+from prism_fast.engine.optimizer import OptimizerConfig
 
 __all__ = [
     "CONTROLS",
@@ -47,6 +48,7 @@ __all__ = [
     "JudgeConfig",
     "Loss",
     "ModelConfig",
+    "OptimizerConfig",
     "RewardConfig",
     "RlvrConfig",
     "RolloutConfig",

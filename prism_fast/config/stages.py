@@ -44,6 +44,16 @@ class RolloutConfig:
     # Tokens in the KV cache at once, a response counted with its prompt and at its full length; other responses wait.
     # Halved when memory runs out. Responses do not depend on it.
     tokens_in_flight: int = 262144
+    # Weights of the policy loss against the gap between the engine's log-probs and the trainer's, for responses that
+    # the current weights sampled: w = trainer's probability / engine's. truncated: w of a token, at most
+    # importance_threshold = C (TIS). masked: w of a token, 0 outside [1/C, C] (IcePop). sequence_masked: w of a whole
+    # response, 0 outside [1/C, C]. They cost a fourth pass over the output matrix.
+    importance: Literal["off", "truncated", "masked", "sequence_masked"] = "off"
+    importance_threshold: float = 2.0
+    # Mean gap of an update, nats per token, above which a run warns, and above which it ends before the update. null:
+    # 1e-4 and 0.02 in float32, 0.05 and 0.5 in bfloat16. Not with `replay`.
+    gap_warn: float | None = None
+    gap_stop: float | None = None
 
 
 @dataclass

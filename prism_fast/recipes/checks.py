@@ -18,7 +18,7 @@ _AT_LEAST_1 = {
     *("max_new_tokens", "pairs_per_prompt", "num_experts", "updates", "max_rounds", "max_oversampling"),
     *("dump_rollouts_every", "checkpoint_every", "keep_checkpoints", "max_image_pixels", "max_prompt_tokens"),
     *("min_pixels", "max_pixels"),
-    *("workers", "tokens_in_flight", "max_answer_chars", "attempts", "concurrency"),
+    *("workers", "tokens_in_flight", "importance_threshold", "max_answer_chars", "attempts", "concurrency"),
 }
 _ANY = {"target_margin"}  # may be negative: the first evaluation then ends the warm-up
 # Every other number must be 0 or more.

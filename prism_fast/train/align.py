@@ -92,6 +92,7 @@ def alignment_trainers(
             temperature=align.rollout.temperature,
             banned=processor.banned_ids,
             divide_by_micro_batch=semantics.divide_by_micro_batch,
+            gap=state.rollout_gap(),
         ),
         DiscriminatorTrainer(
             discriminator,

@@ -9,6 +9,7 @@ from prism_fast.rewards import JudgeError
 from prism_fast.track.jsonl import RecordError
 from prism_fast.train.checkpoint import CheckpointError
 from prism_fast.train.group_sampler import NoUsefulGroupError
+from prism_fast.train.rollout_gap import RolloutGapError
 from prism_fast.train.self_check import PackingError
 from prism_fast.train.warmup import WarmupError
 
@@ -17,6 +18,7 @@ USER_ERRORS: tuple[type[Exception], ...] = (
     NoUsefulGroupError,
     StepTooLargeError,
     PackingError,
+    RolloutGapError,
     WarmupError,
     CheckpointError,
     RecordError,

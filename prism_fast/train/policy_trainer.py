@@ -22,6 +22,7 @@ from prism_fast.track.metrics import Metrics
 from prism_fast.train.batching import Batching, missing_passes, update_weights
 from prism_fast.train.layouts import BatchPlan, Forward, MicroBatch
 from prism_fast.train.passes import counted_passes
+from prism_fast.train.rollout_gap import RolloutGap
 from prism_fast.train.rollouts import StepRollouts
 from prism_fast.train.self_check import self_check
 
@@ -104,6 +105,8 @@ class PolicyTrainer:
         banned: tokens that are never sampled; log-probs must leave them out as sampling does.
         divide_by_micro_batch: as the published code does, compute every response, divide each micro-batch by its own
             counts and weigh it by its share of the responses. The loss then depends on the cut.
+        gap: corrects on-policy responses for the gap to the rollout engine, and watches it. The ratio of an off-policy
+            one contains that gap already.
     """
 
     def __init__(
@@ -115,10 +118,11 @@ class PolicyTrainer:
         temperature: float,
         banned: Sequence[int] = (),
         divide_by_micro_batch: bool = False,
+        gap: RolloutGap | None = None,
     ) -> None:
         self.engine, self.batching, self.loss = engine, batching, loss
         self.temperature, self.banned = temperature, bool(banned)
-        self.divide_by_micro_batch = divide_by_micro_batch
+        self.divide_by_micro_batch, self.gap = divide_by_micro_batch, gap
         self.policy = engine.module
         self._has_gradient = False
         if banned:
@@ -131,6 +135,7 @@ class PolicyTrainer:
             NonFiniteError: an advantage, a log-prob or the loss is NaN or infinite, or a token lies outside the
                 vocabulary; the gradient is dropped.
             StepTooLargeError: the longest response alone does not fit into memory.
+            RolloutGapError: as `RolloutGap.check`.
         """
         self._refuse_advantage(batch.advantage)
         backbone = self.policy.model
@@ -162,6 +167,8 @@ class PolicyTrainer:
         ops.bad_values(backbone.device)  # reset the counter
         metrics = self.batching.run(attempt, groups, self.engine)
         self._verify()
+        if self.gap is not None:
+            metrics |= self.gap.check(self.engine, metrics)
         self._has_gradient = self._has_gradient or rows > 0
         metrics |= self.batching.work(self.policy.config, groups, vocabulary=True)
         metrics.sum("policy/rows", rows)
@@ -257,12 +264,18 @@ class PolicyTrainer:
         if batch.token_advantage is not None:
             tokens = torch.cat([batch.token_advantage[b] for b in chosen])
             advantage = {"advantage": None, "token_advantage": moved(tokens, device)}
+        is_weight = None
+        if not off_policy and self.gap is not None and self.gap.corrects:
+            with torch.no_grad():
+                own = self.policy.lm_head(hidden, target, temperature=self.temperature, banned=self.banned).logp
+            is_weight = self.gap.weights(sampled, own, cu_seqlens, metrics)
         loss, stats, logp = self.policy.lm_head.policy_loss(
             hidden,
             target,
             cu_seqlens=cu_seqlens,
             options=self.loss,
             old_logp=sampled if off_policy else None,
+            is_weight=is_weight,
             denominator=denominator,
             temperature=self.temperature,
             banned=self.banned,

@@ -52,6 +52,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Samples[Task], *, stage:
         temperature=config.rollout.temperature,
         banned=processor.banned_ids,
         divide_by_micro_batch=semantics.divide_by_micro_batch,
+        gap=state.rollout_gap(),
     )
     normalize = reward_normalization(config.loss)
     shown = {"acc": "reward/acc", "format": "reward/format"}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prism_fast.engine.finite import NonFiniteError
 from prism_fast.train.discriminator_trainer import GroupScores
+from prism_fast.train.rollout_gap import RolloutGapError
 from prism_fast.train.rollout_log import RolloutLog
 from prism_fast.train.rollout_record import RolloutGroup, training_records
 from prism_fast.train.rollouts import StepRollouts
@@ -34,21 +35,22 @@ class Findings:
 def dumped(
     state: StageState, rollouts: StepRollouts, *, last_step: int, also: Sequence[RolloutGroup] = ()
 ) -> Iterator[Findings]:
-    """Dump the rollouts after the block if the step is the first, the last or due, and always on NonFiniteError.
+    """Dump the rollouts after the block if the step is the first, the last or due, and always on NonFiniteError and
+    RolloutGapError.
 
     Args:
         rollouts: those that the step trains on.
         also: groups that the step sampled but does not train on; a replay needs them.
 
     Raises:
-        NonFiniteError: that of the block, with the path of the dump.
+        NonFiniteError, RolloutGapError: that of the block, with the path of the dump.
     """
     findings = Findings()
     try:
         yield findings
-    except NonFiniteError as error:
+    except (NonFiniteError, RolloutGapError) as error:
         write_step(state.log, state.step, rollouts, findings, also)
-        raise NonFiniteError(f"{error}. The rollouts of the step are the last ones in {state.log.path}") from error
+        raise type(error)(f"{error}. The rollouts of the step are the last ones in {state.log.path}") from error
     if state.step % state.run.config.dump_rollouts_every == 0 or state.step in (1, last_step):
         write_step(state.log, state.step, rollouts, findings, also)
 

@@ -18,6 +18,7 @@ from prism_fast.track.speed import StepTimer
 from prism_fast.train.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from prism_fast.train.context import Run
 from prism_fast.train.record import refuse_changes
+from prism_fast.train.rollout_gap import RolloutGap
 from prism_fast.train.rollout_log import RolloutLog
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.signals import Stopped
@@ -124,6 +125,11 @@ class StageState:
         self.timer.begin()
         torch.manual_seed(derive_seed(self.run.config.seed, self.stage, "torch", self.step))
         self._watch()
+
+    def rollout_gap(self) -> RolloutGap:
+        """Of a stage that trains on rollouts."""
+        run = self.run
+        return RolloutGap(run.config.rollout, run.dtype, tell=self._tell, alarm=run.config.replay is None)
 
     def hold(self, metrics: Metrics) -> None:
         """Call between the step's updates and its evaluation. A stop during the evaluation saves these metrics; the

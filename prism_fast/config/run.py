@@ -85,6 +85,15 @@ class Config:
                 require(rollout.n >= 2 or lone, f"{stage}.rollout.n", "2 or more: answers are compared", rollout.n)
                 allowed = "positive: greedy answers to one prompt do not differ"
                 require(rollout.temperature > 0, f"{stage}.rollout.temperature", allowed, rollout.temperature)
+        optimizers = {"sft": self.sft, "warmup": self.warmup, "align": self.align, "rlvr": self.rlvr}
+        for stage, section in {**optimizers, "align.discriminator": self.align.discriminator}.items():
+            steps, share = section.optimizer.warmup_steps, section.optimizer.warmup_share
+            allowed = f"0 where {stage}.optimizer.warmup_share={share:g} gives the same thing as a share"
+            require(not (steps and share), f"{stage}.optimizer.warmup_steps", allowed, steps)
+        for stage, section in {"align": self.align, "rlvr": self.rlvr}.items():
+            controls = [name for name in self.stages if name in CONTROLS]
+            allowed = f"left out with {', '.join(controls)} in stages, which count its steps; set {stage}.steps"
+            require(section.epochs is None or not controls, f"{stage}.epochs", allowed, section.epochs)
         order = [STAGES.index(stage) for stage in self.stages]
         require(order == sorted(set(order)), "stages", f"in the order {', '.join(STAGES)}, each once", self.stages)
         for control in CONTROLS:

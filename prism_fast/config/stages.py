@@ -14,17 +14,27 @@ Loss = Literal["prism", "grpo", "dapo", "gspo", "dr_grpo", "bnpo", "cispo", "sap
 
 @dataclass
 class SftConfig:
-    """Runs at a constant learning rate until the validation loss stops improving, then decays it to zero."""
-
+    # plateau: runs at a constant learning rate until the validation loss stops improving, then decays it to zero.
+    # updates: runs for max_updates or for epochs, with sft.optimizer.schedule, as published.
+    ends: Literal["plateau", "updates"] = "plateau"
     max_updates: int = 2000
+    epochs: float | None = None  # passes over data.sft in place of max_updates, for sft.ends=updates
     batch: int = 32
     eval_every: int = 50
     patience: int = 2  # evaluations without improvement before the decay begins
     min_improvement: float = 0.01  # relative
     decay_share: float = 0.3  # updates of the decay, as a share of those before it
-    continued_lr_scale: float = 0.1  # of sft.optimizer.lr, where the control that continues SFT begins
+    continued_lr_scale: float = 0.1  # of sft.optimizer.lr, where the control that continues SFT begins; falls to 0
     tokens_per_micro_batch: int = 16384
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
+
+    def __post_init__(self) -> None:
+        if self.ends == "plateau":
+            rule = "with sft.ends=plateau, which decays the rate itself; set sft.ends=updates"
+            require(self.epochs is None, "sft.epochs", f"left out {rule}", self.epochs)
+            schedule, share = self.optimizer.schedule, self.optimizer.warmup_share
+            require(schedule == "constant", "sft.optimizer.schedule", f"'constant' {rule}", schedule)
+            require(share == 0, "sft.optimizer.warmup_share", f"0 {rule}", share)
 
 
 @dataclass
@@ -97,6 +107,7 @@ class DiscriminatorUpdateConfig:
 @dataclass
 class AlignConfig:
     steps: int = 500
+    epochs: float | None = None  # passes over data.align in place of steps, rounded up to whole steps
     prompts: int = 4  # prompts per step
     advantage: Literal["default", "acc_gating", "gated_align", "rlvr", "rlvr_v2", "sign_align"] = "default"
     # The texts that the discriminator scores, in its warm-up too: caption and reasoning each, or the whole response
@@ -147,6 +158,7 @@ class RlvrConfig:
     """Of the stages rlvr and rlvr_direct; the latter takes its number of steps from `control_updates`."""
 
     steps: int = 1500
+    epochs: float | None = None  # passes over data.rlvr in place of steps, rounded up to whole steps
     prompts: int = 32
     loss: Loss = "grpo"  # a preset of the policy loss
     # Optimizer updates of a step, each on its share of the groups. After the first one the rollouts are off-policy, and
@@ -164,7 +176,10 @@ class RlvrConfig:
         require(1 <= updates <= self.prompts, "rlvr.updates_per_step", "between 1 and rlvr.prompts", updates)
         allowed = f"between 0 and rlvr.rollout.max_new_tokens={longest}"
         require(buffer == 0 or 0 < buffer <= longest, "rlvr.overlong_buffer", allowed, buffer)
-        if self.dynamic_sampling.enabled:  # the reward of a lone rollout has nothing to differ from
+        if self.dynamic_sampling.enabled:
+            allowed = "left out with dynamic sampling, whose steps take as many tasks as they need; set rlvr.steps"
+            require(self.epochs is None, "rlvr.epochs", allowed, self.epochs)
+            # The reward of a lone rollout has nothing to differ from.
             require(self.rollout.n >= 2, "rlvr.rollout.n", "2 or more with dynamic sampling", self.rollout.n)
 
 

@@ -18,6 +18,7 @@ from prism_fast.data.framing import SPANS, frame_student, frame_teacher, side_te
 from prism_fast.data.order import order_of
 from prism_fast.data.samples import Samples, Task
 from prism_fast.engine.local import LocalEngine
+from prism_fast.engine.schedule import planned
 from prism_fast.models.discriminator import Discriminator, save_discriminator
 from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor
@@ -28,6 +29,7 @@ from prism_fast.train.context import Run
 from prism_fast.train.discriminator_trainer import DiscriminatorTrainer, GroupScores, discriminator_loss_of
 from prism_fast.train.grading import Grader
 from prism_fast.train.layouts import use_layout
+from prism_fast.train.length import stage_length
 from prism_fast.train.policy_trainer import PolicyBatch, PolicyTrainer, response_metrics
 from prism_fast.train.rollout_dump import dumped
 from prism_fast.train.rollouts import RolloutSource, StepRollouts
@@ -42,9 +44,12 @@ def align(
     """Run the stage; returns the folders of the exported policy and discriminator."""
     config, spans = run.config.align, SPANS[run.config.align.discriminate]
     order = order_of(tasks, derive_seed(run.config.seed, "align", "order"))
+    steps = stage_length(config.steps, config.epochs, len(tasks), config.prompts)
     engines = {
-        "policy": LocalEngine(policy, config.optimizer),
-        "discriminator": LocalEngine(discriminator, config.discriminator.optimizer),
+        "policy": LocalEngine(policy, **planned(config.optimizer, steps)),
+        "discriminator": LocalEngine(
+            discriminator, **planned(config.discriminator.optimizer, steps * config.discriminator.updates)
+        ),
     }
     budgets = {"policy": config.tokens_per_micro_batch, "discriminator": config.discriminator.tokens_per_micro_batch}
     state = StageState(run, "align", engines=engines, budgets=budgets, order=order, with_rollouts=True)
@@ -54,9 +59,9 @@ def align(
     policy_trainer, discriminator_trainer = alignment_trainers(run.config, state, processor)
     shown = {"acc": "reward/acc", "format": "reward/format", "d_acc": f"disc/acc_{spans[-1]}"}
     shown |= {f"margin_{span}": f"disc/margin_{span}" for span in spans}
-    for step in state.steps(config.steps, shown=shown):
+    for step in state.steps(steps, shown=shown):
         rollouts = grader.grade(source.take(order.next_indices(config.prompts), step=step))
-        with dumped(state, rollouts, last_step=config.steps) as dump:
+        with dumped(state, rollouts, last_step=steps) as dump:
             groups = frame_groups(rollouts, processor, run.config.semantics, spans)
             with state.timer.part("discriminator", learns=True):
                 scores, metrics = update_discriminator(discriminator_trainer, groups, run.config)

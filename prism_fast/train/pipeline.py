@@ -25,6 +25,7 @@ from prism_fast.recipes.hints import how_to_get
 from prism_fast.train.align import align
 from prism_fast.train.context import Run, open_run
 from prism_fast.train.evaluate import evaluate
+from prism_fast.train.length import stage_length
 from prism_fast.train.own_pairs import read_own_pairs, write_own_pairs
 from prism_fast.train.reading import DataFiles, DataReader
 from prism_fast.train.replay import check_replay
@@ -209,6 +210,7 @@ def _rlvr_direct(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
 def _train_rlvr(run: Run, files: DataFiles, artifacts: Artifacts, stage: str, steps: int) -> Path:
     policy, processor = _policy(run, artifacts, stage)
     tasks = DataReader(run, stage).read("rlvr", files.need("rlvr", stage), processor)
+    steps = stage_length(steps, run.config.rlvr.epochs, len(tasks), run.config.rlvr.prompts)
     folder = rlvr(run, policy, processor, tasks, stage=stage, steps=steps)
     _evaluate(run, policy, processor, files, stage)
     return folder

@@ -16,6 +16,7 @@ from prism_fast.config import RlvrConfig
 from prism_fast.data.order import order_of
 from prism_fast.data.samples import Samples, Task
 from prism_fast.engine.local import LocalEngine
+from prism_fast.engine.schedule import planned
 from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor
 from prism_fast.track.metrics import Metrics
@@ -42,7 +43,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Samples[Task], *, stage:
     generator = run.rollout_engine(policy, processor)
     source = RolloutSource(run, stage, generator, processor, tasks, config.rollout)
     sampler = GroupSampler(source, Grader(run.checker), order, config)
-    engines = {"policy": LocalEngine(policy, config.optimizer)}
+    engines = {"policy": LocalEngine(policy, **planned(config.optimizer, steps * config.updates_per_step))}
     budgets = {"policy": config.tokens_per_micro_batch}
     state = StageState(run, stage, engines=engines, budgets=budgets, order=order, extra=sampler, with_rollouts=True)
     trainer = PolicyTrainer(

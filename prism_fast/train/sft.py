@@ -1,9 +1,10 @@
-"""Supervised fine-tuning, run to its validation plateau, and the control that continues it."""
+"""Supervised fine-tuning to its validation plateau or for a number of updates, and the control that continues it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from prism_fast.data.order import MixedOrder, SampleOrder, order_of
 from prism_fast.data.samples import Demonstration, Samples
 from prism_fast.engine.local import LocalEngine
 from prism_fast.engine.protocol import Engine
+from prism_fast.engine.schedule import planned
 from prism_fast.models.packing import PromptGroup
 from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor
@@ -22,6 +24,7 @@ from prism_fast.track.metrics import Metrics
 from prism_fast.train.batching import Batching, missing_passes, update_weights
 from prism_fast.train.context import Run
 from prism_fast.train.layouts import BatchPlan, MicroBatch, use_layout
+from prism_fast.train.length import stage_length
 from prism_fast.train.passes import counted_passes
 from prism_fast.train.policy_trainer import response_states
 from prism_fast.train.seeds import derive_seed
@@ -162,26 +165,32 @@ class PlateauDecay:
 def train_sft(
     run: Run, model, processor: Processor, demos: Samples[Demonstration], val: Sequence[Demonstration]
 ) -> Path:
-    """SFT to the plateau of the validation loss; returns the folder of the exported policy."""
+    """SFT to the plateau of the validation loss, or for the updates that ``sft.ends=updates`` asks for; returns the
+    folder of the exported policy."""
     config = run.config.sft
-    decay = PlateauDecay(config)
-    engine = LocalEngine(model, config.optimizer, schedule=decay)
+    updates = stage_length(config.max_updates, config.epochs, len(demos), config.batch)
+    decay = PlateauDecay(config) if config.ends == "plateau" else None
+    if decay is not None:
+        engine = LocalEngine(model, config.optimizer, schedule=decay)
+    else:
+        engine = LocalEngine(model, **planned(config.optimizer, updates))
     order = order_of(demos, derive_seed(run.config.seed, "sft", "order"))
     validation = encode([val[i] for i in range(len(val))], processor)
     state, trainer = _prepare(run, "sft", engine, order, processor, decay)
     shown = {"loss": "sft/loss", "val_loss": "sft/val_loss", "lr": "sft/lr"}
-    for step in state.steps(config.max_updates, done=lambda: state.step >= decay.end, shown=shown):
+    for step in state.steps(updates, done=lambda: decay is not None and state.step >= decay.end, shown=shown):
         metrics = state.held  # set where a stop interrupted the validation of this step
         if metrics is None:
             groups = encode([demos[i] for i in order.next_indices(config.batch)], processor)
             with state.timer.part("update", learns=True):
                 metrics = trainer.accumulate(groups) | trainer.step()
             state.hold(metrics)
-        if step % config.eval_every == 0 or step == decay.end:
+        if step % config.eval_every == 0 or step == (updates if decay is None else decay.end):
             with state.timer.part("validation"):
                 loss = trainer.validate(validation, poll=lambda: run.stop.poll("SFT validation"))
             metrics.last("sft/val_loss", loss)
-            decay.observe(step, loss)
+            if decay is not None:
+                decay.observe(step, loss)
         state.end_step(metrics)
     return run.export("sft", model, partial(save_policy, model, processor))
 
@@ -189,9 +198,8 @@ def train_sft(
 def continue_sft(run: Run, model, processor: Processor, demos: Samples[Demonstration], updates: int) -> Path:
     """The control: as many more SFT updates on the same mixture as alignment and RLVR take, decayed to zero."""
     config = run.config.sft
-    engine = LocalEngine(
-        model, config.optimizer, schedule=lambda update: config.continued_lr_scale * (1.0 - update / updates)
-    )
+    optimizer = planned(replace(config.optimizer, schedule="constant"), updates)["config"]  # its warm-up alone
+    engine = LocalEngine(model, optimizer, schedule=lambda update: config.continued_lr_scale * (1.0 - update / updates))
     order = order_of(demos, derive_seed(run.config.seed, "sft_continued", "order"))
     state, trainer = _prepare(run, "sft_continued", engine, order, processor)
     for _ in state.steps(updates, shown={"loss": "sft/loss", "lr": "sft/lr"}):

@@ -20,6 +20,7 @@ from prism_fast.data.order import SampleOrder
 from prism_fast.data.problems import holds_control_token
 from prism_fast.data.samples import Pair, Samples, Task
 from prism_fast.engine.local import LocalEngine
+from prism_fast.engine.schedule import planned
 from prism_fast.models.discriminator import Discriminator, save_discriminator
 from prism_fast.models.processor import Processor, Prompt
 from prism_fast.rollout.protocol import Completion, Sampling
@@ -181,7 +182,7 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs:
     )
     heldout, training = [groups[i] for i in shuffled[:held]], [groups[i] for i in shuffled[held:]]
     order = SampleOrder(len(training), seed=derive_seed(run.config.seed, "warmup", "order"))
-    engine = LocalEngine(discriminator, config.optimizer)
+    engine = LocalEngine(discriminator, **planned(config.optimizer, config.max_updates))
     use_layout(run.config.layout, discriminator.backbone)
     differing = differing_spans(heldout, spans)
     equal = [span for span in spans if span not in differing]

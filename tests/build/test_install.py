@@ -1,12 +1,15 @@
-"""The package in its forms, from a copy of the tree: bare checkout, wheel without CUDA, builds that are refused."""
+"""The package in its forms: source distribution, what it unpacks to, wheel without CUDA, an environment that has torch
+alone, builds that are refused."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -18,19 +21,27 @@ needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c+
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A copy of what is needed to build, without anything built."""
-    copy = tmp_path_factory.mktemp("tree")
+    """The unpacked source distribution, without anything built."""
+    copy = tmp_path_factory.mktemp("checkout")
     skip = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
     for name in ("bench", "csrc", "kernels", "prism_fast"):
         shutil.copytree(ROOT / name, copy / name, ignore=skip)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "constraints.txt"):
-        shutil.copy(ROOT / name, copy)
-    return copy
+    for path in ROOT.iterdir():
+        if path.is_file() and path.name != ".git":
+            shutil.copy(path, copy)
+    done = run([sys.executable, "-c", "from setuptools import build_meta; build_meta.build_sdist('dist')"], copy)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (packed,) = (copy / "dist").glob("prism_fast-*.tar.gz")
+    out = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(packed) as archive:
+        archive.extractall(out, filter="data")
+    (found,) = out.iterdir()
+    return found
 
 
 def run(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if not k.startswith("PRISM_FAST_") and k != "PYTHONPATH"} | environment
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=110)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
 def isolated(code: str, cwd: Path, package: Path) -> subprocess.CompletedProcess:
@@ -58,6 +69,16 @@ print(native.why_not())
 """
 
 
+def test_source_distribution_holds_the_sources_and_no_strangers(tree):
+    parts = {"bench", "csrc", "kernels", "prism_fast"}
+    assert parts < {path.name for path in tree.iterdir()} and not (tree / "tests").exists()
+    for part in parts:
+        for path in (ROOT / part).rglob("*"):
+            if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh", ".yaml", ".j2", ".css", ".js", ".typed"):
+                assert (tree / path.relative_to(ROOT)).is_file(), path
+    assert not [path for path in tree.rglob("*") if path.suffix in (".so", ".o", ".pyc")]
+
+
 def test_bare_checkout_works_and_says_what_is_missing(tree):
     package, logprob, suite, available, cuda, total, why = python(USE, tree).splitlines()
     assert Path(suite) == tree / "bench" / "ops" / "suite.py"
@@ -67,16 +88,23 @@ def test_bare_checkout_works_and_says_what_is_missing(tree):
 
 
 @pytest.fixture(scope="module")
-def installed(tree, tmp_path_factory) -> Path:
-    """The unpacked wheel of a build without CUDA."""
+def wheel(tree, tmp_path_factory) -> Path:
+    """Of a build without CUDA."""
     out = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     done = run([*pip, "-w", str(out), "."], tree, PRISM_FAST_CUDA="0")
     assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = out.glob("prism_fast-*.whl")
+    (found,) = out.glob("prism_fast-*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The unpacked wheel."""
+    site = tmp_path_factory.mktemp("site")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(out / "site")
-    return out / "site"
+        archive.extractall(site)
+    return site
 
 
 @needs_compiler
@@ -95,8 +123,9 @@ def test_wheel_holds_the_data_and_no_strangers(installed):
     recipes = {p.name for p in (ROOT / "prism_fast" / "recipes").glob("*.yaml")}
     assert recipes and recipes <= {p.name for p in (installed / "prism_fast" / "recipes").iterdir()}
     for path in (ROOT / "prism_fast").rglob("*"):
-        if path.suffix in (".py", ".yaml", ".j2", ".css", ".js", ".html"):
+        if path.suffix in (".py", ".yaml", ".j2", ".css", ".js", ".html", ".typed"):
             assert (installed / path.relative_to(ROOT)).is_file(), path
+    assert (installed / "prism_fast" / "py.typed").is_file()
     assert not list(installed.rglob("*.cu")) and not list(installed.rglob("*.cpp"))
     scripts = next(installed.glob("*.dist-info")) / "entry_points.txt"
     assert "prism-fast = prism_fast.entry:main" in scripts.read_text()
@@ -136,6 +165,85 @@ def test_ops_run_and_the_command_explains_itself_with_torch_alone(installed, tmp
     assert done.stdout.split() == ["True", "True"], done.stderr
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "pip install 'prism-fast[train]'" in done.stderr and "typer is missing" in done.stderr
+
+
+def with_requirements(name: str) -> set[str]:
+    """Names of an installed distribution and of all that it requires here."""
+    requirements = pytest.importorskip("packaging.requirements")
+    found, todo = set(), [name]
+    while todo:
+        if (name := todo.pop()) in found:
+            continue
+        found.add(name)
+        for line in importlib.metadata.requires(name) or ():
+            requirement = requirements.Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                todo.append(requirement.name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def torch_alone(wheel, tmp_path_factory) -> Path:
+    """The interpreter of a fresh environment that has torch with its own requirements, and the wheel by pip."""
+    root = tmp_path_factory.mktemp("clean")
+    given = root / "given"
+    given.mkdir()
+    for name in with_requirements("torch"):
+        for file in importlib.metadata.files(name):
+            top = file.parts[0]
+            if top not in ("..", "__pycache__") and not (given / top).exists():
+                (given / top).symlink_to(importlib.metadata.distribution(name).locate_file(top))
+    done = run([sys.executable, "-m", "venv", "--without-pip", str(root / "venv")], root)
+    assert done.returncode == 0, done.stderr
+    python = root / "venv" / "bin" / "python"
+    (site,) = (root / "venv" / "lib").glob("python*/site-packages")
+    (site / "given.pth").write_text(f"{given}\n")
+    # Without --no-deps: what the wheel requires must be satisfied by torch alone.
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index"]
+    done = run([*pip, str(wheel)], root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return python
+
+
+IMPORT = """
+import importlib.util, sys, time
+for absent in ("transformers", "triton", "pybind11", "typer"):
+    assert importlib.util.find_spec(absent) is None, absent
+import torch
+given = set(sys.modules)
+start = time.process_time()
+from prism_fast import ops
+print(time.process_time() - start)
+print(*sorted(set(sys.modules) - given))
+"""
+
+
+@needs_compiler
+def test_an_environment_with_torch_alone_imports_the_ops_at_once(torch_alone, tmp_path):
+    for _ in range(5):
+        done = run([str(torch_alone), "-c", IMPORT], tmp_path)
+        assert done.returncode == 0, done.stderr
+        seconds, loaded = done.stdout.splitlines()
+        if float(seconds) < 0.3:
+            break
+    else:
+        pytest.fail(f"importing prism_fast.ops takes {seconds} s of CPU time beside torch")
+    # Nothing beside the ops and their references: no compiled module, no kernels, no part of torch that it had not.
+    assert {".".join(name.split(".")[:2]) for name in loaded.split()} == {"prism_fast", "prism_fast.ops"}
+    assert len(loaded.split()) <= 50
+    assert {name.split(".")[2] for name in loaded.split() if name.count(".") > 2} == {"reference"}
+
+
+@needs_compiler
+def test_an_environment_with_torch_alone_runs_an_op_and_explains_the_command(torch_alone, tmp_path):
+    python = str(torch_alone)
+    code = USE.replace("prism_fast.kernels.logprob, prism_fast.bench", "prism_fast.bench")
+    code = code.replace("prism_fast.kernels.logprob.__file__, ", "")  # needs Triton
+    done = run([python, "-c", code], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[2:5] == ["True", "False", "0.0"]
+    done = run([str(torch_alone.with_name("prism-fast")), "--help"], tmp_path)
+    assert done.returncode == 1 and "pip install 'prism-fast[train]'" in done.stderr, done.stderr
 
 
 def version(installed: Path) -> str:

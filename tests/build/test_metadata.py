@@ -9,11 +9,12 @@ import tomllib
 from pathlib import Path
 
 import prism_fast
+from tests.build.surface import LIST, surface
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Name on import -> name of the distribution, where they differ.
-DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "text_to_num": "text2num", "yaml": "pyyaml"}
 
 
 def canonical(name: str) -> str:
@@ -74,7 +75,7 @@ def test_pins_cover_the_core_and_name_no_place():
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", x) for x in lines), lines
     free = {"torch", "triton"}  # chosen in the Makefile
     extras = PROJECT["optional-dependencies"]
-    wanted = names(PROJECT["dependencies"]) | names(extras["train"]) | names(extras["test"])
+    wanted = names([*PROJECT["dependencies"], *extras["train"], *extras["test"], *extras["docs"]])
     assert wanted - free - names(lines) == set()
 
 
@@ -87,6 +88,11 @@ def test_example_of_the_readme_prints_what_it_says(capsys):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip() == re.search(r"# (tensor\(.*\))", code).group(1)
+
+
+def test_public_names_and_signatures_are_those_of_the_list():
+    """A change that is meant: ``python -m tests.build.surface --write``."""
+    assert surface() == LIST.read_text().splitlines()
 
 
 def test_package_init_stays_tiny():

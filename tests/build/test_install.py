@@ -89,10 +89,13 @@ def test_bare_checkout_works_and_says_what_is_missing(tree):
 
 @pytest.fixture(scope="module")
 def wheel(tree, tmp_path_factory) -> Path:
-    """Of a build without CUDA."""
+    """Of a build without CUDA, and without optimisation: what is tested is its contents."""
     out = tmp_path_factory.mktemp("wheel")
+    compiler = out / "compiler"
+    compiler.write_text(f'#!/bin/sh\nexec {shutil.which("g++") or shutil.which("c++")} "$@" -O0\n')
+    compiler.chmod(0o755)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    done = run([*pip, "-w", str(out), "."], tree, PRISM_FAST_CUDA="0")
+    done = run([*pip, "-w", str(out), "."], tree, PRISM_FAST_CUDA="0", CXX=str(compiler), CC=str(compiler))
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = out.glob("prism_fast-*.whl")
     return found

@@ -6,6 +6,7 @@ to the attention function, through gradient checkpointing too, so no state is ke
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -31,12 +32,17 @@ def shared_prefix_attention(
     """transformers' attention signature: query ``[1, Hq, T, D]``, key, value ``[1, Hk, T, D]``, to ``[1, T, Hq, D]``.
 
     With ``prefix_layout`` the row is a packed one. Without it the rows are ordinary sequences (generation, padded
-    batches) and the result is that of ``sdpa``.
+    batches) and the result is that of ``sdpa``, to the bit.
 
     Raises:
         NotImplementedError: a packed row with a mask, dropout or more than one row.
     """
     if prefix_layout is None:
+        if query.shape[2] == 1 and query.device.type == "cpu" and not dropout and kwargs.get("position_bias") is None:
+            # A step of generation. transformers copies every key and value for each of its queries where there is a
+            # mask; the kernel of the CPU need not, and gives the same bits.
+            heads = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling, enable_gqa=True)
+            return heads.transpose(1, 2).contiguous(), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -21,6 +21,7 @@ from prism_fast.rollout.protocol import Completion, Sampling, check_seeds, end_i
 from prism_fast.rollout.sampling import draw, response_key, uniform
 
 COMPACT_BELOW = 0.75  # share of unfinished rows below which finished ones leave the batch
+LOWEST = torch.finfo(torch.float32).min  # of log-probs in a product with their probability: 0 times -inf is NaN
 SCORES_AT_ONCE = 1 << 24  # logits that exist at once while tokens are drawn
 
 
@@ -174,5 +175,5 @@ class HFRollout:
         log_softmax = torch.log_softmax(scores, dim=-1)
         probs = log_softmax.exp()
         token = draw(probs, at) if temperature > 0 else scores.argmax(dim=-1)
-        entropy = -torch.special.xlogy(probs, probs).sum(dim=-1)
+        entropy = -(probs * log_softmax.clamp(min=LOWEST)).sum(dim=-1)  # 0 where the probability is 0
         return token, log_softmax.gather(1, token[:, None]).squeeze(1), entropy

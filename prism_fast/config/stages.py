@@ -54,6 +54,8 @@ class RolloutConfig:
     # Tokens in the KV cache at once, a response counted with its prompt and at its full length; other responses wait.
     # Halved when memory runs out. Responses do not depend on it.
     tokens_in_flight: int = 262144
+    # Masters, moments and gradients of what learns wait in the CPU's memory while responses are generated.
+    offload: bool = False
     # Weights of the policy loss against the gap between the engine's log-probs and the trainer's, for responses that
     # the current weights sampled: w = trainer's probability / engine's. truncated: w of a token, at most
     # importance_threshold = C (TIS). masked: w of a token, 0 outside [1/C, C] (IcePop). sequence_masked: w of a whole

@@ -119,7 +119,8 @@ class Engine(Protocol):
 
     def offload(self) -> None:
         """Move masters, moments and gradients to the CPU, so that a rollout engine has their memory. The weights of
-        :meth:`named_weights` stay. Until :meth:`reload`, call only :meth:`named_weights` and :meth:`run`."""
+        :meth:`named_weights` stay. Until :meth:`reload`, call only :meth:`named_weights`, :meth:`run` and
+        :meth:`save`."""
 
     def reload(self) -> None:
         """Undo :meth:`offload`."""

@@ -36,6 +36,7 @@ from prism_fast.train.rollouts import RolloutSource, StepRollouts
 from prism_fast.train.scored_group import ScoredGroup
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.state import StageState
+from prism_fast.train.turns import Turns
 
 
 def align(
@@ -55,23 +56,25 @@ def align(
     state = StageState(run, "align", engines=engines, budgets=budgets, order=order, with_rollouts=True)
     generator = run.rollout_engine(policy, processor)
     source = RolloutSource(run, "align", generator, processor, tasks, config.rollout)
-    grader = Grader(run.checker)
+    grader, turns = Grader(run.checker), Turns(generator, engines, state.timer, offload=run.config.rollout.offload)
     policy_trainer, discriminator_trainer = alignment_trainers(run.config, state, processor)
     shown = {"acc": "reward/acc", "format": "reward/format", "d_acc": f"disc/acc_{spans[-1]}"}
     shown |= {f"margin_{span}": f"disc/margin_{span}" for span in spans}
     for step in state.steps(steps, shown=shown):
-        rollouts = grader.grade(source.take(order.next_indices(config.prompts), step=step))
+        metrics = Metrics()
+        with turns.generating(metrics):
+            rollouts = grader.grade(source.take(order.next_indices(config.prompts), step=step))
         with dumped(state, rollouts, last_step=steps) as dump:
             groups = frame_groups(rollouts, processor, run.config.semantics, spans)
             with state.timer.part("discriminator", learns=True):
-                scores, metrics = update_discriminator(discriminator_trainer, groups, run.config)
+                scores, learned = update_discriminator(discriminator_trainer, groups, run.config)
+            metrics |= learned
             dump.note_scores(spans, scores)
             advantage, token_advantage, credit = step_advantage(run.config, rollouts, scores.student)
             dump.advantage = advantage
             with state.timer.part("update", learns=True):
                 metrics |= policy_trainer.accumulate(PolicyBatch.of(rollouts, advantage, token_advantage))
                 metrics |= policy_trainer.step()
-            source.sync(policy_trainer.engine)
             metrics |= score_metrics(scores, rollouts, spans) | credit
             metrics |= rollouts.reward_metrics() | response_metrics(rollouts.completions)
         state.end_step(metrics, rollouts.time)

@@ -19,6 +19,7 @@ from prism_fast.train.chunks import ChunkLog
 from prism_fast.train.context import Run
 from prism_fast.train.grading import Grader
 from prism_fast.train.seeds import derive_seed
+from prism_fast.train.turns import awake
 
 
 def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, after: str) -> float:
@@ -36,7 +37,7 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
         run.folder / "evals" / f"{after}.chunks",
         {**asdict(config), "seed": run.config.seed, "items": count, "data": run.fingerprints.get("eval")},
     )
-    with run.progress.bar(f"eval {after}", -(-count // config.batch), done=len(log.chunks)) as bar:
+    with awake(engine), run.progress.bar(f"eval {after}", -(-count // config.batch), done=len(log.chunks)) as bar:
         for start in range(len(log.chunks) * config.batch, count, config.batch):
             run.stop.poll(f"evaluation after {after}")
             chunk = [tasks[i] for i in range(start, min(start + config.batch, count))]

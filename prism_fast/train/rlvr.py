@@ -30,6 +30,7 @@ from prism_fast.train.rollout_dump import dumped
 from prism_fast.train.rollouts import RolloutSource, StepRollouts
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.state import StageState
+from prism_fast.train.turns import Turns
 
 
 def rlvr(run: Run, policy, processor: Processor, tasks: Samples[Task], *, stage: str, steps: int) -> Path:
@@ -46,6 +47,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Samples[Task], *, stage:
     engines = {"policy": LocalEngine(policy, **planned(config.optimizer, steps * config.updates_per_step))}
     budgets = {"policy": config.tokens_per_micro_batch}
     state = StageState(run, stage, engines=engines, budgets=budgets, order=order, extra=sampler, with_rollouts=True)
+    turns = Turns(generator, engines, state.timer, offload=run.config.rollout.offload)
     trainer = PolicyTrainer(
         engines["policy"],
         Batching(run.config.layout, state.budgets["policy"], processor.pad_id),
@@ -59,19 +61,19 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Samples[Task], *, stage:
     shown = {"acc": "reward/acc", "format": "reward/format"}
     shown |= {"length": "response_length/mean", "entropy": "policy/entropy"}
     for step in state.steps(steps, shown=shown):
-        sampled = sampler.take(step)
+        metrics = Metrics()
+        with turns.generating(metrics):
+            sampled = sampler.take(step)
         rollouts = sampled.trained
         with dumped(state, rollouts, last_step=steps, also=sampled.unused) as dump:
             reward = training_reward(rollouts, config)
             how = {"normalize": normalize, "singleton": semantics.singleton}
             advantage = outcome_advantage(reward, rollouts.group, scored=rollouts.scored, **how)
             dump.advantage = advantage
-            metrics = Metrics()
             with state.timer.part("update", learns=True):
                 for batch in mini_batches(rollouts, advantage, step, config.updates_per_step):
                     metrics |= trainer.accumulate(batch)
                     metrics |= trainer.step()
-            source.sync(trainer.engine)
             metrics |= sampled.metrics | group_metrics(advantage, rollouts)
             if sampled.generated.groups:
                 metrics |= generation_metrics(sampled.generated, config)

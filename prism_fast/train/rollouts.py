@@ -15,7 +15,6 @@ from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import SamplingConfig
 from prism_fast.data.grammar import ResponseSplit, split_tokens
 from prism_fast.data.samples import Task
-from prism_fast.engine.protocol import Engine
 from prism_fast.models.processor import Processor, Prompt
 from prism_fast.rewards import Reward, failures, summed_parts
 from prism_fast.rollout.protocol import Completion, Rollout, Sampling
@@ -124,10 +123,6 @@ class RolloutSource:
         columns = (indices, tasks, prompts, completions, splits, origins)
         groups = [RolloutGroup(*row) for row in zip(*columns, strict=True)]
         return StepRollouts(groups, {"time/generate": time.perf_counter() - started})
-
-    def sync(self, policy: Engine) -> None:
-        """Give the rollout engine the current weights of ``policy``."""
-        self.engine.sync(policy.named_weights())
 
     def restore(self, records: Sequence[dict]) -> RolloutGroup:
         """A group of this stage from its records in a checkpoint.

@@ -34,6 +34,7 @@ from prism_fast.train.own_pairs import OwnPair
 from prism_fast.train.scored_group import ScoredGroup
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.state import StageState
+from prism_fast.train.turns import awake
 
 
 class WarmupError(RuntimeError):
@@ -64,7 +65,7 @@ def sample_pairs(run: Run, model, processor: Processor, tasks: Samples[Task], lo
     config, batch = run.config.warmup, _pair_batch(run)
     sampling = Sampling(config.pairs_per_prompt, config.temperature, config.max_new_tokens)
     engine, published = run.rollout_engine(model, processor), SEMANTICS[run.config.semantics].published_grammar
-    with run.progress.bar("pairs", -(-len(tasks) // batch), done=len(log.chunks)) as bar:
+    with awake(engine), run.progress.bar("pairs", -(-len(tasks) // batch), done=len(log.chunks)) as bar:
         for start in range(len(log.chunks) * batch, len(tasks), batch):
             run.stop.poll("sampling pairs")
             chunk = [tasks[i] for i in range(start, min(start + batch, len(tasks)))]

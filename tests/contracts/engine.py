@@ -384,6 +384,11 @@ def what_was_offloaded_comes_back(factory: Factory, folder: Path) -> None:
     assert_same(weights(engine), weights(straight))
     with torch.no_grad():
         assert engine.run(lambda: loss_of(engine.module, batch(3), 60)).isfinite()
+    (folder / "away").mkdir()
+    engine.save(folder / "away")
+    saved = new(factory, seed=3)
+    saved.load(folder / "away")
+    assert_same(weights(saved), weights(straight))
     engine.reload()
     for one in (straight, engine):
         accumulate(one, batch(6))

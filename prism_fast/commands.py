@@ -14,6 +14,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from prism_fast.data.check import Findings
+    from prism_fast.data.parsing import Settings, Wanted
     from prism_fast.data.problems import Place
     from prism_fast.doctor import Check
     from prism_fast.models.processor import Processor
@@ -193,6 +194,36 @@ def _done(folder: Path) -> None:
     console.print(f"written: {folder}", highlight=False, soft_wrap=True)
 
 
+Column = Annotated[
+    list[str] | None, typer.Option("--column", help="OUR=THEIR name of a field, as data.columns of a run; repeatable.")
+]
+ImageRoot = Annotated[Path | None, typer.Option(help="Where relative image paths begin, as data.image_root.")]
+SystemPrompt = Annotated[str | None, typer.Option(help="As data.system_prompt: published, a text, or a file.")]
+
+
+def _settings(
+    column: list[str] | None, image_root: Path | None, prompt: str | None, wanted: Wanted, max_image_pixels: int | None
+) -> Settings:
+    from prism_fast.config import DataConfig
+    from prism_fast.data.entries import check_columns
+    from prism_fast.data.parsing import Settings
+    from prism_fast.data.system_prompt import system_prompt
+
+    columns = {}
+    for mapped in column or ():
+        ours, separator, theirs = mapped.partition("=")
+        if not separator:
+            raise typer.BadParameter(f"{mapped!r} is not OUR=THEIR, e.g. problem=question", param_hint="--column")
+        columns[ours] = theirs
+    try:
+        check_columns(columns, "--column")
+        text = system_prompt(prompt)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    pixels = DataConfig().max_image_pixels if max_image_pixels is None else max_image_pixels
+    return Settings(wanted, columns, image_root, text, pixels)
+
+
 @data.command()
 def check(
     paths: Annotated[list[Path], typer.Argument(help="JSON, JSON lines, parquet or Arrow; folders, globs, hub names.")],
@@ -207,12 +238,17 @@ def check(
     policy: Annotated[Path | None, typer.Option(help="Measure prompts with the processor of this folder.")] = None,
     max_pixels: Annotated[int | None, typer.Option(help="As data.max_pixels of the run; needs --policy.")] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(help="Report longer prompts; needs --policy.")] = None,
+    column: Column = None,
+    image_root: ImageRoot = None,
+    system_prompt: SystemPrompt = None,
     as_json: AsJson = False,
 ) -> None:
     """Report every problem of data files with file, row and field. Exit code 1 if there are any."""
-    from prism_fast.config import DataConfig
+    from rich.progress import Progress
+
     from prism_fast.data.check import check_file
     from prism_fast.data.formats import ROLES
+    from prism_fast.data.parsing import Wanted
     from prism_fast.rewards import known_sources
 
     if file_format is not None and file_format not in ROLES:
@@ -220,20 +256,23 @@ def check(
     if max_pixels is not None and policy is None:
         raise typer.BadParameter("needs --policy: each model makes tokens of its own", param_hint="--max-pixels")
     processor = None if policy is None else _processor(policy, max_pixels)
-    pixels = DataConfig().max_image_pixels if max_image_pixels is None else max_image_pixels
-    findings = [
-        check_file(
-            path,
-            format=file_format,
-            require_teacher=require_teacher,
-            known_sources=(*known_sources(judge=True), *(data_source or ())),
-            max_image_pixels=pixels,
-            processor=processor,
-            max_prompt_tokens=max_prompt_tokens,
-            own_sources=data_source or (),
-        )
-        for path in paths
-    ]
+    wanted = Wanted(require_teacher, (*known_sources(judge=True), *(data_source or ())))
+    settings = _settings(column, image_root, system_prompt, wanted, max_image_pixels)
+    findings = []
+    with Progress(console=Console(stderr=True), transient=True) as bars:  # nothing is drawn where no one looks
+        for path in paths:
+            bar = bars.add_task(path.name, total=None)
+            findings.append(
+                check_file(
+                    path,
+                    format=file_format,
+                    settings=settings,
+                    processor=processor,
+                    max_prompt_tokens=max_prompt_tokens,
+                    own_sources=data_source or (),
+                    progress=lambda done, total, bar=bar: bars.update(bar, completed=done, total=total),
+                )
+            )
     for finding in findings:
         _note_unearnable(finding)
     if as_json:
@@ -251,17 +290,20 @@ def preview(
     samples: Annotated[int, typer.Option(min=1, help="How many, evenly spaced from the first to the last.")] = 8,
     policy: Annotated[Path | None, typer.Option(help="Count tokens with the processor of this folder.")] = None,
     file_format: Annotated[str | None, typer.Option("--format", help="As for `data check`.")] = None,
+    column: Column = None,
+    image_root: ImageRoot = None,
+    system_prompt: SystemPrompt = None,
 ) -> None:
     """Write a page with some samples of a data file: turns, images, texts with their spans, as training reads them."""
-    from prism_fast.config import DataConfig
     from prism_fast.data.formats import ROLES, open_samples, role_of
-    from prism_fast.data.parsing import Settings
+    from prism_fast.data.parsing import Wanted
     from prism_fast.report.preview import write_preview
 
     if file_format is not None and file_format not in ROLES:
         raise typer.BadParameter(f"{file_format!r} is not one of {', '.join(ROLES)}", param_hint="--format")
-    form = role_of(path) if file_format is None else file_format
-    opened = open_samples(path, form, Settings(max_image_pixels=DataConfig().max_image_pixels))
+    settings = _settings(column, image_root, system_prompt, Wanted(), None)
+    form = role_of(path, settings.columns) if file_format is None else file_format
+    opened = open_samples(path, form, settings)
     page = Path(f"{path.stem}-preview.html") if out is None else out
     processor = None if policy is None else _processor(policy)
     count = write_preview(opened, page, count=samples, processor=processor)

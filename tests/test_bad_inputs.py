@@ -17,6 +17,7 @@ from PIL import Image
 from prism_fast.config import ConfigError, load_config
 from prism_fast.data.check import check_file
 from prism_fast.data.images import load_image
+from prism_fast.data.parsing import Settings, Wanted
 from prism_fast.data.problems import DataError, ImageError, Place
 from prism_fast.data.readers import read_pairs, read_sharegpt, read_tasks
 from prism_fast.data.samples import MAX_TRUTH_CHARS
@@ -100,7 +101,7 @@ def test_tasks(name, tmp_path):
         return read_tasks(path, require_teacher=True, known_sources=sources, **options)
 
     refused(read, name, "row 1", path)
-    assert len(check_file(path, require_teacher=True, known_sources=sources).problems) == 1
+    assert len(check_file(path, settings=Settings(Wanted(require_teacher=True, known_sources=sources))).problems) == 1
 
 
 def typed_task() -> dict:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from prism_fast.data.formats import ROLES, open_samples, role_of
-from prism_fast.data.images import DEFAULT_MAX_IMAGE_PIXELS
 from prism_fast.data.notes import notes_on
-from prism_fast.data.parsing import Settings, Wanted
+from prism_fast.data.parsing import Settings
 from prism_fast.data.problems import DataError
 from prism_fast.data.samples import Samples
 from prism_fast.data.screen import screen
@@ -43,19 +43,19 @@ def check_file(
     path: str | Path,
     *,
     format: str | None = None,
-    require_teacher: bool = False,
-    known_sources: Collection[str] | None = None,
+    settings: Settings | None = None,
     own_sources: Collection[str] = (),
-    max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
     processor: Processor | None = None,
     max_prompt_tokens: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Findings:
     """Read all that ``path`` names, a file, folder, glob or hub data set, as what its first row says: demonstrations,
     tasks or pairs.
 
-    ``format``, a key of ``ROLES``, overrides it. With a ``processor``, prompts and texts are encoded as in training,
-    pixels included, and prompts of more than ``max_prompt_tokens`` are problems. ``known_sources``: see `read_tasks`;
-    ``own_sources``: those that functions of the user's grade.
+    ``format``, a key of ``ROLES``, overrides it; ``settings``: how rows are read. With a ``processor``, prompts and
+    texts are encoded as in training, pixels included, and prompts of more than ``max_prompt_tokens`` are problems.
+    ``own_sources``: those of ``settings.wanted.known_sources`` that functions of the user's grade. ``progress`` is
+    called before every sample with the numbers of samples done and of all.
     Problems of the file as a whole (missing, no such format, wrong column types) are findings like any other.
     """
     path = Path(path)
@@ -63,18 +63,24 @@ def check_file(
         raise ValueError(f"format {format!r} is not known; allowed: {', '.join(ROLES)}")
     if max_prompt_tokens is not None and processor is None:
         raise ValueError("max_prompt_tokens needs a processor: tokens are those of a particular policy")
+    settings = settings or Settings()
     problems: list[DataError] = []
     lengths: list[int] = []
     texts: dict[str, list[int]] = {}
     notes: list[str] = []
     form, usable = "unknown", None
     try:
-        form = role_of(path) if format is None else format
-        wanted = Wanted(require_teacher=require_teacher, known_sources=known_sources)
-        settings = Settings(wanted, max_image_pixels=max_image_pixels)
+        form = role_of(path, settings.columns) if format is None else format
         samples = open_samples(path, form, settings, problems=problems)
-        limits = dict(processor=processor, max_prompt_tokens=max_prompt_tokens)
-        found = screen(samples, **limits, problems=problems, encode=processor is not None)
+        done = count()
+        found = screen(
+            samples,
+            processor=processor,
+            max_prompt_tokens=max_prompt_tokens,
+            problems=problems,
+            each=lambda: progress(next(done), len(samples)),
+            encode=processor is not None,
+        )
         usable, lengths, texts = found.samples, found.prompt_tokens, found.text_tokens
         if form == "tasks":
             notes = notes_on(usable, own=own_sources)

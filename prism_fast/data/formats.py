@@ -144,15 +144,15 @@ def open_samples(
     return Samples(rows, weights)
 
 
-def role_of(value: Any) -> Role:
-    """The role that the first row of the data belongs to.
+def role_of(value: Any, columns: Mapping[str, str] | None = None) -> Role:
+    """The role that the first row of the data belongs to; ``columns`` as in `Settings`.
 
     Raises:
         DataError: the data cannot be opened, is empty, or has a first row of no known format.
     """
     entry = entries_of(value, "data")[0]
     records = open_entry(entry, "train")[0]
-    context = Context(records, Settings(), entry.columns)
+    context = Context(records, Settings(), {**(columns or {}), **entry.columns})
     place = Place(records.path)
     if records.schema is not None:
         names = context.named(dict.fromkeys(records.schema.names))

@@ -175,3 +175,33 @@ def test_rows_that_can_earn_nothing_are_told(invoke, invoke_json, tmp_path):
     assert "2 rows (row 1, row 3) can earn no reward" in shown
     (found,) = invoke_json("data", "check", tmp_path / "a.parquet")
     assert len(found["notes"]) == 2 and found["problems"] == []
+
+
+def test_columns_image_root_and_system_prompt_are_those_of_a_run(invoke, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Image.new("L", (64, 64)).save(tmp_path / "pictures/a.png")
+    row = {"ask": "<image>How many?", "say": "3", "images": ["a.png"]}
+    (tmp_path / "own.json").write_text(json.dumps([row]))
+    options = ["--column", "problem=ask", "--column", "answer=say", "--image-root", tmp_path / "pictures"]
+    code, shown = invoke("data", "check", tmp_path / "own.json", *options)
+    assert code == 0 and "tasks, 1 good, 0 problem(s)" in shown
+    assert "has no system turn" in shown or "system_prompt" in shown
+    code, prompted = invoke("data", "check", tmp_path / "own.json", *options, "--system-prompt", "published")
+    assert code == 0 and "system_prompt" not in prompted
+    assert invoke("data", "check", tmp_path / "own.json", *options[:4])[0] == 1  # no such image beside the file
+    page = tmp_path / "page.html"
+    assert invoke("data", "preview", tmp_path / "own.json", *options, "--out", page)[0] == 0
+    assert "How many?" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--column", "problem"], "is not OUR=THEIR"),
+        (["--column", "ask=problem"], "the other way round"),
+        (["--system-prompt", "gone.txt"], "names this file"),
+    ],
+)
+def test_options_of_reading_that_cannot_be_meant_are_refused(invoke, data_files, options, message):
+    code, shown = invoke("data", "check", data_files["align"], *options)
+    assert code == 2 and message in " ".join(shown.split())

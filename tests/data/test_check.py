@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from prism_fast.data.check import check_file
+from prism_fast.data.parsing import Settings, Wanted
 
 PLAIN = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 TURNS = [{"role": "user", "content": "<image>x"}, {"role": "assistant", "content": "y"}]
@@ -51,7 +52,7 @@ def test_parquet_and_missing_files(tmp_path):
     pq.write_table(pa.Table.from_pylist([row, {**row, "data_source": ""}]), tmp_path / "a.parquet")
     findings = check_file(tmp_path / "a.parquet")
     assert (findings.form, findings.samples, len(findings.problems)) == ("tasks", 1, 1)
-    (problem,) = check_file(tmp_path / "a.parquet", require_teacher=True).problems
+    (problem,) = check_file(tmp_path / "a.parquet", settings=Settings(Wanted(require_teacher=True))).problems
     assert "field 'teacher_response': the column is missing" in str(problem)
     for name in ("none.parquet", "none.json", "none.jsonl"):
         (problem,) = check_file(tmp_path / name).problems

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from prism_fast.data.check import check_file
+from prism_fast.data.parsing import Settings, Wanted
 from prism_fast.data.readers import PUBLISHED_SYSTEM_PROMPT, read_pairs, read_sharegpt, read_tasks
 from prism_fast.data.screen import screen
 from prism_fast.data.writers import encode_png
@@ -95,7 +96,7 @@ def test_alignment_tasks(tmp_path, metadata, processor):
     assert first.question == "How many squares are there?" and first.extra["split"] == "train"
     assert [part["type"] for part in first.messages[1]["content"]] == ["image", "text"]
     assert screen(tasks, processor=processor, max_prompt_tokens=400).counts()["kept"] == 4
-    assert check_file(path, require_teacher=True).problems == []
+    assert check_file(path, settings=Settings(Wanted(require_teacher=True))).problems == []
 
 
 def test_released_rules_discard_equivalents_beside_the_placeholder(tmp_path):
@@ -126,7 +127,7 @@ def test_rlvr_and_validation_tasks(tmp_path, source):
     pq.write_table(pa.Table.from_pylist([row, text_only]), tmp_path / "rlvr.parquet")
     tasks = read_tasks(tmp_path / "rlvr.parquet", require_teacher=False, known_sources=known_sources(judge=False))
     assert [len(task.images) for task in tasks] == [1, 0] and graded(tasks) == [1.0, 1.0]
-    (problem,) = check_file(tmp_path / "rlvr.parquet", require_teacher=True).problems
+    (problem,) = check_file(tmp_path / "rlvr.parquet", settings=Settings(Wanted(require_teacher=True))).problems
     assert "field 'teacher_response': the column is missing" in str(problem)
 
 

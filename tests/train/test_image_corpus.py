@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from prism_fast.data.check import check_file
+from prism_fast.data.parsing import Settings
 from prism_fast.data.problems import DataError
 from prism_fast.data.readers import read_sharegpt
 from prism_fast.models.packing import PromptGroup
@@ -75,7 +76,9 @@ def test_check_and_training_agree(name, processor, tmp_path):
     (tmp_path / "image").write_bytes(content)
     path = tmp_path / "demos.json"
     path.write_text(json.dumps([{"messages": TURNS, "images": ["image"]}]))
-    found = [check_file(path, processor=known, max_image_pixels=2**24) for known in (None, processor)]
+    found = [
+        check_file(path, settings=Settings(max_image_pixels=2**24), processor=known) for known in (None, processor)
+    ]
     try:
         (group,) = encode([read_sharegpt(path, max_image_pixels=2**24)[0]], processor)
     except DataError as error:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from prism_fast.config import Config, ConfigError, load_config
 from prism_fast.data.check import check_file
+from prism_fast.data.parsing import Settings, Wanted
 from prism_fast.data.problems import DataError
 from prism_fast.data.screen import screen
 from prism_fast.models.processor import Processor
@@ -104,8 +105,9 @@ def test_check_reports_what_a_run_leaves_out(name, files, processor):
     """The same problems, by the same code, without a run."""
     run = fake_run("data.on_bad_sample=skip", f"data.max_prompt_tokens={LIMIT}")
     found = DataReader(run, "any").screen(name, files[name], processor)
-    options = dict(require_teacher=name == "align", known_sources=known_sources(judge=False), processor=processor)
-    checked = check_file(files[name], max_prompt_tokens=LIMIT, max_image_pixels=2**24, **options)
+    wanted = Wanted(require_teacher=name == "align", known_sources=known_sources(judge=False))
+    settings = Settings(wanted, max_image_pixels=2**24)
+    checked = check_file(files[name], settings=settings, processor=processor, max_prompt_tokens=LIMIT)
     assert [str(problem) for problem in checked.problems] == [str(problem) for problem in found.problems]
     assert len(found.problems) == 4 and checked.samples == len(found.samples) == 2
     fields = {"sft": "messages", "align": "teacher_cot", "pairs": "student_cot"}

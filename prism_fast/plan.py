@@ -34,6 +34,7 @@ from prism_fast.ops import budgets
 from prism_fast.ops.reference.linear_logprob import block_rows
 from prism_fast.recipes.hints import how_to_get
 from prism_fast.rollout.hf import SCORES_AT_ONCE
+from prism_fast.train.adapt import adapt
 from prism_fast.train.context import DTYPES
 from prism_fast.train.layouts import Layout
 
@@ -144,6 +145,11 @@ def adamw_bytes(size: ModelSize) -> int:
     return 2 * size.gradient_bytes + 4 * size.tensors
 
 
+def trained_size(config: Config, dense: Qwen3VLConfig, stage: str) -> ModelSize:
+    """Size of the policy as ``stage`` trains it. Raises as ``train.adapt.adapt``."""
+    return policy_size(dense, DTYPES[config.model.dtype], lambda policy: adapt(config, policy, stage))
+
+
 def discriminator_tokens(prompts: int, n: int, prompt: int, response: int, *, spans: int, layout: Layout) -> int:
     """Tokens of one discriminator forward over a step: for each prompt, the scored ``spans`` (caption and reasoning, or
     the whole response) of ``n`` students and of the teacher, the prompt once for all or before each of them.
@@ -248,7 +254,7 @@ def make_plan(
         device=planner.device,
         prompt_tokens=prompt,
         image_tokens=images,
-        policy=planner.policy,
+        policy=planner.plain,
         discriminator=planner.discriminator if {"warmup", "align"} & set(config.stages) else None,
         stages=stages,
         assumptions=tuple(filter(None, (assumed, vocabulary, *ASSUMPTIONS))),
@@ -309,10 +315,11 @@ class _Planner:
         self.dense = policy_config(config)
         self.sparse = discriminator_config(config, self.dense)
         self.spans = len(SPANS[config.align.discriminate])
-        self.policy = policy_size(self.dense, self.dtype)
+        self.plain = self.policy = policy_size(self.dense, self.dtype)
         self.discriminator = discriminator_size(self.sparse, self.dtype)
 
     def stage(self, name: str) -> StagePlan:
+        self.policy = self.plain if name == "warmup" else trained_size(self.config, self.dense, name)
         made: Callable[[], StagePlan] = getattr(self, f"_{name}")
         return made()
 
@@ -408,11 +415,15 @@ class _Planner:
         images, rows = self._micro_batch(prompts, n, response, budget, layout)
         computed = rows * response + self.prompt * (images if layout == "shared_prefix" else rows)
         # The output head forms its gradients in the forward: of its inputs, and of its matrix in float32.
-        formed = rows * response * text.hidden_size * self.dtype.itemsize + 4 * text.vocab_size * text.hidden_size
+        formed = rows * response * text.hidden_size * self.dtype.itemsize
+        formed += 4 * text.vocab_size * text.hidden_size if self.policy.head_learns else 0
+        activations = language_activation_bytes(text, computed, self.dtype, **self.keeps)
+        adapters = computed * self.policy.adapter_rows * self.dtype.itemsize
+        adapters //= text.num_hidden_layers if self.config.model.gradient_checkpointing else 1  # those of one layer
         return (
             Component("policy gradients", self.policy.gradient_bytes),
-            Component("policy activations", language_activation_bytes(text, computed, self.dtype, **self.keeps)),
-            self._vision(images),
+            Component("policy activations", activations + adapters),
+            self._vision(images if self.policy.vision_learns else 0),
             Component("gradients formed in the output head", formed),
             Component("scores of the vocabulary, one wave", self._wave_bytes(rows * response)),
         )

@@ -18,10 +18,18 @@ from prism_fast.data.samples import Samples, Task
 from prism_fast.models.checkpoints import open_weights, read_model_type, weight_files
 from prism_fast.models.processor import Processor
 from prism_fast.models.score_head import read_head
-from prism_fast.models.sizes import discriminator_size, policy_size
+from prism_fast.models.sizes import ModelSize, discriminator_size
 from prism_fast.models.tokenizer import check_vocab_size
 from prism_fast.models.writing import DiskFullError, shown_bytes
-from prism_fast.plan import adamw_bytes, check_positions, discriminator_config, make_plan, policy_config, summary
+from prism_fast.plan import (
+    adamw_bytes,
+    check_positions,
+    discriminator_config,
+    make_plan,
+    policy_config,
+    summary,
+    trained_size,
+)
 from prism_fast.rewards import SourceRewards
 from prism_fast.train.context import (
     DTYPES,
@@ -142,24 +150,22 @@ def disk_needs(config: Config) -> dict[str, int]:
     exports. Metrics, rollouts and the built-in data are small beside them."""
     dtype = DTYPES[config.model.dtype]
     dense = policy_config(config)
-    policy = policy_size(dense, dtype)
     discriminator = discriminator_size(discriminator_config(config, dense), dtype)
-    trained = {
-        "sft": [policy],
-        "sft_continued": [policy],
-        "rlvr_direct": [policy],
-        "warmup": [discriminator],
-        "align": [policy, discriminator],
-        "rlvr": [policy],
-    }
-    models = [trained[stage] for stage in config.stages]
-    # A checkpoint holds the masters, which take as many bytes as the gradients.
-    largest = max((sum(size.gradient_bytes + adamw_bytes(size) for size in sizes) for sizes in models), default=0)
+    models = []
+    for stage in config.stages:
+        policy = [] if stage == "warmup" else [trained_size(config, dense, stage)]
+        models.append([*policy, *([discriminator] if stage in ("warmup", "align") else [])])
+    # A checkpoint holds the masters, which take as many bytes as the gradients, and what is frozen.
+    largest = max((sum(_saved_bytes(size) for size in sizes) for sizes in models), default=0)
     kept = config.keep_checkpoints + 1
     return {
         f"{kept} checkpoints": kept * largest,
         "exports": sum(size.weight_bytes for sizes in models for size in sizes),
     }
+
+
+def _saved_bytes(size: ModelSize) -> int:
+    return size.gradient_bytes + size.frozen_bytes + adamw_bytes(size)
 
 
 def _check_order(config: Config) -> None:

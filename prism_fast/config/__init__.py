@@ -10,7 +10,7 @@ from __future__ import annotations
 from prism_fast.config.data import DataConfig, JudgeConfig, RewardConfig
 from prism_fast.config.errors import ConfigError
 from prism_fast.config.load import dump_config, load_config, shipped_recipes
-from prism_fast.config.models import ModelConfig, TinyConfig, UpcycleConfig
+from prism_fast.config.models import LoraConfig, ModelConfig, TinyConfig, UpcycleConfig
 from prism_fast.config.run import (
     CONTROLS,
     STAGES,
@@ -46,6 +46,7 @@ __all__ = [
     "DynamicSamplingConfig",
     "EvalConfig",
     "JudgeConfig",
+    "LoraConfig",
     "Loss",
     "ModelConfig",
     "OptimizerConfig",

@@ -26,8 +26,26 @@ class TinyConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Adapters (LoRA, by peft) in the policy of every stage that trains it; all other weights of it are frozen. A stage
+    begins with new adapters on the weights that it is given and exports them merged."""
+
+    rank: int = 0  # 0: no adapters
+    alpha: float = 32.0  # the adapters' product counts alpha / rank times
+    # Linear layers with adapters: globs over module names. The output matrix cannot be one of them.
+    targets: list[str] = field(default_factory=lambda: ["model.language_model.*_proj"])
+    save_adapter: bool = (
+        False  # also export/<stage>-adapter, for peft; its base is the policy that the stage began with
+    )
+
+
+@dataclass
 class ModelConfig:
     policy: str = "tiny"  # `tiny`, or the folder of any Qwen3-VL checkpoint
+    # Weights of the policy that no stage trains: globs over parameter names, e.g. model.visual.* for the image tower
+    # and its projector. They have no gradients and moments and are exported bit by bit. See sft.freeze.
+    freeze: list[str] = field(default_factory=list)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     discriminator: str = "upcycle"  # `upcycle` (from the policy), or the folder of a discriminator checkpoint
     dtype: Literal["float32", "bfloat16"] = "float32"
     # For policy and discriminator in training: a layer keeps only its input and computes the rest again for the
@@ -42,6 +60,13 @@ class ModelConfig:
     # error. Results differ in their bits. environment.json and the report name the kernels used.
     attention: Literal["auto", "torch", "flash_attn", "fa3", "fa4"] = "auto"
     tiny: TinyConfig = field(default_factory=TinyConfig)
+
+    def __post_init__(self) -> None:
+        lora = self.lora
+        require(not (lora.rank and self.freeze), "model.freeze", "left out with model.lora, which freezes", self.freeze)
+        require(lora.rank == 0 or bool(lora.targets), "model.lora.targets", "at least one pattern", lora.targets)
+        without = "left out without model.lora.rank"
+        require(lora.rank > 0 or not lora.save_adapter, "model.lora.save_adapter", without, lora.save_adapter)
 
 
 @dataclass

@@ -24,6 +24,7 @@ class SftConfig:
     patience: int = 2  # evaluations without improvement before the decay begins
     min_improvement: float = 0.01  # relative
     decay_share: float = 0.3  # updates of the decay, as a share of those before it
+    freeze: list[str] = field(default_factory=list)  # further model.freeze of sft and sft_continued
     continued_lr_scale: float = 0.1  # of sft.optimizer.lr, where the control that continues SFT begins; falls to 0
     tokens_per_micro_batch: int = 16384
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))

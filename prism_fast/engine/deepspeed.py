@@ -29,6 +29,7 @@ from prism_fast.engine.protocol import Update
 from prism_fast.engine.root import Root
 from prism_fast.engine.stored import Stored, part_name, write
 from prism_fast.engine.world import World
+from prism_fast.models.lora import plain_weights
 from prism_fast.models.writing import DiskFullError
 
 T = TypeVar("T")
@@ -288,6 +289,9 @@ class DeepSpeedEngine:
     # Weights.
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from plain_weights(self.module, self._named())
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
         for _, names in groupby(self._shapes, key=_layer):
             layer = [(name, self._parameters[name]) for name in names]
             with self._gathered([p for _, p in layer]):

@@ -17,6 +17,7 @@ from prism_fast.engine.optimizer import OptimizerConfig
 from prism_fast.engine.protocol import Update
 from prism_fast.engine.root import Root
 from prism_fast.engine.stored import FILE, Stored, write
+from prism_fast.models.lora import plain_weights
 
 T = TypeVar("T")
 
@@ -125,8 +126,7 @@ class LocalEngine:
         return [float(value) for value in values]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.module.named_parameters():
-            yield name, parameter.detach()
+        yield from plain_weights(self.module, ((name, p.detach()) for name, p in self.module.named_parameters()))
 
     def save(self, folder: Path) -> None:
         tensors = {"updates": torch.tensor(self.updates)}

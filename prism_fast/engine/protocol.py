@@ -97,7 +97,7 @@ class Engine(Protocol):
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Joint until exhausted. All parameters of ``module`` by name, whole and detached, in the dtype of the forward:
         for exports, rollout engines and upcycling. Parameters of one layer are neighbours. A tied parameter comes once,
-        by its first name.
+        by its first name. Adapters (``models.lora``) are merged into the weights that they belong to.
 
         A tensor may be the weight itself: do not write to it, and copy it if it must outlive the next one.
         """

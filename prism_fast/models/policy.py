@@ -12,6 +12,7 @@ from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalG
 from prism_fast.models.checkpoints import check_loading, read_model_type, without_load_report
 from prism_fast.models.family import family_of
 from prism_fast.models.logprob_head import LogProbHead
+from prism_fast.models.lora import has_lora, plain_weights
 from prism_fast.models.patch_embedding import use_linear_patch_embedding
 from prism_fast.models.tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from prism_fast.models.vision_attention import use_batched_vision_attention
@@ -157,6 +158,11 @@ def load_policy(
         ValueError: another architecture, or tensors that are missing, unexpected or of another shape (named).
     """
     folder = Path(path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds adapters, not a policy: merge them into the model that adapter_config.json names (peft: "
+            "PeftModel.from_pretrained(model, folder).merge_and_unload()) and give the folder of the result"
+        )
     family = family_of("policy", read_model_type(folder), folder)
     with without_load_report():
         model, info = family.policy.from_pretrained(
@@ -177,8 +183,12 @@ def load_policy(
 
 def save_policy(model: Qwen3VLForConditionalGeneration, processor: Processor, path: str | Path) -> None:
     """Write weights (safetensors), configuration, generation settings and processor files: the folder loads in stock
-    transformers and with :func:`load_policy` and ``Processor.from_pretrained``."""
+    transformers and with :func:`load_policy` and ``Processor.from_pretrained``. Adapters are merged."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    if has_lora(model):
+        weights = plain_weights(model, ((name, p.detach()) for name, p in model.named_parameters()))
+        model.save_pretrained(folder, state_dict={name: weight.cpu() for name, weight in weights})
+    else:
+        model.save_pretrained(folder)
     processor.save_pretrained(folder)

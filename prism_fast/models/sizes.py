@@ -7,6 +7,7 @@ checkpointing these are the inputs of all layers and everything of the layer who
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +21,17 @@ from transformers import (
 )
 
 from prism_fast.models.discriminator import Discriminator
+from prism_fast.models.lora import adapted_layers
 
 
 @dataclass(frozen=True)
 class ModelSize:
     """Counts of parameters (tied ones once) and of bytes. ``active``: parameters that one text token passes through,
-    without embedding table and vision tower; ``tensors``: number of parameter tensors; ``master_bytes``: float32 copies
-    of half-precision parameters; ``gradient_bytes``: accumulated gradients, in float32 or wider."""
+    without embedding table and vision tower. Of the parameters that learn, by default all: ``tensors``, their number;
+    ``master_bytes``: float32 copies of those of half precision; ``gradient_bytes``: accumulated gradients, in float32
+    or wider. ``frozen_bytes``: weights that do not learn; ``vision_learns``, ``head_learns``: whether a parameter of
+    the vision tower, or the output matrix, does; ``adapter_rows``: numbers per token that adapters keep for the
+    backward."""
 
     parameters: int
     vision: int
@@ -37,12 +42,19 @@ class ModelSize:
     weight_bytes: int
     master_bytes: int
     gradient_bytes: int
+    frozen_bytes: int
+    vision_learns: bool
+    head_learns: bool
+    adapter_rows: int
 
 
-def policy_size(config: Qwen3VLConfig, dtype: torch.dtype) -> ModelSize:
-    """Size of a policy with this configuration in ``dtype``."""
+def policy_size(
+    config: Qwen3VLConfig, dtype: torch.dtype, adapt: Callable[[nn.Module], None] = lambda policy: None
+) -> ModelSize:
+    """Size of a policy with this configuration in ``dtype``; ``adapt`` freezes some of it or adds adapters."""
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
+        adapt(model)
     return _size(model, top_share=1.0)
 
 
@@ -60,6 +72,8 @@ def _size(model: nn.Module, top_share: float) -> ModelSize:
     def count(*parts: str) -> int:
         return sum(p.numel() for name, p in named.items() if any(part in name for part in parts))
 
+    learning = {name: p for name, p in named.items() if p.requires_grad}
+    head = getattr(model, "lm_head", None)
     total = count("")
     vision, embedding, experts = count(".visual."), count(".embed_tokens."), count(".mlp.experts.")
     return ModelSize(
@@ -68,10 +82,14 @@ def _size(model: nn.Module, top_share: float) -> ModelSize:
         embedding=embedding,
         experts=experts,
         active=total - vision - embedding - experts + round(experts * top_share),
-        tensors=len(named),
-        weight_bytes=sum(p.numel() * p.element_size() for p in named.values()),
-        master_bytes=sum(4 * p.numel() for p in named.values() if p.element_size() < 4),
-        gradient_bytes=sum(max(4, p.element_size()) * p.numel() for p in named.values()),
+        tensors=len(learning),
+        weight_bytes=sum(p.nbytes for p in named.values()),
+        master_bytes=sum(4 * p.numel() for p in learning.values() if p.element_size() < 4),
+        gradient_bytes=sum(max(4, p.element_size()) * p.numel() for p in learning.values()),
+        frozen_bytes=sum(p.nbytes for p in named.values() if not p.requires_grad),
+        vision_learns=any(".visual." in name for name in learning),
+        head_learns=head is not None and head.weight.requires_grad,
+        adapter_rows=sum(layer.lora_A.default.out_features for layer in adapted_layers(model).values()),
     )
 
 

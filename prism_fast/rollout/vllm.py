@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from prism_fast.models.forward import collate, hidden_states, response_rows
+from prism_fast.models.lora import plain_weights
 from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor, Prompt
 from prism_fast.models.token_budget import TokenBudget
@@ -211,7 +212,7 @@ class VLLMRollout:
         if not prompts:
             return []
         if self._stale:
-            self.sync((name, p) for name, p in self._policy.named_parameters())
+            self.sync(plain_weights(self._policy, self._policy.named_parameters()))
         with undisturbed():  # on a CPU vLLM draws from the global generator too, and does not use it
             groups = list(self._groups(prompts, sampling, keys, poll))
         if self._unchecked:

@@ -22,6 +22,7 @@ from prism_fast.models.policy import TinyPolicy, build_tiny_policy, load_policy
 from prism_fast.models.processor import Processor
 from prism_fast.models.tokenizer import train_tokenizer
 from prism_fast.recipes.hints import how_to_get
+from prism_fast.train.adapt import adapt_and_tell, export_adapter
 from prism_fast.train.align import align
 from prism_fast.train.context import Run, open_run
 from prism_fast.train.evaluate import evaluate
@@ -118,6 +119,13 @@ def _policy(run: Run, artifacts: Artifacts, stage: str):
     return _load_policy(run, artifacts.policy)
 
 
+def _learning_policy(run: Run, artifacts: Artifacts, stage: str):
+    """The policy that ``stage`` trains."""
+    model, processor = _policy(run, artifacts, stage)
+    adapt_and_tell(run, model, stage)
+    return model, processor
+
+
 def _evaluate(run: Run, policy: nn.Module, processor: Processor, files: DataFiles, after: str) -> None:
     """Evaluate the trained policy as it is in memory; its weights are those of the export."""
     if (path := files.paths.get("eval")) is not None:
@@ -126,18 +134,22 @@ def _evaluate(run: Run, policy: nn.Module, processor: Processor, files: DataFile
 
 def _sft(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     model, processor = _new_policy(run, files) if artifacts.policy is None else _load_policy(run, artifacts.policy)
+    adapt_and_tell(run, model, "sft")
     reader = DataReader(run, "sft")
     demos, val = reader.demonstrations(files, processor)
     if val is None:
         val = reader.read("sft_val", files.need("sft_val", "sft"), processor)
-    artifacts.policy = train_sft(run, model, processor, demos, val)
+    began, artifacts.policy = artifacts.policy, train_sft(run, model, processor, demos, val)
+    if began is not None:  # a new policy has no adapters
+        export_adapter(run, model, "sft", began)
     _evaluate(run, model, processor, files, "sft")
 
 
 def _sft_continued(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
-    model, processor = _policy(run, artifacts, "sft_continued")
+    model, processor = _learning_policy(run, artifacts, "sft_continued")
     demos, _ = DataReader(run, "sft_continued").demonstrations(files, processor)
     continue_sft(run, model, processor, demos, control_updates(run.config))
+    export_adapter(run, model, "sft_continued", artifacts.policy)
     _evaluate(run, model, processor, files, "sft_continued")
 
 
@@ -186,14 +198,16 @@ def _load_discriminator(run: Run, folder: Path):
 
 
 def _align(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
-    policy, processor = _policy(run, artifacts, "align")
+    policy, processor = _learning_policy(run, artifacts, "align")
     if artifacts.discriminator is None:
         raise ConfigError(
             "stage align needs a warm discriminator: run warmup before it or give model.discriminator=PATH"
         )
     tasks = DataReader(run, "align").read("align", files.need("align", "align"), processor)
     discriminator = _load_discriminator(run, artifacts.discriminator)
+    began = artifacts.policy
     artifacts.policy, artifacts.discriminator = align(run, policy, discriminator, processor, tasks)
+    export_adapter(run, policy, "align", began)
     _evaluate(run, policy, processor, files, "align")
 
 
@@ -208,10 +222,11 @@ def _rlvr_direct(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
 
 
 def _train_rlvr(run: Run, files: DataFiles, artifacts: Artifacts, stage: str, steps: int) -> Path:
-    policy, processor = _policy(run, artifacts, stage)
+    policy, processor = _learning_policy(run, artifacts, stage)
     tasks = DataReader(run, stage).read("rlvr", files.need("rlvr", stage), processor)
     steps = stage_length(steps, run.config.rlvr.epochs, len(tasks), run.config.rlvr.prompts)
     folder = rlvr(run, policy, processor, tasks, stage=stage, steps=steps)
+    export_adapter(run, policy, stage, artifacts.policy)
     _evaluate(run, policy, processor, files, stage)
     return folder
 

@@ -155,8 +155,8 @@ def _compute(plan: BatchPlan, read: Read) -> dict[str, Tensor]:
 
 @contextmanager
 def _watched(backbone: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """The watched parameters that are trained, by name. Within the block only they get gradients, from zero; everything
-    is restored afterwards."""
+    """The watched parameters that are trained, by name; all of them where others alone are (adapters). Within the block
+    only they get gradients, from zero; everything is restored afterwards."""
     language_model, visual = trunk(backbone), tower(backbone)
     named = {
         "the first layer's norm": language_model.layers[0].input_layernorm.weight,
@@ -165,8 +165,10 @@ def _watched(backbone: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     }
     if visual.deepstack_merger_list:
         named["the first DeepStack merger's norm"] = visual.deepstack_merger_list[0].norm.weight
-    named = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    if any(parameter.requires_grad for parameter in named.values()) or not trained:
+        named = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    learns = {name: parameter.requires_grad for name, parameter in named.items()}
     before = {name: parameter.grad for name, parameter in named.items()}
     try:
         for parameter in trained:
@@ -180,3 +182,4 @@ def _watched(backbone: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
             parameter.requires_grad_(True)
         for name, parameter in named.items():
             parameter.grad = before[name]
+            parameter.requires_grad_(learns[name])

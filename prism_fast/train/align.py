@@ -46,6 +46,7 @@ def align(
     config, spans = run.config.align, SPANS[run.config.align.discriminate]
     order = order_of(tasks, derive_seed(run.config.seed, "align", "order"))
     steps = stage_length(config.steps, config.epochs, len(tasks), config.prompts)
+    generator = run.rollout_engine(policy, processor)  # before the engines shard what it loads
     engines = {
         "policy": LocalEngine(policy, **planned(config.optimizer, steps)),
         "discriminator": LocalEngine(
@@ -54,7 +55,6 @@ def align(
     }
     budgets = {"policy": config.tokens_per_micro_batch, "discriminator": config.discriminator.tokens_per_micro_batch}
     state = StageState(run, "align", engines=engines, budgets=budgets, order=order, with_rollouts=True)
-    generator = run.rollout_engine(policy, processor)
     source = RolloutSource(run, "align", generator, processor, tasks, config.rollout)
     grader, turns = Grader(run.checker), Turns(generator, engines, state.timer, offload=run.config.rollout.offload)
     policy_trainer, discriminator_trainer = alignment_trainers(run.config, state, processor)

@@ -169,7 +169,7 @@ def check_engine(config: Config) -> None:
     try:
         engine_maker(config.rollout.engine, config.rollout.vllm)
         if config.rollout.engine == "vllm":
-            from prism_fast.rollout.vllm import check_temperature
+            from prism_fast.rollout.vllm_build import check_temperature
 
             for stage in ("warmup", "align.rollout", "rlvr.rollout", "eval"):
                 check_temperature(attrgetter(stage)(config).temperature, f"{stage}.temperature")

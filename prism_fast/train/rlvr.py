@@ -41,7 +41,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Samples[Task], *, stage:
     config, semantics = run.config.rlvr, SEMANTICS[run.config.semantics]
     use_layout(run.config.layout, policy)
     order = order_of(tasks, derive_seed(run.config.seed, "rlvr", "order"))
-    generator = run.rollout_engine(policy, processor)
+    generator = run.rollout_engine(policy, processor)  # before the engine shards what it loads
     source = RolloutSource(run, stage, generator, processor, tasks, config.rollout)
     sampler = GroupSampler(source, Grader(run.checker), order, config)
     engines = {"policy": LocalEngine(policy, **planned(config.optimizer, steps * config.updates_per_step))}

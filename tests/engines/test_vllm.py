@@ -75,10 +75,12 @@ class Recorded:
     """In place of ``vllm.LLM``: writes down what it is told."""
 
     def __init__(self):
-        self.told = []
+        self.told, self.sums = [], {"a weight": "1"}
         self.llm_engine = self.engine_core = self._finalizer = self
 
-    def collective_rpc(self, name, kwargs):
+    def collective_rpc(self, name, kwargs=None):
+        if name == "compute_weight_checksums":
+            return [dict(self.sums)]
         self.told.append((name, [weight for weight, _ in kwargs["weights_iterator"]]))
 
     def __getattr__(self, name):
@@ -203,6 +205,7 @@ def test_sleep_frees_all_and_the_cache_returns_after_the_weights(case):
     """On a GPU, played: this engine's own calls."""
     engine = case.make()
     engine._sleeps = True
+    engine._llm.told.clear()
     weights = [("model.language_model.embed_tokens.weight", torch.ones(1))]
     engine.sleep()
     engine.sleep()
@@ -220,3 +223,26 @@ def test_sleep_frees_all_and_the_cache_returns_after_the_weights(case):
         ("reset_encoder_cache",),
     ]
     engine.close()
+
+
+def test_weights_that_change_as_they_are_loaded_again_are_refused(case, monkeypatch):
+    class Twisting(Recorded):
+        def __init__(self):
+            super().__init__()
+            self.pushes = 0
+
+        def collective_rpc(self, name, kwargs=None):
+            self.pushes += name == "reload_weights"
+            self.sums["an expert"] = "twisted" if self.pushes == 2 else "as loaded"
+            return super().collective_rpc(name, kwargs)
+
+    monkeypatch.setattr(module, "build_llm", lambda *_: Twisting())
+    with pytest.raises(RuntimeError, match=r"push 2 .* 1 of 2 tensors .*an expert"):
+        VLLMRollout(case.policy, case.processor, TokenBudget(1 << 16, notify=lambda text: None))
+
+
+def test_a_push_that_vllm_does_not_take_to_its_end_is_refused(case, monkeypatch):
+    engine = case.make()
+    monkeypatch.setattr(engine._llm, "collective_rpc", lambda name, kwargs: next(kwargs["weights_iterator"]))
+    with pytest.raises(RuntimeError, match=r"did not take model\.b "):
+        engine.sync(iter([("model.a", torch.ones(1)), ("model.b", torch.ones(1))]))

@@ -11,7 +11,7 @@ import pytest
 
 from prism_fast.config import ConfigError, load_config
 from prism_fast.rollout.engines import engine_maker
-from prism_fast.rollout.vllm import OURS, check_vllm
+from prism_fast.rollout.vllm_build import OURS, check_memory, check_vllm
 from prism_fast.train.context import check_engine
 
 
@@ -85,3 +85,10 @@ def test_nothing_of_vllm_is_imported_unless_asked_for():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "", done
+
+
+def test_too_little_memory_is_refused_with_what_needs_it():
+    check_memory(16 << 30, 40 << 30, 56 << 30, tokens=262144)
+    wanted = r"56\.0 GiB \(16\.0 GiB of weights, 40\.0 GiB .*tokens_in_flight=262144.* 55\.0 GiB are free: lower"
+    with pytest.raises(ValueError, match=wanted):
+        check_memory(16 << 30, 40 << 30, 55 << 30, tokens=262144)

@@ -27,7 +27,7 @@ ENGINES_PYTHON ?=
 # An interpreter that imports verl and torch; tests/integrations/README.md says how to make one.
 VERL_PYTHON ?=
 
-.PHONY: install test test-long test-gpu test-engines verl-parity demo lint build clean
+.PHONY: install test test-long test-gpu test-engines verl-parity demo docs lint build clean
 
 install: $(STAMP)
 
@@ -37,7 +37,7 @@ $(STAMP): $(SOURCES)
 	$(PY) -m pip install --quiet "setuptools>=77" wheel "pybind11>=2.13" -c constraints.txt
 	$(PY) -m pip install --quiet "$(TORCH)" -c constraints.txt
 	$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install --quiet "$(TRITON)" -c constraints.txt
-	$(PY) -m pip install --quiet --no-build-isolation -e ".[train,test]" -c constraints.txt
+	$(PY) -m pip install --quiet --no-build-isolation -e ".[train,test,docs]" -c constraints.txt
 	touch $@
 
 test: $(STAMP)
@@ -69,6 +69,11 @@ verl-parity:
 
 demo: $(STAMP)
 	$(VENV)/bin/prism-fast run digits
+
+# The pages of docs/ as a site in build/docs, every link checked.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	$(PY) -m pytest -q tests/docs
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -44,6 +44,8 @@ def importance_weights(
     Raises:
         ValueError: wrong shape, dtype, device, mode or bounds.
 
+    Cost: some passes of PyTorch over N numbers; there is no kernel of its own.
+
     Sources: truncated importance sampling as in verl's rollout correction; token masking of IcePop; sequence masking
     as in TRL ``vllm_importance_sampling_mode``.
     """

@@ -58,6 +58,8 @@ def linear_cross_entropy(
         ValueError: wrong shape, dtype, device or option.
         NotImplementedError: ``label_smoothing`` with ``softcap``; otherwise as ``linear_logprob``.
 
+    Cost: 6 N V H FLOP with gradients.
+
     Sources: label smoothing of Szegedy et al. (arXiv 1512.00567, section 7); z-loss of PaLM (arXiv 2204.02311, section
     5), coefficient 1e-4 there.
     """

@@ -61,6 +61,9 @@ def linear_logprob(
         NotImplementedError: float64 or an unknown card with "triton".
         RuntimeError: "triton" without CUDA tensors or without Triton.
 
+    Cost: matrix passes of 2 N V H FLOP, 3 with kept scores and 4 without. Memory beside operands and gradients: the
+    kept scores [N, V], or one wave of rows.
+
     Source: temperature-scaled log-softmax and its entropy (verl ``logprobs_from_logits_v2``, ``entropy_from_logits``);
     soft cap of Gemma 2 (arXiv 2408.00118, section 2).
     """

@@ -59,6 +59,9 @@ def pairwise_loss(
         ValueError: wrong shape, dtype, device or option; ``length_penalty`` without ``lengths``.
         RuntimeError: the backend is missing on this machine.
 
+    Cost: "native" on CUDA is one launch of one block, for some hundred responses. The spread term compares every
+    student with the others of its group.
+
     Sources: PRISM (arXiv 2604.28123) eq. 2-3 and ``update_critic`` of its code; GAD (arXiv 2511.10643); spread term:
     CGC of GRGC (arXiv 2609.39757), weight 0.01 there.
     """

@@ -109,6 +109,8 @@ def policy_loss(
         NotImplementedError: a published loss or KL form that is not offered; the message names a substitute.
         RuntimeError: the backend is missing on this machine.
 
+    Cost: forward of "native" (on CUDA one cooperative launch) writes the gradient too; backward at most multiplies it.
+
     Sources: GRPO arXiv 2402.03300 eq. 3; DAPO 2503.14476 eq. 8; GSPO 2507.18071 eq. 5 and 14; Dr. GRPO 2503.20783;
     CISPO 2506.13585 eq. 4 (bounds of ScaleRL, 2510.13786); SAPO 2511.20347; bnpo as in TRL; KL with importance
     correction as in TRL 1.16 ``GRPOTrainer._compute_loss`` (DeepSeek-V3.2, 2512.02556); clamps, dual clip and the form

@@ -36,6 +36,9 @@ def route_experts(
         NotImplementedError: more experts or choices than the backend holds.
         RuntimeError: the backend is missing on this machine.
 
+    Cost: "native" on CUDA is one launch forward and one backward; forward reads the logits once and writes 28 bytes per
+    choice.
+
     Sources: router of Qwen3-MoE in transformers; load-balancing loss arXiv 2101.03961 eq. 4; z-loss arXiv 2202.08906.
     """
     op = "route_experts"
@@ -69,6 +72,8 @@ def plan_experts(
         ValueError: wrong shape, dtype, device or option.
         NotImplementedError: more experts or choices than the backend holds.
         RuntimeError: the backend is missing on this machine.
+
+    Cost: "native" on CUDA is one launch.
 
     Source: the hand-over point of transformers' experts registry.
     """

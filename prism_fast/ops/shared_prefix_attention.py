@@ -47,6 +47,9 @@ def shared_prefix_attention(
             torch.func transforms in either.
         RuntimeError: a backend that this machine or device lacks.
 
+    Cost: 2 Hq (D + Dv) FLOP forward for each pair of a token and one that it sees: a segment of n tokens behind a
+    prefix of p has n (n + 1) / 2 + n p of them.
+
     Source: equal to attention over every branch with its prefix repeated in front (arXiv 2506.05433, Prefix Grouper).
     """
     checks.tensor(OP, "q", q, shape=(None, None, None))

@@ -16,7 +16,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
-from prism_fast.config import Config, ConfigError, SamplingConfig, WarmupConfig, sampling_of
+from prism_fast.config import Config, ConfigError, LossTermsConfig, SamplingConfig, WarmupConfig, sampling_of
 from prism_fast.data.framing import SPANS
 from prism_fast.models.family import Family, Role, family_of
 from prism_fast.models.policy import TinyPolicy, tiny_config
@@ -352,6 +352,7 @@ class _Planner:
         align = self.config.align
         n, response, rows = align.rollout.n, align.rollout.max_new_tokens, align.prompts * align.rollout.n
         held = (*self._held("policy", self.policy), *self._held("discriminator", self.discriminator))
+        held += self._reference(align.loss_terms)
         update = self._discriminator_update(align.prompts, n, response, align.discriminator.tokens_per_micro_batch)
         policy = self._policy_update(align.prompts, n, response, align.tokens_per_micro_batch)
         phases = (
@@ -369,7 +370,7 @@ class _Planner:
         response, n = rlvr.rollout.max_new_tokens, rlvr.rollout.n
         dynamic = rlvr.dynamic_sampling
         round_of = int(dynamic.max_oversampling * rlvr.prompts) if dynamic.enabled else rlvr.prompts
-        held = self._held("policy", self.policy)
+        held = self._held("policy", self.policy) + self._reference(rlvr.loss_terms)
         policy = self._policy_update(rlvr.prompts, n, response, rlvr.tokens_per_micro_batch)
         phases = (
             Phase("rollout", (*held, *self._generation(round_of * n, response))),
@@ -390,6 +391,11 @@ class _Planner:
             *masters,
             Component(f"{name} optimizer", adamw_bytes(size)),
         )
+
+    def _reference(self, terms: LossTermsConfig) -> tuple[Component, ...]:
+        """The copy that a KL term needs; with adapters the policy is its own reference."""
+        copied = terms.kl_coef and not self.config.model.lora.rank
+        return (Component("reference weights", self.plain.weight_bytes),) if copied else ()
 
     def _eval(self) -> tuple[Phase, ...]:
         """Evaluation of the policy that the stage trained, which is still in memory."""

@@ -37,6 +37,7 @@ from prism_fast.train.context import (
     attention_in_force,
     check_engine,
     check_views,
+    losses_in_force,
     resolve_device,
     trunk_in_force,
 )
@@ -78,6 +79,7 @@ def preflight(config: Config, *, resume: bool = False) -> list[str]:
     device = resolve_device(config.device)
     lines = [f"device: {device}", f"norms, rotary and SwiGLU: {trunk_in_force(config, device)}"]
     lines.append(f"attention: {attention_in_force(config, device)}")
+    lines += [f"{key}: {terms}" for key, terms in losses_in_force(config).items()]
     check_engine(config)
     if config.out is not None and not resume:
         folder = Path(config.out)

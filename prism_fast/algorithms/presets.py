@@ -22,29 +22,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def policy_options(preset: str, *, max_response: int) -> PolicyLossOptions:
+def policy_options(preset: str, *, max_response: int, **changes: Any) -> PolicyLossOptions:
     """The options of a preset. Dr. GRPO divides by a constant length: ``max_response``, the longest response, tokens.
+    ``changes``: options in place of the preset's, where they are not None.
 
     Raises:
-        ValueError: there is no preset of that name.
+        ValueError: there is no preset of that name, or it has no such option.
     """
     if preset not in PRESETS:
         raise ValueError(f"no loss preset {preset!r}; there are {', '.join(PRESETS)}")
     norm_length = float(max_response) if preset == "dr_grpo" else None
-    return PolicyLossOptions(**PRESETS[preset], norm_length=norm_length)
+    changed = {name: value for name, value in changes.items() if value is not None}
+    return PolicyLossOptions(**{**PRESETS[preset], "norm_length": norm_length, **changed})
 
 
-def shown_terms(preset: str, *, max_response: int) -> str:
+def shown_terms(preset: str, *, max_response: int, **changes: Any) -> str:
     """The terms of a preset as they act, defaults of its loss filled in, for people. Arguments and errors as
     `policy_options`."""
-    options = policy_options(preset, max_response=max_response)
+    options = policy_options(preset, max_response=max_response, **changes)
     terms = {
         "clip": None if options.loss == "sapo" else "{:g}/{:g}".format(*options.clips),
         "temperatures": "{:g}/{:g}".format(*options.sapo_temperature) if options.loss == "sapo" else None,
         "dual clip": options.bound,
         "aggregation": options.aggregates,
         "length": options.norm_length,
-        "KL": options.kl_coef or None,
+        "KL": f"{options.kl_coef:g} {options.kl}" if options.kl_coef else None,
         "entropy": options.entropy_coef or None,
     }
     shown = ", ".join(f"{name} {value}" for name, value in terms.items() if value is not None)

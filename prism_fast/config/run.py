@@ -106,6 +106,11 @@ class Config:
                 raise ConfigError(
                     f"stages: {control} is the control of align and rlvr: one of them must be there and have steps"
                 )
+        for stage, terms in {"align": self.align.loss_terms, "rlvr": self.rlvr.loss_terms}.items():
+            if self.semantics != "prism_fast":
+                changed = {name: value for name, value in vars(terms).items() if value != getattr(type(terms), name)}
+                allowed = f"left out with semantics={self.semantics}, which has no such term"
+                require(not changed, f"{stage}.loss_terms", allowed, changed)
         if self.semantics == "released":  # the published code stops with a KeyError in this mode
             allowed = "'spans' with semantics=released, which has no whole-response mode"
             require(self.align.discriminate == "spans", "align.discriminate", allowed, self.align.discriminate)

@@ -108,6 +108,27 @@ class DiscriminatorUpdateConfig:
 
 
 @dataclass
+class LossTermsConfig:
+    """What is added to a preset of the policy loss, or changed in it. Each response is then computed, also one without
+    an advantage. Not with ``semantics`` of published code or equations, which have none of it."""
+
+    # Weight of the KL term, per token and in nats, against the policy that the stage began with: its copy, or the
+    # policy without its adapters (model.lora). Costs one more forward; policy/kl shows it.
+    kl_coef: float = 0.0
+    # Estimator of the KL term from log p - log p_ref = d. k1: d; k2: d^2 / 2; k3: exp(-d) - 1 + d; abs: |d|.
+    kl: Literal["k1", "k2", "k3", "abs"] = "k3"
+    entropy_coef: float = 0.0  # weight of the mean entropy, which the loss then raises; policy/entropy_bonus shows it
+    # Below and above 1, how far a ratio of off-policy rows may go (cispo: bounds of its weight); null: the preset's.
+    clip: tuple[float, float] | None = None
+    dual_clip: float | None = None  # largest ratio of rows with a negative advantage; null: the preset's
+
+    def options(self) -> dict[str, Any]:
+        """As options of the policy loss; None leaves the preset's."""
+        clip = None if self.clip is None else tuple(self.clip)
+        return {**vars(self), "clip": clip}
+
+
+@dataclass
 class AlignConfig:
     steps: int = 500
     epochs: float | None = None  # passes over data.align in place of steps, rounded up to whole steps
@@ -123,12 +144,16 @@ class AlignConfig:
     answer_credit: Literal["mean", "verifier"] = "mean"  # of both advantages, or the advantage of the checked answer
     format_penalty: float | None = None  # subtracted from an invalid response's advantage; null: 1.5, under `paper` 0
     loss: Loss = "prism"  # a preset of the policy loss
+    loss_terms: LossTermsConfig = field(default_factory=LossTermsConfig)
     rollout: SamplingConfig = field(default_factory=SamplingConfig)
     tokens_per_micro_batch: int = 16384
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     discriminator: DiscriminatorUpdateConfig = field(default_factory=DiscriminatorUpdateConfig)
 
     def __post_init__(self) -> None:
+        for name in ("clip", "dual_clip"):
+            value, allowed = getattr(self.loss_terms, name), "left out: every step of alignment is on-policy, ratio 1"
+            require(value is None, f"align.loss_terms.{name}", allowed, value)
         require(any(self.weights), "align.weights", "0 or more, one of them above 0", self.weights)
         if self.credit == "span":
             setting = "with align.credit=span, which divides the default advantage"
@@ -164,6 +189,7 @@ class RlvrConfig:
     epochs: float | None = None  # passes over data.rlvr in place of steps, rounded up to whole steps
     prompts: int = 32
     loss: Loss = "grpo"  # a preset of the policy loss
+    loss_terms: LossTermsConfig = field(default_factory=LossTermsConfig)
     # Optimizer updates of a step, each on its share of the groups. After the first one the rollouts are off-policy, and
     # the loss's clip range begins to act; the published recipes all have 1.
     updates_per_step: int = 1
@@ -176,6 +202,11 @@ class RlvrConfig:
 
     def __post_init__(self) -> None:
         updates, buffer, longest = self.updates_per_step, self.overlong_buffer, self.rollout.max_new_tokens
+        for name in ("clip", "dual_clip"):
+            value = getattr(self.loss_terms, name)
+            allowed = "left out where every ratio is 1; set rlvr.updates_per_step above 1"
+            off_policy = updates > 1 or self.dynamic_sampling.enabled
+            require(value is None or off_policy, f"rlvr.loss_terms.{name}", allowed, value)
         require(1 <= updates <= self.prompts, "rlvr.updates_per_step", "between 1 and rlvr.prompts", updates)
         allowed = f"between 0 and rlvr.rollout.max_new_tokens={longest}"
         require(buffer == 0 or 0 < buffer <= longest, "rlvr.overlong_buffer", allowed, buffer)

@@ -83,13 +83,13 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """Within the block the model computes what it computed before its adapters learned."""
     layers = adapted_layers(model).values()
-    for layer in layers:
-        layer.enable_adapters(False)
+    for layer in layers:  # peft's enable_adapters would also switch requires_grad, on which the hooks of engines rest
+        layer._disable_adapters = True
     try:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
+            layer._disable_adapters = False
 
 
 def plain_weights(model: nn.Module, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

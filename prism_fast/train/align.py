@@ -31,6 +31,7 @@ from prism_fast.train.grading import Grader
 from prism_fast.train.layouts import use_layout
 from prism_fast.train.length import stage_length
 from prism_fast.train.policy_trainer import PolicyBatch, PolicyTrainer, response_metrics
+from prism_fast.train.reference import Reference
 from prism_fast.train.rollout_dump import dumped
 from prism_fast.train.rollouts import RolloutSource, StepRollouts
 from prism_fast.train.scored_group import ScoredGroup
@@ -45,6 +46,8 @@ def align(
     """Run the stage; returns the folders of the exported policy and discriminator."""
     config, spans = run.config.align, SPANS[run.config.align.discriminate]
     order = order_of(tasks, derive_seed(run.config.seed, "align", "order"))
+    use_layout(run.config.layout, policy)
+    reference = Reference(policy) if config.loss_terms.kl_coef else None
     steps = stage_length(config.steps, config.epochs, len(tasks), config.prompts)
     generator = run.rollout_engine(policy, processor)  # before the engines shard what it loads
     engines = {
@@ -57,7 +60,7 @@ def align(
     state = StageState(run, "align", engines=engines, budgets=budgets, order=order, with_rollouts=True)
     source = RolloutSource(run, "align", generator, processor, tasks, config.rollout)
     grader, turns = Grader(run.checker), Turns(generator, engines, state.timer, offload=run.config.rollout.offload)
-    policy_trainer, discriminator_trainer = alignment_trainers(run.config, state, processor)
+    policy_trainer, discriminator_trainer = alignment_trainers(run.config, state, processor, reference)
     shown = {"acc": "reward/acc", "format": "reward/format", "d_acc": f"disc/acc_{spans[-1]}"}
     shown |= {f"margin_{span}": f"disc/margin_{span}" for span in spans}
     for step in state.steps(steps, shown=shown):
@@ -85,22 +88,22 @@ def align(
 
 
 def alignment_trainers(
-    config: Config, state: StageState, processor: Processor
+    config: Config, state: StageState, processor: Processor, reference: Reference | None
 ) -> tuple[PolicyTrainer, DiscriminatorTrainer]:
     """Both trainers of the stage."""
     align, semantics = config.align, SEMANTICS[config.semantics]
     policy, discriminator = state.engines["policy"], state.engines["discriminator"]
-    use_layout(config.layout, policy.module)
     use_layout(config.layout, discriminator.module.backbone)
     return (
         PolicyTrainer(
             policy,
             Batching(config.layout, state.budgets["policy"], processor.pad_id),
-            policy_options(align.loss, max_response=align.rollout.max_new_tokens),
+            policy_options(align.loss, max_response=align.rollout.max_new_tokens, **align.loss_terms.options()),
             temperature=align.rollout.temperature,
             banned=processor.banned_ids,
             divide_by_micro_batch=semantics.divide_by_micro_batch,
             gap=state.rollout_gap(),
+            reference=reference,
         ),
         DiscriminatorTrainer(
             discriminator,

@@ -155,11 +155,13 @@ def losses_in_force(config: Config) -> dict[str, str]:
     """The terms of the losses of the stages of ``config``, presets and defaults of ``semantics`` resolved, by key."""
     facts = {}
     if "align" in config.stages:
-        facts["align.loss"] = shown_terms(config.align.loss, max_response=config.align.rollout.max_new_tokens)
+        longest, changes = config.align.rollout.max_new_tokens, config.align.loss_terms.options()
+        facts["align.loss"] = shown_terms(config.align.loss, max_response=longest, **changes)
         terms = asdict(discriminator_loss_of(config))
         facts["align.discriminator"] = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in terms.items())
     if {"rlvr", "rlvr_direct"} & set(config.stages):
-        shown = shown_terms(config.rlvr.loss, max_response=config.rlvr.rollout.max_new_tokens)
+        longest, changes = config.rlvr.rollout.max_new_tokens, config.rlvr.loss_terms.options()
+        shown = shown_terms(config.rlvr.loss, max_response=longest, **changes)
         facts["rlvr.loss"] = f"{shown}, rewards normalised {reward_normalization(config.rlvr.loss)}"
     return facts
 

@@ -22,6 +22,7 @@ from prism_fast.track.metrics import Metrics
 from prism_fast.train.batching import Batching, missing_passes, update_weights
 from prism_fast.train.layouts import BatchPlan, Forward, MicroBatch
 from prism_fast.train.passes import counted_passes
+from prism_fast.train.reference import Reference
 from prism_fast.train.rollout_gap import RolloutGap
 from prism_fast.train.rollouts import StepRollouts
 from prism_fast.train.self_check import self_check
@@ -93,11 +94,12 @@ def response_states(plan: BatchPlan, batch: MicroBatch) -> tuple[Tensor, list[in
 
 
 class PolicyTrainer:
-    """`accumulate` adds the gradient of rollouts, `step` updates the weights. No old-log-prob and no reference pass.
+    """`accumulate` adds the gradient of rollouts, `step` updates the weights. No old-log-prob pass.
 
     The ratio of an on-policy response is 1 by construction. That of an off-policy one is taken to the log-probs it was
     sampled with, inside the loss's clip range: without it the gradient would be biased to the older policy's samples. A
-    response without advantage has a gradient of exactly 0 and is not computed; it counts in the denominator.
+    response without advantage has a gradient of exactly 0 and is not computed; it counts in the denominator. With a KL
+    or entropy term every response has a gradient.
 
     Args:
         engine: of a policy whose ``lm_head`` is a ``LogProbHead``.
@@ -107,6 +109,7 @@ class PolicyTrainer:
             counts and weigh it by its share of the responses. The loss then depends on the cut.
         gap: corrects on-policy responses for the gap to the rollout engine, and watches it. The ratio of an off-policy
             one contains that gap already.
+        reference: for the KL term; needed where ``loss.kl_coef`` is not 0, and only there.
     """
 
     def __init__(
@@ -119,14 +122,20 @@ class PolicyTrainer:
         banned: Sequence[int] = (),
         divide_by_micro_batch: bool = False,
         gap: RolloutGap | None = None,
+        reference: Reference | None = None,
     ) -> None:
+        if (reference is not None) != (loss.kl_coef != 0):
+            raise ValueError(f"a reference policy goes with a KL term, got kl_coef={loss.kl_coef} and {reference}")
         self.engine, self.batching, self.loss = engine, batching, loss
         self.temperature, self.banned = temperature, bool(banned)
         self.divide_by_micro_batch, self.gap = divide_by_micro_batch, gap
-        self.policy = engine.module
+        self.policy, self.reference = engine.module, reference
         self._has_gradient = False
+        self._learns_all = loss.kl_coef != 0 or loss.entropy_coef != 0
         if banned:
             self.policy.lm_head.ban(banned)
+            if reference is not None:
+                reference.ban(banned)
 
     def accumulate(self, batch: PolicyBatch) -> Metrics:
         """Add the gradient of ``batch`` to the engine's.
@@ -141,7 +150,8 @@ class PolicyTrainer:
         backbone = self.policy.model
         lengths = torch.tensor([len(completion.token_ids) for completion in batch.completions])
         has_gradient = batch.has_gradient()
-        computed = [True] * len(has_gradient) if self.divide_by_micro_batch else has_gradient
+        whole = self.divide_by_micro_batch or self._learns_all
+        computed = [True] * len(has_gradient) if whole else has_gradient
         rows = sum(computed)
         if self.engine.lockstep and not rows:  # another rank may have passes, and needs this one's
             computed[int(lengths.argmin())] = True
@@ -157,10 +167,13 @@ class PolicyTrainer:
             with counted_passes(backbone) as passes:
                 plan = self.batching.plan(backbone, groups, tokens, lockstep=self.engine.lockstep)
                 missing = missing_passes(self.engine, plan)
-                for micro_batch in plan.micro_batches:
-                    self._learn(plan, micro_batch, step, members, metrics)
+                reference = None
+                if self.reference is not None:
+                    reference = self.reference.plan(self.batching, groups, tokens, lockstep=self.engine.lockstep)
+                for number in range(len(plan.micro_batches)):
+                    self._learn(plan, reference, number, step, members, metrics)
                 for _ in range(missing):
-                    self._learn(plan, plan.micro_batches[-1], step, members, Metrics(), weight=0.0)
+                    self._learn(plan, reference, -1, step, members, Metrics(), weight=0.0)
             return metrics | passes.metrics("policy")
 
         packing_error = self_check(self.engine, self.batching, backbone, groups, response_states)
@@ -206,15 +219,20 @@ class PolicyTrainer:
     def _learn(
         self,
         plan: BatchPlan,
-        micro_batch: MicroBatch,
+        reference: BatchPlan | None,
+        number: int,
         step: _Step,
         members: list[list[int]],
         metrics: Metrics,
         *,
         weight: float | None = None,
     ) -> None:
-        """Forward and backward of one micro-batch. ``members``: of each group, the indices of its responses;
-        ``weight``: of the loss."""
+        """Forward and backward of micro-batch ``number``. ``reference``: the same micro-batches of the reference
+        policy; ``members``: of each group, the indices of its responses; ``weight``: of the loss."""
+        micro_batch, ref_logp = plan.micro_batches[number], None
+        if reference is not None:
+            how = {"temperature": self.temperature, "banned": self.banned}
+            ref_logp = self.reference.logprobs(self.engine, reference, reference.micro_batches[number], **how)  # [N]
         batch, lengths, denominator = step.batch, step.lengths, step.denominator
         responses = [members[g][k] for g, k in micro_batch.branches]
         if self.divide_by_micro_batch:
@@ -226,10 +244,11 @@ class PolicyTrainer:
             computed = []
             for old in (False, True):
                 places = [k for k, is_old in enumerate(off_policy) if is_old == old]
+                shared = (forward, ref_logp, batch, responses)
                 if places:
-                    computed.append(self._loss(forward, batch, responses, places, lengths, denominator, old, metrics))
+                    computed.append(self._loss(*shared, places, lengths, denominator, old, metrics))
                 elif step.both_kinds:
-                    loss, _ = self._loss(forward, batch, responses, [0], lengths, denominator, old, Metrics())
+                    loss, _ = self._loss(*shared, [0], lengths, denominator, old, Metrics())
                     computed.append((loss * 0, loss.new_empty(0)))
             return computed
 
@@ -247,6 +266,7 @@ class PolicyTrainer:
     def _loss(
         self,
         forward: Forward,
+        ref_logp: Tensor | None,
         batch: PolicyBatch,
         responses: list[int],
         places: list[int],
@@ -257,7 +277,7 @@ class PolicyTrainer:
     ) -> tuple[Tensor, Tensor]:
         """The loss 0-d and the log-probs [N] of the responses at ``places`` of a micro-batch."""
         device = forward.hidden.device
-        hidden, target, cu_seqlens = rows_of(forward, lengths[responses].tolist(), places)
+        hidden, target, cu_seqlens, rows = rows_of(forward, lengths[responses].tolist(), places)
         chosen = [responses[k] for k in places]
         sampled = moved(torch.tensor([x for b in chosen for x in batch.completions[b].logprobs]), device)  # [N]
         advantage: dict[str, Tensor | None] = {"advantage": moved(batch.advantage[chosen], device)}
@@ -276,6 +296,7 @@ class PolicyTrainer:
             options=self.loss,
             old_logp=sampled if off_policy else None,
             is_weight=is_weight,
+            ref_logp=ref_logp if ref_logp is None or rows is None else ref_logp[rows],
             denominator=denominator,
             temperature=self.temperature,
             banned=self.banned,
@@ -287,6 +308,10 @@ class PolicyTrainer:
             metrics.mean("policy/clip_fraction", clipped * stats.tokens, stats.tokens)
             metrics.mean("policy/approx_kl", stats.approx_kl * stats.tokens, stats.tokens)
             metrics.max("policy/ratio_max", stats.ratio_max)
+        if self.loss.kl_coef:
+            metrics.mean("policy/kl", stats.kl * stats.tokens, stats.tokens)
+        if self.loss.entropy_coef:
+            metrics.mean("policy/entropy_bonus", self.loss.entropy_coef * stats.entropy * stats.tokens, stats.tokens)
         if not off_policy:
             gap = (logp - sampled).abs()
             metrics.mean("rollout/logprob_gap_mean", gap.sum(dtype=torch.float64), gap.numel())
@@ -312,17 +337,20 @@ def offsets(lengths: Sequence[int]) -> list[int]:
     return [0, *accumulate(lengths)]
 
 
-def rows_of(forward: Forward, lengths: Sequence[int], places: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def rows_of(
+    forward: Forward, lengths: Sequence[int], places: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The rows of a forward's continuations at ``places``: hidden states [N, H] that predict their tokens, the tokens
-    [N] and offsets [B+1] int32. ``lengths``: tokens of all its continuations."""
+    [N], offsets [B+1] int32, and which of all response tokens they are: [N] int64, None for all. ``lengths``: tokens of
+    all its continuations."""
     predict = forward.predict
     if len(places) == len(lengths):
-        return forward.hidden.index_select(0, predict.index), predict.target, predict.cu_seqlens
+        return forward.hidden.index_select(0, predict.index), predict.target, predict.cu_seqlens, None
     starts = offsets(lengths)
     rows = moved(torch.tensor([i for k in places for i in range(starts[k], starts[k + 1])]), predict.index.device)
     cu_seqlens = torch.tensor(offsets([lengths[k] for k in places]), dtype=torch.int32)
     hidden = forward.hidden.index_select(0, predict.index[rows])
-    return hidden, predict.target[rows], moved(cu_seqlens, predict.index.device)
+    return hidden, predict.target[rows], moved(cu_seqlens, predict.index.device), rows
 
 
 def response_metrics(completions: Sequence[Completion]) -> Metrics:

@@ -26,6 +26,7 @@ from prism_fast.train.grading import Grader
 from prism_fast.train.group_sampler import GroupSampler, length_penalty, training_reward
 from prism_fast.train.layouts import use_layout
 from prism_fast.train.policy_trainer import PolicyBatch, PolicyTrainer, response_metrics
+from prism_fast.train.reference import Reference
 from prism_fast.train.rollout_dump import dumped
 from prism_fast.train.rollouts import RolloutSource, StepRollouts
 from prism_fast.train.seeds import derive_seed
@@ -40,6 +41,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Samples[Task], *, stage:
     """
     config, semantics = run.config.rlvr, SEMANTICS[run.config.semantics]
     use_layout(run.config.layout, policy)
+    reference = Reference(policy) if config.loss_terms.kl_coef else None
     order = order_of(tasks, derive_seed(run.config.seed, "rlvr", "order"))
     generator = run.rollout_engine(policy, processor)  # before the engine shards what it loads
     source = RolloutSource(run, stage, generator, processor, tasks, config.rollout)
@@ -51,11 +53,12 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Samples[Task], *, stage:
     trainer = PolicyTrainer(
         engines["policy"],
         Batching(run.config.layout, state.budgets["policy"], processor.pad_id),
-        policy_options(config.loss, max_response=config.rollout.max_new_tokens),
+        policy_options(config.loss, max_response=config.rollout.max_new_tokens, **config.loss_terms.options()),
         temperature=config.rollout.temperature,
         banned=processor.banned_ids,
         divide_by_micro_batch=semantics.divide_by_micro_batch,
         gap=state.rollout_gap(),
+        reference=reference,
     )
     normalize = reward_normalization(config.loss)
     shown = {"acc": "reward/acc", "format": "reward/format"}

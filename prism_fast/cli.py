@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +22,7 @@ from prism_fast.commands import Overrides, Recipe, existing_run, register
 
 if TYPE_CHECKING:
     from prism_fast.config import Config
+    from prism_fast.engine.world import World
 
 HELP = """Train multimodal models with PRISM: SFT, adversarial alignment against an expert discriminator, RLVR.
 
@@ -76,7 +80,24 @@ def _train(recipe: str, overrides: list[str] | None, stages: list[str] | None, d
         _run(config, resume=False)
 
 
-def _run(config: Config, *, resume: bool) -> None:
+@contextmanager
+def _ranks(config: Config) -> Iterator[World]:
+    """The ranks of the launcher, which write and speak through the first of them."""
+    from prism_fast.engine.launch import joined
+    from prism_fast.train.context import run_folder
+
+    with joined(config.engine.kind, config.device, timedelta(seconds=config.engine.patience_s)) as world:
+        console.quiet = not world.first
+        config.out = world.of_first(str(run_folder(config)))  # a new one is named by the clock
+        yield world
+
+
+def _run(config: Config, *, resume: bool, convert: bool = False) -> None:
+    with _ranks(config) as world:
+        _stages(config, world, resume=resume, convert=convert)
+
+
+def _stages(config: Config, world: World, *, resume: bool, convert: bool) -> None:
     from prism_fast.config import ConfigError
     from prism_fast.preflight import WARNING, preflight
     from prism_fast.track.jsonl import RecordError
@@ -87,21 +108,22 @@ def _run(config: Config, *, resume: bool) -> None:
 
     folder = run_folder(config)
     ours = resume or not folder.exists() or not any(folder.iterdir())
-    for line in preflight(config, resume=resume):
+    for line in world.together(lambda: preflight(config, resume=resume)):
         if line.startswith(WARNING):
             console.print(line, style="bold yellow", markup=False, highlight=False, soft_wrap=True)
     try:
-        run_stages(config, console, resume=resume)
+        run_stages(config, console, resume=resume, convert=convert, world=world)
     except Stopped as stopped:
         _say(f"stopped at {stopped}, saved; go on with: prism-fast resume {folder}")
     except Exception as error:  # a failed run gets its report too, one that was refused has not begun
+        ours = ours and world.first
         if ours and folder.exists() and not isinstance(error, ConfigError | CheckpointError | RecordError):
             try:
                 _show_report(folder)
             except Exception as fault:  # must not hide the failure of the run
                 _say(f"no report: {fault}")
         raise
-    _show_report(folder)
+    world.on_first(lambda: _show_report(folder))
 
 
 def _show_report(folder: Path) -> None:
@@ -128,13 +150,22 @@ def run(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) ->
 @app.command()
 def resume(
     run_dir: Annotated[Path, typer.Argument(help="A run directory that was stopped, killed or failed.")],
+    convert_ranks: Annotated[
+        bool, typer.Option("--convert-ranks", help="Go on with another number of ranks, within rounding.")
+    ] = False,
 ) -> None:
     """Go on in a run directory exactly where its newest complete checkpoint is."""
     from prism_fast.config import load_config
+    from prism_fast.engine.launch import started_ranks
 
     config = load_config(str(existing_run(run_dir) / "config.yaml"))
     config.out = str(run_dir)  # the run may have been moved
-    (_run if config.stages else _evaluate)(config, resume=True)
+    if convert_ranks and started_ranks() > 1:
+        config.engine.kind = "deepspeed"
+    if config.stages:
+        _run(config, resume=True, convert=convert_ranks)
+    else:
+        _evaluate(config, resume=True)
 
 
 @app.command()
@@ -172,17 +203,17 @@ def evaluate(recipe: Recipe, overrides: Overrides = None) -> None:
 
 
 def _evaluate(config: Config, *, resume: bool) -> None:
-    from prism_fast.train.context import run_folder
     from prism_fast.train.pipeline import run_eval
     from prism_fast.train.signals import Stopped
 
-    folder = run_folder(config)
-    try:
-        accuracy = run_eval(config, console, resume=resume)
-    except Stopped as stopped:
-        _say(f"stopped at {stopped}, what is answered is kept; go on with: prism-fast resume {folder}")
-    else:
-        _say(f"accuracy {accuracy:.4f}; items in {folder / 'evals' / 'eval.jsonl'}")
+    with _ranks(config) as world:
+        folder = Path(config.out)
+        try:
+            accuracy = run_eval(config, console, resume=resume, world=world)
+        except Stopped as stopped:
+            _say(f"stopped at {stopped}, what is answered is kept; go on with: prism-fast resume {folder}")
+        else:
+            _say(f"accuracy {accuracy:.4f}; items in {folder / 'evals' / 'eval.jsonl'}")
 
 
 @app.command()

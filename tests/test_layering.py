@@ -23,12 +23,16 @@ FLOORS = [
     {"train"},
     {"report", "cli", "commands", "doctor", "plan", "preflight", "integrations", "bench"},
     {"entry"},
+    {"__main__"},
 ]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 # `config` describes runs: only those who run them may read it.
 CONFIG_READERS = {"train", "report", "cli", "commands", "plan", "preflight", "bench", "config"}
 # Settings that `config` nests and those who live by them define: files of dataclasses that import nothing of ours.
-SETTINGS = {"prism_fast.data.digit_sizes", "prism_fast.data.entries", "prism_fast.engine.optimizer"}
+SETTINGS = {
+    *("prism_fast.data.digit_sizes", "prism_fast.data.entries"),
+    *("prism_fast.engine.optimizer", "prism_fast.engine.settings"),
+}
 # Neighbours of one floor that may look at each other, in this direction only.
 SIDEWAYS = {
     ("cli", "report"),  # the command line shows what the report makes

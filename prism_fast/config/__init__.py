@@ -35,6 +35,7 @@ from prism_fast.config.stages import (
     WarmupConfig,
 )
 from prism_fast.engine.optimizer import OptimizerConfig
+from prism_fast.engine.settings import EngineConfig
 
 __all__ = [
     "CONTROLS",
@@ -45,6 +46,7 @@ __all__ = [
     "DataConfig",
     "DiscriminatorUpdateConfig",
     "DynamicSamplingConfig",
+    "EngineConfig",
     "EvalConfig",
     "JudgeConfig",
     "LoraConfig",

@@ -17,6 +17,7 @@ from prism_fast.config.stages import (
     SftConfig,
     WarmupConfig,
 )
+from prism_fast.engine.settings import EngineConfig
 from prism_fast.recipes.hints import nearest
 
 STAGES = ("sft", "sft_continued", "rlvr_direct", "warmup", "align", "rlvr")
@@ -63,6 +64,7 @@ class Config:
     replay: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sft: SftConfig = field(default_factory=SftConfig)

@@ -68,11 +68,12 @@ class DeepSpeedEngine:
         stage: int,
         schedule: Callable[[int], float] | None = None,
         options: Mapping[str, Any] | None = None,
+        world: World | None = None,
     ) -> None:
         """All ranks make their engines in the same order; weights are those of rank 0.
 
         ``module``: on its device, in float32, or in bfloat16 with or without weights in float32. ``options``: of
-        DeepSpeed's own configuration, except those that the engine sets.
+        DeepSpeed's own configuration, except those that the engine sets. ``world``: None: one is made.
 
         Raises:
             ImportError: DeepSpeed is missing or its version is not supported.
@@ -82,7 +83,11 @@ class DeepSpeedEngine:
         dtype = _dtype_of(module)
         settings = deepspeed_config(stage, dtype, options or {})
         deepspeed = import_deepspeed()
-        self.world = World()
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "there is no process group: start the run with torchrun (torch.distributed.init_process_group)"
+            )
+        self.world = World() if world is None else world
         self.module, self.config, self.schedule, self.stage = module, config, schedule, stage
         self.ranks, self.lockstep = self.world.size, stage == 3
         self.updates, self.where, self.packing_checked = 0, "an update", True
@@ -138,10 +143,10 @@ class DeepSpeedEngine:
 
     def verify(self) -> None:
         fault = self._seen.fault(self.where)
-        found = self.world.first(None if fault is None else str(fault))
+        found = self.world.fault(None if fault is None else str(fault))
         if found is not None:
             self.discard()
-            raise NonFiniteError(self._of_rank(*found))
+            raise NonFiniteError(self.world.named(*found))
 
     def discard(self) -> None:
         self._seen.clear()
@@ -283,9 +288,6 @@ class DeepSpeedEngine:
     def max(self, values: Sequence[float]) -> list[float]:
         return self.world.max(values)
 
-    def _of_rank(self, rank: int, text: str) -> str:
-        return text if self.ranks == 1 else f"rank {rank} of {self.ranks}: {text}"
-
     # Weights.
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -324,11 +326,11 @@ class DeepSpeedEngine:
             write(folder / part_name(self.world.rank, self.ranks), tensors)
         except Exception as error:  # told to the other ranks, which would wait otherwise
             fault = error
-        found = self.world.first(None if fault is None else str(fault))
+        found = self.world.fault(None if fault is None else str(fault))
         if fault is not None:
             raise fault
         if found is not None:
-            raise DiskFullError(self._of_rank(*found))
+            raise DiskFullError(self.world.named(*found))
 
     def load(self, folder: Path) -> None:
         stored = Stored(folder)

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from prism_fast.engine.settings import STAGES
+
 SUPPORTED = ((0, 19, 5), (0, 20))  # from, below
-STAGES = (1, 2, 3)
-#: Refused in ``deepspeed.*``: the precision that `model.dtype` says, the optimizer's settings, and what the
+#: Refused in ``engine.deepspeed.*``: the precision that `model.dtype` says, the optimizer's settings, and what the
 #: engine's sums over micro-batches and ranks rest on.
 OURS = frozenset(
     {
@@ -73,8 +74,8 @@ def deepspeed_config(stage: int, dtype: torch.dtype, options: Mapping[str, Any])
     for name in _names(options):
         if name in OURS or name.partition(".")[0] in OURS:
             raise ValueError(
-                f"deepspeed.{name} is set by the engine and cannot be set again: leave it out (precision: model.dtype; "
-                "learning rate, clipping and decay: the stage's optimizer; stage: engine.stage)"
+                f"engine.deepspeed.{name} is set by the engine and cannot be set again: leave it out (precision: "
+                "model.dtype; learning rate, clipping and decay: the stage's optimizer; stage: engine.stage)"
             )
     zero = dict(options.get("zero_optimization", {}))
     zero.setdefault("reduce_bucket_size", 50_000_000)  # elements; DeepSpeed's own default is ten times as much

@@ -8,7 +8,7 @@ experts as in hub files (``[E, H, 2I]`` and ``[E, I, H]``; transformers 5 has th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -162,12 +162,23 @@ def load_discriminator(
     return discriminator.to(device)
 
 
-def save_discriminator(model: Discriminator, processor: Processor | None, path: str | Path) -> None:
+def save_discriminator(
+    model: Discriminator,
+    processor: Processor | None,
+    path: str | Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write the released layout: sharded safetensors with base keys, hub-layout experts and ``v_head.1.weight``, a
     configuration that transformers 4.57 and 5 both read, ``value_head.pt``, and the processor's files if one is
-    given."""
-    named = ((f"model.{name}", tensor) for name, tensor in model.backbone.state_dict().items())
-    head = model.v_head[1].weight.detach()
+    given. ``weights``: by the names of the model's parameters, where they are not in the model."""
+    if weights is None:
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    named = (
+        (f"model.{name.removeprefix('backbone.')}", tensor)
+        for name, tensor in weights.items()
+        if name.startswith("backbone.")
+    )
+    head = weights["v_head.1.weight"]
     write_discriminator(named, head, model.backbone.config, model.backbone.dtype, processor, path)
 
 

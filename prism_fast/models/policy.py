@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from prism_fast.models.checkpoints import check_loading, read_model_type, without_load_report
@@ -181,14 +183,22 @@ def load_policy(
     return model.to(device)
 
 
-def save_policy(model: Qwen3VLForConditionalGeneration, processor: Processor, path: str | Path) -> None:
+def save_policy(
+    model: Qwen3VLForConditionalGeneration,
+    processor: Processor,
+    path: str | Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write weights (safetensors), configuration, generation settings and processor files: the folder loads in stock
-    transformers and with :func:`load_policy` and ``Processor.from_pretrained``. Adapters are merged."""
+    transformers and with :func:`load_policy` and ``Processor.from_pretrained``. Adapters are merged.
+
+    ``weights``: by the names of the model's parameters, adapters merged, where the model does not hold them whole."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    if has_lora(model):
-        weights = plain_weights(model, ((name, p.detach()) for name, p in model.named_parameters()))
-        model.save_pretrained(folder, state_dict={name: weight.cpu() for name, weight in weights})
-    else:
+    if weights is None and has_lora(model):
+        weights = dict(plain_weights(model, ((name, p.detach()) for name, p in model.named_parameters())))
+    if weights is None:
         model.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder, state_dict={name: weight.cpu() for name, weight in weights.items()})
     processor.save_pretrained(folder)

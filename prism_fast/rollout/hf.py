@@ -28,7 +28,8 @@ SCORES_AT_ONCE = 1 << 24  # logits that exist at once while tokens are drawn
 class HFRollout:
     """Samples from the trainer's own module (a ``Qwen3VLForConditionalGeneration``); see `protocol.Rollout`.
 
-    It has no weights of its own, so `sync` copies nothing and `sleep` frees nothing.
+    The trainer's own module needs no `sync`; a copy of it (where the trainer's weights are sharded) gets them there.
+    `sleep` frees nothing.
     """
 
     def __init__(self, policy: nn.Module, processor: Processor, budget: TokenBudget):
@@ -42,8 +43,13 @@ class HFRollout:
         self._processor = processor
         self._ends = end_ids(policy, processor)
 
+    @torch.no_grad()
     def sync(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Nothing to do, and ``weights`` is not read: generation reads the module that is trained."""
+        """Copy ``weights`` into a module that learns nothing itself; one that is trained has them already."""
+        own = dict(self._policy.named_parameters())
+        if not any(parameter.requires_grad for parameter in own.values()):
+            for name, weight in weights:
+                own[name].copy_(weight)
 
     def sleep(self) -> None: ...
 

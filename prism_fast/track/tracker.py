@@ -106,6 +106,22 @@ class Tracker:
                 )
 
 
+class Untracked:
+    """In place of a :class:`Tracker` on the ranks that write nothing."""
+
+    step = 0
+
+    def size(self) -> int:
+        return 0
+
+    def write(self, stage: str, step: int, values: Mapping[str, Value]) -> None: ...
+
+    def __enter__(self) -> Untracked:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
 def require_packages(*, wandb: bool, trackio: bool) -> None:
     """Refuse views whose package is not installed.
 

@@ -45,4 +45,5 @@ def export_adapter(run: Run, policy: nn.Module, stage: str, base: Path) -> None:
     """Where ``model.lora.save_adapter`` asks for it: ``export/<stage>-adapter``, relative to the policy at ``base``."""
     if run.config.model.lora.save_adapter:
         name = str(base.resolve())
-        run.export(f"{stage}-adapter", policy, lambda folder: save_adapter(policy, folder, base=name))
+        needs = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
+        run.write_export(f"{stage}-adapter", lambda folder: save_adapter(policy, folder, base=name), needs=needs)

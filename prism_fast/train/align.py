@@ -17,7 +17,6 @@ from prism_fast.config import Config
 from prism_fast.data.framing import SPANS, frame_student, frame_teacher, side_texts
 from prism_fast.data.order import order_of
 from prism_fast.data.samples import Samples, Task
-from prism_fast.engine.local import LocalEngine
 from prism_fast.engine.schedule import planned
 from prism_fast.models.discriminator import Discriminator, save_discriminator
 from prism_fast.models.policy import save_policy
@@ -51,8 +50,8 @@ def align(
     steps = stage_length(config.steps, config.epochs, len(tasks), config.prompts)
     generator = run.rollout_engine(policy, processor)  # before the engines shard what it loads
     engines = {
-        "policy": LocalEngine(policy, **planned(config.optimizer, steps)),
-        "discriminator": LocalEngine(
+        "policy": run.engine(policy, **planned(config.optimizer, steps)),
+        "discriminator": run.engine(
             discriminator, **planned(config.discriminator.optimizer, steps * config.discriminator.updates)
         ),
     }
@@ -82,8 +81,8 @@ def align(
             metrics |= rollouts.reward_metrics() | response_metrics(rollouts.completions)
         state.end_step(metrics, rollouts.time)
     return (
-        run.export("align", policy, partial(save_policy, policy, processor)),
-        run.export("discriminator", discriminator, partial(save_discriminator, discriminator, processor)),
+        run.export("align", engines["policy"], partial(save_policy, policy, processor)),
+        run.export("discriminator", engines["discriminator"], partial(save_discriminator, discriminator, processor)),
     )
 
 
@@ -126,9 +125,10 @@ def update_discriminator(
 ) -> tuple[GroupScores, Metrics]:
     """Make this step's updates of the discriminator; returns the scores before them.
 
-    Without a valid response there is no pair, so nothing is learned.
+    Without a valid response on any rank there is no pair, so nothing is learned.
     """
     pairs = any(framed for group in groups for framed in group.students)
+    pairs = not discriminator.engine.agree(not pairs)
     if not (pairs or SEMANTICS[config.semantics].learns_without_pairs):
         scores = discriminator.score(groups, prefix="disc/")
         return scores, scores.metrics.only("disc/tokens", "disc/expert", "passes/")

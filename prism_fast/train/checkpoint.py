@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from prism_fast.config import STAGES
+from prism_fast.engine.world import World
 from prism_fast.models.writing import clear_partial, remove_folder, whole_folder
 
 MANIFEST = "manifest.json"
@@ -39,25 +41,47 @@ class Saved(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
-def save_checkpoint(folder: Path, name: str, engines: Mapping[str, Saved], state: dict, *, keep: int) -> Path:
-    """Write ``folder/name`` and remove all but the newest ``keep`` checkpoints.
+def save_checkpoint(
+    folder: Path, name: str, engines: Mapping[str, Saved], state: dict, *, keep: int, world: World | None = None
+) -> Path:
+    """Joint over ``world`` (None: one rank). Write ``folder/name`` and remove all but the newest ``keep`` checkpoints.
+    Every rank writes its part of each engine, rank 0 the rest; ``state`` is that of rank 0.
 
     Raises:
         OSError: the disk is full (``DiskFullError``) or not writable; older checkpoints stay as they are.
     """
-    clear_partial(folder)  # left by an earlier process that was killed while it wrote
-    final = folder / name
-    with whole_folder(final, replace=True) as partial:  # replaces a damaged one that the resume skipped
+    world, final = World() if world is None else world, folder / name
+    with ExitStack() as stack:
+        partial = world.of_first(world.on_first(lambda: str(stack.enter_context(_begun(final, engines)))))
         for key, engine in engines.items():
+            engine.save(Path(partial) / key)
+        world.on_first(lambda: _finish(Path(partial), state))
+        world.on_first(stack.close)
+    world.on_first(lambda: _remove_old(folder, keep))
+    return final
+
+
+@contextmanager
+def _begun(final: Path, engines: Mapping[str, Saved]) -> Iterator[Path]:
+    """The folder that becomes ``final``, with a folder for each engine."""
+    clear_partial(final.parent)  # left by an earlier process that was killed while it wrote
+    with whole_folder(final, replace=True) as partial:  # replaces a damaged one that the resume skipped
+        for key in engines:
             (partial / key).mkdir()
-            engine.save(partial / key)
-        (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
-        written = sorted(file for file in partial.rglob("*") if file.is_file())
-        files = {file.relative_to(partial).as_posix(): _fingerprint(file) for file in written}
-        (partial / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+        yield partial
+
+
+def _finish(partial: Path, state: dict) -> None:
+    """Write the state, and the manifest of all that every rank has written."""
+    (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
+    written = sorted(file for file in partial.rglob("*") if file.is_file())
+    files = {file.relative_to(partial).as_posix(): _fingerprint(file) for file in written}
+    (partial / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+
+
+def _remove_old(folder: Path, keep: int) -> None:
     for old in sorted(_checkpoints(folder), key=_age)[:-keep]:
         remove_folder(old)
-    return final
 
 
 def latest_checkpoint(folder: Path, *, tell: Callable[[str], None]) -> Checkpoint | None:
@@ -91,6 +115,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {size}")
         if _fingerprint(file)["sha256"] != digest:
             raise CheckpointError(f"{file} was altered (its sha256 is not the one in {MANIFEST})")
+    return trusted_checkpoint(path)
+
+
+def trusted_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint whose files another rank has checked."""
     return Checkpoint(path, json.loads((path / STATE).read_text(encoding="utf-8")))
 
 

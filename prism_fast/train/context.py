@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import json
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from operator import attrgetter
@@ -17,13 +18,17 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 import prism_fast
 from prism_fast.algorithms.presets import reward_normalization, shown_terms
 from prism_fast.config import Config, ConfigError, dump_config
 from prism_fast.engine.finite import NonFiniteError
+from prism_fast.engine.launch import started_ranks
+from prism_fast.engine.optimizer import OptimizerConfig
+from prism_fast.engine.protocol import Engine
+from prism_fast.engine.world import World
 from prism_fast.models.fused_trunk import trunk_kernels
 from prism_fast.models.processor import Processor
 from prism_fast.models.token_budget import TokenBudget
@@ -33,10 +38,11 @@ from prism_fast.rewards import AnswerChecker, Judge, SourceRewards
 from prism_fast.rewards.rules import RULES
 from prism_fast.rollout.engines import engine_maker
 from prism_fast.rollout.protocol import Rollout
-from prism_fast.track.tracker import Tracker, open_views, require_packages
+from prism_fast.track.tracker import Tracker, Untracked, open_views, require_packages
 from prism_fast.train.discriminator_trainer import discriminator_loss_of
+from prism_fast.train.engines import check_learning, make_engine, whole_weights
 from prism_fast.train.progress import Progress
-from prism_fast.train.record import Resume, RunRecord, new_run, read_resume
+from prism_fast.train.record import Resume, RunRecord, new_run, read_resume, told
 from prism_fast.train.signals import Stopped, StopRequest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,12 +54,13 @@ class Run:
     folder: Path
     device: torch.device
     dtype: torch.dtype
-    metrics: Tracker
+    metrics: Tracker | Untracked
     checker: SourceRewards
     console: Console
     progress: Progress
     stop: StopRequest
     resume: Resume
+    world: World = field(default_factory=World)
     rollout_budget: TokenBudget = field(init=False)
     # Of the data read so far, by its key under `data`; a checkpoint keeps them, and a resumed run compares.
     fingerprints: dict[str, str] = field(init=False, default_factory=dict)
@@ -69,8 +76,17 @@ class Run:
     def record(self) -> RunRecord:
         return self.resume.record
 
+    def engine(
+        self, module: nn.Module, config: OptimizerConfig, schedule: Callable[[int], float] | None = None
+    ) -> Engine:
+        """See `train.engines.make_engine`."""
+        return make_engine(self.config, self.world, module, config, schedule)
+
     def rollout_engine(self, policy: nn.Module, processor: Processor) -> Rollout:
-        """The run's one rollout engine, attached to ``policy``; made at the first call and closed with the run."""
+        """The run's one rollout engine, attached to ``policy``; made at the first call and closed with the run. Called
+        before the engine of ``policy`` is made."""
+        if self.config.engine.shards_weights and self.config.rollout.engine == "hf":
+            policy = copy.deepcopy(policy).requires_grad_(False)  # stays whole; `Rollout.sync` brings the weights
         if self._rollout is None:
             make = engine_maker(self.config.rollout.engine, self.config.rollout.vllm)
             self._rollout = make(policy, processor, self.rollout_budget)
@@ -83,21 +99,31 @@ class Run:
             self._rollout.close()
 
     def complete(self, name: str) -> None:
-        """Record that ``name`` is done: a resumed run skips it."""
+        """Joint. Record that ``name`` is done: a resumed run skips it."""
         self.record.completed.append(name)
         self.record.metrics_bytes = self.metrics.size()
-        self.record.write(self.folder)
+        self.world.on_first(lambda: self.record.write(self.folder))
 
-    def export(self, name: str, model: nn.Module, save: Callable[[Path], None]) -> Path:
-        """Write a stage's ``model`` in Hugging Face format, whole or not at all; returns its folder.
+    def export(self, name: str, engine: Engine, save: Callable[[Path, Mapping[str, Tensor]], None]) -> Path:
+        """Joint. Write a stage's model in Hugging Face format, whole or not at all; returns its folder. ``save`` gets a
+        folder and the weights of the engine's module by name.
 
         Raises:
             DiskFullError: too little room; the export of an earlier stage stays as it is.
         """
+        weights = whole_weights(engine, self.world)
+        needs = sum(weight.nbytes for weight in weights.values())
+        return self.write_export(name, lambda folder: save(folder, weights), needs=needs)
+
+    def write_export(self, name: str, save: Callable[[Path], None], *, needs: int) -> Path:
+        """Joint. ``export/<name>`` as ``save`` writes it on rank 0, whole or not at all. ``needs``: bytes."""
         folder = self.folder / "export" / name
-        needs = sum(parameter.nbytes for parameter in model.parameters())
-        with whole_folder(folder, replace=True, needs=needs) as partial:  # replaces one if resumed at the stage's end
-            save(partial)
+
+        def write() -> None:
+            with whole_folder(folder, replace=True, needs=needs) as partial:  # replaces one if resumed at its end
+                save(partial)
+
+        self.world.on_first(write)
         return folder
 
 
@@ -167,7 +193,8 @@ def losses_in_force(config: Config) -> dict[str, str]:
 
 
 def check_engine(config: Config) -> None:
-    """Raise ConfigError if ``rollout.engine`` is not known or cannot be used as the recipe says."""
+    """Raise ConfigError if an engine, of rollouts or of training, is not known or cannot be used as the recipe says."""
+    check_learning(config, started_ranks())
     try:
         engine_maker(config.rollout.engine, config.rollout.vllm)
         if config.rollout.engine == "vllm":
@@ -212,79 +239,144 @@ def check_views(config: Config) -> None:
 
 
 @contextmanager
-def open_run(config: Config, console: Console, *, resume: bool = False) -> Iterator[Run]:
-    """Create the run directory (it must not exist or be empty), or with ``resume`` go on in it.
+def open_run(
+    config: Config, console: Console, *, resume: bool = False, convert: bool = False, world: World | None = None
+) -> Iterator[Run]:
+    """Joint. Create the run directory (it must not exist or be empty), or with ``resume`` go on in it. ``convert``:
+    also from a checkpoint of another number of ranks or of another engine. ``world``: None: of one rank.
 
     Raises:
-        ConfigError: the folder is not empty, another process uses it, or the device or the rollout engine does not
-            exist.
+        ConfigError: the folder is not empty, another process uses it, or the device or an engine does not exist.
         ValueError: as :func:`check_views`.
     """
+    world = World() if world is None else world
     device = resolve_device(config.device)
     check_engine(config)
     check_views(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     folder = run_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder):
-        for subfolder in (folder, folder / "data", folder / "export", folder / "evals"):
-            clear_partial(subfolder)  # left by a process that was killed while it wrote
-        if not resume and any(folder.iterdir()):
-            raise ConfigError(
-                f"the run directory {folder} is not empty; give another with out=PATH, or go on in it: "
-                f"prism-fast resume {folder}"
-            )
+    with ExitStack() as stack:
+        world.on_first(lambda: stack.enter_context(_own(folder, resume=resume)))
+        world.together(lambda: _seen(folder, world))
         try:
-            with _opened(config, console, folder, device, resume=resume) as run:
+            with _opened(config, console, folder, device, world, resume=resume, convert=convert) as run:
                 yield run
         except (Exception, SystemExit) as error:
             # Refused or stopped before the first step: remove the folder, so that a second try finds none.
-            if not resume and not isinstance(error, (Stopped, NonFiniteError)) and _nothing_done(folder):
+            refused = not resume and not isinstance(error, (Stopped, NonFiniteError))
+            if world.first and refused and _nothing_done(folder):
                 shutil.rmtree(folder)
             raise
 
 
 @contextmanager
-def _opened(config: Config, console: Console, folder: Path, device: torch.device, *, resume: bool) -> Iterator[Run]:
-    recipe = dump_config(config)
-    if resume:
-        resumed = read_resume(folder, recipe, tell=lambda text: console.print(text, style="yellow", highlight=False))
+def _own(folder: Path, *, resume: bool) -> Iterator[None]:
+    """Create and lock the run directory, and remove what a process that was killed had begun to write."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(folder):
+        for subfolder in (folder, folder / "data", folder / "export", folder / "evals"):
+            clear_partial(subfolder)
+        if not resume and any(folder.iterdir()):
+            raise ConfigError(
+                f"the run directory {folder} is not empty; give another with out=PATH, or go on in it: "
+                f"prism-fast resume {folder}"
+            )
+        yield
+
+
+def _seen(folder: Path, world: World) -> None:
+    """Raise ConfigError where a rank does not see the run directory that rank 0 made."""
+    if not folder.is_dir():
+        raise ConfigError(
+            f"rank {world.rank} does not see the run directory {folder.absolute()}, which rank 0 has made: put it on a "
+            "file system that all nodes share (out=PATH)"
+        )
+
+
+def _record(folder: Path, recipe: str, world: World, console: Console, *, resume: bool, convert: bool) -> Resume:
+    """Joint. The record of a new run, written, or that of the run in ``folder``."""
+
+    def tell(text: str) -> None:
+        console.print(text, style="yellow", highlight=False)
+
+    def read() -> Resume:
+        return read_resume(folder, recipe, ranks=world.size, convert=convert, tell=tell)
+
+    if not resume:
+        world.on_first(lambda: write_whole(folder / "config.yaml", recipe))
+        found = new_run(recipe)
+    elif world.size == 1:
+        found = read()
     else:
-        resumed = new_run(recipe)
-        write_whole(folder / "config.yaml", recipe)
-    resumed.record.write(folder)
-    write_whole(folder / "environment.json", json.dumps(environment(config, device), indent=1))
+        of_first = world.on_first(read)
+        found = told(world.of_first(None if of_first is None else of_first.plain()))
+    world.on_first(lambda: found.record.write(folder))
+    return found
+
+
+@contextmanager
+def _opened(
+    config: Config,
+    console: Console,
+    folder: Path,
+    device: torch.device,
+    world: World,
+    *,
+    resume: bool,
+    convert: bool,
+) -> Iterator[Run]:
+    resumed = _record(folder, dump_config(config), world, console, resume=resume, convert=convert)
+    facts = environment(config, device)
+    world.on_first(lambda: write_whole(folder / "environment.json", json.dumps(facts, indent=1)))
     # CPU kernels are all deterministic; PyTorch warns about a CUDA kernel without a deterministic form.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     disable_progress_bar()  # transformers' bars for each load and save would tear ours
-
-    def tell(text: str) -> None:
-        console.print(text, style="yellow", markup=False, highlight=False)
-
-    track = config.track
-    views = open_views(
-        folder,
-        wandb=track.wandb.project,
-        wandb_mode=track.wandb.mode,
-        trackio=track.trackio.project,
-        config=asdict(config),
-    )
     with (
-        Tracker(folder, keep_bytes=resumed.metrics_bytes(), views=views, tell=tell) as metrics,
+        _tracker(config, console, folder, resumed, world) as metrics,
         flash.use_attention(config.model.attention, device, DTYPES[config.model.dtype]),
         answer_checker(config) as checker,
         Progress(console) as progress,
-        StopRequest() as stop,
+        StopRequest(world) as stop,
     ):
         run = Run(
-            config, folder, device, DTYPES[config.model.dtype], metrics, checker, console, progress, stop, resumed
+            config,
+            folder,
+            device,
+            DTYPES[config.model.dtype],
+            metrics,
+            checker,
+            console,
+            progress,
+            stop,
+            resumed,
+            world,
         )
         try:
             yield run
         finally:
             run.close()
+
+
+def _tracker(config: Config, console: Console, folder: Path, resumed: Resume, world: World) -> Tracker | Untracked:
+    """Joint."""
+
+    def tell(text: str) -> None:
+        console.print(text, style="yellow", markup=False, highlight=False)
+
+    def begin() -> Tracker:
+        track = config.track
+        views = open_views(
+            folder,
+            wandb=track.wandb.project,
+            wandb_mode=track.wandb.mode,
+            trackio=track.trackio.project,
+            config=asdict(config),
+        )
+        return Tracker(folder, keep_bytes=resumed.metrics_bytes(), views=views, tell=tell)
+
+    return world.on_first(begin) or Untracked()
 
 
 @contextmanager

@@ -172,7 +172,7 @@ class _Step:
         self.metrics = Metrics()
         self.weight: float | None = None  # of losses
         self.missing = missing_passes(self.engine, plan)
-        self.metrics.mean(f"{prefix}loss", 0.0, 1)  # the micro-batches add their totals with count 0
+        self.metrics.mean(f"{prefix}loss", 0.0, 1 / self.engine.ranks)  # micro-batches add their totals with count 0
         self.metrics.sum(f"{prefix}tokens_repeated", 0)
         self._rewards: dict[int, tuple[Tensor, Tensor]] = {}  # by group: of the teacher [K], of the students [n, K]
         valid = sum(1 for group in groups for framed in group.students if framed)
@@ -262,10 +262,13 @@ class _Step:
             self._idle()._forward(bound[-1:])
 
     def scores(self) -> tuple[Tensor, Tensor]:
-        """Rewards of the students [B, K] and of the teacher [G, K], float32, on the CPU; completes the metrics."""
+        """Joint. Rewards of the students [B, K] and of the teacher [G, K], float32, on the CPU; completes the
+        metrics."""
         order = range(len(self.groups))
         teacher = torch.stack([self._rewards[g][0] for g in order]).cpu()
         student = torch.cat([self._rewards[g][1] for g in order]).cpu()
+        if self.engine.ranks > 1:
+            self.shares.join(self.engine.sum)
         self.shares.add_to(self.metrics, self.prefix)
         return student, teacher
 

@@ -36,13 +36,15 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
     log = ChunkLog(
         run.folder / "evals" / f"{after}.chunks",
         {**asdict(config), "seed": run.config.seed, "items": count, "data": run.fingerprints.get("eval")},
+        run.world,
     )
     with awake(engine), run.progress.bar(f"eval {after}", -(-count // config.batch), done=len(log.chunks)) as bar:
         for start in range(len(log.chunks) * config.batch, count, config.batch):
-            run.stop.poll(f"evaluation after {after}")
-            chunk = [tasks[i] for i in range(start, min(start + config.batch, count))]
+            run.stop.poll(f"evaluation after {after}", joint=True)
+            mine = run.world.share(range(start, min(start + config.batch, count)))
+            chunk = [tasks[i] for i in mine]
             prompts = [processor.encode_prompt(task.messages, task.images) for task in chunk]
-            seeds = [derive_seed(run.config.seed, "eval", after, start + k) for k in range(len(chunk))]
+            seeds = [derive_seed(run.config.seed, "eval", after, i) for i in mine]
             groups = engine.generate(prompts, sampling, seeds, poll=lambda: run.stop.poll(f"evaluation after {after}"))
             completions = [group[0] for group in groups]
             texts = [processor.decode(completion.token_ids) for completion in completions]
@@ -57,7 +59,8 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
             bar.advance(accuracy=sum(item["correct"] for item in answered) / len(answered))
     records = [entry["item"] for done in log.chunks for entry in done]
     graded = [Reward(**entry["reward"]) for done in log.chunks for entry in done]
-    write_whole(run.folder / "evals" / f"{after}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    lines = "".join(json.dumps(r) + "\n" for r in records)
+    run.world.on_first(lambda: write_whole(run.folder / "evals" / f"{after}.jsonl", lines))
     by_kind: dict[str, list[int]] = defaultdict(list)
     for record in records:
         by_kind[record["kind"]].append(record["correct"])

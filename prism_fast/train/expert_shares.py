@@ -6,7 +6,7 @@ shared prompt counts once per span of its group, so that both layouts count alik
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -66,6 +66,12 @@ class ExpertShares:
             self.counts = torch.zeros(layers, kinds, self.experts, dtype=torch.int64, device=kind.device)
         # Whole numbers: their sum does not depend on the order in which a device adds them.
         self.counts.view(-1).scatter_add_(0, place.flatten(), weight.long()[:, None].expand_as(chosen).flatten())
+
+    def join(self, total: Callable[[Sequence[float]], list[float]]) -> None:
+        """Joint. Add the counts of all ranks. ``total``: sums over the ranks."""
+        if self.counts is not None:
+            summed = torch.tensor(total(self.counts.flatten().tolist()), dtype=torch.int64)
+            self.counts = summed.view(self.counts.shape)
 
     def add_to(self, metrics: Metrics, prefix: str) -> None:
         """Add ``experts_{kind}_{e}``: the share of expert e in the choices of the kind, mean over layers. With two

@@ -15,6 +15,7 @@ from prism_fast.config import Config, ConfigError, control_updates
 from prism_fast.data.digits import DigitsFiles, tokenizer_corpus, write_digits
 from prism_fast.data.formats import SOURCES
 from prism_fast.data.samples import Demonstration, Pair
+from prism_fast.engine.world import World
 from prism_fast.models.checkpointing import use_gradient_checkpointing
 from prism_fast.models.discriminator import build_discriminator, load_discriminator
 from prism_fast.models.fused_trunk import use_fused_trunk
@@ -57,10 +58,10 @@ def prepare_data(run: Run) -> DataFiles:
     config = run.config.data
     if config.source == "digits":
         root = run.folder / "data" / "digits"
-        if root.exists():  # written whole or not at all: a resumed run finds it complete
-            files = DigitsFiles.in_folder(root)
-        else:
-            files = write_digits(root, config.digits, derive_seed(run.config.seed, "digits"))
+        seed = derive_seed(run.config.seed, "digits")
+        # Written whole or not at all: a resumed run finds it complete.
+        run.world.on_first(lambda: root.exists() or write_digits(root, config.digits, seed))
+        files = DigitsFiles.in_folder(root)
         return DataFiles({key: path for key in SOURCES if (path := getattr(files, key, None)) is not None})
     return DataFiles.of(run.config)
 
@@ -126,9 +127,12 @@ def _learning_policy(run: Run, artifacts: Artifacts, stage: str):
     return model, processor
 
 
-def _evaluate(run: Run, policy: nn.Module, processor: Processor, files: DataFiles, after: str) -> None:
-    """Evaluate the trained policy as it is in memory; its weights are those of the export."""
+def _evaluate(run: Run, policy: nn.Module, processor: Processor, files: DataFiles, after: str, exported: Path) -> None:
+    """Evaluate the trained policy as it is in memory; its weights are those that were ``exported``, from where they are
+    read again if each rank holds a part of them."""
     if (path := files.paths.get("eval")) is not None:
+        if run.config.engine.shards_weights:
+            policy, processor = _load_policy(run, exported)
         evaluate(run, policy, processor, DataReader(run, "eval").read("eval", path, processor), after=after)
 
 
@@ -142,15 +146,15 @@ def _sft(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     began, artifacts.policy = artifacts.policy, train_sft(run, model, processor, demos, val)
     if began is not None:  # a new policy has no adapters
         export_adapter(run, model, "sft", began)
-    _evaluate(run, model, processor, files, "sft")
+    _evaluate(run, model, processor, files, "sft", artifacts.policy)
 
 
 def _sft_continued(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     model, processor = _learning_policy(run, artifacts, "sft_continued")
     demos, _ = DataReader(run, "sft_continued").demonstrations(files, processor)
-    continue_sft(run, model, processor, demos, control_updates(run.config))
+    exported = continue_sft(run, model, processor, demos, control_updates(run.config))
     export_adapter(run, model, "sft_continued", artifacts.policy)
-    _evaluate(run, model, processor, files, "sft_continued")
+    _evaluate(run, model, processor, files, "sft_continued", exported)
 
 
 def _warmup(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
@@ -182,7 +186,8 @@ def _pairs(run: Run, files: DataFiles, policy, processor: Processor) -> Sequence
     tasks = reader.read("align", files.need("align", "warmup"), processor, tell=not sampled)
     if not sampled:
         log = pair_log(run, tasks)
-        write_own_pairs(path, sample_pairs(run, policy, processor, tasks, log))
+        pairs = sample_pairs(run, policy, processor, tasks, log)
+        run.world.on_first(lambda: write_own_pairs(path, pairs))
         run.complete("pairs")
         log.remove()
     return read_own_pairs(path, tasks)
@@ -208,7 +213,7 @@ def _align(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     began = artifacts.policy
     artifacts.policy, artifacts.discriminator = align(run, policy, discriminator, processor, tasks)
     export_adapter(run, policy, "align", began)
-    _evaluate(run, policy, processor, files, "align")
+    _evaluate(run, policy, processor, files, "align", artifacts.policy)
 
 
 def _rlvr(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
@@ -227,7 +232,7 @@ def _train_rlvr(run: Run, files: DataFiles, artifacts: Artifacts, stage: str, st
     steps = stage_length(steps, run.config.rlvr.epochs, len(tasks), run.config.rlvr.prompts)
     folder = rlvr(run, policy, processor, tasks, stage=stage, steps=steps)
     export_adapter(run, policy, stage, artifacts.policy)
-    _evaluate(run, policy, processor, files, stage)
+    _evaluate(run, policy, processor, files, stage, folder)
     return folder
 
 
@@ -263,13 +268,16 @@ def _check_files(config: Config, files: DataFiles) -> None:
     check_replay(config)
 
 
-def run_stages(config: Config, console: Console, *, resume: bool = False) -> Path:
+def run_stages(
+    config: Config, console: Console, *, resume: bool = False, convert: bool = False, world: World | None = None
+) -> Path:
     """Run ``config.stages`` in a new run directory, or go on in the one at ``config.out``; returns the directory.
+    ``convert``, ``world``: of :func:`open_run`.
 
     Raises:
         Stopped: SIGTERM or SIGINT asked to stop; ``resume=True`` goes on from there.
     """
-    with open_run(config, console, resume=resume) as run:
+    with open_run(config, console, resume=resume, convert=convert, world=world) as run:
         for line in SEMANTICS[config.semantics].differs:
             console.print(f"semantics={config.semantics} differs from the published code: {line}", style="yellow")
         artifacts = _start(config, run)
@@ -278,7 +286,8 @@ def run_stages(config: Config, console: Console, *, resume: bool = False) -> Pat
         for stage in config.stages:
             if stage in run.record.completed:
                 continue
-            run.stop.poll(f"before {stage}")
+            run.world.phase = stage
+            run.stop.poll(f"before {stage}", joint=True)
             started = time.perf_counter()
             RUNNERS[stage](run, files, artifacts)
             run.metrics.write("stage", 0, {"name": stage, "time/seconds": time.perf_counter() - started})
@@ -287,13 +296,13 @@ def run_stages(config: Config, console: Console, *, resume: bool = False) -> Pat
     return run.folder
 
 
-def run_eval(config: Config, console: Console, *, resume: bool = False) -> float:
+def run_eval(config: Config, console: Console, *, resume: bool = False, world: World | None = None) -> float:
     """Evaluate ``model.policy`` on ``data.eval`` in the run directory ``config.out``; returns the accuracy.
 
     Raises:
         Stopped: SIGTERM or SIGINT asked to stop; ``resume=True`` goes on after the last finished batch.
     """
-    with open_run(config, console, resume=resume) as run:
+    with open_run(config, console, resume=resume, world=world) as run:
         artifacts = _start(config, run)
         model, processor = _policy(run, artifacts, "eval")
         tasks = DataReader(run, "eval").read("eval", prepare_data(run).need("eval", "eval"), processor)

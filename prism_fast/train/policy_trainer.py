@@ -185,7 +185,7 @@ class PolicyTrainer:
         self._has_gradient = self._has_gradient or rows > 0
         metrics |= self.batching.work(self.policy.config, groups, vocabulary=True)
         metrics.sum("policy/rows", rows)
-        metrics.mean("policy/loss", 0.0, 1)  # the micro-batches have added their totals with count 0
+        metrics.mean("policy/loss", 0.0, 1 / self.engine.ranks)  # the micro-batches have added their totals, count 0
         if packing_error is not None:
             metrics.last("policy/packing_error", packing_error)
         return metrics

@@ -8,10 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from prism_fast.models.writing import write_whole
-from prism_fast.train.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
+from prism_fast.train.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, trusted_checkpoint
 from prism_fast.train.recipe_changes import changed_keys
 
 RECORD = "record.json"
+CONVERT = (
+    "Sums are then rounded in another order, so the run goes on within rounding and not with the same bits; to do so, "
+    "ask for it: prism-fast resume RUN --convert-ranks"
+)
 
 
 @dataclass
@@ -37,13 +41,26 @@ class Resume:
 
     record: RunRecord
     checkpoint: Checkpoint | None
+    convert: bool = False  # whether the checkpoint may be of another number of ranks or of another engine
 
     def checkpoint_of(self, stage: str) -> Checkpoint | None:
         return self.checkpoint if self.checkpoint is not None and self.checkpoint.state["stage"] == stage else None
 
+    def plain(self) -> dict:
+        """For :func:`told`."""
+        path = None if self.checkpoint is None else str(self.checkpoint.path)
+        return {"record": asdict(self.record), "checkpoint": path, "convert": self.convert}
+
     def metrics_bytes(self) -> int:
         """Bytes of ``metrics.jsonl`` to keep; later lines belong to steps that are done again."""
         return self.record.metrics_bytes if self.checkpoint is None else self.checkpoint.state["metrics_bytes"]
+
+
+def told(plain: dict) -> Resume:
+    """What the rank that read the run directory found, whose checkpoint is not checked again."""
+    path = plain["checkpoint"]
+    checkpoint = None if path is None else trusted_checkpoint(Path(path))
+    return Resume(RunRecord(**plain["record"]), checkpoint, plain["convert"])
 
 
 def new_run(config: str) -> Resume:
@@ -51,10 +68,13 @@ def new_run(config: str) -> Resume:
     return Resume(RunRecord(config=config), None)
 
 
-def refuse_changes(folder: Path, before: str, now: str, owner: str) -> None:
+def refuse_changes(folder: Path, before: str, now: str, owner: str, *, convert: bool = False) -> None:
     """Raise CheckpointError if the configuration ``now`` of the run in ``folder`` is not that of ``owner``, ``before``
-    (both YAML)."""
-    changed = changed_keys(before, now)
+    (both YAML). ``convert``: ``engine.*`` may differ."""
+    changed = {key: values for key, values in changed_keys(before, now).items() if not (convert and engine_key(key))}
+    if changed and all(map(engine_key, changed)):
+        shown = ", ".join(f"{key}={new} (was {old})" for key, (old, new) in changed.items())
+        raise CheckpointError(f"{owner} was of another engine: {shown}. {CONVERT}")
     if changed:
         shown = ", ".join(f"{key}={new} (was {old})" for key, (old, new) in changed.items())
         raise CheckpointError(
@@ -63,12 +83,19 @@ def refuse_changes(folder: Path, before: str, now: str, owner: str) -> None:
         )
 
 
-def read_resume(folder: Path, config: str, *, tell: Callable[[str], None]) -> Resume:
-    """Where the run in ``folder`` can go on with ``config`` (YAML); ``tell`` gets a message for every damaged
-    checkpoint.
+def engine_key(key: str) -> bool:
+    return key.startswith("engine.")
+
+
+def read_resume(
+    folder: Path, config: str, *, tell: Callable[[str], None], ranks: int = 1, convert: bool = False
+) -> Resume:
+    """Where the run in ``folder`` can go on with ``config`` (YAML) on so many ``ranks``; ``tell`` gets a message for
+    every damaged checkpoint. ``convert``: also from a checkpoint of another number of ranks or of another engine.
 
     Raises:
-        CheckpointError: ``record.json`` is damaged, or the run began with another configuration.
+        CheckpointError: ``record.json`` is damaged, the run began with another configuration, or its newest checkpoint
+            is of another number of ranks.
     """
     path = folder / RECORD
     try:
@@ -76,9 +103,11 @@ def read_resume(folder: Path, config: str, *, tell: Callable[[str], None]) -> Re
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); start a new run") from error
     if record.config is not None:
-        refuse_changes(folder, record.config, config, "the run's beginning")
-    record.config = record.config or config
+        refuse_changes(folder, record.config, config, "the run's beginning", convert=convert)
+    record.config = config if convert else record.config or config
     checkpoint = latest_checkpoint(folder / "checkpoints", tell=tell)
     if checkpoint is not None and checkpoint.state["stage"] in record.completed:
         checkpoint = None
-    return Resume(record, checkpoint)
+    if checkpoint is not None and not convert and (before := checkpoint.state.get("ranks", 1)) != ranks:
+        raise CheckpointError(f"{checkpoint.path.name} was saved by {before} rank(s), now there are {ranks}. {CONVERT}")
+    return Resume(record, checkpoint, convert)

@@ -67,8 +67,11 @@ class Replay:
         prompts: Sequence[Prompt],
         origins: Sequence[Origin],
         processor: Processor,
+        *,
+        everywhere: int,
     ) -> list[RolloutGroup]:
         """The recorded groups of ``origins`` (of one round of one step), checked to be those of ``tasks``.
+        ``everywhere``: how many groups the round has on all ranks together.
 
         Raises:
             RolloutLogError: the step is missing or damaged, or holds other tasks, prompts, images or counts.
@@ -78,7 +81,7 @@ class Replay:
         if step != self._step:
             self._step, self._records = step, self._reader.step(step)
         recorded = self._of_round(step, round)
-        if set(recorded) != set(origins):
+        if len(recorded) != everywhere or not set(origins) <= set(recorded):
             raise RolloutLogError(
                 f"{where}: round {round} holds {len(recorded)} groups where this run has {len(origins)}: "
                 "other prompts per step or other sampling of groups"

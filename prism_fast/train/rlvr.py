@@ -15,7 +15,6 @@ from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import RlvrConfig
 from prism_fast.data.order import order_of
 from prism_fast.data.samples import Samples, Task
-from prism_fast.engine.local import LocalEngine
 from prism_fast.engine.schedule import planned
 from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor
@@ -45,8 +44,8 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Samples[Task], *, stage:
     order = order_of(tasks, derive_seed(run.config.seed, "rlvr", "order"))
     generator = run.rollout_engine(policy, processor)  # before the engine shards what it loads
     source = RolloutSource(run, stage, generator, processor, tasks, config.rollout)
-    sampler = GroupSampler(source, Grader(run.checker), order, config)
-    engines = {"policy": LocalEngine(policy, **planned(config.optimizer, steps * config.updates_per_step))}
+    sampler = GroupSampler(source, Grader(run.checker), order, config, run.world)
+    engines = {"policy": run.engine(policy, **planned(config.optimizer, steps * config.updates_per_step))}
     budgets = {"policy": config.tokens_per_micro_batch}
     state = StageState(run, stage, engines=engines, budgets=budgets, order=order, extra=sampler, with_rollouts=True)
     turns = Turns(generator, engines, state.timer, offload=run.config.rollout.offload)
@@ -73,15 +72,16 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Samples[Task], *, stage:
             how = {"normalize": normalize, "singleton": semantics.singleton}
             advantage = outcome_advantage(reward, rollouts.group, scored=rollouts.scored, **how)
             dump.advantage = advantage
+            count = min(config.updates_per_step, sampled.per_rank)
             with state.timer.part("update", learns=True):
-                for batch in mini_batches(rollouts, advantage, step, config.updates_per_step):
+                for batch in mini_batches(rollouts, advantage, step, count):
                     metrics |= trainer.accumulate(batch)
                     metrics |= trainer.step()
             metrics |= sampled.metrics | group_metrics(advantage, rollouts)
             if sampled.generated.groups:
                 metrics |= generation_metrics(sampled.generated, config)
         state.end_step(metrics, sampled.generated.time)
-    return run.export(stage, policy, partial(save_policy, policy, processor))
+    return run.export(stage, engines["policy"], partial(save_policy, policy, processor))
 
 
 def mini_batches(rollouts: StepRollouts, advantage: Tensor, step: int, count: int) -> list[PolicyBatch]:

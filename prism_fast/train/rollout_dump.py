@@ -58,24 +58,28 @@ def dumped(
 def write_step(
     log: RolloutLog, step: int, rollouts: StepRollouts, findings: Findings, also: Sequence[RolloutGroup] = ()
 ) -> None:
-    """Append the records of a step: those of ``rollouts`` in their order, then ``also``."""
-    records = [record for g, group in enumerate([*rollouts.groups, *also]) for record in _shown(group, g, log)]
+    """Joint. Append the records of a step: those of ``rollouts`` in their order, rank by rank, then ``also``."""
+    trained = [_shown(group, log) for group in rollouts.groups]
+    flat = [record for group in trained for record in group]
     for b in range(len(rollouts.completions)):
         g = int(rollouts.group[b])
         valid = rollouts.splits[b].valid
-        records[b] |= {
+        flat[b] |= {
             "advantage": None if findings.advantage is None else float(findings.advantage[b]),
             "scores": {k: float(v[b]) for k, v in findings.scores.items()} if findings.scores and valid else {},
             "teacher_scores": findings.teacher_scores and {k: float(v[g]) for k, v in findings.teacher_scores.items()},
         }
-    log.write(step, records)
+    ranks = log.world.gather([trained, [_shown(group, log) for group in also]])
+    groups = [group for kind in zip(*ranks, strict=True) for of_rank in kind for group in of_rank]
+    records = [{**record, "group": g} for g, group in enumerate(groups) for record in group]
+    log.world.on_first(lambda: log.write(step, records))
 
 
-def _shown(group: RolloutGroup, g: int, log: RolloutLog) -> list[dict]:
+def _shown(group: RolloutGroup, log: RolloutLog) -> list[dict]:
     """The training records of a group, with the fields that the report shows."""
     task = group.task
     shared = {
-        "group": g,
+        "group": 0,  # its place among all, given when it is written
         "question": task.question,
         "kind": task.kind,
         "images": [log.image(image) for image in task.images],

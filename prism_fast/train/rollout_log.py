@@ -11,6 +11,7 @@ from pathlib import Path
 import zstandard
 from PIL import Image
 
+from prism_fast.engine.world import World
 from prism_fast.models.writing import append_whole, write_whole
 
 
@@ -29,14 +30,20 @@ def image_digest(image: Image.Image) -> str:
 
 
 class RolloutLog:
-    """Appends to ``rollouts/<stage>.jsonl.zst``, one zstd frame per step: a killed run loses at most its last step."""
+    """Appends to ``rollouts/<stage>.jsonl.zst``, one zstd frame per step: a killed run loses at most its last step.
+    Rank 0 writes the records of all ranks."""
 
-    def __init__(self, folder: Path, stage: str, *, keep_bytes: int = 0):
-        """``keep_bytes``: bytes of the file that a resumed run keeps; later steps are done again."""
+    def __init__(self, folder: Path, stage: str, world: World | None = None, *, keep_bytes: int = 0):
+        """Joint over ``world`` (None: one rank). ``keep_bytes``: bytes of the file that a resumed run keeps; later
+        steps are done again."""
+        self.world = World() if world is None else world
         self.path = dump_path(folder, stage)
         self._images = self.path.parent / "images"
         self._images.mkdir(parents=True, exist_ok=True)
         self._stage = stage
+        self.world.on_first(lambda: self._cut(keep_bytes))
+
+    def _cut(self, keep_bytes: int) -> None:
         with self.path.open("ab") as file:
             file.truncate(keep_bytes)
 
@@ -55,6 +62,7 @@ class RolloutLog:
         return self.path.stat().st_size
 
     def write(self, step: int, records: list[dict]) -> None:
+        """On rank 0."""
         lines = "".join(json.dumps({"stage": self._stage, "step": step, **record}) + "\n" for record in records)
         append_whole(self.path, zstandard.ZstdCompressor(level=3, write_checksum=True).compress(lines.encode()))
 

@@ -106,17 +106,20 @@ class RolloutSource:
         self.replay = None if folder is None else Replay(Path(folder), stage, run.config)
 
     def take(self, indices: Sequence[int], *, step: int, round: int = 0) -> StepRollouts:
-        """``sampling.n`` responses to each of the tasks ``indices``.
+        """``sampling.n`` responses to each of the tasks ``indices``, or on several ranks to this rank's share of them.
+        A response does not depend on the number of ranks.
 
         Args:
             round: which of the step's calls this is, from 0.
         """
         started = time.perf_counter()
+        everywhere = len(indices)
+        origins = self.run.world.share([Origin(step, round, place) for place in range(everywhere)])
+        indices = self.run.world.share(indices)
         tasks = [self.tasks[i] for i in indices]
         prompts = [self.processor.encode_prompt(task.messages, task.images) for task in tasks]
-        origins = [Origin(step, round, place) for place in range(len(tasks))]
         if self.replay is not None:
-            groups = self.replay.groups(indices, tasks, prompts, origins, self.processor)
+            groups = self.replay.groups(indices, tasks, prompts, origins, self.processor, everywhere=everywhere)
             return StepRollouts(groups, {"time/replay": time.perf_counter() - started})
         completions = self._generate(prompts, origins)
         splits = [[self._split(c) for c in group] for group in completions]

@@ -14,7 +14,6 @@ from torch import Tensor
 from prism_fast.config import SftConfig
 from prism_fast.data.order import MixedOrder, SampleOrder, order_of
 from prism_fast.data.samples import Demonstration, Samples
-from prism_fast.engine.local import LocalEngine
 from prism_fast.engine.protocol import Engine
 from prism_fast.engine.schedule import planned
 from prism_fast.models.packing import PromptGroup
@@ -80,7 +79,7 @@ class SftTrainer:
 
         packing_error = self_check(self.engine, self.batching, backbone, groups, response_states)
         metrics = self.batching.run(attempt, groups, self.engine)
-        metrics.mean("sft/loss", 0.0, 1)  # the micro-batches have added their totals with count 0
+        metrics.mean("sft/loss", 0.0, 1 / self.engine.ranks)  # the micro-batches have added their totals with count 0
         metrics |= self.batching.work(self.policy.config, groups, vocabulary=True)
         metrics.sum("sft/tokens", tokens)
         if packing_error is not None:
@@ -171,17 +170,17 @@ def train_sft(
     updates = stage_length(config.max_updates, config.epochs, len(demos), config.batch)
     decay = PlateauDecay(config) if config.ends == "plateau" else None
     if decay is not None:
-        engine = LocalEngine(model, config.optimizer, schedule=decay)
+        engine = run.engine(model, config.optimizer, schedule=decay)
     else:
-        engine = LocalEngine(model, **planned(config.optimizer, updates))
+        engine = run.engine(model, **planned(config.optimizer, updates))
     order = order_of(demos, derive_seed(run.config.seed, "sft", "order"))
-    validation = encode([val[i] for i in range(len(val))], processor)
+    validation = encode([val[i] for i in run.world.share(range(len(val)))], processor)
     state, trainer = _prepare(run, "sft", engine, order, processor, decay)
     shown = {"loss": "sft/loss", "val_loss": "sft/val_loss", "lr": "sft/lr"}
     for step in state.steps(updates, done=lambda: decay is not None and state.step >= decay.end, shown=shown):
         metrics = state.held  # set where a stop interrupted the validation of this step
         if metrics is None:
-            groups = encode([demos[i] for i in order.next_indices(config.batch)], processor)
+            groups = encode([demos[i] for i in run.world.share(order.next_indices(config.batch))], processor)
             with state.timer.part("update", learns=True):
                 metrics = trainer.accumulate(groups) | trainer.step()
             state.hold(metrics)
@@ -192,28 +191,28 @@ def train_sft(
             if decay is not None:
                 decay.observe(step, loss)
         state.end_step(metrics)
-    return run.export("sft", model, partial(save_policy, model, processor))
+    return run.export("sft", engine, partial(save_policy, model, processor))
 
 
 def continue_sft(run: Run, model, processor: Processor, demos: Samples[Demonstration], updates: int) -> Path:
     """The control: as many more SFT updates on the same mixture as alignment and RLVR take, decayed to zero."""
     config = run.config.sft
     optimizer = planned(replace(config.optimizer, schedule="constant"), updates)["config"]  # its warm-up alone
-    engine = LocalEngine(model, optimizer, schedule=lambda update: config.continued_lr_scale * (1.0 - update / updates))
+    engine = run.engine(model, optimizer, schedule=lambda update: config.continued_lr_scale * (1.0 - update / updates))
     order = order_of(demos, derive_seed(run.config.seed, "sft_continued", "order"))
     state, trainer = _prepare(run, "sft_continued", engine, order, processor)
     for _ in state.steps(updates, shown={"loss": "sft/loss", "lr": "sft/lr"}):
-        groups = encode([demos[i] for i in order.next_indices(config.batch)], processor)
+        groups = encode([demos[i] for i in run.world.share(order.next_indices(config.batch))], processor)
         with state.timer.part("update", learns=True):
             metrics = trainer.accumulate(groups) | trainer.step()
         state.end_step(metrics)
-    return run.export("sft_continued", model, partial(save_policy, model, processor))
+    return run.export("sft_continued", engine, partial(save_policy, model, processor))
 
 
 def _prepare(
     run: Run,
     stage: str,
-    engine: LocalEngine,
+    engine: Engine,
     order: SampleOrder | MixedOrder,
     processor: Processor,
     decay: PlateauDecay | None = None,

@@ -23,7 +23,7 @@ from prism_fast.train.rollout_log import RolloutLog
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.signals import Stopped
 
-FORMAT = 7  # of a checkpoint's state; another one is refused
+FORMAT = 8  # of a checkpoint's state; another one is refused
 
 
 class Stateful(Protocol):
@@ -66,7 +66,7 @@ class StageState:
         if with_rollouts:  # the recipe's budget, or below the checkpoint's; not one that an earlier stage halved
             self.budgets["rollout"] = run.rollout_budget
             run.rollout_budget.restore(run.config.rollout.tokens_in_flight)
-        self._config = dump_config(run.config)
+        self._config, self._world = dump_config(run.config), run.world
         saved = run.resume.checkpoint_of(stage)
         rollout_bytes = 0
         if saved is not None:
@@ -75,11 +75,11 @@ class StageState:
                     f"{saved.path} was saved by another version of prism-fast (its format is not "
                     f"{FORMAT}): go on with that version, or start a new run"
                 )
-            refuse_changes(run.folder, saved.state["config"], self._config, saved.path.name)
+            refuse_changes(run.folder, saved.state["config"], self._config, saved.path.name, convert=run.resume.convert)
             self._refuse_other_data(saved)
             self.step = saved.state["step"]
-            if saved.state["held"] is not None:
-                self.held = Metrics.joined([saved.state["held"]])
+            if saved.state["held"] is not None:  # of all ranks
+                self.held = Metrics.joined([saved.state["held"]] if run.world.first else [])
             for name, engine in engines.items():
                 engine.load(saved.folder(name))
             for name, budget in self.budgets.items():
@@ -90,7 +90,7 @@ class StageState:
             rollout_bytes = saved.state["rollout_bytes"]
         self._saved_step = self.step
         self.timer = StepTimer(run.device, run.dtype)
-        self.log = RolloutLog(run.folder, stage, keep_bytes=rollout_bytes) if with_rollouts else None
+        self.log = RolloutLog(run.folder, stage, run.world, keep_bytes=rollout_bytes) if with_rollouts else None
         if self.held is not None:
             self._watch()
 
@@ -123,7 +123,8 @@ class StageState:
         self._before, self._updates_before = copy.deepcopy(self._facts()), self._updates()
         self.step += 1
         self.timer.begin()
-        torch.manual_seed(derive_seed(self.run.config.seed, self.stage, "torch", self.step))
+        own = (self._world.rank,) if self._world.rank else ()  # one rank draws as rank 0 of several
+        torch.manual_seed(derive_seed(self.run.config.seed, self.stage, "torch", self.step, *own))
         self._watch()
 
     def rollout_gap(self) -> RolloutGap:
@@ -137,8 +138,8 @@ class StageState:
         self.held = metrics
 
     def end_step(self, metrics: Metrics, times: Mapping[str, float] | None = None) -> None:
-        """Write the step's metrics and show some of them. Save a checkpoint when one is due, after the last step, and
-        when a stop was asked for.
+        """Joint. Write the step's metrics and show some of them. Save a checkpoint when one is due, after the last
+        step, and when a stop was asked for.
 
         Args:
             times: more metrics in seconds, by name (``time/...``).
@@ -147,30 +148,43 @@ class StageState:
             Stopped: SIGTERM or SIGINT arrived; the step is saved.
             ValueError: a metric is not finite.
         """
+        self._join_rollout_budget()
         if self.log is not None and (tokens := self.budgets["rollout"].change()) is not None:
             metrics.last("rollout/token_budget", tokens)
-        values = metrics.read()
-        self.timer.learned(tokens=values.get("perf/tokens", 0), forward_flops=values.get("perf/forward_flops", 0))
-        self.run.metrics.write(self.stage, self.step, {**values, **(times or {}), **self.timer.metrics().read()})
+        own = metrics.only("perf/").read()
+        self.timer.learned(tokens=own.get("perf/tokens", 0), forward_flops=own.get("perf/forward_flops", 0))
+        measured = Metrics()
+        for name, seconds in (times or {}).items():
+            measured.max(name, seconds)
+        values = (metrics | measured | self.timer.metrics()).read(self._world.gather)
+        self.run.metrics.write(self.stage, self.step, values)
         self._bar.advance(**{name: values.get(metric) for name, metric in self._shown.items()})
         self.held = None
         self.run.stop.save = None
-        stop, last = self.run.stop.requested, self._finished()
+        stop, last = self.run.stop.agreed(), self._finished()
         if last or stop or self.step % self.run.config.checkpoint_every == 0:
             self._save(self._facts())
         if stop and not last:
             raise Stopped(f"{self.stage} step {self.step}")
 
+    def _join_rollout_budget(self) -> None:
+        """The smallest budget of the ranks, each of which halves its own while it generates."""
+        if self.log is not None:
+            budget = self.budgets["rollout"]
+            (smallest,) = self._world.max([-budget.tokens])
+            budget.tokens = -int(smallest)
+
     def _watch(self) -> None:
         self.run.stop.save = self._save_inside_step
+        self._world.phase = f"{self.stage} step {self.step}"
         for engine in self.engines.values():
             engine.where = f"{self.stage} step {self.step}"
 
     def _save_inside_step(self) -> bool:
-        """Save for a stop inside a step; False if the step must be finished first."""
-        now = self._facts()
+        """Joint. Save for a stop inside a step; False if the step must be finished first."""
         if self.held is not None:
-            self._save(now)
+            states = self._world.gather(self.held.state())
+            self._save(self._facts() | {"held": Metrics.joined(states).state()})
         elif self._updates() != self._updates_before:
             return False
         elif self._saved_step != self._before["step"]:
@@ -186,27 +200,32 @@ class StageState:
             "format": FORMAT,
             "config": self._config,
             "data": dict(self.run.fingerprints),
+            "ranks": self._world.size,
             "stage": self.stage,
             "step": self.step,
             "budgets": {name: budget.tokens for name, budget in self.budgets.items()},
             "order": self.order.state_dict(),
             "extra": None if self.extra is None else self.extra.state_dict(),
-            "held": None if self.held is None else self.held.state(),
+            "held": None,
             "metrics_bytes": self.run.metrics.size(),
             "rollout_bytes": 0 if self.log is None else self.log.size(),
         }
 
     def _save(self, facts: dict) -> None:
-        for path in (self.run.metrics.path, *([] if self.log is None else [self.log.path])):
-            sync(path)  # a checkpoint must not count lines that a power cut can undo
+        self._world.on_first(self._sync)
         save_checkpoint(
             self.run.folder / "checkpoints",
             f"{self.stage}-{facts['step']:06d}",
             self.engines,
             facts,
             keep=self.run.config.keep_checkpoints,
+            world=self._world,
         )
         self._saved_step = facts["step"]
+
+    def _sync(self) -> None:
+        for path in (self.run.metrics.path, *([] if self.log is None else [self.log.path])):
+            sync(path)  # a checkpoint must not count lines that a power cut can undo
 
     def _tell(self, text: str) -> None:
         self.run.console.print(f"{self.stage} step {self.step}: {text}", style="yellow", markup=False, highlight=False)

@@ -19,7 +19,6 @@ from prism_fast.data.grammar import split_tokens
 from prism_fast.data.order import SampleOrder
 from prism_fast.data.problems import holds_control_token
 from prism_fast.data.samples import Pair, Samples, Task
-from prism_fast.engine.local import LocalEngine
 from prism_fast.engine.schedule import planned
 from prism_fast.models.discriminator import Discriminator, save_discriminator
 from prism_fast.models.processor import Processor, Prompt
@@ -46,7 +45,7 @@ def pair_log(run: Run, tasks: Sequence[Task]) -> ChunkLog:
     made_with = {"format": 2, "seed": run.config.seed, "batch": _pair_batch(run), "prompts": len(tasks)}
     for key in ("pairs_per_prompt", "temperature", "max_new_tokens"):
         made_with[key] = getattr(run.config.warmup, key)
-    return ChunkLog(run.folder / "data" / "pairs.chunks", made_with)
+    return ChunkLog(run.folder / "data" / "pairs.chunks", made_with, run.world)
 
 
 def _pair_batch(run: Run) -> int:
@@ -67,10 +66,11 @@ def sample_pairs(run: Run, model, processor: Processor, tasks: Samples[Task], lo
     engine, published = run.rollout_engine(model, processor), SEMANTICS[run.config.semantics].published_grammar
     with awake(engine), run.progress.bar("pairs", -(-len(tasks) // batch), done=len(log.chunks)) as bar:
         for start in range(len(log.chunks) * batch, len(tasks), batch):
-            run.stop.poll("sampling pairs")
-            chunk = [tasks[i] for i in range(start, min(start + batch, len(tasks)))]
+            run.stop.poll("sampling pairs", joint=True)
+            mine = run.world.share(range(start, min(start + batch, len(tasks))))
+            chunk = [tasks[i] for i in mine]
             prompts = [processor.encode_prompt(task.messages, task.images) for task in chunk]
-            seeds = [derive_seed(run.config.seed, "pairs", start + k) for k in range(len(chunk))]
+            seeds = [derive_seed(run.config.seed, "pairs", i) for i in mine]
             groups = engine.generate(prompts, sampling, seeds, poll=lambda: run.stop.poll("sampling pairs"))
             log.append([[_student_texts(completion, processor, published) for completion in group] for group in groups])
             bar.advance(pairs=sum(isinstance(texts, dict) for done in log.chunks for group in done for texts in group))
@@ -183,7 +183,7 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs:
     )
     heldout, training = [groups[i] for i in shuffled[:held]], [groups[i] for i in shuffled[held:]]
     order = SampleOrder(len(training), seed=derive_seed(run.config.seed, "warmup", "order"))
-    engine = LocalEngine(discriminator, **planned(config.optimizer, config.max_updates))
+    engine = run.engine(discriminator, **planned(config.optimizer, config.max_updates))
     use_layout(run.config.layout, discriminator.backbone)
     differing = differing_spans(heldout, spans)
     equal = [span for span in spans if span not in differing]
@@ -212,7 +212,7 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs:
     for step in state.steps(config.max_updates, done=enough, shown=shown):
         metrics = state.held  # set where a stop interrupted the scoring of held-out pairs
         if metrics is None:
-            chunk = [training[i] for i in order.next_indices(config.prompts)]
+            chunk = [training[i] for i in run.world.share(order.next_indices(config.prompts))]
             with state.timer.part("update", learns=True):
                 metrics = trainer.score_and_accumulate(chunk).metrics | trainer.step()
             state.hold(metrics)
@@ -226,4 +226,4 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs:
             f"{config.max_updates} updates left the held-out margin under {config.target_margin} ({shown}): "
             "raise warmup.max_updates or warmup.optimizer.lr, give more pairs, or lower warmup.target_margin"
         )
-    return run.export("discriminator-warmup", discriminator, partial(save_discriminator, discriminator, processor))
+    return run.export("discriminator-warmup", engine, partial(save_discriminator, discriminator, processor))

@@ -46,7 +46,7 @@ def test_options_go_through_beside_what_the_engine_sets():
     ],
 )
 def test_an_option_that_the_engine_sets_is_refused_by_name(options, name):
-    with pytest.raises(ValueError, match=rf"^deepspeed\.{name} is set by the engine"):
+    with pytest.raises(ValueError, match=rf"^engine\.deepspeed\.{name} is set by the engine"):
         deepspeed_config(1, torch.float32, options)
 
 

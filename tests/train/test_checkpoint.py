@@ -16,6 +16,7 @@ from prism_fast.config import Config, OptimizerConfig
 from prism_fast.data.order import SampleOrder
 from prism_fast.engine import stored
 from prism_fast.engine.local import LocalEngine
+from prism_fast.engine.world import World
 from prism_fast.models.writing import DiskFullError
 from prism_fast.train.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, read_checkpoint, save_checkpoint
 from prism_fast.train.record import RunRecord, read_resume
@@ -180,7 +181,7 @@ def test_an_engine_goes_on_to_the_bit(tmp_path):
 def test_a_checkpoint_of_an_earlier_format_is_refused_by_name(tmp_path):
     """Before its tensors are looked at: they were one file per engine."""
     old = Checkpoint(tmp_path / "align-000004", {"format": 2, "stage": "align", "step": 4})
-    run = SimpleNamespace(config=Config(), resume=SimpleNamespace(checkpoint_of=lambda stage: old))
+    run = SimpleNamespace(config=Config(), world=World(), resume=SimpleNamespace(checkpoint_of=lambda stage: old))
     engine = LocalEngine(torch.nn.Linear(4, 3), OptimizerConfig())
     with pytest.raises(CheckpointError, match=r"align-000004 was saved by another version .*start a new run"):
         StageState(run, "align", engines={"policy": engine}, budgets={}, order=SampleOrder(4, seed=1))

@@ -12,7 +12,7 @@ MADE = {"batch": 4, "temperature": 0.0}
 def test_whole_pieces_come_back_and_a_half_one_does_not(tmp_path):
     path = tmp_path / "deep" / "x.chunks"
     log = ChunkLog(path, MADE)
-    pieces = [[{"a": 1.5}], [], "a\nb\u2028"]
+    pieces = [[{"a": 1.5}], [], ["a\nb\u2028"]]
     for piece in pieces:
         log.append(piece)
     whole = path.read_bytes()
@@ -21,8 +21,8 @@ def test_whole_pieces_come_back_and_a_half_one_does_not(tmp_path):
         path.write_bytes(left)
         assert ChunkLog(path, MADE).chunks == pieces and path.read_bytes() == whole
     again = ChunkLog(path, MADE)
-    again.append(7)
-    assert ChunkLog(path, MADE).chunks == [*pieces, 7]
+    again.append([7])
+    assert ChunkLog(path, MADE).chunks == [*pieces, [7]]
     again.remove()
     assert not path.exists() and ChunkLog(path, MADE).chunks == []
 

@@ -73,7 +73,7 @@ def test_a_checkpoint_holds_what_the_next_step_depends_on(finished):
     state = checkpoint.state
     assert set(state) == {
         "format", "config", "data", "stage", "step", "budgets", "order", "extra", "held", "metrics_bytes",
-        "rollout_bytes",
+        "rollout_bytes", "ranks",
     }  # fmt: skip
     assert state["order"]["position"] > 0 and state["extra"] is not None
     manifest = json.loads((checkpoint.path / "manifest.json").read_text())
@@ -97,13 +97,13 @@ def test_a_stopped_evaluation_keeps_its_batches(finished, small_run, tmp_path, m
     polls = 0
     poll = StopRequest.poll
 
-    def stop_in_the_second_batch(stop, where):
+    def stop_in_the_second_batch(stop, where, **joint):
         nonlocal polls
         if (tmp_path / "cut/evals/eval.chunks").read_bytes().count(b"\n") == 2:
             polls += 1
             if polls == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
-        return poll(stop, where)
+        return poll(stop, where, **joint)
 
     monkeypatch.setattr(StopRequest, "poll", stop_in_the_second_batch)
     with pytest.raises(Stopped):

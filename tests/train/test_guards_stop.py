@@ -37,11 +37,11 @@ class Signals:
     def _watch(self, monkeypatch, owner, name, phase) -> None:
         original = getattr(owner, name)
 
-        def watched(*arguments):
+        def watched(*arguments, **options):
             if self.wanted is not None and phase(*arguments) == self.wanted:
                 self.wanted = None
                 os.kill(os.getpid(), signal.SIGTERM)
-            return original(*arguments)
+            return original(*arguments, **options)
 
         monkeypatch.setattr(owner, name, watched)
 

@@ -121,7 +121,7 @@ def test_surplus_is_kept_and_goes_first_oldest_before_newer():
     sampler = _sampler(source)
     first = sampler.take(1)
     surplus = [source.calls[0][2][place] for place in (4, 5, 6)]
-    assert first.metrics.read()["sampling/banked"] == 3 and [g.index for g in sampler.surplus] == surplus
+    assert first.metrics.read()["sampling/banked"] == 3 and [kept.group.index for kept in sampler.surplus] == surplus
     assert {g.index for g in first.unused} >= set(surplus), "a replay of this step needs the kept ones too"
     second = sampler.take(2)
     assert _indices(second.trained)[:3] == surplus

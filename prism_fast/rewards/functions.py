@@ -8,6 +8,7 @@ import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import ModuleType
 
@@ -40,6 +41,7 @@ class SourceRewards:
                 "another data_source"
             )
         self._checker = checker
+        self._thread: ThreadPoolExecutor | None = None
         self._names = dict(functions)
         self.functions = {source: load_function(source, name) for source, name in functions.items()}
 
@@ -50,8 +52,21 @@ class SourceRewards:
         self.close()
 
     def close(self) -> None:
-        """End the checker's worker processes."""
+        """End the checker's worker processes, and what `begin` started."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
         self._checker.close()
+
+    def begin(self, responses: Sequence[Judged]) -> Future[list[Reward]] | None:
+        """Start `score` in a thread; wait for all that was started before the next `score`. None where a function of
+        the recipe's grades one of them: it gets all responses of its data source in one call, in the thread of
+        `score`."""
+        if any(response.data_source in self.functions for response in responses):
+            return None
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="grading")
+        return self._thread.submit(self._checker.score, responses)
 
     def score(self, responses: Sequence[Judged]) -> list[Reward]:
         """One reward per response, in order; each function is called once, with all responses of its data source.

@@ -32,6 +32,8 @@ class HFRollout:
     `sleep` frees nothing.
     """
 
+    streams = False
+
     def __init__(self, policy: nn.Module, processor: Processor, budget: TokenBudget):
         """``budget``: tokens in the KV cache at once, a prompt counted for each of its responses, each response at its
         full length; a response that is longer is generated alone. Halved where memory runs out."""
@@ -66,6 +68,7 @@ class HFRollout:
         seeds: Sequence[int],
         *,
         poll: Callable[[], None],
+        finished: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """See `protocol.Rollout`.
 
@@ -96,7 +99,10 @@ class HFRollout:
             self._budget.run(attempt, discard=lambda: None, longest=max(tokens_of))
         finally:
             self._policy.train(was_training)
-        return [completions[p * n : (p + 1) * n] for p in range(len(prompts))]
+        groups = [completions[p * n : (p + 1) * n] for p in range(len(prompts))]
+        for place, group in enumerate(groups if finished is not None else ()):
+            finished(place, group)
+        return groups
 
     def _decode(
         self,

@@ -54,7 +54,12 @@ class Rollout(Protocol):
 
     Rules for all engines: a response continues the ids of its prompt, nothing is tokenised again; the first id of
     `end_ids` ends a response and belongs to it; `Processor.banned_ids` are never sampled.
+
+    Attributes:
+        streams: whether groups are handed to ``finished`` while others are still generated.
     """
+
+    streams: bool
 
     def generate(
         self,
@@ -63,6 +68,7 @@ class Rollout(Protocol):
         seeds: Sequence[int],
         *,
         poll: Callable[[], None],
+        finished: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """``sampling.n`` completions for each prompt, in the order of the prompts.
 
@@ -70,6 +76,7 @@ class Rollout(Protocol):
             seeds: one per prompt, 0 or more and below 2**64. The random numbers of a response depend only on its
                 prompt's seed, its number among the n and the token's position, not on the other responses.
             poll: called at least once per decoding step. It may raise: the call ends, the engine stays usable.
+            finished: called once for each prompt, with its place and its completions, in any order.
 
         Raises:
             ValueError: another number of seeds than of prompts, or the engine is closed.

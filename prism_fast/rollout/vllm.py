@@ -38,6 +38,8 @@ class VLLMRollout:
     """See `protocol.Rollout`. Random numbers are vLLM's: the same seed gives other responses than `hf`, and what is
     computed together may move a score by a rounding error, so that now and then another token is drawn."""
 
+    streams = True
+
     def __init__(
         self, policy: nn.Module, processor: Processor, budget: TokenBudget, options: Mapping[str, Any] | None = None
     ):
@@ -167,6 +169,7 @@ class VLLMRollout:
         seeds: Sequence[int],
         *,
         poll: Callable[[], None],
+        finished: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """See `protocol.Rollout`.
 
@@ -190,7 +193,12 @@ class VLLMRollout:
         if self._stale:
             self.sync(plain_weights(self._policy, self._policy.named_parameters()))
         with undisturbed():  # on a CPU vLLM draws from the global generator too, and does not use it
-            groups = list(self._groups(prompts, sampling, keys, poll))
+            found = {}
+            for place, group in self._groups(prompts, sampling, keys, poll):
+                found[place] = group
+                if finished is not None:
+                    finished(place, group)
+        groups = [found[place] for place in range(len(prompts))]
         if self._unchecked:
             self._check_arrival(prompts, groups, sampling.temperature or 1.0)
             self._unchecked = False
@@ -198,16 +206,14 @@ class VLLMRollout:
 
     def _groups(
         self, prompts: Sequence[Prompt], sampling: Sampling, keys: Sequence[int], poll: Callable[[], None]
-    ) -> Iterator[list[Completion]]:
-        """The prompts' groups in their order, each as soon as it and those before it are complete. Whatever ends this
-        leaves no request behind: vLLM would go on with it in the next call."""
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Place and group of each prompt, as soon as it is complete. Whatever ends this leaves no request behind: vLLM
+        would go on with it in the next call."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         engine = self._open().llm_engine
         self._calls += 1
-        ids: list[str] = []
-        finished: dict[str, Any] = {}
-        handed = 0
+        waiting: dict[str, int] = {}  # the place of each request that is not finished
         try:
             for place, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
                 params = SamplingParams(
@@ -222,18 +228,19 @@ class VLLMRollout:
                     detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
-                ids.append(f"{self._calls}-{place}")
-                engine.add_request(ids[-1], request_of(prompt, self._processor), params)
+                request = f"{self._calls}-{place}"
+                waiting[request] = place
+                engine.add_request(request, request_of(prompt, self._processor), params)
             while engine.has_unfinished_requests():
-                finished |= {output.request_id: output for output in engine.step() if output.finished}
+                outputs = [output for output in engine.step() if output.finished]
                 poll()
-                while handed < len(ids) and ids[handed] in finished:
-                    yield self._completions(prompts[handed], finished.pop(ids[handed]), sampling)
-                    handed += 1
-            if handed < len(ids):
-                raise RuntimeError(f"vLLM lost {len(ids) - handed} of {len(ids)} requests")
+                for output in outputs:
+                    place = waiting.pop(output.request_id)
+                    yield place, self._completions(prompts[place], output, sampling)
+            if waiting:
+                raise RuntimeError(f"vLLM lost {len(waiting)} of {len(prompts)} requests")
         finally:
-            engine.abort_request(ids[handed:])
+            engine.abort_request(list(waiting))
 
     def _completions(self, prompt: Prompt, output: Any, sampling: Sampling) -> list[Completion]:
         if tuple(output.prompt_token_ids) != prompt.input_ids:

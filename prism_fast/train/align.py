@@ -57,8 +57,8 @@ def align(
     }
     budgets = {"policy": config.tokens_per_micro_batch, "discriminator": config.discriminator.tokens_per_micro_batch}
     state = StageState(run, "align", engines=engines, budgets=budgets, order=order, with_rollouts=True)
-    source = RolloutSource(run, "align", generator, processor, tasks, config.rollout)
     grader, turns = Grader(run.checker), Turns(generator, engines, state.timer, offload=run.config.rollout.offload)
+    source = RolloutSource(run, "align", generator, processor, tasks, config.rollout, finished=grader.begin)
     policy_trainer, discriminator_trainer = alignment_trainers(run.config, state, processor, reference)
     shown = {"acc": "reward/acc", "format": "reward/format", "d_acc": f"disc/acc_{spans[-1]}"}
     shown |= {f"margin_{span}": f"disc/margin_{span}" for span in spans}

@@ -43,8 +43,9 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Samples[Task], *, stage:
     reference = Reference(policy) if config.loss_terms.kl_coef else None
     order = order_of(tasks, derive_seed(run.config.seed, "rlvr", "order"))
     generator = run.rollout_engine(policy, processor)  # before the engine shards what it loads
-    source = RolloutSource(run, stage, generator, processor, tasks, config.rollout)
-    sampler = GroupSampler(source, Grader(run.checker), order, config, run.world)
+    grader = Grader(run.checker)
+    source = RolloutSource(run, stage, generator, processor, tasks, config.rollout, finished=grader.begin)
+    sampler = GroupSampler(source, grader, order, config, run.world)
     engines = {"policy": run.engine(policy, **planned(config.optimizer, steps * config.updates_per_step))}
     budgets = {"policy": config.tokens_per_micro_batch}
     state = StageState(run, stage, engines=engines, budgets=budgets, order=order, extra=sampler, with_rollouts=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -93,14 +93,18 @@ class RolloutSource:
         processor: Processor,
         tasks: Sequence[Task],
         sampling: SamplingConfig,
+        *,
+        finished: Callable[[RolloutGroup], None] | None = None,
     ):
-        """``engine``: the run's rollout engine, attached to the stage's policy.
+        """``engine``: the run's rollout engine, attached to the stage's policy. ``finished``: called with each group
+        while others are generated, where the engine can.
 
         Raises:
             RolloutLogError: ``replay`` names a run without rollouts of this stage, or with other sampling or grading.
         """
         self.run, self.stage, self.engine, self.processor = run, stage, engine, processor
         self.tasks, self.sampling = tasks, sampling
+        self._finished = finished if engine.streams else None
         self._published = SEMANTICS[run.config.semantics].published_grammar
         folder = run.config.replay
         self.replay = None if folder is None else Replay(Path(folder), stage, run.config)
@@ -121,11 +125,18 @@ class RolloutSource:
         if self.replay is not None:
             groups = self.replay.groups(indices, tasks, prompts, origins, self.processor, everywhere=everywhere)
             return StepRollouts(groups, {"time/replay": time.perf_counter() - started})
-        completions = self._generate(prompts, origins)
-        splits = [[self._split(c) for c in group] for group in completions]
-        columns = (indices, tasks, prompts, completions, splits, origins)
-        groups = [RolloutGroup(*row) for row in zip(*columns, strict=True)]
-        return StepRollouts(groups, {"time/generate": time.perf_counter() - started})
+        groups: dict[int, RolloutGroup] = {}
+
+        def complete(place: int, completions: list[Completion]) -> None:
+            splits = [self._split(completion) for completion in completions]
+            task, prompt, origin = tasks[place], prompts[place], origins[place]
+            groups[place] = RolloutGroup(indices[place], task, prompt, completions, splits, origin)
+            if self._finished is not None:
+                self._finished(groups[place])
+
+        self._generate(prompts, origins, complete)
+        seconds = {"time/generate": time.perf_counter() - started}
+        return StepRollouts([groups[place] for place in range(len(tasks))], seconds)
 
     def restore(self, records: Sequence[dict]) -> RolloutGroup:
         """A group of this stage from its records in a checkpoint.
@@ -143,11 +154,17 @@ class RolloutSource:
     def _split(self, completion: Completion) -> ResponseSplit:
         return split_tokens(completion.token_ids, self.processor.tokenizer, published=self._published)
 
-    def _generate(self, prompts: Sequence[Prompt], origins: Sequence[Origin]) -> list[list[Completion]]:
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        origins: Sequence[Origin],
+        finished: Callable[[int, list[Completion]], None],
+    ) -> None:
         config, stop, seed = self.sampling, self.run.stop, self.run.config.seed
-        return self.engine.generate(
+        self.engine.generate(
             prompts,
             Sampling(config.n, config.temperature, config.max_new_tokens),
             [derive_seed(seed, self.stage, "rollout", o.step, o.round, o.place) for o in origins],
             poll=lambda: stop.poll(f"{self.stage} step {origins[0].step}, while generating"),
+            finished=finished,
         )

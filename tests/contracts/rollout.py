@@ -277,6 +277,18 @@ def nothing_is_lost_by_sleeping(case: Case) -> None:
     assert texts(case.generate(case.prompts, sampling, SEEDS)) == before
 
 
+def every_group_is_handed_over_once(case: Case) -> None:
+    handed = []
+    groups = case.engine.generate(
+        case.prompts,
+        Sampling(2, 1.0, 6),
+        SEEDS,
+        poll=lambda: None,
+        finished=lambda place, group: handed.append((place, list(group))),
+    )
+    assert sorted(handed, key=lambda item: item[0]) == list(enumerate(groups))
+
+
 def wrong_calls_are_refused(case: Case) -> None:
     assert case.generate([], Sampling(2, 1.0, 4), []) == []
     with pytest.raises(ValueError, match="seed"):
@@ -317,6 +329,7 @@ CHECKS = (
     new_weights_are_used_once_they_are_synchronised,
     another_policy_is_sampled_once_it_is_attached,
     nothing_is_lost_by_sleeping,
+    every_group_is_handed_over_once,
     wrong_calls_are_refused,
     a_closed_engine_says_so,
     damaged_weights_are_told,

@@ -114,6 +114,14 @@ class NeverPolls(HFRollout):
         return super().generate(prompts, sampling, seeds, poll=lambda: None)
 
 
+class HandsOverAnotherOrder(HFRollout):
+    def generate(self, prompts, sampling, seeds, *, poll, finished=None):
+        groups = super().generate(prompts, sampling, seeds, poll=poll)
+        for place, group in enumerate(reversed(groups) if finished else ()):
+            finished(place, group)
+        return groups
+
+
 class Colder(HFRollout):
     """Draws at four fifths of the temperature, reports at the whole one."""
 
@@ -156,6 +164,7 @@ BROKEN = [
     (NeverPolls, contract.poll_is_called_and_may_raise),
     (EntropyInBits, contract.an_entropy_is_the_mean_of_the_sampled_distributions),
     (KeepsItsFirstPolicy, contract.another_policy_is_sampled_once_it_is_attached),
+    (HandsOverAnotherOrder, contract.every_group_is_handed_over_once),
     (Colder, contract.tokens_are_drawn_from_the_softmax),
     (LongerByOne, contract.max_new_tokens_is_the_longest_response),
 ]

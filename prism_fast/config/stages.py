@@ -221,5 +221,15 @@ class RlvrConfig:
 class EvalConfig:
     batch: int = 128  # prompts after which answers are kept: a stop loses less than that
     temperature: float = 0.0
+    # After the temperature only so many of the likeliest tokens (0: all), then only the likeliest that together reach
+    # this probability (1: all). Published: temperature 1, top_p 0.7. Training samples from the whole distribution,
+    # because its losses need the log-probs of that.
+    top_k: int = 0
+    top_p: float = 1.0
     max_new_tokens: int = 512
     limit: int | None = None  # first so many items; none: all
+
+    def __post_init__(self) -> None:
+        for name, whole in {"top_k": 0, "top_p": 1.0}.items():
+            value, allowed = getattr(self, name), "left out with eval.temperature=0, which takes the likeliest token"
+            require(value == whole or self.temperature > 0, f"eval.{name}", allowed, value)

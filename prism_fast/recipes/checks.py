@@ -23,11 +23,11 @@ _AT_LEAST_1 = {
 _ANY = {"target_margin"}  # may be negative: the first evaluation then ends the warm-up
 # Every other number must be 0 or more.
 _ABOVE_0 = {
-    *("lr", "clip_norm", "initializer_range", "continued_lr_scale", "score_clip", "epochs", "alpha"),
+    *("lr", "clip_norm", "initializer_range", "continued_lr_scale", "score_clip", "epochs", "alpha", "top_p"),
     *("timeout_s", "patience_s"),
 }
 _AT_MOST = {
-    **dict.fromkeys(("lr", "weight_decay", "decay_share", "noise", "initializer_range", "warmup_share"), 1),
+    **dict.fromkeys(("lr", "weight_decay", "decay_share", "noise", "initializer_range", "warmup_share", "top_p"), 1),
     **dict.fromkeys(("threads", "workers", "concurrency"), 1024),
     "timeout_s": 3600,
     "patience_s": 7 * 24 * 3600,

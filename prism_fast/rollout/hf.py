@@ -18,7 +18,7 @@ from prism_fast.models.forward import collate, language_outputs
 from prism_fast.models.processor import Processor, Prompt
 from prism_fast.models.token_budget import TokenBudget, by_tokens
 from prism_fast.rollout.protocol import Completion, Sampling, check_seeds, end_ids
-from prism_fast.rollout.sampling import draw, response_key, uniform
+from prism_fast.rollout.sampling import draw, response_key, truncated, uniform
 
 COMPACT_BELOW = 0.75  # share of unfinished rows below which finished ones leave the batch
 LOWEST = torch.finfo(torch.float32).min  # of log-probs in a product with their probability: 0 times -inf is NaN
@@ -136,7 +136,7 @@ class HFRollout:
         rows = torch.arange(total, device=device)  # the response of each row of the batch
         keys_of_row, ends = torch.tensor(keys, device=device), torch.tensor(self._ends, device=device)
         for t in range(limit):
-            token, logprob, token_entropy = self._sample(last, sampling.temperature, uniform(keys_of_row, t))
+            token, logprob, token_entropy = self._sample(last, sampling, uniform(keys_of_row, t))
             growing = ~finished[rows]
             tokens[rows, t], logprobs[rows, t] = token, logprob  # of a finished row too: cut at its length below
             entropy[rows] += torch.where(growing, token_entropy, 0.0)
@@ -171,21 +171,23 @@ class HFRollout:
             )
         ]
 
-    def _sample(self, hidden: Tensor, temperature: float, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sample(self, hidden: Tensor, sampling: Sampling, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One token per row of ``hidden`` [B, H] by the uniform numbers ``at`` [B]; returns ids, their log-probs and
         the sampled distribution's entropy, each [B]."""
         at_once = max(1, SCORES_AT_ONCE // self._policy.config.text_config.vocab_size)
         chunks = zip(hidden.split(at_once), at.split(at_once), strict=True)
-        drawn = [self._draw(*chunk, temperature) for chunk in chunks]
+        drawn = [self._draw(*chunk, sampling) for chunk in chunks]
         return tuple(torch.cat(column) for column in zip(*drawn, strict=True))
 
-    def _draw(self, hidden: Tensor, at: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _draw(self, hidden: Tensor, at: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
         scores = self._policy.lm_head(hidden).float()  # [B, V]
         scores[:, list(self._processor.banned_ids)] = -torch.inf
-        if temperature > 0:
-            scores = scores / temperature
+        if sampling.temperature > 0:
+            scores = scores / sampling.temperature
+        if sampling.truncates:
+            scores = truncated(scores, sampling.top_k, sampling.top_p)
         log_softmax = torch.log_softmax(scores, dim=-1)
         probs = log_softmax.exp()
-        token = draw(probs, at) if temperature > 0 else scores.argmax(dim=-1)
+        token = draw(probs, at) if sampling.temperature > 0 else scores.argmax(dim=-1)
         entropy = -(probs * log_softmax.clamp(min=LOWEST)).sum(dim=-1)  # 0 where the probability is 0
         return token, log_softmax.gather(1, token[:, None]).squeeze(1), entropy

@@ -13,11 +13,15 @@ from prism_fast.models.processor import Processor, Prompt
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. ``temperature=0`` is greedy decoding."""
+    """How responses are drawn. ``temperature=0`` is greedy decoding. After bans and temperature, ``top_k`` leaves so
+    many of the likeliest tokens (0: all), then ``top_p`` the likeliest that together reach this probability (1: all).
+    """
 
     n: int
     temperature: float
     max_new_tokens: int
+    top_k: int = 0
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.max_new_tokens < 1:
@@ -28,6 +32,14 @@ class Sampling:
             raise ValueError(
                 f"greedy decoding gives the same response {self.n} times; use n=1 or a temperature above 0"
             )
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"need top_k of 0 or more and top_p in (0, 1], got {self.top_k} and {self.top_p}")
+        if self.temperature == 0 and self.truncates:
+            raise ValueError("greedy decoding takes the likeliest token: leave top_k and top_p out, or set temperature")
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,8 @@ class Completion:
     Attributes:
         token_ids: sampled ids, the end token included when one was sampled.
         logprobs: one per id, natural log, under the distribution that was sampled from: scores of banned ids set to
-            -inf, then all divided by the temperature (by 1 in greedy decoding).
+            -inf, then all divided by the temperature (by 1 in greedy decoding), then those of tokens that ``top_k`` and
+            ``top_p`` leave out set to -inf.
         entropy: mean entropy of that distribution over the response's tokens, in nats; None from an engine that does
             not see whole distributions.
         finish_reason: ``stop`` (an end token was sampled) or ``length`` (``max_new_tokens`` reached).

@@ -44,6 +44,21 @@ def draw(probs: Tensor, at: Tensor) -> Tensor:
     return token.clamp_(max=probs.shape[1] - 1)  # only NaN leads past the last token
 
 
+def truncated(scores: Tensor, top_k: int, top_p: float) -> Tensor:
+    """``scores`` [B, V] with -inf for tokens that are left out; see `protocol.Sampling`. Equal scores at the border of
+    ``top_k`` all stay, at that of ``top_p`` the lower ids; the likeliest token always stays."""
+    if 0 < top_k < scores.shape[1]:
+        least = scores.topk(top_k, dim=-1).values[:, -1:]  # [B, 1]
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    if top_p < 1:
+        ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+        mass = (ordered.softmax(dim=-1) * 2.0**52).long()  # whole numbers: their sums are exact
+        before = mass.cumsum(dim=-1) - mass
+        beyond = before.double() >= top_p * mass.sum(dim=-1, keepdim=True).double()
+        scores = scores.masked_fill(beyond.gather(1, order.argsort(dim=-1)), -torch.inf)
+    return scores
+
+
 def _mix(z: int) -> int:
     z &= _MASK
     z = ((z ^ (z >> 30)) * _FIRST) & _MASK

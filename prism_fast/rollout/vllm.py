@@ -199,7 +199,7 @@ class VLLMRollout:
                 if finished is not None:
                     finished(place, group)
         groups = [found[place] for place in range(len(prompts))]
-        if self._unchecked:
+        if self._unchecked and not sampling.truncates:  # rounding may move a token over the border
             self._check_arrival(prompts, groups, sampling.temperature or 1.0)
             self._unchecked = False
         return groups
@@ -219,6 +219,8 @@ class VLLMRollout:
                 params = SamplingParams(
                     n=sampling.n,
                     temperature=sampling.temperature,
+                    top_k=sampling.top_k,
+                    top_p=sampling.top_p,
                     max_tokens=sampling.max_new_tokens,
                     seed=key,
                     logprobs=0,  # of the sampled token

@@ -31,7 +31,7 @@ def evaluate(run: Run, model, processor: Processor, tasks: Sequence[Task], *, af
     count = len(tasks) if config.limit is None else min(config.limit, len(tasks))
     if count == 0:
         raise ValueError("the evaluation set is empty; give data.eval with at least one row or raise eval.limit")
-    sampling = Sampling(n=1, temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+    sampling = Sampling(1, config.temperature, config.max_new_tokens, top_k=config.top_k, top_p=config.top_p)
     engine, grader = run.rollout_engine(model, processor), Grader(run.checker)
     log = ChunkLog(
         run.folder / "evals" / f"{after}.chunks",

@@ -119,6 +119,30 @@ def logprobs_are_those_of_the_sampled_distribution(case: Case) -> None:
             case.assert_logprobs(groups, temperature)
 
 
+def tokens_beyond_top_k_and_top_p_are_left_out(case: Case) -> None:
+    """Log-probs are those among the tokens that stay, found here by a loop over sorted probabilities; rows where
+    rounding decides about the last one are left out."""
+    for top_k, top_p in ((3, 1.0), (0, 0.6), (20, 0.8)):
+        sampling = Sampling(6, 1.3, 9, top_k=top_k, top_p=top_p)
+        drawn = 0
+        for prompt, group in zip(case.prompts, case.generate(case.prompts, sampling, SEEDS), strict=True):
+            for completion in group:
+                scores = case.scores(prompt, completion.token_ids) / 1.3
+                for row, token, found in zip(scores, completion.token_ids, completion.logprobs, strict=True):
+                    likeliest = row.softmax(-1).sort(descending=True)
+                    shares = likeliest.values[: top_k or None]
+                    shares, kept, mass = shares / shares.sum(), 0, 0.0
+                    while mass < top_p - 1e-5 and kept < len(shares):
+                        mass, kept = mass + float(shares[kept]), kept + 1
+                    place = likeliest.indices.tolist().index(token)
+                    if top_p < 1 and min(abs(mass - float(shares[kept - 1]) - top_p), abs(mass - top_p)) < 1e-3:
+                        continue
+                    assert place < kept
+                    assert abs(found - float(shares[place].log() - np.log(mass))) <= case.atol
+                    drawn += 1
+        assert drawn > 50
+
+
 def an_entropy_is_the_mean_of_the_sampled_distributions(case: Case) -> None:
     """Where the engine sees whole distributions."""
     with case.changed(case.raised(case.processor.banned_ids, 2.0)):
@@ -230,7 +254,6 @@ def poll_is_called_and_may_raise(case: Case) -> None:
     whole = case.engine.generate(case.prompts, sampling, SEEDS, poll=lambda: calls.append(None))
     assert len(calls) >= max(len(c.token_ids) for c in flat(whole))
     for last in (0, 3):
-
         calls.clear()
 
         def poll(last=last) -> None:
@@ -317,6 +340,7 @@ def damaged_weights_are_told(case: Case) -> None:
 
 CHECKS = (
     logprobs_are_those_of_the_sampled_distribution,
+    tokens_beyond_top_k_and_top_p_are_left_out,
     an_entropy_is_the_mean_of_the_sampled_distributions,
     a_seed_decides_its_responses_whatever_is_generated_with_them,
     responses_of_a_prompt_and_of_other_seeds_differ,

@@ -47,6 +47,17 @@ class SeedsByPlace(HFRollout):
         return super().generate(prompts, sampling, [seed + i for i, seed in enumerate(sorted(seeds))], poll=poll)
 
 
+class WholeDistribution(HFRollout):
+    """Leaves tokens out as it draws, reports log-probs among all of them."""
+
+    def _draw(self, hidden, at, sampling):
+        token, _, entropy = super()._draw(hidden, at, sampling)
+        scores = self._policy.lm_head(hidden).float()
+        scores[:, list(self._processor.banned_ids)] = -torch.inf
+        whole = torch.log_softmax(scores / (sampling.temperature or 1.0), dim=-1)
+        return token, whole.gather(1, token[:, None]).squeeze(1), entropy
+
+
 class OneSeedForAll(HFRollout):
     """Every response of a prompt has the first one's random numbers."""
 
@@ -75,8 +86,8 @@ class DropsTheEnd(HFRollout):
 class RawLogprobs(HFRollout):
     """Draws with the temperature, reports without it."""
 
-    def _draw(self, hidden, at, temperature):
-        token, _, entropy = super()._draw(hidden, at, temperature)
+    def _draw(self, hidden, at, sampling):
+        token, _, entropy = super()._draw(hidden, at, sampling)
         scores = self._policy.lm_head(hidden).float()
         scores[:, list(self._processor.banned_ids)] = -torch.inf
         raw = torch.log_softmax(scores, dim=-1).gather(1, token[:, None]).squeeze(1)
@@ -125,11 +136,12 @@ class HandsOverAnotherOrder(HFRollout):
 class Colder(HFRollout):
     """Draws at four fifths of the temperature, reports at the whole one."""
 
-    def _draw(self, hidden, at, temperature):
-        token, _, entropy = super()._draw(hidden, at, 0.8 * temperature)
+    def _draw(self, hidden, at, sampling):
+        colder = replace(sampling, temperature=0.8 * sampling.temperature)
+        token, _, entropy = super()._draw(hidden, at, colder)
         scores = self._policy.lm_head(hidden).float()
         scores[:, list(self._processor.banned_ids)] = -torch.inf
-        logprobs = torch.log_softmax(scores / (temperature or 1.0), dim=-1)
+        logprobs = torch.log_softmax(scores / (sampling.temperature or 1.0), dim=-1)
         return token, logprobs.gather(1, token[:, None]).squeeze(1), entropy
 
 
@@ -166,6 +178,7 @@ BROKEN = [
     (KeepsItsFirstPolicy, contract.another_policy_is_sampled_once_it_is_attached),
     (HandsOverAnotherOrder, contract.every_group_is_handed_over_once),
     (Colder, contract.tokens_are_drawn_from_the_softmax),
+    (WholeDistribution, contract.tokens_beyond_top_k_and_top_p_are_left_out),
     (LongerByOne, contract.max_new_tokens_is_the_longest_response),
 ]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from scipy.stats import chisquare, kstest
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from prism_fast.rollout.sampling import draw, response_key, uniform
+from prism_fast.rollout.sampling import draw, response_key, truncated, uniform
 
 MASK = 2**64 - 1
 
@@ -107,3 +108,22 @@ def test_cuda_draws_what_the_cpu_draws(generator):
         numbers = uniform(keys, t)
         assert uniform(keys.cuda(), t).cpu().equal(numbers)
         assert draw(probs.cuda(), numbers.cuda()).cpu().equal(draw(probs, numbers))
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.7), (0, 0.05), (12, 0.9), (1, 0.5), (99, 0.999)])
+def test_the_tokens_that_stay_are_those_of_transformers(generator, top_k, top_p):
+    scores = 2 * torch.randn(40, 64, generator=generator)
+    expected = scores
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    found = truncated(scores, top_k, top_p)
+    assert torch.equal(found, expected)
+    assert 0 < found.isfinite().sum() < scores.numel() or top_k == 99
+
+
+def test_equal_scores_at_the_border():
+    scores = torch.tensor([[1.0, 2.0, 1.0, 1.0]])
+    assert truncated(scores, 2, 1.0).isfinite().tolist() == [[True, True, True, True]]
+    assert truncated(torch.zeros(1, 4), 0, 0.5).isfinite().tolist() == [[True, True, False, False]]

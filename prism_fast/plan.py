@@ -34,6 +34,7 @@ from prism_fast.ops import budgets
 from prism_fast.ops.reference.linear_logprob import block_rows
 from prism_fast.recipes.hints import how_to_get
 from prism_fast.rollout.hf import SCORES_AT_ONCE
+from prism_fast.rollout.vllm_build import cache_bytes
 from prism_fast.train.adapt import adapt
 from prism_fast.train.context import DTYPES
 from prism_fast.train.layouts import Layout
@@ -51,9 +52,10 @@ ASSUMPTIONS = (
     "A response is as long as its limit allows; a demonstration's response is taken as eval.max_new_tokens long, a "
     "teacher's as long as a rollout. Caption and reasoning of one response share its length, padded each to all of it.",
     "Rollouts and evaluation keep a cache of rollout.tokens_in_flight tokens at most; while it grows, one layer's keys "
-    "or values exist twice. Sampling holds 32 bytes per response and entry of the vocabulary, in slices of responses.",
-    "Not counted: buffers inside single operations, copies made while loading and saving, fragmentation, the CUDA "
-    "context (about 0.5 GiB), Python itself.",
+    "or values exist twice. Sampling holds 32 bytes per response and entry of the vocabulary, in slices of responses. "
+    "With rollout.engine=vllm the whole cache and a copy of the weights exist meanwhile, on a CPU always.",
+    "Not counted: rollout.offload, vLLM's activations, buffers inside single operations, copies made while loading and "
+    "saving, fragmentation, the CUDA context (about 0.5 GiB), Python itself.",
 )
 
 
@@ -407,6 +409,9 @@ class _Planner:
 
     def _generation(self, rows: int, response: int) -> tuple[Component, ...]:
         text = self.dense.text_config
+        if self.config.rollout.engine == "vllm":
+            cache = cache_bytes(text, self.dtype, self.config.rollout.tokens_in_flight)
+            return (Component("vLLM weights", self.plain.weight_bytes), Component("KV cache", cache))
         at_once = max(1, self.config.rollout.tokens_in_flight // (self.prompt + response))
         rows = min(rows, at_once)
         cache = rows * (self.prompt + response) * kv_bytes_per_token(text, self.dtype)

@@ -117,6 +117,15 @@ def test_cache_of_a_rollout_is_a_real_cache(policy, config, dtype):
     assert growth == tensors[0].numel() * tensors[0].element_size()
 
 
+def test_vllm_has_all_of_its_cache_and_its_own_weights(policy, config):
+    config.rollout = replace(config.rollout, engine="vllm", tokens_in_flight=5000)
+    plan, text = make_plan(config), policy.config.text_config
+    token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
+    for stage in ("align", "rlvr"):
+        assert part(plan, stage, "rollout", "KV cache") == (5000 + 1024) * token
+        assert part(plan, stage, "rollout", "vLLM weights") == sum(p.nbytes for p in policy.parameters())
+
+
 def test_dynamic_sampling_may_generate_a_multiple_at_once(config):
     one = part(make_plan(config), "rlvr", "rollout", "KV cache")
     config.rlvr.dynamic_sampling = replace(config.rlvr.dynamic_sampling, enabled=True, max_oversampling=2.5)

@@ -13,6 +13,7 @@ from .machine import machine
 from .measure import measure, measured_ceiling
 from .memory import peak_on_cpu
 from .op import MODES, Op, Row
+from .providers import providers as providers_table
 from .short import of_plain_attention
 from .suite import OPS
 
@@ -65,6 +66,8 @@ def run(
             result = {"machine": about, "size": size, "ceiling": ceiling, "rows": [asdict(row) for row in rows]}
             out.write_text(json.dumps(result, indent=1) + "\n")
     for line in of_plain_attention([asdict(row) for row in rows]):
+        show(line)
+    for line in ("", *providers_table(rows)):
         show(line)
     return rows
 

@@ -8,7 +8,8 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 HEAD = """# Examples
 
-Short programs. They lie in `examples/` of a checkout.
+Short programs that run on a CPU in seconds, in `examples/` of a checkout. A test runs each, but for the one for verl:
+verl does not install beside the transformers used here, so that one is checked by `make verl-parity`.
 """
 
 
@@ -19,4 +20,6 @@ def page() -> str:
         source = path.read_text()
         first = ast.get_docstring(ast.parse(source)).splitlines()[0]
         lines += [f"## {path.name}", "", first, "", "```python", source.rstrip(), "```", ""]
+    for path in sorted(FOLDER.glob("*.yaml")):
+        lines += [f"## {path.name}", "", "```yaml", path.read_text().rstrip(), "```", ""]
     return "\n".join(lines)

@@ -36,6 +36,7 @@ def page() -> str:
     lines = [HEAD]
     for path in sorted(RESULTS.glob("record-*.json")):
         record = json.loads(path.read_text())
+        record = record["data"] if "section" in record else record  # of a section of gpu_suite.sh
         if "column" in record["rows"][0]:
             lines += _step(path.name, record)
         else:

@@ -134,6 +134,28 @@ def step(
         raise typer.Exit(1)
 
 
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="Result file (--json) of `bench ops` or `bench step`.")],
+    after: Annotated[Path, typer.Argument(help="A later one, of the same command on the same machine.")],
+) -> None:
+    """Compare two results of one machine: times and peaks that grew by more than 5 %.
+
+    Files of different machines or settings are refused. A line whose result, status or amount of work differs is not
+    compared. Exit code 1 if anything became slower or larger, or could not be compared.
+    """
+    from prism_fast.bench.compare import results
+
+    try:
+        lines, remarks = results.compare(before, after)
+    except results.NotComparable as error:
+        raise typer.BadParameter(str(error)) from None
+    for text in (*remarks, *results.table(lines)):
+        typer.echo(text)
+    if any(line.bad for line in lines):
+        raise typer.Exit(1)
+
+
 def _worst(row: Row) -> str:
     errors = asdict(row)["errors"] or {}
     return ", ".join(f"{name} {value:.1e}" for name, value in errors.items())

@@ -9,7 +9,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "examples"
 HEAD = """# Examples
 
 Short programs that run on a CPU in seconds, in `examples/` of a checkout. A test runs each, but for the one for verl:
-verl does not install beside the transformers used here, so that one is checked by `make verl-parity`.
+verl does not install beside the transformers used here, so that one is parsed, and the losses that it names are
+compared by `make verl-parity`.
 """
 
 

@@ -237,7 +237,10 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("PRISM_FAST_TRACEBACK") == "1" or not _curable(error):
             raise
-        errors.print(f"[bold red]error:[/] {type(error).__name__}", highlight=False)
+        if int(os.environ.get("LOCAL_RANK", "0")) and not console.quiet:
+            sys.exit(1)  # before the ranks have met each finds the same; the first of a node tells it
+        rank = f"rank {os.environ['RANK']}, " if console.quiet else ""
+        errors.print(f"[bold red]error:[/] {rank}{type(error).__name__}", highlight=False)
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         if isinstance(error, ImportError):
             errors.print("`prism-fast doctor` shows what is missing or broken and how to get it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -44,7 +45,8 @@ OURS = frozenset(
 
 def import_deepspeed() -> ModuleType:
     """DeepSpeed; raises ImportError where it is missing or its version is not supported."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are about what the engine does on purpose
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of its collectives
     low, high = (".".join(map(str, version)) for version in SUPPORTED)
     cure = f"pip install 'deepspeed>={low},<{high}'"
     try:

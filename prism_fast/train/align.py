@@ -25,16 +25,17 @@ from prism_fast.rewards import RewardFunctionError
 from prism_fast.track.metrics import Metrics
 from prism_fast.train.batching import Batching
 from prism_fast.train.context import Run
-from prism_fast.train.discriminator_trainer import DiscriminatorTrainer, GroupScores, discriminator_loss_of
+from prism_fast.train.discriminator_trainer import DiscriminatorTrainer, GroupScores, discriminator_loss_of, end_states
 from prism_fast.train.grading import Grader
 from prism_fast.train.layouts import use_layout
 from prism_fast.train.length import stage_length
-from prism_fast.train.policy_trainer import PolicyBatch, PolicyTrainer, response_metrics
+from prism_fast.train.policy_trainer import PolicyBatch, PolicyTrainer, response_metrics, response_states
 from prism_fast.train.reference import Reference
 from prism_fast.train.rollout_dump import dumped
 from prism_fast.train.rollouts import RolloutSource, StepRollouts
 from prism_fast.train.scored_group import ScoredGroup
 from prism_fast.train.seeds import derive_seed
+from prism_fast.train.self_check import check_before_sharding
 from prism_fast.train.state import StageState
 from prism_fast.train.turns import Turns
 
@@ -49,6 +50,7 @@ def align(
     reference = Reference(policy) if config.loss_terms.kl_coef else None
     steps = stage_length(config.steps, config.epochs, len(tasks), config.prompts)
     generator = run.rollout_engine(policy, processor)  # before the engines shard what it loads
+    check_models(run.config, policy, discriminator, processor, tasks)
     engines = {
         "policy": run.engine(policy, **planned(config.optimizer, steps)),
         "discriminator": run.engine(
@@ -84,6 +86,18 @@ def align(
         run.export("align", engines["policy"], partial(save_policy, policy, processor)),
         run.export("discriminator", engines["discriminator"], partial(save_discriminator, discriminator, processor)),
     )
+
+
+def check_models(
+    config: Config, policy, discriminator: Discriminator, processor: Processor, tasks: Samples[Task]
+) -> None:
+    """`check_before_sharding` of both models."""
+    align, positions = config.align, SEMANTICS[config.semantics].positions
+    budget = align.tokens_per_micro_batch
+    check_before_sharding(config, policy.model, tasks, processor, response_states, budget=budget)
+    budget = align.discriminator.tokens_per_micro_batch
+    backbone = discriminator.backbone
+    check_before_sharding(config, backbone, tasks, processor, end_states, budget=budget, positions=positions)
 
 
 def alignment_trainers(

@@ -24,11 +24,12 @@ from prism_fast.train.context import Run
 from prism_fast.train.grading import Grader
 from prism_fast.train.group_sampler import GroupSampler, length_penalty, training_reward
 from prism_fast.train.layouts import use_layout
-from prism_fast.train.policy_trainer import PolicyBatch, PolicyTrainer, response_metrics
+from prism_fast.train.policy_trainer import PolicyBatch, PolicyTrainer, response_metrics, response_states
 from prism_fast.train.reference import Reference
 from prism_fast.train.rollout_dump import dumped
 from prism_fast.train.rollouts import RolloutSource, StepRollouts
 from prism_fast.train.seeds import derive_seed
+from prism_fast.train.self_check import check_before_sharding
 from prism_fast.train.state import StageState
 from prism_fast.train.turns import Turns
 
@@ -46,6 +47,8 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Samples[Task], *, stage:
     grader = Grader(run.checker)
     source = RolloutSource(run, stage, generator, processor, tasks, config.rollout, finished=grader.begin)
     sampler = GroupSampler(source, grader, order, config, run.world)
+    budget = config.tokens_per_micro_batch
+    check_before_sharding(run.config, policy.model, tasks, processor, response_states, budget=budget)
     engines = {"policy": run.engine(policy, **planned(config.optimizer, steps * config.updates_per_step))}
     budgets = {"policy": config.tokens_per_micro_batch}
     state = StageState(run, stage, engines=engines, budgets=budgets, order=order, extra=sampler, with_rollouts=True)

@@ -16,11 +16,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from prism_fast.config import Config
+from prism_fast.data.samples import Demonstration, Pair, Task
 from prism_fast.engine.protocol import Engine
 from prism_fast.models.family import tower, trunk
 from prism_fast.models.packing import Branch, PromptGroup
+from prism_fast.models.processor import Processor
 from prism_fast.train.batching import Batching
-from prism_fast.train.layouts import BatchPlan, MicroBatch, PackedPlan, PaddedPlan, longest_item
+from prism_fast.train.layouts import BatchPlan, MicroBatch, PackedPlan, PaddedPlan, longest_item, use_layout
 
 Read = Callable[[BatchPlan, MicroBatch], tuple[Tensor, Sequence[int]]]
 """Reads a micro-batch as the stage does: states [N, H], and how many of them belong to each of its branches."""
@@ -63,6 +66,33 @@ def self_check(
     )
     engine.packing_checked = True
     return error if engine.updates == 0 else None
+
+
+def check_before_sharding(
+    config: Config,
+    backbone: nn.Module,
+    samples: Sequence[Task | Demonstration | Pair],
+    processor: Processor,
+    read: Read,
+    *,
+    budget: int,
+    positions: str = "mrope",
+) -> None:
+    """The check for an engine that shards weights: before it is made, while the model is whole. The branches are words
+    of the first two prompts, as nothing is sampled yet; with other engines :func:`self_check` follows.
+
+    Raises:
+        PackingError: as :func:`check_packing`.
+    """
+    if config.engine.kind == "local" or config.layout == "padded":
+        return
+    use_layout(config.layout, backbone)
+    groups = []
+    for sample in (samples[i] for i in range(min(len(CHECKED), len(samples)))):
+        prompt = processor.encode_prompt(sample.messages, sample.images)
+        words = [token for token in prompt.input_ids if token not in processor.banned_ids]
+        groups.append(PromptGroup(prompt, [words[:5], words[1:9], words[2:5]]))
+    check_packing(backbone, choose(groups), read, budget=budget, pad_id=processor.pad_id, positions=positions)
 
 
 def choose(groups: Sequence[PromptGroup]) -> list[PromptGroup]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prism_fast.config import SftConfig
+from prism_fast.config import ConfigError, SftConfig
 from prism_fast.data.order import MixedOrder, SampleOrder, order_of
 from prism_fast.data.samples import Demonstration, Samples
 from prism_fast.engine.protocol import Engine
@@ -27,7 +27,7 @@ from prism_fast.train.length import stage_length
 from prism_fast.train.passes import counted_passes
 from prism_fast.train.policy_trainer import response_states
 from prism_fast.train.seeds import derive_seed
-from prism_fast.train.self_check import self_check
+from prism_fast.train.self_check import check_before_sharding, self_check
 from prism_fast.train.state import StageState
 
 
@@ -169,6 +169,11 @@ def train_sft(
     config = run.config.sft
     updates = stage_length(config.max_updates, config.epochs, len(demos), config.batch)
     decay = PlateauDecay(config) if config.ends == "plateau" else None
+    if len(val) < run.world.size:
+        raise ConfigError(
+            f"the {len(val)} demonstrations for validation are fewer than the {run.world.size} ranks: give more"
+        )
+    _check_packing(run, model, demos, processor)
     if decay is not None:
         engine = run.engine(model, config.optimizer, schedule=decay)
     else:
@@ -197,6 +202,7 @@ def train_sft(
 def continue_sft(run: Run, model, processor: Processor, demos: Samples[Demonstration], updates: int) -> Path:
     """The control: as many more SFT updates on the same mixture as alignment and RLVR take, decayed to zero."""
     config = run.config.sft
+    _check_packing(run, model, demos, processor)
     optimizer = planned(replace(config.optimizer, schedule="constant"), updates)["config"]  # its warm-up alone
     engine = run.engine(model, optimizer, schedule=lambda update: config.continued_lr_scale * (1.0 - update / updates))
     order = order_of(demos, derive_seed(run.config.seed, "sft_continued", "order"))
@@ -207,6 +213,11 @@ def continue_sft(run: Run, model, processor: Processor, demos: Samples[Demonstra
             metrics = trainer.accumulate(groups) | trainer.step()
         state.end_step(metrics)
     return run.export("sft_continued", engine, partial(save_policy, model, processor))
+
+
+def _check_packing(run: Run, model, demos: Samples[Demonstration], processor: Processor) -> None:
+    budget = run.config.sft.tokens_per_micro_batch
+    check_before_sharding(run.config, model.model, demos, processor, response_states, budget=budget)
 
 
 def _prepare(

@@ -20,6 +20,7 @@ from prism_fast.data.order import SampleOrder
 from prism_fast.data.problems import holds_control_token
 from prism_fast.data.samples import Pair, Samples, Task
 from prism_fast.engine.schedule import planned
+from prism_fast.engine.world import World
 from prism_fast.models.discriminator import Discriminator, save_discriminator
 from prism_fast.models.processor import Processor, Prompt
 from prism_fast.rollout.protocol import Completion, Sampling
@@ -27,11 +28,12 @@ from prism_fast.track.metrics import Metrics
 from prism_fast.train.batching import Batching
 from prism_fast.train.chunks import ChunkLog
 from prism_fast.train.context import Run
-from prism_fast.train.discriminator_trainer import DiscriminatorTrainer, discriminator_loss_of
+from prism_fast.train.discriminator_trainer import DiscriminatorTrainer, discriminator_loss_of, end_states
 from prism_fast.train.layouts import use_layout
 from prism_fast.train.own_pairs import OwnPair
 from prism_fast.train.scored_group import ScoredGroup
 from prism_fast.train.seeds import derive_seed
+from prism_fast.train.self_check import check_before_sharding
 from prism_fast.train.state import StageState
 from prism_fast.train.turns import awake
 
@@ -145,9 +147,10 @@ class HeldOut:
         self.spans, self.awaited = spans, awaited
         self.margins: dict[str, float] = {}
 
-    def observe(self, metrics: Metrics) -> Metrics:
-        """Record the metrics of a scoring of the held-out pairs; returns those of margin, accuracy and pairs."""
-        values, recorded = metrics.read(), Metrics()
+    def observe(self, metrics: Metrics, world: World | None = None) -> Metrics:
+        """Joint over ``world`` (None: one rank). Record the metrics of a scoring of the held-out pairs, of which each
+        rank has a share; returns those of margin, accuracy and pairs."""
+        values, recorded = metrics.read(None if world is None else world.gather), Metrics()
         self.margins = {}
         for kind in ("margin", "acc", "pairs"):
             for name in (f"{kind}_{span}" for span in self.spans):
@@ -183,6 +186,13 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs:
     )
     heldout, training = [groups[i] for i in shuffled[:held]], [groups[i] for i in shuffled[held:]]
     order = SampleOrder(len(training), seed=derive_seed(run.config.seed, "warmup", "order"))
+    if held < run.world.size:
+        raise WarmupError(
+            f"{held} held-out prompt(s) are fewer than the {run.world.size} ranks: raise warmup.heldout_share, or give "
+            "pairs of more prompts"
+        )
+    budget = config.tokens_per_micro_batch
+    check_before_sharding(run.config, discriminator.backbone, pairs, processor, end_states, budget=budget)
     engine = run.engine(discriminator, **planned(config.optimizer, config.max_updates))
     use_layout(run.config.layout, discriminator.backbone)
     differing = differing_spans(heldout, spans)
@@ -218,7 +228,8 @@ def warm_up(run: Run, discriminator: Discriminator, processor: Processor, pairs:
             state.hold(metrics)
         if step % config.eval_every == 0:
             with state.timer.part("validation"):
-                metrics |= reached.observe(trainer.score(heldout, prefix="warmup/heldout_", poll=poll).metrics)
+                scored = trainer.score(run.world.share(heldout), prefix="warmup/heldout_", poll=poll).metrics
+                metrics |= reached.observe(scored, run.world)
         state.end_step(metrics)
     if not enough():
         shown = ", ".join(f"{k} {v:.3g}" for k, v in reached.margins.items()) or "never evaluated"

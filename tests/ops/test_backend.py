@@ -91,9 +91,7 @@ def test_unknown_backend_is_refused_by_every_op():
         "linear_policy_loss": lambda **b: ops.linear_policy_loss(
             torch.zeros(4, 2), torch.zeros(3, 2), GROUP, zeros[:1], offsets, **b
         ),
-        "linear_cross_entropy": lambda **b: ops.linear_cross_entropy(
-            torch.zeros(4, 2), torch.zeros(3, 2), GROUP, **b
-        ),
+        "linear_cross_entropy": lambda **b: ops.linear_cross_entropy(torch.zeros(4, 2), torch.zeros(3, 2), GROUP, **b),
         "selected_logprob": lambda **b: ops.selected_logprob(torch.zeros(4, 3), GROUP, **b),
         "group_advantage": lambda **b: ops.group_advantage(SCORES, GROUP, weights=[1.0], **b),
         "policy_loss": lambda **b: ops.policy_loss(zeros, zeros[:1], offsets, **b),

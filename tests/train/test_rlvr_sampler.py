@@ -8,12 +8,14 @@ import pytest
 
 from prism_fast.config import ConfigError, RlvrConfig, load_config
 from prism_fast.data.order import SampleOrder
+from prism_fast.engine.world import World
 from prism_fast.rewards import Reward
 from prism_fast.rollout.protocol import Completion
 from prism_fast.train.grading import Grader
 from prism_fast.train.group_sampler import GroupSampler, NoUsefulGroupError, training_reward
 from prism_fast.train.rollout_record import Origin, RolloutGroup
 from prism_fast.train.rollouts import StepRollouts
+from tests.support.played_world import on_ranks
 
 N = 3
 GRADED = Grader(None)  # groups have their rewards: nothing is checked
@@ -190,6 +192,51 @@ def test_the_state_goes_on_exactly_with_the_kept_groups():
     for step in (2, 3):
         ours, theirs = second.take(step), straight.take(step)
         assert _indices(ours.trained) == _indices(theirs.trained) and ours.metrics.read() == theirs.metrics.read()
+
+
+class Shared(Source):
+    """One rank's source: its share of every round."""
+
+    world = World()
+
+    def take(self, indices, *, step, round=0):
+        rollouts = super().take(indices, step=step, round=round)
+        return StepRollouts(self.world.share(rollouts.groups), rollouts.time)
+
+
+def _on_ranks(ranks: int, plans: list[str], steps: int, prompts: int) -> tuple[list[list], list[dict], list[dict]]:
+    """Of every step each rank's trained groups, the metrics of all, and the ranks' states at the end."""
+
+    def learn(world: World):
+        source = Shared(*plans)
+        source.world = world
+        sampler = _sampler(source, prompts=prompts, max_oversampling=2.0)
+        sampler.world = world
+        sampler.share.observe(1000, 100)  # expects few: every round has the largest size, which both can share
+        taken = [sampler.take(step) for step in range(1, steps + 1)]
+        trained = [[group.origin for group in sampled.trained.groups] for sampled in taken]
+        unused = [[group.origin for group in sampled.unused] for sampled in taken]
+        assert all(not set(mine) & sampled.origins for mine, sampled in zip(unused, taken, strict=True))
+        assert all(sampled.per_rank <= len(mine) for mine, sampled in zip(trained, taken, strict=True))
+        return trained, [sampled.metrics.read(world.gather) for sampled in taken], sampler.state_dict()
+
+    trained, metrics, states = zip(*on_ranks(ranks, learn), strict=True)
+    return [sum(mine, []) for mine in zip(*trained, strict=True)], list(metrics), list(states)  # noqa: RUF017
+
+
+def test_ranks_share_a_step_as_one_process_has_it():
+    """Useful groups lie on one rank's part of a round; both train on as many, and keep the same surplus."""
+    plans = ["uuu...uu", "uuuuu...", "u....uuu", "uuuuuuuu"]
+    one, metrics, states = _on_ranks(1, plans, 3, 4)
+    two, of_ranks, both = _on_ranks(2, plans, 3, 4)
+    assert two == one and len(one[0]) == 4
+    assert of_ranks[0] == of_ranks[1] == metrics[0]
+    assert both[0] == both[1] == states[0] and states[0]["kept"]
+
+
+def test_a_rank_without_a_useful_group_is_an_error():
+    with pytest.raises(NoUsefulGroupError, match=r"in only 1 of the \d+ groups .* each of 2 ranks needs one"):
+        _on_ranks(2, ["u"], 1, 2)
 
 
 def test_overlong_shaping_makes_groups_of_equal_answers_differ():

@@ -76,6 +76,10 @@ class Scripted:
     def generate(self, prompts, sampling, seeds, *, poll):
         return [self.completions for _ in prompts]
 
+    def wake(self): ...
+
+    def sleep(self): ...
+
 
 class Prompts(list):
     def without_images(self, index):

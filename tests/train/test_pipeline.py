@@ -40,8 +40,8 @@ def test_every_stage_leaves_its_metrics_and_its_model(finished):
     assert [r["after"] for r in _of(finished, "eval")] == [stage for stage in STAGES if stage != "warmup"]
     assert _of(finished, "sft")[-1]["sft/loss"] < 0.5 * _of(finished, "sft")[0]["sft/loss"]
     rates = [step["sft/lr"] for step in _of(finished, "sft_continued")]
-    # A tenth of the rate of SFT (continued_lr_scale), its warm-up of 20 updates, and on the way to zero.
-    assert rates == pytest.approx([4e-4 * (k + 1) / 20 * (1 - k / 4) for k in range(4)])
+    # A hundredth of the rate of SFT (continued_lr_scale), its warm-up of 20 updates, and on the way to zero.
+    assert rates == pytest.approx([4e-5 * (k + 1) / 20 * (1 - k / 4) for k in range(4)])
     for step in _of(finished, "align"):
         assert step["disc/tokens"] > 0 and step["policy/entropy"] > 0 and step["response_length/max"] <= 72
         assert step.get("rollout/logprob_gap_max", 0) < 1e-4  # float32: the sampler's policy is the one that learns

@@ -76,12 +76,7 @@ def _assert_curves(folder: Path, finished: Path) -> None:
 def test_killed_and_stopped_in_several_stages_a_run_ends_the_same(finished, small_run, tmp_path):
     folder = tmp_path / "run"
     arguments = ["run", "digits", f"out={folder}", *small_run, "checkpoint_every=7"]
-    for stage, how in (
-        ("sft", signal.SIGKILL),
-        ("rlvr_direct", signal.SIGKILL),
-        ("warmup", signal.SIGTERM),
-        ("align", signal.SIGKILL),
-    ):
+    for stage, how in (("sft", signal.SIGKILL), ("warmup", signal.SIGTERM), ("align", signal.SIGKILL)):
         process = _start(arguments)
         _wait_for(folder, stage, process)
         process.send_signal(how)

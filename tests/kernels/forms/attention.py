@@ -36,5 +36,5 @@ def forms() -> list[Form]:
         for label, heads in HEADS.items():
             if name != "fp16" or label == "32+8x128":
                 run = partial(attention, dtype=dtype, heads=heads)
-                found.append(Form(f"{name} {label}", run, TOKENS, everyday=name == "bf16" and heads[2] == 128))
+                found.append(Form(f"{name} {label}", run, TOKENS, everyday=(name, label) == ("bf16", "32+8x128")))
     return found

@@ -56,5 +56,5 @@ def forms() -> list[Form]:
                     label = f"{name} {shape} library{' hub' if hub else ''}"
                     some.append(Form(label, partial(call, op=stock, hub=hub), TOKENS, cards=LIBRARY))
             found += some
-    everyday = ("bf16 E4k2", "bf16 E128k8 library")
-    return [f._replace(everyday=f.name.startswith(everyday)) for f in found]
+    everyday = ("bf16 E4k2", "bf16 E4k2 library")
+    return [f._replace(everyday=f.name in everyday) for f in found]

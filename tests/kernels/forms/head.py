@@ -90,4 +90,12 @@ def forms() -> list[Form]:
                 Form(f"{name} few rows", call, FEW),
                 Form(f"{name} waves ban", partial(waves, dtype=dtype, ban=True, entropy=False), MANY),
             ]
-    return [f._replace(everyday=f.name.startswith("bf16")) for f in found]
+    learns = (
+        "keep",
+        "keep ban entropy",
+        "few rows ban entropy",
+        "recompute ban entropy",
+        "waves ban entropy",
+        "waves z-loss",
+    )
+    return [f._replace(everyday=f.name in {f"bf16 {name}" for name in learns}) for f in found]

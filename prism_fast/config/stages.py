@@ -219,6 +219,13 @@ class RlvrConfig:
 
 @dataclass
 class EvalConfig:
+    """How ``data.eval`` is answered. Rows of several ``data_source`` are also counted each (eval/accuracy_on/...)."""
+
+    samples: int = 1  # answers per item; of several, eval/accuracy is their mean, and eval/pass@k are measured
+    every: int = 0  # steps of align and rlvr between evaluations inside the stage; 0: only after it
+    metric: str = "eval/accuracy"  # what keep_best and patience compare; more is better
+    keep_best: bool = False  # export/<stage>-best holds the policy that was best inside the stage
+    patience: int | None = None  # evaluations in a row without a better one, after which the stage ends; none: no end
     batch: int = 128  # prompts after which answers are kept: a stop loses less than that
     temperature: float = 0.0
     # After the temperature only so many of the likeliest tokens (0: all), then only the likeliest that together reach
@@ -233,3 +240,9 @@ class EvalConfig:
         for name, whole in {"top_k": 0, "top_p": 1.0}.items():
             value, allowed = getattr(self, name), "left out with eval.temperature=0, which takes the likeliest token"
             require(value == whole or self.temperature > 0, f"eval.{name}", allowed, value)
+        allowed = "1 with eval.temperature=0: greedy answers to one prompt do not differ"
+        require(self.samples == 1 or self.temperature > 0, "eval.samples", allowed, self.samples)
+        if self.every == 0:
+            allowed = "left out without eval.every, on whose evaluations it acts"
+            require(not self.keep_best, "eval.keep_best", allowed, self.keep_best)
+            require(self.patience is None, "eval.patience", allowed, self.patience)

@@ -14,7 +14,18 @@ MAX_CHARS = 200_000
 MAX_WHOLE = 2**63 - 1
 _SIZES = {"tiny", "digits"}  # sections in which every whole number is a size or a count
 _AT_LEAST_1 = {
-    *("threads", "limit", "batch", "prompts", "max_updates", "eval_every", "patience", "tokens_per_micro_batch", "n"),
+    *(
+        "samples",
+        "threads",
+        "limit",
+        "batch",
+        "prompts",
+        "max_updates",
+        "eval_every",
+        "patience",
+        "tokens_per_micro_batch",
+        "n",
+    ),
     *("max_new_tokens", "pairs_per_prompt", "num_experts", "updates", "max_rounds", "max_oversampling"),
     *("dump_rollouts_every", "checkpoint_every", "keep_checkpoints", "max_image_pixels", "max_prompt_tokens"),
     *("min_pixels", "max_pixels"),

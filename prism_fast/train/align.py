@@ -37,13 +37,20 @@ from prism_fast.train.scored_group import ScoredGroup
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.self_check import check_before_sharding
 from prism_fast.train.state import StageState
+from prism_fast.train.step_evaluation import StepEvaluation
 from prism_fast.train.turns import Turns
 
 
 def align(
-    run: Run, policy, discriminator: Discriminator, processor: Processor, tasks: Samples[Task]
+    run: Run,
+    policy,
+    discriminator: Discriminator,
+    processor: Processor,
+    tasks: Samples[Task],
+    held_out: Samples[Task] | None = None,
 ) -> tuple[Path, Path]:
-    """Run the stage; returns the folders of the exported policy and discriminator."""
+    """Run the stage; returns the folders of the exported policy and discriminator. ``held_out``: what is answered
+    inside the stage."""
     config, spans = run.config.align, SPANS[run.config.align.discriminate]
     order = order_of(tasks, derive_seed(run.config.seed, "align", "order"))
     use_layout(run.config.layout, policy)
@@ -58,13 +65,17 @@ def align(
         ),
     }
     budgets = {"policy": config.tokens_per_micro_batch, "discriminator": config.discriminator.tokens_per_micro_batch}
-    state = StageState(run, "align", engines=engines, budgets=budgets, order=order, with_rollouts=True)
+    best = partial(run.export, "align-best", engines["policy"], partial(save_policy, policy, processor))
+    evaluation = StepEvaluation(run, "align", processor, held_out, best)
+    state = StageState(
+        run, "align", engines=engines, budgets=budgets, order=order, evaluation=evaluation, with_rollouts=True
+    )
     grader, turns = Grader(run.checker), Turns(generator, engines, state.timer, offload=run.config.rollout.offload)
     source = RolloutSource(run, "align", generator, processor, tasks, config.rollout, finished=grader.begin)
     policy_trainer, discriminator_trainer = alignment_trainers(run.config, state, processor, reference)
     shown = {"acc": "reward/acc", "format": "reward/format", "d_acc": f"disc/acc_{spans[-1]}"}
     shown |= {f"margin_{span}": f"disc/margin_{span}" for span in spans}
-    for step in state.steps(steps, shown=shown):
+    for step in state.steps(steps, shown=shown, done=evaluation.enough):
         metrics = Metrics()
         with turns.generating(metrics):
             rollouts = grader.grade(source.take(order.next_indices(config.prompts), step=step))
@@ -81,6 +92,7 @@ def align(
                 metrics |= policy_trainer.step()
             metrics |= score_metrics(scores, rollouts, spans) | credit
             metrics |= rollouts.reward_metrics() | response_metrics(rollouts.completions)
+        metrics |= evaluation.measure(step, generator, turns)
         state.end_step(metrics, rollouts.time)
     return (
         run.export("align", engines["policy"], partial(save_policy, policy, processor)),

@@ -14,7 +14,7 @@ from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import Config, ConfigError, control_updates
 from prism_fast.data.digits import DigitsFiles, tokenizer_corpus, write_digits
 from prism_fast.data.formats import SOURCES
-from prism_fast.data.samples import Demonstration, Pair
+from prism_fast.data.samples import Demonstration, Pair, Samples, Task
 from prism_fast.engine.world import World
 from prism_fast.models.checkpointing import use_gradient_checkpointing
 from prism_fast.models.discriminator import build_discriminator, load_discriminator
@@ -127,6 +127,13 @@ def _learning_policy(run: Run, artifacts: Artifacts, stage: str):
     return model, processor
 
 
+def _held_out(run: Run, files: DataFiles, processor: Processor) -> Samples[Task] | None:
+    """The tasks that are answered inside a stage."""
+    if not run.config.eval.every:
+        return None
+    return DataReader(run, "eval").read("eval", files.need("eval", "eval.every"), processor)
+
+
 def _evaluate(run: Run, policy: nn.Module, processor: Processor, files: DataFiles, after: str, exported: Path) -> None:
     """Evaluate the trained policy as it is in memory; its weights are those that were ``exported``, from where they are
     read again if each rank holds a part of them."""
@@ -211,7 +218,9 @@ def _align(run: Run, files: DataFiles, artifacts: Artifacts) -> None:
     tasks = DataReader(run, "align").read("align", files.need("align", "align"), processor)
     discriminator = _load_discriminator(run, artifacts.discriminator)
     began = artifacts.policy
-    artifacts.policy, artifacts.discriminator = align(run, policy, discriminator, processor, tasks)
+    artifacts.policy, artifacts.discriminator = align(
+        run, policy, discriminator, processor, tasks, _held_out(run, files, processor)
+    )
     export_adapter(run, policy, "align", began)
     _evaluate(run, policy, processor, files, "align", artifacts.policy)
 
@@ -230,7 +239,7 @@ def _train_rlvr(run: Run, files: DataFiles, artifacts: Artifacts, stage: str, st
     policy, processor = _learning_policy(run, artifacts, stage)
     tasks = DataReader(run, stage).read("rlvr", files.need("rlvr", stage), processor)
     steps = stage_length(steps, run.config.rlvr.epochs, len(tasks), run.config.rlvr.prompts)
-    folder = rlvr(run, policy, processor, tasks, stage=stage, steps=steps)
+    folder = rlvr(run, policy, processor, tasks, stage=stage, steps=steps, held_out=_held_out(run, files, processor))
     export_adapter(run, policy, stage, artifacts.policy)
     _evaluate(run, policy, processor, files, stage, folder)
     return folder

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -24,6 +26,7 @@ class Bar:
 
     def __init__(self, progress: Progress, name: str, total: int | None, done: int):
         self._progress, self._name, self._total, self._done = progress, name, total, done
+        self._before, self._started = done, time.monotonic()
         self._task = progress.rich.add_task(name, total=total, completed=done, metrics="")
 
     def advance(self, **metrics: float | int | None) -> None:
@@ -36,7 +39,16 @@ class Bar:
             every = max(1, (self._total or 500) // LINES_WITHOUT_TERMINAL)
             if self._done % every == 0 or self._done == self._total:
                 of = f"/{self._total}" if self._total else ""
-                self._progress.console.print(f"{self._name} {self._done}{of}  {text}", highlight=False, soft_wrap=True)
+                line = f"{time.strftime('%H:%M:%S')} {self._name} {self._done}{of}  {self._times()}  {text}"
+                self._progress.console.print(line, highlight=False, soft_wrap=True)
+
+    def _times(self) -> str:
+        """Since this process began the stage, and until its end at the same pace."""
+        spent = time.monotonic() - self._started
+        shown = f"after {_duration(spent)}"
+        if self._total is None or self._done == self._total:
+            return shown
+        return f"{shown}, {_duration(spent / (self._done - self._before) * (self._total - self._done))} left"
 
     def finish(self) -> None:
         self._progress.rich.update(self._task, total=self._done)
@@ -72,6 +84,10 @@ class Progress:
         bar = Bar(self, name, total, done)
         yield bar
         bar.finish()
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _short(value: float | int) -> str:

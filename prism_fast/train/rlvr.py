@@ -31,11 +31,22 @@ from prism_fast.train.rollouts import RolloutSource, StepRollouts
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.self_check import check_before_sharding
 from prism_fast.train.state import StageState
+from prism_fast.train.step_evaluation import StepEvaluation
 from prism_fast.train.turns import Turns
 
 
-def rlvr(run: Run, policy, processor: Processor, tasks: Samples[Task], *, stage: str, steps: int) -> Path:
-    """Run ``steps`` of ``stage`` (rlvr or rlvr_direct); returns the folder of the exported policy.
+def rlvr(
+    run: Run,
+    policy,
+    processor: Processor,
+    tasks: Samples[Task],
+    *,
+    stage: str,
+    steps: int,
+    held_out: Samples[Task] | None = None,
+) -> Path:
+    """Run ``steps`` of ``stage`` (rlvr or rlvr_direct); returns the folder of the exported policy. ``held_out``: what
+    is answered inside the stage.
 
     Both stages take the tasks in the same order.
     """
@@ -51,7 +62,19 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Samples[Task], *, stage:
     check_before_sharding(run.config, policy.model, tasks, processor, response_states, budget=budget)
     engines = {"policy": run.engine(policy, **planned(config.optimizer, steps * config.updates_per_step))}
     budgets = {"policy": config.tokens_per_micro_batch}
-    state = StageState(run, stage, engines=engines, budgets=budgets, order=order, extra=sampler, with_rollouts=True)
+    save = partial(save_policy, policy, processor)
+    best = partial(run.export, f"{stage}-best", engines["policy"], save)
+    evaluation = StepEvaluation(run, stage, processor, held_out, best)
+    state = StageState(
+        run,
+        stage,
+        engines=engines,
+        budgets=budgets,
+        order=order,
+        extra=sampler,
+        evaluation=evaluation,
+        with_rollouts=True,
+    )
     turns = Turns(generator, engines, state.timer, offload=run.config.rollout.offload)
     trainer = PolicyTrainer(
         engines["policy"],
@@ -66,7 +89,7 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Samples[Task], *, stage:
     normalize = reward_normalization(config.loss)
     shown = {"acc": "reward/acc", "format": "reward/format"}
     shown |= {"length": "response_length/mean", "entropy": "policy/entropy"}
-    for step in state.steps(steps, shown=shown):
+    for step in state.steps(steps, shown=shown, done=evaluation.enough):
         metrics = Metrics()
         with turns.generating(metrics):
             sampled = sampler.take(step)
@@ -84,8 +107,9 @@ def rlvr(run: Run, policy, processor: Processor, tasks: Samples[Task], *, stage:
             metrics |= sampled.metrics | group_metrics(advantage, rollouts)
             if sampled.generated.groups:
                 metrics |= generation_metrics(sampled.generated, config)
+        metrics |= evaluation.measure(step, generator, turns)
         state.end_step(metrics, sampled.generated.time)
-    return run.export(stage, engines["policy"], partial(save_policy, policy, processor))
+    return run.export(stage, engines["policy"], save)
 
 
 def mini_batches(rollouts: StepRollouts, advantage: Tensor, step: int, count: int) -> list[PolicyBatch]:

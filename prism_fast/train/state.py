@@ -23,7 +23,7 @@ from prism_fast.train.rollout_log import RolloutLog
 from prism_fast.train.seeds import derive_seed
 from prism_fast.train.signals import Stopped
 
-FORMAT = 8  # of a checkpoint's state; another one is refused
+FORMAT = 9  # of a checkpoint's state; another one is refused
 
 
 class Stateful(Protocol):
@@ -52,6 +52,7 @@ class StageState:
         budgets: dict[str, int],
         order: SampleOrder | MixedOrder,
         extra: Stateful | None = None,
+        evaluation: Stateful | None = None,
         with_rollouts: bool = False,
     ):
         """``budgets``: tokens per micro-batch by name, as configured.
@@ -60,6 +61,7 @@ class StageState:
             CheckpointError: the checkpoint was saved by another version, with another recipe, or of other data.
         """
         self.run, self.stage, self.engines, self.order, self.extra = run, stage, engines, order, extra
+        self.evaluation = evaluation
         self.step = 0
         self.held: Metrics | None = None  # of a step that is updated but not evaluated yet
         self.budgets = {name: TokenBudget(tokens, notify=self._tell) for name, tokens in budgets.items()}
@@ -87,6 +89,8 @@ class StageState:
             order.load_state_dict(saved.state["order"])
             if extra is not None:
                 extra.load_state_dict(saved.state["extra"])
+            if evaluation is not None:
+                evaluation.load_state_dict(saved.state["evaluation"])
             rollout_bytes = saved.state["rollout_bytes"]
         self._saved_step = self.step
         self.timer = StepTimer(run.device, run.dtype)
@@ -206,6 +210,7 @@ class StageState:
             "budgets": {name: budget.tokens for name, budget in self.budgets.items()},
             "order": self.order.state_dict(),
             "extra": None if self.extra is None else self.extra.state_dict(),
+            "evaluation": None if self.evaluation is None else self.evaluation.state_dict(),
             "held": None,
             "metrics_bytes": self.run.metrics.size(),
             "rollout_bytes": 0 if self.log is None else self.log.size(),

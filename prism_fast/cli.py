@@ -149,16 +149,20 @@ def run(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) ->
 
 @app.command()
 def resume(
-    run_dir: Annotated[Path, typer.Argument(help="A run directory that was stopped, killed or failed.")],
+    run_dir: Annotated[
+        Path, typer.Argument(help="A run directory that was stopped, killed or failed, or is complete.")
+    ],
+    overrides: Overrides = None,
     convert_ranks: Annotated[
         bool, typer.Option("--convert-ranks", help="Go on with another number of ranks, within rounding.")
     ] = False,
 ) -> None:
-    """Go on in a run directory exactly where its newest complete checkpoint is."""
+    """Go on in a run directory exactly where its newest complete checkpoint is. `rlvr.steps=2000` and the like make its
+    last stage longer; other settings that learning depends on cannot change."""
     from prism_fast.config import load_config
     from prism_fast.engine.launch import started_ranks
 
-    config = load_config(str(existing_run(run_dir) / "config.yaml"))
+    config = load_config(str(existing_run(run_dir) / "config.yaml"), overrides or [])
     config.out = str(run_dir)  # the run may have been moved
     if convert_ranks and started_ranks() > 1:
         config.engine.kind = "deepspeed"

@@ -311,6 +311,8 @@ def _record(folder: Path, recipe: str, world: World, console: Console, *, resume
     else:
         of_first = world.on_first(read)
         found = told(world.of_first(None if of_first is None else of_first.plain()))
+    if found.longer:
+        world.on_first(lambda: write_whole(folder / "config.yaml", recipe))
     world.on_first(lambda: found.record.write(folder))
     return found
 

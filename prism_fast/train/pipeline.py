@@ -298,6 +298,8 @@ def run_stages(
             run.world.phase = stage
             run.stop.poll(f"before {stage}", joint=True)
             started = time.perf_counter()
+            artifacts.note(run)
+            run.record.began.setdefault(stage, [run.record.policy, run.record.discriminator])
             RUNNERS[stage](run, files, artifacts)
             run.metrics.write("stage", 0, {"name": stage, "time/seconds": time.perf_counter() - started})
             artifacts.note(run)

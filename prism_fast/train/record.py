@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prism_fast.models.writing import write_whole
 from prism_fast.train.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, trusted_checkpoint
-from prism_fast.train.recipe_changes import changed_keys
+from prism_fast.train.recipe_changes import LENGTHS, changed_keys, raised_lengths, why_not_longer
 
 RECORD = "record.json"
 CONVERT = (
@@ -30,6 +30,8 @@ class RunRecord:
     discriminator: str | None = None
     metrics_bytes: int = 0
     config: str | None = None
+    # What each stage began with, policy and discriminator: where it begins again if it is made longer.
+    began: dict[str, list[str | None]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         write_whole(folder / RECORD, json.dumps(asdict(self), indent=1))
@@ -41,6 +43,7 @@ class Resume:
 
     record: RunRecord
     checkpoint: Checkpoint | None
+    longer: bool = False  # whether a stage gets more steps than it began with
     convert: bool = False  # whether the checkpoint may be of another number of ranks or of another engine
 
     def checkpoint_of(self, stage: str) -> Checkpoint | None:
@@ -49,7 +52,7 @@ class Resume:
     def plain(self) -> dict:
         """For :func:`told`."""
         path = None if self.checkpoint is None else str(self.checkpoint.path)
-        return {"record": asdict(self.record), "checkpoint": path, "convert": self.convert}
+        return {"record": asdict(self.record), "checkpoint": path, "longer": self.longer, "convert": self.convert}
 
     def metrics_bytes(self) -> int:
         """Bytes of ``metrics.jsonl`` to keep; later lines belong to steps that are done again."""
@@ -60,7 +63,7 @@ def told(plain: dict) -> Resume:
     """What the rank that read the run directory found, whose checkpoint is not checked again."""
     path = plain["checkpoint"]
     checkpoint = None if path is None else trusted_checkpoint(Path(path))
-    return Resume(RunRecord(**plain["record"]), checkpoint, plain["convert"])
+    return Resume(RunRecord(**plain["record"]), checkpoint, plain["longer"], plain["convert"])
 
 
 def new_run(config: str) -> Resume:
@@ -70,8 +73,15 @@ def new_run(config: str) -> Resume:
 
 def refuse_changes(folder: Path, before: str, now: str, owner: str, *, convert: bool = False) -> None:
     """Raise CheckpointError if the configuration ``now`` of the run in ``folder`` is not that of ``owner``, ``before``
-    (both YAML). ``convert``: ``engine.*`` may differ."""
+    (both YAML). A stage may have got more steps, where its learning rate does not depend on their number. ``convert``:
+    ``engine.*`` may differ."""
     changed = {key: values for key, values in changed_keys(before, now).items() if not (convert and engine_key(key))}
+    for key, (old, new) in raised_lengths(before, now).items():
+        if (reason := why_not_longer(key, now)) is not None:
+            raise CheckpointError(
+                f"{key}={new} (was {old}) cannot be raised: {reason}. Put it back, or start a new run"
+            )
+        del changed[key]
     if changed and all(map(engine_key, changed)):
         shown = ", ".join(f"{key}={new} (was {old})" for key, (old, new) in changed.items())
         raise CheckpointError(f"{owner} was of another engine: {shown}. {CONVERT}")
@@ -81,6 +91,25 @@ def refuse_changes(folder: Path, before: str, now: str, owner: str, *, convert: 
             f"{folder / 'config.yaml'} is not that of {owner}: {shown}. The steps before and after would be of two "
             "recipes: put it back, or start a new run from an export (model.policy=PATH)"
         )
+
+
+def _reopen(record: RunRecord, key: str, checkpoint: Checkpoint | None) -> None:
+    """Let the stage of ``key`` go on where it was complete.
+
+    Raises:
+        CheckpointError: a later stage has begun from its export, or its last checkpoint is gone.
+    """
+    stage = LENGTHS[key]
+    if stage not in record.completed:
+        return
+    newest = None if checkpoint is None else checkpoint.state["stage"]
+    if record.completed[-1] != stage or newest != stage or stage not in record.began:
+        raise CheckpointError(
+            f"{key} cannot be raised: {stage} is complete, and a later stage has begun from its export or its last "
+            "checkpoint is gone. Start a new run from the export (model.policy=PATH)"
+        )
+    record.completed.remove(stage)
+    record.policy, record.discriminator = record.began[stage]
 
 
 def engine_key(key: str) -> bool:
@@ -104,10 +133,13 @@ def read_resume(
         raise CheckpointError(f"{path} cannot be read ({error}); start a new run") from error
     if record.config is not None:
         refuse_changes(folder, record.config, config, "the run's beginning", convert=convert)
-    record.config = config if convert else record.config or config
+    raised = {} if record.config is None else raised_lengths(record.config, config)
+    record.config = config if convert or raised else record.config or config
     checkpoint = latest_checkpoint(folder / "checkpoints", tell=tell)
+    for key in raised:
+        _reopen(record, key, checkpoint)
     if checkpoint is not None and checkpoint.state["stage"] in record.completed:
         checkpoint = None
     if checkpoint is not None and not convert and (before := checkpoint.state.get("ranks", 1)) != ranks:
         raise CheckpointError(f"{checkpoint.path.name} was saved by {before} rank(s), now there are {ranks}. {CONVERT}")
-    return Resume(record, checkpoint, convert)
+    return Resume(record, checkpoint, bool(raised), convert)

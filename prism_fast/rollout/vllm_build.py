@@ -100,7 +100,11 @@ def build_llm(policy: nn.Module, processor: Processor, folder: Path, tokens: int
     check_memory(weights, cache, free, tokens)
     several = dist.is_initialized() and dist.get_world_size() > 1
     # Weights too: vLLM's own random ones (load_format="dummy") also replace constants that no push brings back.
-    save_policy(policy, processor, folder)
+    policy.should_save_on_this_rank = lambda is_main_process: True  # transformers writes on rank 0 alone
+    try:
+        save_policy(policy, processor, folder)
+    finally:
+        del policy.should_save_on_this_rank
     with undisturbed():
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's loop runs in this process
         os.environ["VLLM_NO_USAGE_STATS"] = "1"

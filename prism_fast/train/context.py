@@ -43,6 +43,7 @@ from prism_fast.train.discriminator_trainer import discriminator_loss_of
 from prism_fast.train.engines import check_learning, make_engine, whole_weights
 from prism_fast.train.progress import Progress
 from prism_fast.train.record import Resume, RunRecord, new_run, read_resume, told
+from prism_fast.train.rollout_gap import RolloutGapError
 from prism_fast.train.signals import Stopped, StopRequest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -264,7 +265,7 @@ def open_run(
                 yield run
         except (Exception, SystemExit) as error:
             # Refused or stopped before the first step: remove the folder, so that a second try finds none.
-            refused = not resume and not isinstance(error, (Stopped, NonFiniteError))
+            refused = not resume and not isinstance(error, (Stopped, NonFiniteError, RolloutGapError))
             if world.first and refused and _nothing_done(folder):
                 shutil.rmtree(folder)
             raise

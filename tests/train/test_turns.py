@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -12,6 +14,8 @@ import torch
 from prism_fast.engine.local import LocalEngine
 from prism_fast.rollout.engines import ENGINES
 from prism_fast.rollout.hf import HFRollout
+from prism_fast.train.rollout_gap import RolloutGapError
+from prism_fast.train.rollout_log import RolloutReader, dump_path
 from prism_fast.train.state import StageState
 from tests.train.conftest import run_small
 
@@ -134,3 +138,29 @@ def test_a_failure_while_generating_leaves_everybody_in_place(stages, log, tmp_p
     with pytest.raises(OSError, match="played"):
         run_small(tmp_path / "run", [*stages, "stages=[align]", "rollout.offload=true"])
     assert log[-3:] == ["sleep", "reload", "reload"]
+
+
+class Drifting(HFRollout):
+    """Reports log-probs of other weights."""
+
+    def generate(self, *arguments, finished=None, **options):
+        groups = [
+            [replace(c, logprobs=tuple(logprob - 0.1 for logprob in c.logprobs)) for c in group]
+            for group in super().generate(*arguments, **options)
+        ]
+        for place, group in enumerate(groups if finished else ()):
+            finished(place, group)
+        return groups
+
+
+def test_a_generator_that_drifts_ends_the_run_at_its_first_step_and_the_rollouts_stay(stages, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENGINES, "hf", Drifting)
+    settings = [*stages, "stages=[align]", "align.steps=1"]
+    with pytest.raises(RolloutGapError, match=r"align step 1: .* by 0\.1 nats .*push.*The rollouts .* last ones in"):
+        run_small(tmp_path / "run", settings)
+    assert len(RolloutReader(dump_path(tmp_path / "run", "align")).step(1)) == 8
+    folder = run_small(tmp_path / "open", [*settings, "rollout.gap_stop=1", "rollout.importance=truncated"])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (step,) = [line for line in lines if line["stage"] == "align"]
+    assert step["rollout/logprob_gap_mean"] == pytest.approx(0.1, abs=1e-4)
+    assert step["importance/weight_mean"] == pytest.approx(math.exp(0.1), rel=1e-4)

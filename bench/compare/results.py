@@ -1,4 +1,4 @@
-"""Compares two result files of `bench ops` or of `bench step`."""
+"""Compares two result files of `bench ops`, of `bench step` or of `bench train`."""
 
 from __future__ import annotations
 
@@ -86,12 +86,13 @@ def _read(path: Path) -> dict[str, Any]:
     if isinstance(record, dict) and "section" in record:  # a section of gpu_suite.sh
         record = record.get("data")
     if not isinstance(record, dict) or not {"machine", "rows"} <= set(record) or not record["rows"]:
-        raise NotComparable(f"{path} is no result of `prism-fast bench ops --json` or `bench step --json`")
+        raise NotComparable(f"{path} is no result of `prism-fast bench ops --json`, `step --json` or `train --json`")
     return record
 
 
 def _kind(record: dict[str, Any]) -> str:
-    return "step" if "column" in record["rows"][0] else "ops"
+    row = record["rows"][0]
+    return "ops" if "column" not in row else "step" if "teacher" in row else "train"
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import gc
 import math
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -88,40 +89,42 @@ def compare(found: list[Column], row_of: dict[str, Row]) -> None:
         mine = {
             f"d_{name}.{key}": value
             for name, engine in column.engines().items()
-            for key, value in _taken(engine).items()
+            for key, value in taken(engine).items()
         }
         if column is first:
             exact, gradients = outcome, mine
         scores, true = (torch.cat([x.student, x.teacher[None]]) for x in (outcome, exact))
         row.errors = {
             "scores": float((scores - true).norm() / true.norm()),
-            "discriminator_loss": _relative(outcome.discriminator_loss, exact.discriminator_loss),
-            "policy_loss": _relative(outcome.policy_loss, exact.policy_loss),
+            "discriminator_loss": relative(outcome.discriminator_loss, exact.discriminator_loss),
+            "policy_loss": relative(outcome.policy_loss, exact.policy_loss),
             "logp": outcome.gap,
             **worst(mine, gradients),
         }
-        largest = max(row.errors, key=lambda name: _rank(row.errors[name]))
+        largest = max(row.errors, key=lambda name: rank(row.errors[name]))
         if not row.errors[largest] <= TOLERANCE:  # NaN is wrong
             row.status, row.note = "wrong", f"{largest} is off by {row.errors[largest]:.1e}, allowed {TOLERANCE:.0e}"
 
 
-def _taken(engine) -> dict[str, Tensor]:
+def taken(engine) -> dict[str, Tensor]:
     gradient, engine.gradient = engine.gradient, {}
     return gradient
 
 
-def _rank(value: float) -> float:
+def rank(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def _relative(a: float, b: float) -> float:
+def relative(a: float, b: float) -> float:
     return abs(a - b) / max(1.0, abs(b))
 
 
-def worst(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+def worst(
+    found: dict[str, Tensor], exact: dict[str, Tensor], models: Sequence[str] = ("d_discriminator", "d_policy")
+) -> dict[str, float]:
     """Per model, the largest relative difference of a parameter's gradient; infinite where one is missing."""
     result = {}
-    for model in ("d_discriminator", "d_policy"):
+    for model in models:
         names = {name for name in {*found, *exact} if name.startswith(model)}
         floor = SMALL * max(float(exact[name].norm()) for name in names if name in exact)
         errors = [
@@ -130,7 +133,7 @@ def worst(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float
             else math.inf
             for name in names
         ]
-        result[model] = max(errors, key=_rank)
+        result[model] = max(errors, key=rank)
     return result
 
 
@@ -160,7 +163,7 @@ def measure(
         try:
             for _ in range(WARM_UP):
                 _step(column, device)
-            row.peak_mib = _peak(column, device)
+            row.peak_mib = peak(lambda column=column: _step(column, device), device)
         except torch.OutOfMemoryError as error:
             row.status, row.note = "oom", str(error).splitlines()[0]
             found.remove(column)
@@ -182,15 +185,15 @@ def _step(column: Column, device: str) -> dict[str, float]:
     """Milliseconds per phase and of the whole step."""
     found = {}
     for phase, call in column.phases():
-        _synchronise(device)
+        synchronise(device)
         start = time.perf_counter()
         call()
-        _synchronise(device)
+        synchronise(device)
         found[phase] = (time.perf_counter() - start) * 1e3
     return found | {"step": sum(found.values())}
 
 
-def _synchronise(device: str) -> None:
+def synchronise(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -207,14 +210,14 @@ def _fill(row: Row, turns: list[dict[str, float]], spent: dict[str, list[dict[st
             setattr(row, name, statistics.median(theirs["step"] / mine["step"] for theirs, mine in pairs))
 
 
-def _peak(column: Column, device: str) -> float | None:
-    """MiB that a step needs beyond the memory in use before it; None if the system does not tell."""
+def peak(call: Callable[[], object], device: str) -> float | None:
+    """MiB that ``call`` needs beyond the memory in use before it; None if the system does not tell."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        _step(column, device)
+        call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     status = Path("/proc/self/status")
     if not status.is_file():
@@ -222,7 +225,7 @@ def _peak(column: Column, device: str) -> float | None:
     ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator kept from earlier columns would hide this one's
     before = _resident(status, "VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    _step(column, device)
+    call()
     return _resident(status, "VmHWM") - before
 
 

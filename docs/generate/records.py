@@ -37,8 +37,10 @@ def page() -> str:
     for path in sorted(RESULTS.glob("record-*.json")):
         record = json.loads(path.read_text())
         record = record["data"] if "section" in record else record  # of a section of gpu_suite.sh
-        if "column" in record["rows"][0]:
+        if "teacher" in record["rows"][0]:
             lines += _step(path.name, record)
+        elif "column" in record["rows"][0]:
+            lines += _train(path.name, record)
         else:
             lines += _ops(path.name, record)
     return "\n".join(lines) + "\n"
@@ -63,6 +65,22 @@ def _step(name: str, record: dict[str, Any]) -> list[str]:
         cells += [f"{sum(c['tokens'] + c['tokens_no_grad'] for c in counts):,.0f}"]
         cells += [f"{sum(c['flop'] for c in counts) / 1e12:.3f}", _number(row["peak_mib"], ".0f")]
         cells += [f"{max(row['errors'].values()):.1e}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _train(name: str, record: dict[str, Any]) -> list[str]:
+    """An update of the policy beside TRL's."""
+    size = "tiny policy" if record["depth"] is None else f"{record['depth']} layers of the real widths"
+    first = record["rows"][0]
+    lines = [f"### `{name}`", "", f"{machine(record['machine'])}; {size}, {record['dtype']}. One GRPO update.", ""]
+    lines += [f"Prompt {first['prompt']} tokens, response {first['response']}, {first['rollouts']} rollouts:", ""]
+    lines += ["| column | ms | response tokens/s | TRL / it | peak MiB | loss | difference |", "|" + "---|" * 7]
+    for row in record["rows"]:
+        cells = [row["column"], _number(row["ms_p50"], ".0f") if row["status"] == "ok" else row["status"]]
+        cells += [_number(row["response_tokens_per_second"], ",.0f"), _number(row["of_trl"], ".2f")]
+        cells += [_number(row["peak_mib"], ".0f"), _number(row["loss"], ".6f")]
+        cells += [_number(max(row["errors"].values(), default=None), ".1e")]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 

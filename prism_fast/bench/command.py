@@ -36,9 +36,7 @@ def ops(
 
     from prism_fast.bench.ops import run
 
-    kind = "cpu" if cpu else device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise typer.BadParameter(f"--device {kind}: use cpu, or cuda on a machine that has one")
+    kind = "cpu" if cpu else _device(device)
     if shape is not None and not re.fullmatch(r"\d+(x\d+)+", shape):
         raise typer.BadParameter(f"--shape {shape}: expected numbers joined by x, such as 8192x2560x151936")
     if dtype is not None and dtype not in ("bfloat16", "float16", "float32"):
@@ -102,9 +100,7 @@ def step(
     from prism_fast.bench.step.run import run
     from prism_fast.bench.step.work import Shape
 
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise typer.BadParameter(f"--device {kind}: use cpu, or cuda on a machine that has one")
+    kind = _device(device)
     if rounds < 1:
         raise typer.BadParameter(f"--rounds must be 1 or more, got {rounds}")
     prompts, responses = prompt or [256], response or [256]
@@ -135,8 +131,63 @@ def step(
 
 
 @app.command()
+def train(
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: cuda where there is one.")] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt, image included.")] = 256,
+    response: Annotated[int, typer.Option(help="Tokens of a response.")] = 256,
+    rollouts: Annotated[int, typer.Option(help="Responses to the prompt.")] = 16,
+    depth: Annotated[
+        int | None, typer.Option(help="Layers at the widths of the 4B policy [cuda 4, cpu: tiny].")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Timed updates of every column.")] = 3,
+    json: Annotated[Path | None, typer.Option(help="Result file.")] = None,
+) -> None:
+    """Time the policy's update of GRPO beside TRL's trainer, over the same weights and rollouts.
+
+    Three columns take turns: TRL's GRPOTrainer, the same with our head and loss, and this trainer on packed rows. Loss
+    and every parameter's gradient are compared in float32 in the same run; exit code 1 if they differ. On a GPU
+    bfloat16 is timed, on the CPU float32. Without TRL its columns are named absent.
+    """
+    import torch
+
+    from prism_fast.bench.step.work import Shape
+    from prism_fast.bench.train.run import run
+
+    kind = _device(device)
+    if rounds < 1:
+        raise typer.BadParameter(f"--rounds must be 1 or more, got {rounds}")
+    try:
+        rows = run(
+            Shape(prompt, response, response, rollouts),
+            device=kind,
+            depth=4 if depth is None and kind == "cuda" else depth,
+            dtype=torch.bfloat16 if kind == "cuda" else torch.float32,
+            rounds=rounds,
+            out=json,
+            show=Console(width=160, highlight=False, soft_wrap=True).print,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    wrong = [row for row in rows if row.status == "wrong"]
+    for row in wrong:
+        typer.echo(f"wrong: {row.column}: {row.note}", err=True)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _device(device: str | None) -> str:
+    """The device that is asked for, by default cuda where there is one."""
+    import torch
+
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise typer.BadParameter(f"--device {kind}: use cpu, or cuda on a machine that has one")
+    return kind
+
+
+@app.command()
 def compare(
-    before: Annotated[Path, typer.Argument(help="Result file (--json) of `bench ops` or `bench step`.")],
+    before: Annotated[Path, typer.Argument(help="Result file (--json) of `bench ops`, `step` or `train`.")],
     after: Annotated[Path, typer.Argument(help="A later one, of the same command on the same machine.")],
 ) -> None:
     """Compare two results of one machine: times and peaks that grew by more than 5 %.

@@ -143,7 +143,7 @@ def spoiled_loss(monkeypatch):
 )
 def test_a_column_that_computes_something_else_is_wrong(monkeypatch, spoil, column, what):
     monkeypatch.setattr(measuring, "WARM_UP", 0)
-    monkeypatch.setattr(measuring, "_peak", lambda *_: None)
+    monkeypatch.setattr(measuring, "peak", lambda *_: None)
     spoil(monkeypatch)
     found = measured()
     assert {name: row.status for name, row in found.items()} == {
@@ -180,7 +180,7 @@ def test_long_groups_are_cut_as_published():
 
 def test_file_table_and_exit_code(tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, "WARM_UP", 0)
-    monkeypatch.setattr(measuring, "_peak", lambda *_: None)
+    monkeypatch.setattr(measuring, "peak", lambda *_: None)
     out = tmp_path / "step.json"
     sizes = ["--prompt", "12", "--response", "4", "--teacher", "6", "--rollouts", "2"]
     arguments = ["step", "--device", "cpu", *sizes, "--rounds", "1", "--json", str(out)]

@@ -26,6 +26,7 @@ from prism_fast.engine.deepspeed_config import deepspeed_config, import_deepspee
 from prism_fast.engine.finite import NonFiniteError, Seen
 from prism_fast.engine.optimizer import OptimizerConfig
 from prism_fast.engine.protocol import Update
+from prism_fast.engine.release import forget_gradients, release
 from prism_fast.engine.root import Root
 from prism_fast.engine.stored import Stored, part_name, write
 from prism_fast.engine.world import World
@@ -123,7 +124,7 @@ class DeepSpeedEngine:
         self._updated: set[str] = set()
         # Closing the coalesced reduction reduces what gradients there are. An engine that is dropped, or a process that
         # ends, within a step must not wait there for other ranks.
-        weakref.finalize(self, _forget_gradients, list(self._parameters.values()))
+        weakref.finalize(self, forget_gradients, list(self._parameters.values()))
 
     # Passes.
 
@@ -150,7 +151,7 @@ class DeepSpeedEngine:
 
     def discard(self) -> None:
         self._seen.clear()
-        _forget_gradients(self._parameters.values())
+        forget_gradients(self._parameters.values())
         if self.stage == 3:
             self._zero.grad_partitions_flat_buffer.zero_()
         elif self._open is not None:
@@ -403,6 +404,10 @@ class DeepSpeedEngine:
     def reload(self) -> None:
         self._move(self._device)
 
+    def close(self) -> None:
+        self._adamw.state.clear()
+        release(self._ds, self.module)
+
     def _move(self, device: torch.device) -> None:
         """Move the partitions of masters and the moments. Gradients stay where DeepSpeed has them."""
         for state in self._adamw.state.values():
@@ -450,11 +455,6 @@ class _Relay(torch.optim.Optimizer):
         update = self._update()
         if update is not None:
             update([p for group in self.param_groups for p in group["params"]])
-
-
-def _forget_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    for p in parameters:
-        p.grad = None
 
 
 def _layer(name: str) -> str:

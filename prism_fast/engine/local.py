@@ -156,6 +156,9 @@ class LocalEngine:
     def reload(self) -> None:
         self._move(next(self.module.parameters()).device)
 
+    def close(self) -> None:
+        """Nothing: all of it ends with the last reference."""
+
     def _move(self, device: torch.device) -> None:
         """Move moments, gradients and separate masters; a parameter that is its own master stays, as it is in use."""
         tensors = [tensor for state in self.optimizer.state.values() for tensor in state.values()]

@@ -124,3 +124,7 @@ class Engine(Protocol):
 
     def reload(self) -> None:
         """Undo :meth:`offload`."""
+
+    def close(self) -> None:
+        """Give back the memory. The engine cannot be used any more, nor the module where the engine holds its weights
+        (``train.engines.keeps_weights``)."""

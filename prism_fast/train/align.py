@@ -56,7 +56,7 @@ def align(
     use_layout(run.config.layout, policy)
     reference = Reference(policy) if config.loss_terms.kl_coef else None
     steps = stage_length(config.steps, config.epochs, len(tasks), config.prompts)
-    generator = run.rollout_engine(policy, processor)  # before the engines shard what it loads
+    generator = run.rollout_engine(policy, processor, learns=True)  # before the engines shard what it loads
     check_models(run.config, policy, discriminator, processor, tasks)
     engines = {
         "policy": run.engine(policy, **planned(config.optimizer, steps)),

@@ -66,6 +66,7 @@ class Run:
     # Of the data read so far, by its key under `data`; a checkpoint keeps them, and a resumed run compares.
     fingerprints: dict[str, str] = field(init=False, default_factory=dict)
     _rollout: Rollout | None = field(init=False, default=None)
+    _engines: list[Engine] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         def tell(text: str) -> None:
@@ -80,13 +81,20 @@ class Run:
     def engine(
         self, module: nn.Module, config: OptimizerConfig, schedule: Callable[[int], float] | None = None
     ) -> Engine:
-        """See `train.engines.make_engine`."""
-        return make_engine(self.config, self.world, module, config, schedule)
+        """See `train.engines.make_engine`; closed with `close_engines`."""
+        self._engines.append(make_engine(self.config, self.world, module, config, schedule))
+        return self._engines[-1]
 
-    def rollout_engine(self, policy: nn.Module, processor: Processor) -> Rollout:
-        """The run's one rollout engine, attached to ``policy``; made at the first call and closed with the run. Called
-        before the engine of ``policy`` is made."""
-        if self.config.engine.shards_weights and self.config.rollout.engine == "hf":
+    def close_engines(self) -> None:
+        """The end of what a stage trains; its weights are exported."""
+        for engine in self._engines:
+            engine.close()
+        self._engines.clear()
+
+    def rollout_engine(self, policy: nn.Module, processor: Processor, *, learns: bool = False) -> Rollout:
+        """The run's one rollout engine, attached to ``policy``; made at the first call and closed with the run.
+        ``learns``: the policy is about to be trained, its engine not yet made."""
+        if learns and self.config.engine.shards_weights and self.config.rollout.engine == "hf":
             policy = copy.deepcopy(policy).requires_grad_(False)  # stays whole; `Rollout.sync` brings the weights
         if self._rollout is None:
             make = engine_maker(self.config.rollout.engine, self.config.rollout.vllm)

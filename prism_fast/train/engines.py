@@ -78,6 +78,11 @@ def make_engine(
     )
 
 
+def keeps_weights(config: Config) -> bool:
+    """Whether a module has its weights when its engine is closed."""
+    return config.engine.kind == "local"
+
+
 def whole_weights(engine: Engine, world: World) -> dict[str, Tensor]:
     """Joint. All weights of the engine's model by name, on rank 0; nothing on the others."""
     kept = {}

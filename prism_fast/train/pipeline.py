@@ -26,6 +26,7 @@ from prism_fast.recipes.hints import how_to_get
 from prism_fast.train.adapt import adapt_and_tell, export_adapter
 from prism_fast.train.align import align
 from prism_fast.train.context import Run, open_run
+from prism_fast.train.engines import keeps_weights
 from prism_fast.train.evaluate import evaluate
 from prism_fast.train.length import stage_length
 from prism_fast.train.own_pairs import read_own_pairs, write_own_pairs
@@ -135,10 +136,10 @@ def _held_out(run: Run, files: DataFiles, processor: Processor) -> Samples[Task]
 
 
 def _evaluate(run: Run, policy: nn.Module, processor: Processor, files: DataFiles, after: str, exported: Path) -> None:
-    """Evaluate the trained policy as it is in memory; its weights are those that were ``exported``, from where they are
-    read again if each rank holds a part of them."""
+    """Evaluate the trained policy as it is in memory, or as it was ``exported`` where its engine held the weights."""
+    run.close_engines()
     if (path := files.paths.get("eval")) is not None:
-        if run.config.engine.shards_weights:
+        if not keeps_weights(run.config):
             policy, processor = _load_policy(run, exported)
         evaluate(run, policy, processor, DataReader(run, "eval").read("eval", path, processor), after=after)
 
@@ -301,6 +302,7 @@ def run_stages(
             artifacts.note(run)
             run.record.began.setdefault(stage, [run.record.policy, run.record.discriminator])
             RUNNERS[stage](run, files, artifacts)
+            run.close_engines()
             run.metrics.write("stage", 0, {"name": stage, "time/seconds": time.perf_counter() - started})
             artifacts.note(run)
             run.complete(stage)

@@ -54,7 +54,7 @@ def rlvr(
     use_layout(run.config.layout, policy)
     reference = Reference(policy) if config.loss_terms.kl_coef else None
     order = order_of(tasks, derive_seed(run.config.seed, "rlvr", "order"))
-    generator = run.rollout_engine(policy, processor)  # before the engine shards what it loads
+    generator = run.rollout_engine(policy, processor, learns=True)  # before the engine shards what it loads
     grader = Grader(run.checker)
     source = RolloutSource(run, stage, generator, processor, tasks, config.rollout, finished=grader.begin)
     sampler = GroupSampler(source, grader, order, config, run.world)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from docs.generate import commands, examples, messages, ops, options, recipes, records, semantics, text
+from docs.generate import commands, demo, examples, messages, ops, options, recipes, records, semantics, text
 from prism_fast import ops as public
 from prism_fast.cli import app
 from prism_fast.config import Config, load_config
@@ -173,3 +173,11 @@ def test_code_of_the_quickstart_runs():
     scope: dict = {}
     exec(compile(code, "quickstart/ops.md", "exec"), scope)
     assert isinstance(scope["advantage"], torch.Tensor) and scope["advantage"].shape == (4,)
+
+
+def test_the_demos_table_and_picture_are_those_of_its_record():
+    assert demo.table() in (DOCS.parent / "README.md").read_text()
+    assert demo.PICTURE.read_text() == demo.picture(), "python -m docs.generate.demo writes it anew"
+    for seed in demo.RECORD["seeds"]:
+        gap = seed["rlvr"]["right"] - seed["rlvr_direct"]["right"]
+        assert seed["rlvr - rlvr_direct"]["mean"] == pytest.approx(gap / seed["rlvr"]["items"], abs=1e-4)

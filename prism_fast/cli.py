@@ -48,6 +48,9 @@ console = Console()
 errors = Console(stderr=True)
 
 TRAINING = ("run", "resume", "sft", "warmup", "align", "rlvr", "eval")  # exit code 0 when they are told to stop
+Profile = Annotated[
+    int | None, typer.Option("--profile", help="Write a trace of so many steps of each stage to RUN/profile.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check recipe, models and data, show the plan, write nothing.")]
 
 
@@ -66,10 +69,12 @@ def _global(
     pass
 
 
-def _train(recipe: str, overrides: list[str] | None, stages: list[str] | None, dry_run: bool) -> None:
+def _train(
+    recipe: str, overrides: list[str] | None, stages: list[str] | None, dry_run: bool, profile: int | None
+) -> None:
     from prism_fast.config import load_config
 
-    config = load_config(recipe, overrides or [])
+    config = load_config(recipe, [*(overrides or []), *([] if profile is None else [f"profile={profile}"])])
     if stages is not None:
         config.stages = stages
     if dry_run:
@@ -142,9 +147,9 @@ def _say(text: str) -> None:
 
 
 @app.command()
-def run(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def run(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False, profile: Profile = None) -> None:
     """Run all stages of a recipe, evaluate after each, and write the report."""
-    _train(recipe, overrides, None, dry_run)
+    _train(recipe, overrides, None, dry_run, profile)
 
 
 @app.command()
@@ -160,10 +165,11 @@ def resume(
     """Go on in a run directory exactly where its newest complete checkpoint is. `rlvr.steps=2000` and the like make its
     last stage longer; other settings that learning depends on cannot change."""
     from prism_fast.config import load_config
-    from prism_fast.engine.launch import started_ranks
 
     config = load_config(str(existing_run(run_dir) / "config.yaml"), overrides or [])
     config.out = str(run_dir)  # the run may have been moved
+    from prism_fast.engine.launch import started_ranks  # behind the checks: it imports torch
+
     if convert_ranks and started_ranks() > 1:
         config.engine.kind = "deepspeed"
     if config.stages:
@@ -173,27 +179,27 @@ def resume(
 
 
 @app.command()
-def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False, profile: Profile = None) -> None:
     """Supervised fine-tuning to the validation plateau."""
-    _train(recipe, overrides, ["sft"], dry_run)
+    _train(recipe, overrides, ["sft"], dry_run, profile)
 
 
 @app.command()
-def warmup(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def warmup(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False, profile: Profile = None) -> None:
     """Warm the discriminator up until it separates held-out pairs. Needs model.policy=PATH."""
-    _train(recipe, overrides, ["warmup"], dry_run)
+    _train(recipe, overrides, ["warmup"], dry_run, profile)
 
 
 @app.command()
-def align(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def align(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False, profile: Profile = None) -> None:
     """Adversarial alignment. Needs model.policy=PATH and model.discriminator=PATH."""
-    _train(recipe, overrides, ["align"], dry_run)
+    _train(recipe, overrides, ["align"], dry_run, profile)
 
 
 @app.command()
-def rlvr(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def rlvr(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False, profile: Profile = None) -> None:
     """Reinforcement learning with verifiable rewards. Needs model.policy=PATH."""
-    _train(recipe, overrides, ["rlvr"], dry_run)
+    _train(recipe, overrides, ["rlvr"], dry_run, profile)
 
 
 @app.command("eval")

@@ -83,6 +83,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command()(doctor)
     app.command()(plan)
+    app.command()(export)
     app.add_typer(convert, name="convert")
     app.add_typer(data, name="data")
 
@@ -142,6 +143,22 @@ def plan(
         print(made.as_json())
     else:
         console.print(render(made), highlight=False)
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="RUN/checkpoints/<stage>-<step>.")],
+    destination: Destination,
+    model: Annotated[
+        str | None, typer.Option(help="policy or discriminator; default: the policy if it has one.")
+    ] = None,
+) -> None:
+    """Write the model of a run's checkpoint as a folder that transformers and vLLM load."""
+    from prism_fast.train.export import MODELS, export_checkpoint
+
+    if model not in (None, *MODELS):
+        raise typer.BadParameter(f"{model!r} is not one of {', '.join(MODELS)}", param_hint="--model")
+    export_checkpoint(checkpoint, destination, model)
+    _done(destination)
 
 
 @convert.command()

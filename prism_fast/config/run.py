@@ -58,6 +58,7 @@ class Config:
     stages: list[str] = field(default_factory=lambda: [stage for stage in STAGES if stage != "rlvr_direct"])
     checkpoint_every: int = 50  # updates or steps; a stage's last one is always kept
     keep_checkpoints: int = 2
+    profile: int = 0  # steps of each stage whose trace (on CUDA allocations too) is written to profile/; its first not
     dump_rollouts_every: int = 10  # alignment and RLVR steps whose rollouts are kept as text
     # Run directory whose dumped rollouts alignment and RLVR train on instead of generating: the same steps again, to
     # the bit if the rest of the configuration is the same. That run must have kept every step (dump_rollouts_every=1).

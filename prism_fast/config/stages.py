@@ -19,7 +19,10 @@ class SftConfig:
     ends: Literal["plateau", "updates"] = "plateau"
     max_updates: int = 2000
     epochs: float | None = None  # passes over data.sft in place of max_updates, for sft.ends=updates
-    batch: int = 32
+    batch: int = 32  # demonstrations per update
+    # Assistant turns of a demonstration that are learned. last: the last one. all: each one after the turns before it,
+    # as one response each; sft/tokens counts what is learned.
+    turns: Literal["last", "all"] = "last"
     eval_every: int = 50
     patience: int = 2  # evaluations without improvement before the decay begins
     min_improvement: float = 0.01  # relative

@@ -301,6 +301,7 @@ def run_stages(
             started = time.perf_counter()
             artifacts.note(run)
             run.record.began.setdefault(stage, [run.record.policy, run.record.discriminator])
+            run.world.on_first(lambda: run.record.write(run.folder))
             RUNNERS[stage](run, files, artifacts)
             run.close_engines()
             run.metrics.write("stage", 0, {"name": stage, "time/seconds": time.perf_counter() - started})

@@ -7,7 +7,9 @@ import yaml
 from prism_fast.config import CONTROLS
 
 # What may differ when a run goes on: it changes no number that is learnt from.
-FREE_ON_RESUME = ("out", "device", "threads", "checkpoint_every", "keep_checkpoints", "dump_rollouts_every", "track")
+FREE_ON_RESUME = (
+    *("out", "device", "threads", "checkpoint_every", "keep_checkpoints", "dump_rollouts_every", "track", "profile"),
+)
 
 
 def changed_keys(before: str, now: str) -> dict[str, tuple[object, object]]:

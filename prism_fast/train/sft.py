@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,15 +32,32 @@ from prism_fast.train.self_check import check_before_sharding, self_check
 from prism_fast.train.state import StageState
 
 
-def encode(demos: Sequence[Demonstration], processor: Processor) -> list[PromptGroup]:
-    """Each demonstration as a group of one response, which ends with the end token; prompts are seldom shared."""
+def encode(
+    demos: Sequence[Demonstration], processor: Processor, turns: Literal["last", "all"] = "last"
+) -> list[PromptGroup]:
+    """Each demonstration as a group of one response, which ends with the end token; prompts are seldom shared. ``all``:
+    one group for each assistant turn, behind the turns before it."""
+    learned = demos if turns == "last" else [part for demo in demos for part in by_turn(demo)]
     return [
         PromptGroup(
             processor.encode_prompt(demo.messages, demo.images),
             [(*processor.encode_plain(demo.response), processor.eos_id)],
         )
-        for demo in demos
+        for demo in learned
     ]
+
+
+def by_turn(demo: Demonstration) -> Iterator[Demonstration]:
+    """A demonstration for each assistant turn of ``demo``, in their order, with the images of the turns before it."""
+    images = 0
+    for place, message in enumerate(demo.messages):
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if message["role"] == "assistant":
+            text = "".join(part.get("text", "") for part in parts)
+            yield Demonstration(f"{demo.uid}#{place}", demo.messages[:place], text, demo.images[:images])
+        images += sum(part["type"] == "image" for part in parts)
+    yield demo
 
 
 def response_tokens(groups: Sequence[PromptGroup]) -> int:
@@ -179,13 +197,14 @@ def train_sft(
     else:
         engine = run.engine(model, **planned(config.optimizer, updates))
     order = order_of(demos, derive_seed(run.config.seed, "sft", "order"))
-    validation = encode([val[i] for i in run.world.share(range(len(val)))], processor)
+    validation = encode([val[i] for i in run.world.share(range(len(val)))], processor, config.turns)
     state, trainer = _prepare(run, "sft", engine, order, processor, decay)
     shown = {"loss": "sft/loss", "val_loss": "sft/val_loss", "lr": "sft/lr"}
     for step in state.steps(updates, done=lambda: decay is not None and state.step >= decay.end, shown=shown):
         metrics = state.held  # set where a stop interrupted the validation of this step
         if metrics is None:
-            groups = encode([demos[i] for i in run.world.share(order.next_indices(config.batch))], processor)
+            mine = run.world.share(order.next_indices(config.batch))
+            groups = encode([demos[i] for i in mine], processor, config.turns)
             with state.timer.part("update", learns=True):
                 metrics = trainer.accumulate(groups) | trainer.step()
             state.hold(metrics)
@@ -208,7 +227,8 @@ def continue_sft(run: Run, model, processor: Processor, demos: Samples[Demonstra
     order = order_of(demos, derive_seed(run.config.seed, "sft_continued", "order"))
     state, trainer = _prepare(run, "sft_continued", engine, order, processor)
     for _ in state.steps(updates, shown={"loss": "sft/loss", "lr": "sft/lr"}):
-        groups = encode([demos[i] for i in run.world.share(order.next_indices(config.batch))], processor)
+        mine = run.world.share(order.next_indices(config.batch))
+        groups = encode([demos[i] for i in mine], processor, config.turns)
         with state.timer.part("update", learns=True):
             metrics = trainer.accumulate(groups) | trainer.step()
         state.end_step(metrics)

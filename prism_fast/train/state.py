@@ -17,6 +17,7 @@ from prism_fast.track.metrics import Metrics
 from prism_fast.track.speed import StepTimer
 from prism_fast.train.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from prism_fast.train.context import Run
+from prism_fast.train.profiling import StepProfile
 from prism_fast.train.record import refuse_changes
 from prism_fast.train.rollout_gap import RolloutGap
 from prism_fast.train.rollout_log import RolloutLog
@@ -93,6 +94,7 @@ class StageState:
                 evaluation.load_state_dict(saved.state["evaluation"])
             rollout_bytes = saved.state["rollout_bytes"]
         self._saved_step = self.step
+        self._profile = StepProfile(run.folder, stage, run.config.profile if run.world.first else 0, run.device)
         self.timer = StepTimer(run.device, run.dtype)
         self.log = RolloutLog(run.folder, stage, run.world, keep_bytes=rollout_bytes) if with_rollouts else None
         if self.held is not None:
@@ -126,6 +128,7 @@ class StageState:
     def _begin_step(self) -> None:
         self._before, self._updates_before = copy.deepcopy(self._facts()), self._updates()
         self.step += 1
+        self._profile.begin()
         self.timer.begin()
         own = (self._world.rank,) if self._world.rank else ()  # one rank draws as rank 0 of several
         torch.manual_seed(derive_seed(self.run.config.seed, self.stage, "torch", self.step, *own))
@@ -166,6 +169,7 @@ class StageState:
         self.held = None
         self.run.stop.save = None
         stop, last = self.run.stop.agreed(), self._finished()
+        self._profile.end(self.step, last=last or stop)
         if last or stop or self.step % self.run.config.checkpoint_every == 0:
             self._save(self._facts())
         if stop and not last:

@@ -14,11 +14,13 @@ these by its name, or the path of a file of yours; `key.sub=value` behind it cha
 | recipe | hardware |
 |---|---|
 | `digits` | any machine, two CPU cores are enough ([what was measured](../results.md#the-demo)) |
+| `prism_4b`, `prism_8b` | eight cards, all stages; `torchrun --nproc-per-node 8 -m prism_fast run prism_4b` |
+| `prism_4b_lora` | one card; adapters in the policy |
 | `rlvr_grpo`, `rlvr_dapo`, `rlvr_gspo` | one GPU; `prism-fast plan RECIPE --card h200` computes its memory |
 
-The RLVR recipes have the published settings, and need `model.policy=PATH` and `data.rlvr=PATH`. They have not been run
-on a GPU yet. A recipe of the published alignment is not there yet. `prism-fast run RECIPE --dry-run` makes the checks
-of a run and shows its memory without writing anything.
+All but `digits` have the published settings, where they do not say otherwise, and need `model.policy=PATH` and the data
+of their stages. They have not been run on a GPU yet. `prism-fast run RECIPE --dry-run` makes the checks of a run and
+shows its memory without writing anything.
 """
 
 

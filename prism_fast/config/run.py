@@ -88,9 +88,6 @@ class Config:
                 require(rollout.n >= 2 or lone, f"{stage}.rollout.n", "2 or more: answers are compared", rollout.n)
                 allowed = "positive: greedy answers to one prompt do not differ"
                 require(rollout.temperature > 0, f"{stage}.rollout.temperature", allowed, rollout.temperature)
-        if self.model.lora.rank and "sft" in self.stages:
-            allowed = "the folder of a trained policy with model.lora: adapters on random weights learn little"
-            require(self.model.policy != "tiny", "model.policy", allowed, self.model.policy)
         allowed = "left out with model.lora, which freezes"
         require(not (self.model.lora.rank and self.sft.freeze), "sft.freeze", allowed, self.sft.freeze)
         optimizers = {"sft": self.sft, "warmup": self.warmup, "align": self.align, "rlvr": self.rlvr}

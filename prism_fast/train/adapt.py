@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from prism_fast.config import Config
+from prism_fast.config import Config, ConfigError
 from prism_fast.models.freezing import freeze, trained_parameters
 from prism_fast.models.lora import add_lora, save_adapter
 from prism_fast.train.context import Run
@@ -23,9 +23,15 @@ def adapt(config: Config, policy: nn.Module, stage: str) -> None:
     """Freeze weights of ``policy`` or give it adapters, in place, as ``config`` says for ``stage``.
 
     Raises:
+        ConfigError: adapters are asked for where the weights are new.
         ValueError, NotImplementedError, ImportError: as ``models.freezing.freeze`` and ``models.lora.add_lora``.
     """
     lora = config.model.lora
+    if lora.rank and stage == "sft" and config.model.policy == "tiny":
+        raise ConfigError(
+            "model.policy must be the folder of a trained policy with model.lora, got 'tiny': adapters on random "
+            "weights learn little"
+        )
     freeze(policy, frozen_patterns(config, stage))
     if lora.rank:
         seed = derive_seed(config.seed, stage, "lora")

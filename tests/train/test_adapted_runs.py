@@ -101,6 +101,8 @@ def test_a_wrong_pattern_is_found_before_the_run(small_run, finished):
     base = [*small_run, "stages=[rlvr]", f"model.policy={finished / 'export' / 'sft'}"]
     with pytest.raises(ValueError, match=r"model\.freeze: 'visual\.\*' matches no parameter"):
         preflight(load_config("digits", [*base, "model.freeze=['visual.*']"]))
+    with pytest.raises(ConfigError, match="model.policy must be the folder of a trained policy with model.lora"):
+        preflight(load_config("digits", [*small_run, "stages=[sft]", "model.lora.rank=2"]))
     with pytest.raises(NotImplementedError, match="match lm_head"):
         preflight(load_config("digits", [*base, "model.lora.rank=2", "model.lora.targets=['lm_*']"]))
 
@@ -108,7 +110,6 @@ def test_a_wrong_pattern_is_found_before_the_run(small_run, finished):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["model.lora.rank=2"], "model.policy must be the folder of a trained policy with model.lora"),
         (["stages=[rlvr]", "model.lora.rank=2", "model.freeze=[a]"], "model.freeze must be left out with model.lora"),
         (["stages=[rlvr]", "model.lora.rank=2", "sft.freeze=[a]"], "sft.freeze must be left out with model.lora"),
         (["stages=[rlvr]", "model.lora.rank=2", "model.lora.targets=[]"], "model.lora.targets must be at least one"),

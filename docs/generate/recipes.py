@@ -15,7 +15,7 @@ these by its name, or the path of a file of yours; `key.sub=value` behind it cha
 |---|---|
 | `digits` | any machine, two CPU cores are enough ([what was measured](../results.md#the-demo)) |
 | `prism_4b`, `prism_8b` | eight cards, all stages; `torchrun --nproc-per-node 8 -m prism_fast run prism_4b` |
-| `prism_4b_lora` | one card; adapters in the policy |
+| `prism_4b_lora` | one card of 80 GB; SFT and RLVR of adapters |
 | `rlvr_grpo`, `rlvr_dapo`, `rlvr_gspo` | one GPU; `prism-fast plan RECIPE --card h200` computes its memory |
 
 All but `digits` have the published settings, where they do not say otherwise, and need `model.policy=PATH` and the data

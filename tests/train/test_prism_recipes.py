@@ -54,13 +54,15 @@ def test_a_dry_run_of_a_published_recipe(recipe, small_data, processor, tmp_path
         recipe, [f"model.policy={policy_folder(tmp_path / size, size, processor)}", *here, *small_data]
     )
     lines = preflight(config)
-    assert any(line.startswith("align.loss: preset prism") for line in lines)
-    plan = make_plan(config, card="h200")
+    assert any(line.startswith("rlvr.loss: preset grpo") for line in lines)
+    lora = recipe == "prism_4b_lora"
+    plan = make_plan(config, card="h100")
+    assert plan.fits or not lora  # the others are for eight cards, which a plan does not divide by
     assert plan.policy.parameters == pytest.approx({"4b": 4.4e9, "8b": 8.8e9}[size], rel=0.02)
     moments = {stage.stage: stage for stage in plan.stages}["rlvr"].phases[0].components
     optimizer = next(part.bytes for part in moments if part.name == "policy optimizer")
-    assert (optimizer < 2**30) == (recipe == "prism_4b_lora")
-    assert {stage.stage for stage in plan.stages} == {"sft", "warmup", "align", "rlvr"}
+    assert (optimizer < 2**30) == lora
+    assert [stage.stage for stage in plan.stages] == (["sft", "rlvr"] if lora else ["sft", "warmup", "align", "rlvr"])
 
 
 def test_settings_are_the_published_ones():

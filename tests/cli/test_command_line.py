@@ -186,7 +186,7 @@ def test_an_unknown_run_directory_names_the_nearest(command, tmp_path, monkeypat
 
 
 def _ends(error: BaseException):
-    def run(config, console, resume):
+    def run(config, console, **how):
         folder = Path(config.out)
         folder.mkdir()
         (folder / "config.yaml").write_text("[" if isinstance(error, ValueError) else dump_config(config))
@@ -213,7 +213,7 @@ def test_a_stopped_run_says_how_to_go_on_and_a_failed_one_why(tmp_path, monkeypa
 @pytest.mark.parametrize("refusal", [ConfigError, CheckpointError, RecordError])
 def test_a_refused_resume_writes_no_report_and_a_failed_one_does(tmp_path, monkeypatch, command, refusal):
     def refuses(error):
-        def run(config, console, resume):
+        def run(config, console, **how):
             raise error
 
         return run

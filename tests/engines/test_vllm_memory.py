@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.test_vllm_run import SMALL
-
 pytest.importorskip("vllm", reason="needs vLLM: make test-engines")
+
+from tests.engines.test_vllm_run import SMALL
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from tests.engines.test_vllm_run import SMALL
-
 pytest.importorskip("vllm", reason="needs vLLM: make test-engines")
 pytest.importorskip("deepspeed", reason="needs DeepSpeed: make test-engines")
+
+from tests.engines.test_vllm_run import SMALL
 
 RANKS = 2
 SETTINGS = [

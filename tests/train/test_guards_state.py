@@ -73,7 +73,7 @@ def test_a_checkpoint_holds_what_the_next_step_depends_on(finished):
     state = checkpoint.state
     assert set(state) == {
         "format", "config", "data", "stage", "step", "budgets", "order", "extra", "held", "metrics_bytes",
-        "rollout_bytes", "ranks",
+        "rollout_bytes", "ranks", "evaluation",
     }  # fmt: skip
     assert state["order"]["position"] > 0 and state["extra"] is not None
     manifest = json.loads((checkpoint.path / "manifest.json").read_text())

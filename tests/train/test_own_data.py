@@ -107,7 +107,7 @@ def test_weights_mix_data_sets(tmp_path, monkeypatch):
         write_llava(tmp_path / name / "llava.json", order)
     seen = []
     original = sft_stage.encode
-    monkeypatch.setattr(sft_stage, "encode", lambda demos, p: seen.append(list(demos)) or original(demos, p))
+    monkeypatch.setattr(sft_stage, "encode", lambda demos, *more: seen.append(list(demos)) or original(demos, *more))
     sources = [{"path": str(tmp_path / name / "llava.json"), "weight": w} for name, w in (("small", 3), ("large", 1))]
     lines = f"stages: [sft]\ndata: {{sft: {json.dumps(sources)}, validation_split: 0.1}}\n"
     run(tmp_path / "recipe.yaml", lines, f"out={tmp_path / 'run'}")

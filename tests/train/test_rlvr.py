@@ -169,9 +169,9 @@ def test_a_stop_while_generating_loses_only_that_step_and_no_kept_group(dynamic_
     steps, generate = _steps(dynamic_run), RolloutSource._generate
     last = next(r["step"] for r, s in pairwise(steps) if r["sampling/banked"] and s["sampling/generated"])
 
-    def stopped(self, prompts, origins):
+    def stopped(self, prompts, origins, complete):
         self.run.stop.requested = origins[0].step == last + 1
-        return generate(self, prompts, origins)
+        return generate(self, prompts, origins, complete)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"rlvr step {last + 1}, while generating"):
         patch.setattr(RolloutSource, "_generate", stopped)

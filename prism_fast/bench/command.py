@@ -12,6 +12,8 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from prism_fast.bench.ops.op import Row
+    from prism_fast.bench.step.measure import Row as StepRow
+    from prism_fast.bench.train.measure import Row as TrainRow
 
 app = typer.Typer(help="Benchmarks; none of their numbers comes without a check in the same run.", no_args_is_help=True)
 
@@ -123,11 +125,7 @@ def step(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    wrong = [row for row in rows if row.status == "wrong"]
-    for row in wrong:
-        typer.echo(f"wrong: {row.column}, prompt {row.prompt}, response {row.response}: {row.note}", err=True)
-    if wrong:
-        raise typer.Exit(1)
+    _fail_if_wrong(rows)
 
 
 @app.command()
@@ -168,9 +166,14 @@ def train(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    _fail_if_wrong(rows)
+
+
+def _fail_if_wrong(rows: list[StepRow] | list[TrainRow]) -> None:
+    """Exit code 1 if a column's results differ; ``rows`` of `step` or `train`."""
     wrong = [row for row in rows if row.status == "wrong"]
     for row in wrong:
-        typer.echo(f"wrong: {row.column}: {row.note}", err=True)
+        typer.echo(f"wrong: {row.column}, prompt {row.prompt}, response {row.response}: {row.note}", err=True)
     if wrong:
         raise typer.Exit(1)
 

@@ -34,9 +34,8 @@ class LoraConfig:
     alpha: float = 32.0  # the adapters' product counts alpha / rank times
     # Linear layers with adapters: globs over module names. The output matrix cannot be one of them.
     targets: list[str] = field(default_factory=lambda: ["model.language_model.*_proj"])
-    save_adapter: bool = (
-        False  # also export/<stage>-adapter, for peft; its base is the policy that the stage began with
-    )
+    # Also export/<stage>-adapter, for peft; its base is the policy that the stage began with.
+    save_adapter: bool = False
 
 
 @dataclass

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from prism_fast.algorithms.advantages import alignment_advantage, alignment_terms, outcome_advantage
 from prism_fast.algorithms.credit import span_credit
-from prism_fast.algorithms.presets import policy_options
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import Config
 from prism_fast.data.framing import SPANS, frame_student, frame_teacher, side_texts
@@ -29,7 +28,7 @@ from prism_fast.train.discriminator_trainer import DiscriminatorTrainer, GroupSc
 from prism_fast.train.grading import Grader
 from prism_fast.train.layouts import use_layout
 from prism_fast.train.length import stage_length
-from prism_fast.train.policy_trainer import PolicyBatch, PolicyTrainer, response_metrics, response_states
+from prism_fast.train.policy_trainer import PolicyBatch, PolicyTrainer, response_metrics, response_states, trainer_of
 from prism_fast.train.reference import Reference
 from prism_fast.train.rollout_dump import dumped
 from prism_fast.train.rollouts import RolloutSource, StepRollouts
@@ -117,19 +116,10 @@ def alignment_trainers(
 ) -> tuple[PolicyTrainer, DiscriminatorTrainer]:
     """Both trainers of the stage."""
     align, semantics = config.align, SEMANTICS[config.semantics]
-    policy, discriminator = state.engines["policy"], state.engines["discriminator"]
+    discriminator = state.engines["discriminator"]
     use_layout(config.layout, discriminator.module.backbone)
     return (
-        PolicyTrainer(
-            policy,
-            Batching(config.layout, state.budgets["policy"], processor.pad_id),
-            policy_options(align.loss, max_response=align.rollout.max_new_tokens, **align.loss_terms.options()),
-            temperature=align.rollout.temperature,
-            banned=processor.banned_ids,
-            divide_by_micro_batch=semantics.divide_by_micro_batch,
-            gap=state.rollout_gap(),
-            reference=reference,
-        ),
+        trainer_of(align, state, processor, reference),
         DiscriminatorTrainer(
             discriminator,
             Batching(

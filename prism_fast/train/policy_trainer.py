@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from prism_fast import ops
 from prism_fast.algorithms.denominators import loss_denominator
+from prism_fast.algorithms.presets import policy_options
+from prism_fast.algorithms.semantics import SEMANTICS
+from prism_fast.config import AlignConfig, RlvrConfig
 from prism_fast.engine.finite import NonFiniteError, refuse_non_finite
 from prism_fast.engine.protocol import Engine
 from prism_fast.models.packing import PromptGroup
-from prism_fast.models.processor import Prompt
+from prism_fast.models.processor import Processor, Prompt
 from prism_fast.models.transfer import moved
 from prism_fast.ops import PolicyLossOptions
 from prism_fast.rollout.protocol import Completion
@@ -26,6 +30,9 @@ from prism_fast.train.reference import Reference
 from prism_fast.train.rollout_gap import RolloutGap
 from prism_fast.train.rollouts import StepRollouts
 from prism_fast.train.self_check import self_check
+
+if TYPE_CHECKING:
+    from prism_fast.train.state import StageState
 
 
 @dataclass(frozen=True)
@@ -365,3 +372,20 @@ def response_metrics(completions: Sequence[Completion]) -> Metrics:
         if completion.entropy is not None:
             metrics.mean("policy/entropy", completion.entropy * length, length)
     return metrics
+
+
+def trainer_of(
+    config: AlignConfig | RlvrConfig, state: StageState, processor: Processor, reference: Reference | None
+) -> PolicyTrainer:
+    """The policy's trainer of the stage of ``state``, as its ``config`` says."""
+    run, sampling = state.run.config, config.rollout
+    return PolicyTrainer(
+        state.engines["policy"],
+        Batching(run.layout, state.budgets["policy"], processor.pad_id),
+        policy_options(config.loss, max_response=sampling.max_new_tokens, **config.loss_terms.options()),
+        temperature=sampling.temperature,
+        banned=processor.banned_ids,
+        divide_by_micro_batch=SEMANTICS[run.semantics].divide_by_micro_batch,
+        gap=state.rollout_gap(),
+        reference=reference,
+    )

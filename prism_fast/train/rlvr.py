@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prism_fast.algorithms.advantages import outcome_advantage
-from prism_fast.algorithms.presets import policy_options, reward_normalization
+from prism_fast.algorithms.presets import reward_normalization
 from prism_fast.algorithms.semantics import SEMANTICS
 from prism_fast.config import RlvrConfig
 from prism_fast.data.order import order_of
@@ -19,12 +19,11 @@ from prism_fast.engine.schedule import planned
 from prism_fast.models.policy import save_policy
 from prism_fast.models.processor import Processor
 from prism_fast.track.metrics import Metrics
-from prism_fast.train.batching import Batching
 from prism_fast.train.context import Run
 from prism_fast.train.grading import Grader
 from prism_fast.train.group_sampler import GroupSampler, length_penalty, training_reward
 from prism_fast.train.layouts import use_layout
-from prism_fast.train.policy_trainer import PolicyBatch, PolicyTrainer, response_metrics, response_states
+from prism_fast.train.policy_trainer import PolicyBatch, response_metrics, response_states, trainer_of
 from prism_fast.train.reference import Reference
 from prism_fast.train.rollout_dump import dumped
 from prism_fast.train.rollouts import RolloutSource, StepRollouts
@@ -61,7 +60,7 @@ def rlvr(
     budget = config.tokens_per_micro_batch
     check_before_sharding(run.config, policy.model, tasks, processor, response_states, budget=budget)
     engines = {"policy": run.engine(policy, **planned(config.optimizer, steps * config.updates_per_step))}
-    budgets = {"policy": config.tokens_per_micro_batch}
+    budgets = {"policy": budget}
     save = partial(save_policy, policy, processor)
     best = partial(run.export, f"{stage}-best", engines["policy"], save)
     evaluation = StepEvaluation(run, stage, processor, held_out, best)
@@ -76,16 +75,7 @@ def rlvr(
         with_rollouts=True,
     )
     turns = Turns(generator, engines, state.timer, offload=run.config.rollout.offload)
-    trainer = PolicyTrainer(
-        engines["policy"],
-        Batching(run.config.layout, state.budgets["policy"], processor.pad_id),
-        policy_options(config.loss, max_response=config.rollout.max_new_tokens, **config.loss_terms.options()),
-        temperature=config.rollout.temperature,
-        banned=processor.banned_ids,
-        divide_by_micro_batch=semantics.divide_by_micro_batch,
-        gap=state.rollout_gap(),
-        reference=reference,
-    )
+    trainer = trainer_of(config, state, processor, reference)
     normalize = reward_normalization(config.loss)
     shown = {"acc": "reward/acc", "format": "reward/format"}
     shown |= {"length": "response_length/mean", "entropy": "policy/entropy"}
